@@ -1,0 +1,251 @@
+"""What the gateway asks of the directory.
+
+The directory is one actor with five desks. The gateway holds a `DirectoryPort`: the directory itself where both run in one process (tests),
+or a stand-in whose desks call the actor (`ray_runtime`). Every argument and answer is a frozen value, so that it may cross processes; every
+refusal is a `PotluckError`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
+    from potluck_protocol.values import (
+        AccountId,
+        DesiredState,
+        EngineStatus,
+        GoodbyeReason,
+        Hello,
+        Inventory,
+        KeyPrefix,
+        ModelId,
+        NodeId,
+        NodeState,
+        TokenId,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KeyIdentity:
+    """Who an API key speaks for."""
+
+    key_prefix: KeyPrefix
+    account_id: AccountId
+    operator: bool
+    expires_at_unix_ms: int
+    """0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountRecord:
+    """One person."""
+
+    account_id: AccountId
+    name: str
+    operator: bool
+    created_at_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """One API key as it is listed: never its secret."""
+
+    key_prefix: KeyPrefix
+    account_id: AccountId
+    name: str
+    created_at_unix_ms: int
+    expires_at_unix_ms: int
+    revoked: bool
+    operator: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTokenRecord:
+    """One join token as it is listed: never its secret."""
+
+    token_id: TokenId
+    account_id: AccountId
+    created_at_unix_ms: int
+    expires_at_unix_ms: int
+    used_by_node_id: NodeId | None
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StatementLine:
+    """One posting to one of a person's two ledger accounts: "spending" or "earnings"."""
+
+    transaction_id: str
+    kind: str
+    amount_micro_credits: int
+    created_at_unix_ms: int
+    ledger_account_kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """One enrolled node as the pool lists it."""
+
+    node_id: NodeId
+    display_name: str
+    owner_account_id: AccountId
+    connection: str
+    """ "connected", "suspect", "offline", "revoked" or "left"."""
+    state: NodeState
+    engines: tuple[EngineStatus, ...]
+    inventory: Inventory
+    agent_version: str
+    up_minutes: int
+    down_minutes: int
+    unknown_minutes: int
+    last_seen_at_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """What a node gets for its join token."""
+
+    node_id: NodeId
+    owner_account_id: AccountId
+    certificate_pem: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionGrant:
+    """Leave to serve: the lease's epoch, the owner to credit, and the wish."""
+
+    epoch: int
+    owner_account_id: AccountId
+    display_name: str
+    desired: DesiredState
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """What the directory pushes to its gateways; a higher version replaces a lower one."""
+
+    version: int
+    models: Mapping[ModelId, CatalogueEntry]
+    desired: Mapping[NodeId, DesiredState]
+    revoked_node_ids: frozenset[NodeId]
+    key_generation: int
+    """Changes whenever a key is revoked: what the gateway remembered of keys is void."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """One node as its gateway saw it since the last report."""
+
+    node_id: NodeId
+    epoch: int
+    heartbeat_count: int
+    covered_seconds: float
+    """Time since the last report during which the lease was fresh."""
+    suspect: bool
+    state: NodeState
+    engines: tuple[EngineStatus, ...]
+
+
+class Accounts(Protocol):
+    """People, their keys and join tokens."""
+
+    async def authenticate(self, secret: str) -> KeyIdentity:
+        """Whose key this is; raises INVALID_API_KEY for one that is unknown, expired or revoked."""
+        ...
+
+    async def create_account(self, name: str) -> AccountRecord: ...
+    async def list_accounts(self) -> tuple[AccountRecord, ...]: ...
+    async def create_key(self, account_id: AccountId, name: str, lifetime_seconds: int) -> tuple[KeyRecord, str]:
+        """The record and the secret, which is not kept; 0 seconds means no end."""
+        ...
+
+    async def list_keys(self, account_id: AccountId) -> tuple[KeyRecord, ...]: ...
+    async def revoke_key(self, key_prefix: KeyPrefix, account_id: AccountId | None) -> None:
+        """Revokes it for good; account_id None is the operator's word, any other must own the key (else NOT_FOUND)."""
+        ...
+
+    async def create_join_token(self, account_id: AccountId, lifetime_seconds: int) -> tuple[JoinTokenRecord, str]: ...
+    async def list_join_tokens(self, account_id: AccountId) -> tuple[JoinTokenRecord, ...]: ...
+    async def revoke_join_token(self, token_id: TokenId, account_id: AccountId | None) -> None: ...
+
+
+class Ledger(Protocol):
+    """Money."""
+
+    async def apply(self, commands: Sequence[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
+        """Applies the commands in order in one commit; one refusal does not touch the others."""
+        ...
+
+    async def balance(self, account_id: AccountId) -> Balance: ...
+    async def statement(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]: ...
+    async def claim_earnings(self, account_id: AccountId, claim_id: str) -> int:
+        """Moves everything earned to the spending account; the micro-credits moved, the same again for the same claim_id."""
+        ...
+
+    async def audit(self) -> AuditReport: ...
+
+
+class EnrolmentDesk(Protocol):
+    """How a node becomes one of the pool's, and stays one."""
+
+    async def join(
+        self, certificate_request_der: bytes, token_id: TokenId, token_secret: str, display_name: str, inventory: Inventory
+    ) -> Enrolment:
+        """Spends the token; raises INVALID_INVITE. The same key with the same token again gets the same node."""
+        ...
+
+    async def renew(self, certificate_request_der: bytes) -> tuple[NodeId, str]:
+        """A fresh certificate, PEM, for the enrolled key that signed the request; raises INVALID_CERTIFICATE for any other."""
+        ...
+
+
+class NodeDesk(Protocol):
+    """Which nodes there are, how they do, and what they should run."""
+
+    async def list_nodes(self) -> tuple[NodeRecord, ...]: ...
+    async def revoke_node(self, node_id: NodeId, reason: str) -> None: ...
+    async def open_session(self, hello: Hello) -> SessionGrant:
+        """A new epoch for an active node; raises INVALID_CERTIFICATE for one that is revoked, left or unknown."""
+        ...
+
+    async def resume_session(self, hello: Hello, epoch: int) -> SessionGrant:
+        """The same epoch again for a node whose session a gateway still holds, as `open_session`."""
+        ...
+
+    async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
+        """The link is gone; None means without a goodbye."""
+        ...
+
+    async def report(self, reports: Sequence[NodeReport]) -> None: ...
+
+
+class PoolDesk(Protocol):
+    """What gateways must know."""
+
+    async def register_gateway(self) -> int:
+        """A new gateway epoch. Settles, at their last mark, the holds that earlier epochs left open."""
+        ...
+
+    async def watch(self, known_version: int) -> PoolSnapshot:
+        """The snapshot as soon as its version differs from known_version, or after 20 s as it stands. 0 answers at once."""
+        ...
+
+
+class DirectoryPort(Protocol):
+    """The directory's desks."""
+
+    @property
+    def accounts(self) -> Accounts: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def enrolment(self) -> EnrolmentDesk: ...
+    @property
+    def nodes(self) -> NodeDesk: ...
+    @property
+    def pool(self) -> PoolDesk: ...

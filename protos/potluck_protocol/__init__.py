@@ -1,0 +1,1 @@
+"""What both ends of the wire must agree on, and nothing else."""

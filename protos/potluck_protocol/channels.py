@@ -1,0 +1,44 @@
+"""Channel and server options that both ends must hold alike, with the reason for each.
+
+Liveness is decided by heartbeats, not here: gRPC answers keepalive pings even while the peer's event loop is blocked.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SERVER_NAME: Final = "coordinator.potluck"
+"""The DNS name in the coordinator's certificate. Peers check for this name whatever address they dialled, because the pool's own CA signs
+for one coordinator only and addresses of home and campus networks change."""
+
+MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
+"""One frame at most; request bodies are bounded well below it."""
+
+_KEEPALIVE: Final[list[tuple[str, int]]] = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # Without it a frozen peer is noticed after about 69 s whatever keepalive_timeout_ms says.
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+]
+
+SERVER_OPTIONS: Final[list[tuple[str, int]]] = [
+    *_KEEPALIVE,
+    # The default of 300 s would answer the agents' own pings with GOAWAY too_many_pings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.max_metadata_size", 4 * 1024),
+    # Two processes sharing a port would split the nodes between a live coordinator and a dying one.
+    ("grpc.so_reuseport", 0),
+]
+
+CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
+    *_KEEPALIVE,
+    ("grpc.ssl_target_name_override", SERVER_NAME),
+    ("grpc.default_authority", SERVER_NAME),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]

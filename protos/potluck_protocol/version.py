@@ -1,0 +1,14 @@
+"""Versions that peers compare when they meet."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+"""Grows only when an old peer could no longer be understood; a coordinator serves this version and the one before it."""
+
+
+def package_version() -> str:
+    """The installed version of Potluck, such as "0.1.0"."""
+    return version("potluck")
