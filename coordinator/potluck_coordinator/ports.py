@@ -7,7 +7,7 @@ refusal is a `PotluckError`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ class KeyIdentity:
     operator: bool
     expires_at_unix_ms: int
     """0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerIdentity:
+    """What a gateway serves its gRPC and link ports with. The key lives in memory only."""
+
+    private_key_pem: bytes = field(repr=False)
+    certificate_chain_pem: bytes
+    ca_certificate_pem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +147,15 @@ class PoolSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayGrant:
+    """What a gateway needs to serve: whose holds are its own, and who it proves to be."""
+
+    epoch: int
+    pool_id: str
+    server: ServerIdentity
+
+
+@dataclass(frozen=True, slots=True)
 class NodeReport:
     """One node as its gateway saw it since the last report."""
 
@@ -213,10 +231,6 @@ class NodeDesk(Protocol):
         """A new epoch for an active node; raises INVALID_CERTIFICATE for one that is revoked, left or unknown."""
         ...
 
-    async def resume_session(self, hello: Hello, epoch: int) -> SessionGrant:
-        """The same epoch again for a node whose session a gateway still holds, as `open_session`."""
-        ...
-
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
         """The link is gone; None means without a goodbye."""
         ...
@@ -227,8 +241,8 @@ class NodeDesk(Protocol):
 class PoolDesk(Protocol):
     """What gateways must know."""
 
-    async def register_gateway(self) -> int:
-        """A new gateway epoch. Settles, at their last mark, the holds that earlier epochs left open."""
+    async def register_gateway(self) -> GatewayGrant:
+        """Leave to serve, with a new gateway epoch. Settles, at their last mark, the holds that earlier epochs left open."""
         ...
 
     async def watch(self, known_version: int) -> PoolSnapshot:

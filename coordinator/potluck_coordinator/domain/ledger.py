@@ -8,10 +8,18 @@ Every amount is a whole number of micro-credits; 1 credit is 1,000,000 of them.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final, NewType
 
 from potluck_protocol.values import AccountId
+
+AMOUNT_MICRO_CREDITS_MAX: Final = 10**15
+"""The most that one command may move: a billion credits. It keeps every sum far from the end of 64 bits."""
+
+LedgerAccountId = NewType("LedgerAccountId", str)
+"""An account of the ledger: "issuer", "fee", or a kind and its owner."""
 
 
 class LedgerAccountKind(StrEnum):
@@ -21,6 +29,15 @@ class LedgerAccountKind(StrEnum):
     USER = "user"
     NODE_OWNER = "node_owner"
     FEE = "fee"
+
+
+def ledger_account_id(kind: LedgerAccountKind, owner: AccountId | None = None) -> LedgerAccountId:
+    """The id of a person's account of that kind, or, without an owner, of one of the pool's own two."""
+    return LedgerAccountId(kind.value if owner is None else f"{kind}:{owner}")
+
+
+ISSUER: Final = ledger_account_id(LedgerAccountKind.ISSUER)
+FEE: Final = ledger_account_id(LedgerAccountKind.FEE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,9 @@ class OpenHold:
     gateway_epoch: int
     """The gateway run that will settle it; a later run's start settles what an earlier one left open."""
 
+    def __post_init__(self) -> None:
+        _check_amount(self.amount_micro_credits)
+
 
 @dataclass(frozen=True, slots=True)
 class MarkDelivered:
@@ -44,6 +64,9 @@ class MarkDelivered:
     hold_id: str
     amount_micro_credits: int
 
+    def __post_init__(self) -> None:
+        _check_amount(self.amount_micro_credits)
+
 
 @dataclass(frozen=True, slots=True)
 class SettleHold:
@@ -51,6 +74,14 @@ class SettleHold:
 
     hold_id: str
     amount_micro_credits: int
+
+    def __post_init__(self) -> None:
+        _check_amount(self.amount_micro_credits)
+
+
+def _check_amount(amount_micro_credits: int) -> None:
+    if not 0 <= amount_micro_credits <= AMOUNT_MICRO_CREDITS_MAX:
+        raise ValueError(f"an amount is from 0 to {AMOUNT_MICRO_CREDITS_MAX} micro-credits, not {amount_micro_credits}")
 
 
 LedgerCommand = OpenHold | MarkDelivered | SettleHold
@@ -61,6 +92,7 @@ class LedgerOutcome(StrEnum):
 
     APPLIED = "applied"
     INSUFFICIENT_CREDITS = "insufficient_credits"
+    """The hold was not opened and left no trace; the same command may be applied once there are credits."""
     CONFLICT = "conflict"
     """The id is known with other values, the hold is closed with another amount, or there is no such hold."""
 
@@ -85,3 +117,141 @@ class AuditReport:
     posting_count: int
     open_hold_count: int
     issued_micro_credits: int
+
+
+class HoldState(StrEnum):
+    """Where a hold stands. It leaves `OPEN` once."""
+
+    OPEN = "open"
+    SETTLED = "settled"
+    EXPIRED = "expired"
+    """Settled at its delivered mark, because whoever opened it did not come back in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One hold as the ledger knows it."""
+
+    hold_id: str
+    payer: AccountId
+    payee: AccountId
+    amount_micro_credits: int
+    delivered_micro_credits: int
+    settled_micro_credits: int
+    state: HoldState
+    gateway_epoch: int
+    expires_at_unix_ms: int
+
+
+class TransactionKind(StrEnum):
+    """Which event a transaction records."""
+
+    GRANT = "grant"
+    SETTLE = "settle"
+    CLAIM = "claim"
+
+
+@dataclass(frozen=True, slots=True)
+class Posting:
+    """One line of a transaction; below zero it leaves the account."""
+
+    ledger_account_id: LedgerAccountId
+    amount_micro_credits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """One event's postings under an id that names the event, so that the same event cannot be booked twice."""
+
+    transaction_id: str
+    kind: TransactionKind
+    postings: tuple[Posting, ...]
+
+    def __post_init__(self) -> None:
+        amounts = [posting.amount_micro_credits for posting in self.postings]
+        if len(amounts) < 2 or 0 in amounts or sum(amounts) != 0:
+            raise ValueError(f"transaction {self.transaction_id} needs two or more postings, none of them zero, that sum to zero")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of what the transaction says; the same id with another fingerprint is a conflict."""
+        lines = "".join(f"\n{posting.ledger_account_id} {posting.amount_micro_credits}" for posting in self.postings)
+        return hashlib.sha256(f"{self.transaction_id}\n{self.kind}{lines}".encode()).hexdigest()
+
+
+def judge(hold: Hold | None, command: LedgerCommand) -> LedgerOutcome | None:
+    """What becomes of a command by the hold's state alone; None: it is new and is to be carried out.
+
+    A mark never falls: a late, smaller one is a repetition. After the end a mark or settlement answers as it did while the hold was open.
+    """
+    match command:
+        case OpenHold():
+            return None if hold is None else _judge_repeated_open(hold, command)
+        case MarkDelivered(amount_micro_credits=amount):
+            if hold is None or amount > hold.amount_micro_credits:
+                return LedgerOutcome.CONFLICT
+            if amount <= hold.delivered_micro_credits:
+                return LedgerOutcome.APPLIED
+            return None if hold.state is HoldState.OPEN else LedgerOutcome.CONFLICT
+        case SettleHold(amount_micro_credits=amount):
+            if hold is None or amount > hold.amount_micro_credits:
+                return LedgerOutcome.CONFLICT
+            if hold.state is HoldState.OPEN:
+                return None
+            return LedgerOutcome.APPLIED if amount == hold.settled_micro_credits else LedgerOutcome.CONFLICT
+
+
+def _judge_repeated_open(hold: Hold, command: OpenHold) -> LedgerOutcome:
+    same = (
+        hold.payer == command.payer
+        and hold.payee == command.payee
+        and hold.amount_micro_credits == command.amount_micro_credits
+        and hold.expires_at_unix_ms == command.expires_at_unix_ms
+        and hold.gateway_epoch == command.gateway_epoch
+    )
+    return LedgerOutcome.APPLIED if same else LedgerOutcome.CONFLICT
+
+
+def grant(account_id: AccountId, amount_micro_credits: int) -> Transaction | None:
+    """What a new account starts with, out of the issuer; None for nothing. Each account gets it once."""
+    user = ledger_account_id(LedgerAccountKind.USER, account_id)
+    return _transfer(f"grant:{account_id}", TransactionKind.GRANT, {ISSUER: -amount_micro_credits, user: amount_micro_credits})
+
+
+def settlement(hold: Hold, amount_micro_credits: int, fee_micro_credits: int) -> Transaction | None:
+    """The payer pays the amount; the payee gets it less the fee. None for an amount of nothing."""
+    if not 0 <= fee_micro_credits <= amount_micro_credits <= hold.amount_micro_credits:
+        raise ValueError(
+            f"hold {hold.hold_id} of {hold.amount_micro_credits} cannot settle {amount_micro_credits}, fee {fee_micro_credits}"
+        )
+    return _transfer(
+        f"settle:{hold.hold_id}",
+        TransactionKind.SETTLE,
+        {
+            ledger_account_id(LedgerAccountKind.USER, hold.payer): -amount_micro_credits,
+            ledger_account_id(LedgerAccountKind.NODE_OWNER, hold.payee): amount_micro_credits - fee_micro_credits,
+            FEE: fee_micro_credits,
+        },
+    )
+
+
+def claim(account_id: AccountId, claim_id: str, amount_micro_credits: int) -> Transaction | None:
+    """Moves what a person's nodes earned to the account that pays for requests; None for nothing earned."""
+    return _transfer(
+        claim_transaction_id(account_id, claim_id),
+        TransactionKind.CLAIM,
+        {
+            ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id): -amount_micro_credits,
+            ledger_account_id(LedgerAccountKind.USER, account_id): amount_micro_credits,
+        },
+    )
+
+
+def claim_transaction_id(account_id: AccountId, claim_id: str) -> str:
+    """Claim ids are the caller's, so one person's never meet another's."""
+    return f"claim:{account_id}:{claim_id}"
+
+
+def _transfer(transaction_id: str, kind: TransactionKind, amounts: dict[LedgerAccountId, int]) -> Transaction | None:
+    postings = tuple(Posting(account, amount) for account, amount in amounts.items() if amount != 0)
+    return Transaction(transaction_id, kind, postings) if postings else None

@@ -1,0 +1,133 @@
+"""Potluck as a contender: a coordinator and one joined node, started by the commands that operators and volunteers type.
+
+Decides the pool's catalogue (one model, whose engine is the scripted one) and which process is what. It must not know what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from benchmarks.contenders import CONTEXT_LENGTH_TOKENS, MODEL, READY_SECONDS_MAX, SLOT_COUNT, Contender, wait_until_answers, write_script
+from benchmarks.processes import Child, title
+
+COMMAND_SECONDS_MAX: Final = 60.0
+_POTLUCK: Final = (sys.executable, "-m", "potluck")
+_POLL_SECONDS: Final = 0.1
+
+
+def start_potluck(folder: Path, coordinator_cores: frozenset[int], node_cores: frozenset[int]) -> Contender:
+    """A pool with one node that is ready to answer; raises RuntimeError, with what its processes printed, where it does not get so far."""
+    data_dir, state_dir = folder / "coordinator", folder / "node"
+    environment = {"POTLUCK_COORDINATOR_DATA_DIR": str(data_dir), "XDG_CACHE_HOME": str(folder / "cache")}
+    coordinator = Child(
+        [*_POTLUCK, "coordinator", "serve", "--data-dir", str(data_dir), *_PORTS, "--catalogue", str(_write_catalogue(folder))],
+        folder / "coordinator.log",
+        environment=environment,
+        cores=coordinator_cores,
+    )
+    children = [coordinator]
+    try:
+        _wait_for_file(data_dir / "endpoints.json", coordinator)
+        operator = json.loads((data_dir / "operator.json").read_text())
+        invite = json.loads(_potluck(["tokens", "create", "--json"], environment))["invite"]
+        _potluck(["node", "join", "-", "--state-dir", str(state_dir), "--name", "bench"], environment, stdin=invite)
+        agent = Child(
+            [*_POTLUCK, "node", "run", "--state-dir", str(state_dir)], folder / "agent.log", environment=environment, cores=node_cores
+        )
+        children.append(agent)
+        contender = Contender(
+            name="Potluck",
+            url=operator["url"],
+            process_ids=lambda: _process_groups(coordinator, agent),
+            relay_groups=("gateway", "directory", "driver"),
+            authorization=f"Bearer {operator['api_key']}",
+            children=children,
+        )
+        wait_until_answers(contender)
+        _check_groups(contender.process_ids())
+    except BaseException:
+        for child in reversed(children):
+            child.stop()
+        raise
+    return contender
+
+
+_PORTS: Final = ("--http-port", "0", "--grpc-port", "0", "--link-port", "0")
+
+
+def _write_catalogue(folder: Path) -> Path:
+    script = write_script(folder)
+    path = folder / "catalogue.toml"
+    path.write_text(
+        f"""
+[[model]]
+model_id = "{MODEL}"
+source = "path:{script.parent}"
+file_name = "{script.name}"
+engine_kind = "scripted"
+context_length_tokens = {CONTEXT_LENGTH_TOKENS}
+slot_count = {SLOT_COUNT}
+prompt_price_micro_credits = 1
+completion_price_micro_credits = 4
+licence = "Apache-2.0"
+endpoints = ["/v1/chat/completions"]
+"""
+    )
+    return path
+
+
+def _potluck(arguments: list[str], environment: Mapping[str, str], stdin: str = "") -> str:
+    """What a potluck command printed; raises RuntimeError where it failed."""
+    done = subprocess.run(
+        [*_POTLUCK, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS_MAX,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"potluck {' '.join(arguments[:2])} failed with {done.returncode}:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+def _wait_for_file(path: Path, child: Child) -> None:
+    deadline = time.monotonic() + READY_SECONDS_MAX
+    while not path.exists():
+        child.check_alive()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{path.name} did not appear within {READY_SECONDS_MAX:.0f} s:\n{child.log_tail()}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _process_groups(coordinator: Child, agent: Child) -> dict[str, tuple[int, ...]]:
+    """Who is who, by the titles that Ray gives its actors. What is left over is Ray's own."""
+    groups: dict[str, list[int]] = {name: [] for name in ("gateway", "directory", "driver", "ray", "agent", "engine")}
+    for process_id in coordinator.family:
+        groups[_coordinator_part(process_id, coordinator)].append(process_id)
+    for process_id in agent.family:
+        groups["engine" if "scripted_server" in title(process_id) else "agent"].append(process_id)
+    return {name: tuple(ids) for name, ids in groups.items()}
+
+
+def _coordinator_part(process_id: int, coordinator: Child) -> str:
+    shown = title(process_id).lower()
+    if process_id == coordinator.process_id or "potluck_coordinator.warden" in shown:
+        return "driver"
+    if shown.startswith("ray::"):
+        return next((part for part in ("gateway", "directory") if part in shown), "ray")
+    return "ray"
+
+
+def _check_groups(groups: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in ("gateway", "directory", "agent", "engine") if not groups[name]]
+    if missing:
+        raise RuntimeError(f"cannot tell which process is the pool's {missing[0]}, so nothing could be counted for it")

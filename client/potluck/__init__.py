@@ -1,0 +1,88 @@
+"""The SDK of a Potluck pool.
+
+    from potluck import Client
+
+    with Client() as pool:                       # POTLUCK_URL and POTLUCK_API_KEY
+        print(pool.chat("Why is the sky blue?").text)
+
+Decides what is public: the names below, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from potluck.client import AsyncClient, Client
+from potluck.errors import (
+    AlreadyExistsError,
+    AnswerLostError,
+    BusyError,
+    ContextLengthExceededError,
+    CoordinatorUnavailableError,
+    CredentialError,
+    EngineFailedError,
+    InsufficientCreditsError,
+    InternalError,
+    InvalidApiKeyError,
+    InvalidCertificateError,
+    InvalidInviteError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    NoCapacityError,
+    NodeLostError,
+    NotFoundError,
+    NotPermittedError,
+    PoolError,
+    PoolTimeoutError,
+    ProtocolVersionUnsupportedError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestCancelledError,
+    RequestTooLargeError,
+)
+from potluck.results import ChatResult, Credits, ModelInfo, NodeInfo
+from potluck.streams import AsyncChatStream, ChatStream
+from potluck_protocol.errors import ErrorCode
+from potluck_protocol.values import Usage
+
+__all__ = [
+    "AlreadyExistsError",
+    "AnswerLostError",
+    "AsyncChatStream",
+    "AsyncClient",
+    "BusyError",
+    "ChatResult",
+    "ChatStream",
+    "Client",
+    "ContextLengthExceededError",
+    "CoordinatorUnavailableError",
+    "CredentialError",
+    "Credits",
+    "EngineFailedError",
+    "ErrorCode",
+    "InsufficientCreditsError",
+    "InternalError",
+    "InvalidApiKeyError",
+    "InvalidCertificateError",
+    "InvalidInviteError",
+    "InvalidRequestError",
+    "MethodNotAllowedError",
+    "ModelInfo",
+    "ModelNotFoundError",
+    "NoCapacityError",
+    "NodeInfo",
+    "NodeLostError",
+    "NotFoundError",
+    "NotPermittedError",
+    "PoolError",
+    "PoolTimeoutError",
+    "ProtocolVersionUnsupportedError",
+    "QueueFullError",
+    "QueueTimeoutError",
+    "RequestCancelledError",
+    "RequestTooLargeError",
+    "Usage",
+]
+
+logging.getLogger("potluck").addHandler(logging.NullHandler())

@@ -1,0 +1,42 @@
+"""Where the pool is and who asks: arguments, else the environment.
+
+Decides what a client starts with, and is the only part of the SDK that reads the environment. It must not know how a pool is reached.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Final
+
+from potluck.errors import pool_error
+from potluck_protocol.errors import ErrorCode
+
+URL_VARIABLE: Final = "POTLUCK_URL"
+API_KEY_VARIABLE: Final = "POTLUCK_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAddress:
+    """A coordinator's HTTP URL and a key to its pool."""
+
+    url: str
+    api_key: str = field(repr=False)
+
+
+def pool_address(url: str | None = None, api_key: str | None = None) -> PoolAddress:
+    """The address from the arguments, else from POTLUCK_URL and POTLUCK_API_KEY.
+
+    Raises:
+        InvalidRequestError: there is no URL.
+        InvalidApiKeyError: there is no key, or it cannot be one.
+    """
+    found_url = (url or os.environ.get(URL_VARIABLE, "")).strip()
+    found_key = (api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()
+    if not found_url:
+        raise pool_error(ErrorCode.INVALID_REQUEST, f"No pool is named: pass url= or set {URL_VARIABLE}, such as http://127.0.0.1:8600.")
+    if not found_key:
+        raise pool_error(ErrorCode.INVALID_API_KEY, f"No API key: pass api_key= or set {API_KEY_VARIABLE}.")
+    if not (found_key.isascii() and found_key.isprintable()) or " " in found_key:
+        raise pool_error(ErrorCode.INVALID_API_KEY, "The API key holds characters that no key has; copy it again.")
+    return PoolAddress(found_url, found_key)

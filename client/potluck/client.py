@@ -1,0 +1,158 @@
+"""`Client` and `AsyncClient`: the pool as a Python object.
+
+Decides the names and defaults of the public calls. It must not know gRPC: `calls` says what is sent, `transport` sends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from potluck import calls
+from potluck.address import pool_address
+from potluck.calls import ChatMessages
+from potluck.results import ChatResult, Credits, ModelInfo, NodeInfo
+from potluck.streams import AsyncChatStream, ChatStream
+from potluck.transport import ANSWER_TIMEOUT_SECONDS, AsyncTransport, Transport
+from potluck_protocol.values import Endpoint, ModelId
+
+_CHAT = Endpoint.CHAT_COMPLETIONS
+_PROMPT = Endpoint.COMPLETIONS
+
+
+class Client:
+    """A pool, to be asked from any thread.
+
+    Args:
+        url: the coordinator's HTTP URL, as it prints it; else POTLUCK_URL.
+        api_key: a key to the pool; else POTLUCK_API_KEY.
+        timeout_seconds: the limit for one whole answer. Other calls end after 30 s, or sooner if this is less.
+
+    Every call raises a `PoolError`: one class per code, all in `potluck`. The pool is dialled at the first call.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, *, timeout_seconds: float = ANSWER_TIMEOUT_SECONDS) -> None:
+        self._transport = Transport(pool_address(url, api_key), timeout_seconds)
+
+    @overload
+    def chat(
+        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any
+    ) -> ChatResult: ...
+    @overload
+    def chat(
+        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[True], **openai_fields: Any
+    ) -> ChatStream: ...
+    def chat(
+        self, messages: str | ChatMessages, *, model: str | None = None, stream: bool = False, **openai_fields: Any
+    ) -> ChatResult | ChatStream:
+        """A model's answer to a conversation.
+
+        Args:
+            messages: OpenAI's message list, or one question as a string.
+            model: a model of the pool; None takes its first ready one.
+            stream: True gives a `ChatStream` as soon as a node has the request.
+            openai_fields: any other field of OpenAI's request, passed on to the engine as it is.
+        """
+        return self._answer(_CHAT, model, stream, {"messages": calls.chat_messages(messages), **openai_fields})
+
+    @overload
+    def complete(self, prompt: str, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any) -> ChatResult: ...
+    @overload
+    def complete(self, prompt: str, *, model: str | None = None, stream: Literal[True], **openai_fields: Any) -> ChatStream: ...
+    def complete(self, prompt: str, *, model: str | None = None, stream: bool = False, **openai_fields: Any) -> ChatResult | ChatStream:
+        """How a model goes on from a plain text; arguments as in `chat`."""
+        return self._answer(_PROMPT, model, stream, {"prompt": prompt, **openai_fields})
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The pool's catalogue."""
+        return self._transport.unary(calls.list_models())
+
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """The pool's nodes; owners are named to themselves and to the operator."""
+        return self._transport.unary(calls.list_nodes())
+
+    def credits(self) -> Credits:
+        """The caller's balance."""
+        return self._transport.unary(calls.get_balance())
+
+    def close(self) -> None:
+        """Closes the connection. May be called again."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _answer(self, endpoint: Endpoint, model: str | None, stream: bool, fields: Mapping[str, Any]) -> ChatResult | ChatStream:
+        chosen = ModelId(model) if model else calls.choose_model(self.models(), endpoint)
+        opened = self._transport.open_answer(calls.generate_request(endpoint, chosen, fields, stream=stream), stream=stream)
+        if stream:
+            return opened
+        with opened:
+            return opened.result()
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same calls, awaited. Belongs to the event loop that makes its first call."""
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, *, timeout_seconds: float = ANSWER_TIMEOUT_SECONDS) -> None:
+        self._transport = AsyncTransport(pool_address(url, api_key), timeout_seconds)
+
+    @overload
+    async def chat(
+        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any
+    ) -> ChatResult: ...
+    @overload
+    async def chat(
+        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[True], **openai_fields: Any
+    ) -> AsyncChatStream: ...
+    async def chat(
+        self, messages: str | ChatMessages, *, model: str | None = None, stream: bool = False, **openai_fields: Any
+    ) -> ChatResult | AsyncChatStream:
+        """As `Client.chat`; streamed, the `AsyncChatStream` is awaited too."""
+        return await self._answer(_CHAT, model, stream, {"messages": calls.chat_messages(messages), **openai_fields})
+
+    @overload
+    async def complete(
+        self, prompt: str, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any
+    ) -> ChatResult: ...
+    @overload
+    async def complete(self, prompt: str, *, model: str | None = None, stream: Literal[True], **openai_fields: Any) -> AsyncChatStream: ...
+    async def complete(
+        self, prompt: str, *, model: str | None = None, stream: bool = False, **openai_fields: Any
+    ) -> ChatResult | AsyncChatStream:
+        """As `Client.complete`."""
+        return await self._answer(_PROMPT, model, stream, {"prompt": prompt, **openai_fields})
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """The pool's catalogue."""
+        return await self._transport.unary(calls.list_models())
+
+    async def nodes(self) -> tuple[NodeInfo, ...]:
+        """The pool's nodes; owners are named to themselves and to the operator."""
+        return await self._transport.unary(calls.list_nodes())
+
+    async def credits(self) -> Credits:
+        """The caller's balance."""
+        return await self._transport.unary(calls.get_balance())
+
+    async def close(self) -> None:
+        """Closes the connection. May be called again."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.close()
+
+    async def _answer(self, endpoint: Endpoint, model: str | None, stream: bool, fields: Mapping[str, Any]) -> ChatResult | AsyncChatStream:
+        chosen = ModelId(model) if model else calls.choose_model(await self.models(), endpoint)
+        opened = await self._transport.open_answer(calls.generate_request(endpoint, chosen, fields, stream=stream), stream=stream)
+        if stream:
+            return opened
+        async with opened:
+            return await opened.result()

@@ -1,0 +1,169 @@
+"""`potluck tokens`, `potluck keys`, `potluck accounts`: who may join, who may ask, and who they are.
+
+Decides how secrets are shown: once, alone on standard output, so that they can be piped into a file. It must not keep them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit, urlunsplit
+
+import typer
+
+from potluck import calls
+from potluck.commands.session import KeyFileOption, UrlOption, address, connected
+from potluck.commands.terminal import JsonOption, duration_seconds, moment, say, show, show_json, show_table
+from potluck.transport import Transport
+from potluck_protocol.connection import Invite, is_loopback_host
+from potluck_protocol.values import AccountId, KeyPrefix, TokenId
+
+tokens_app = typer.Typer(help="Invites, with which nodes join the pool.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys, with which people use the pool.", no_args_is_help=True)
+accounts_app = typer.Typer(help="The people of the pool. Operators only.", no_args_is_help=True)
+
+AccountOption = Annotated[str | None, typer.Option("--account", help="Whose, by account id. Else your own; another's takes the operator's key.")]
+InviteLifetime = Annotated[int, typer.Option(parser=duration_seconds, metavar="DURATION", help="How long it can be used: 30m, 1h, 7d.")]
+KeyLifetime = Annotated[int, typer.Option(parser=duration_seconds, metavar="DURATION", help="How long it works: 12h, 30d. 0s: no end.")]
+
+
+def make_invite(transport: Transport, url: str, lifetime_seconds: int, account_id: AccountId | None = None) -> Invite:
+    """A single-use invite to the pool behind the URL, under the name that the pool gives itself where it has one."""
+    document = transport.document()
+    _, secret = transport.unary(calls.create_join_token(lifetime_seconds, account_id))
+    return Invite(_reachable_url(url, document.host), document.ca_hash, TokenId(secret.identifier), secret.value)
+
+
+@tokens_app.command("create")
+def create_token(
+    lifetime: InviteLifetime = "1h",  # type: ignore[assignment] - typer parses the default too
+    account: AccountOption = None,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+) -> None:
+    """Print one invite: an address, the pool's fingerprint and a secret that admits one node, once.
+
+    What that node earns goes to the account. Hand the invite over as you would a password, for `potluck node join`.
+    """
+    found = address(url, api_key_file)
+    with connected(url, api_key_file) as transport:
+        invite = make_invite(transport, found.url, lifetime, AccountId(account) if account else None)
+    show(invite.encode())
+    say(f"Good for one node. On its machine: potluck node join, and paste the invite. Take it back: potluck tokens revoke {invite.token_id}")
+    if is_loopback_host(urlsplit(invite.url).hostname or ""):
+        say("It leads to this machine only. For others, start the coordinator with --host and --public-host, or pass --url.")
+
+
+@tokens_app.command("list")
+def list_tokens(account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """List invites by token id; their secrets are not kept."""
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(calls.list_join_tokens(AccountId(account) if account else None))
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        (
+            token.token_id,
+            token.account_id,
+            moment(token.created_at_unix_ms),
+            moment(token.expires_at_unix_ms),
+            "revoked" if token.revoked else token.used_by_node_id or "unused",
+        )
+        for token in found
+    ]
+    show_table(("TOKEN", "ACCOUNT", "CREATED (UTC)", "EXPIRES (UTC)", "USED BY"), rows)
+
+
+@tokens_app.command("revoke")
+def revoke_token(
+    token_id: Annotated[str, typer.Argument(help="From `potluck tokens list`.")], url: UrlOption = None, api_key_file: KeyFileOption = None
+) -> None:
+    """Make an unused invite worthless."""
+    with connected(url, api_key_file) as transport:
+        transport.unary(calls.revoke_join_token(TokenId(token_id)))
+    say(f"Invite {token_id} is revoked.")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Option(help="What it is for, such as the machine it goes to.")] = "",
+    lifetime: KeyLifetime = "0s",  # type: ignore[assignment] - typer parses the default too
+    account: AccountOption = None,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+) -> None:
+    """Print a new API key. It is shown this once; the pool keeps only its hash."""
+    with connected(url, api_key_file) as transport:
+        secret = transport.unary(calls.create_key(name, lifetime, AccountId(account) if account else None))
+    show(secret.value)
+    say(f"Keep it like a password. Take it back: potluck keys revoke {secret.identifier}")
+
+
+@keys_app.command("list")
+def list_keys(account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """List API keys by their prefix."""
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(calls.list_keys(AccountId(account) if account else None))
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        (
+            key.key_prefix,
+            key.name or "-",
+            key.account_id,
+            moment(key.created_at_unix_ms),
+            moment(key.expires_at_unix_ms),
+            "revoked" if key.revoked else "active",
+        )
+        for key in found
+    ]
+    show_table(("PREFIX", "NAME", "ACCOUNT", "CREATED (UTC)", "EXPIRES (UTC)", "STATE"), rows)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_prefix: Annotated[str, typer.Argument(help="From `potluck keys list`.")], url: UrlOption = None, api_key_file: KeyFileOption = None
+) -> None:
+    """Make an API key worthless, at once and for good."""
+    with connected(url, api_key_file) as transport:
+        transport.unary(calls.revoke_key(KeyPrefix(key_prefix)))
+    say(f"Key {key_prefix} is revoked.")
+
+
+@accounts_app.command("create")
+def create_account(
+    name: Annotated[str, typer.Argument(help="The person's name in the pool.")],
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+) -> None:
+    """Add a person, with the credits that the pool grants newcomers. Prints the account id."""
+    with connected(url, api_key_file) as transport:
+        made = transport.unary(calls.create_account(name))
+    if as_json:
+        show_json(made)
+        return
+    show(made.account_id)
+    say(f"Next: potluck keys create --account {made.account_id}")
+
+
+@accounts_app.command("list")
+def list_accounts(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """List the people of the pool."""
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(calls.list_accounts())
+    if as_json:
+        show_json(found)
+        return
+    rows = [(one.account_id, one.name, "operator" if one.operator else "user", moment(one.created_at_unix_ms)) for one in found]
+    show_table(("ACCOUNT", "NAME", "ROLE", "CREATED (UTC)"), rows)
+
+
+def _reachable_url(url: str, host: str | None) -> str:
+    """The URL without its pin, under the pool's own host name where that differs."""
+    parts = urlsplit(url)
+    if host and host != parts.hostname:
+        name = f"[{host}]" if ":" in host else host
+        parts = parts._replace(netloc=f"{name}:{parts.port}" if parts.port else name)
+    return urlunsplit(parts._replace(fragment=""))

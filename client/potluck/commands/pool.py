@@ -1,0 +1,104 @@
+"""`potluck models`, `potluck nodes`: what the pool has.
+
+Decides the columns. It must not know how the pool chooses among them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from potluck import calls
+from potluck.commands.session import KeyFileOption, UrlOption, connected
+from potluck.commands.terminal import JsonOption, say, show_json, show_table
+from potluck.results import NodeInfo
+from potluck_protocol.values import EngineState, NodeId
+
+nodes_app = typer.Typer(help="See the pool's nodes; as its operator, take one out.", invoke_without_command=True)
+
+
+def models(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """List the models of the pool, what they cost, and how many replicas are ready.
+
+    Prices are credits for a million tokens, of the prompt (IN) and of the answer (OUT).
+    """
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(calls.list_models())
+    if as_json:
+        show_json(found)
+        return
+    # A micro-credit a token is a credit a million tokens.
+    rows = [
+        (
+            model.model_id,
+            model.ready_replica_count,
+            model.context_length_tokens,
+            model.prompt_price_micro_credits_per_token,
+            model.completion_price_micro_credits_per_token,
+            model.licence or "-",
+        )
+        for model in found
+    ]
+    show_table(("MODEL", "READY", "CONTEXT", "IN", "OUT", "LICENCE"), rows)
+
+
+@nodes_app.callback()
+def _nodes(
+    context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None
+) -> None:
+    """List the pool's nodes, or with `revoke` take one out for good."""
+    if context.invoked_subcommand is None:
+        list_nodes(as_json, url, api_key_file)
+
+
+@nodes_app.command("list")
+def list_nodes(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """List the pool's nodes. UP is the share of minutes, among those known, that a node was there."""
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(calls.list_nodes())
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        (
+            node.node_id,
+            node.display_name,
+            node.owner_account_id or "-",
+            node.connection,
+            node.state,
+            _engines(node),
+            _uptime(node),
+            node.agent_version,
+        )
+        for node in found
+    ]
+    show_table(("NODE", "NAME", "OWNER", "LINK", "STATE", "ENGINES", "UP", "AGENT"), rows)
+
+
+@nodes_app.command("revoke")
+def revoke_node(
+    node_id: Annotated[str, typer.Argument(help="The node's whole id, from `potluck nodes`.")],
+    reason: Annotated[str, typer.Option(help="Why, for the node's owner to read.")] = "",
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+) -> None:
+    """Take a node out of the pool for good. Operators only.
+
+    Its link ends at once and its certificate counts for nothing from then on. To bring the machine back, its owner runs `potluck node leave`
+    and joins with a new invite.
+    """
+    with connected(url, api_key_file) as transport:
+        transport.unary(calls.revoke_node(NodeId(node_id), reason))
+    say(f"Node {node_id} is revoked.")
+
+
+def _engines(node: NodeInfo) -> str:
+    return ", ".join(
+        engine.model_id if engine.state is EngineState.READY else f"{engine.model_id} ({engine.state})" for engine in node.engines
+    ) or "-"
+
+
+def _uptime(node: NodeInfo) -> str:
+    known_minutes = node.up_minutes + node.down_minutes
+    return f"{100 * node.up_minutes / known_minutes:.2f}%" if known_minutes else "-"

@@ -1,0 +1,169 @@
+"""What the SDK's calls return: frozen values, free of gRPC and protobuf.
+
+Decides the names a caller sees. It must not know how the values arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from potluck_protocol.values import (
+    AccountId,
+    Endpoint,
+    EngineStatus,
+    Inventory,
+    KeyPrefix,
+    ModelId,
+    NodeId,
+    NodeState,
+    RequestId,
+    TokenId,
+    Usage,
+)
+
+MICRO_CREDITS_PER_CREDIT: Final = 1_000_000
+
+
+def credits_text(micro_credits: int) -> str:
+    """An amount as people read it, exact: 1500000 is "1.5"."""
+    whole, rest = divmod(abs(micro_credits), MICRO_CREDITS_PER_CREDIT)
+    sign = "-" if micro_credits < 0 else ""
+    decimals = f"{rest:06d}".rstrip("0")
+    return f"{sign}{whole:,}.{decimals}" if decimals else f"{sign}{whole:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatResult:
+    """A complete answer, to a chat or to a plain prompt."""
+
+    text: str
+    """The first choice's text."""
+    finish_reason: str | None
+    """The engine's word: "stop", "length", "tool_calls"."""
+    usage: Usage
+    charge_micro_credits: int
+    model_id: ModelId
+    node_id: NodeId
+    request_id: RequestId
+    raw: Mapping[str, Any] = field(repr=False)
+    """The engine's own JSON document; of a streamed answer `{"events": [...]}`, every event as it came."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One entry of the pool's catalogue."""
+
+    model_id: ModelId
+    context_length_tokens: int
+    prompt_price_micro_credits_per_token: int
+    completion_price_micro_credits_per_token: int
+    ready_replica_count: int
+    """Replicas that could answer now."""
+    created_at_unix_seconds: int
+    licence: str
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """One node as the pool sees it."""
+
+    node_id: NodeId
+    display_name: str
+    owner_account_id: AccountId | None
+    """None unless the caller owns the node or is the operator."""
+    connection: str
+    """ "connected", "suspect", "offline", "revoked" or "left"."""
+    state: NodeState
+    engines: tuple[EngineStatus, ...]
+    inventory: Inventory
+    agent_version: str
+    up_minutes: int
+    down_minutes: int
+    unknown_minutes: int
+    last_seen_at_unix_ms: int
+    """0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credits:
+    """One person's balance, in micro-credits; a credit is 1,000,000 of them."""
+
+    account_id: AccountId
+    available_micro_credits: int
+    held_micro_credits: int
+    """Set aside for requests that are running."""
+    earned_micro_credits: int
+    """Earned by this person's nodes and not yet claimed."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """One API key, without its secret."""
+
+    key_prefix: KeyPrefix
+    account_id: AccountId
+    name: str
+    created_at_unix_ms: int
+    expires_at_unix_ms: int
+    """0: never."""
+    revoked: bool
+    operator: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTokenInfo:
+    """One join token, without its secret."""
+
+    token_id: TokenId
+    account_id: AccountId
+    created_at_unix_ms: int
+    expires_at_unix_ms: int
+    used_by_node_id: NodeId | None
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AccountInfo:
+    """One person."""
+
+    account_id: AccountId
+    name: str
+    operator: bool
+    created_at_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatementEntry:
+    """One change of a person's spending or earnings account."""
+
+    transaction_id: str
+    kind: str
+    amount_micro_credits: int
+    created_at_unix_ms: int
+    ledger_account_kind: str
+    """ "spending" or "earnings"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What re-deriving every balance from the postings found."""
+
+    findings: tuple[str, ...]
+    """Empty when the books balance."""
+    account_count: int
+    transaction_count: int
+    posting_count: int
+    open_hold_count: int
+    issued_micro_credits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A secret that the pool shows once and does not keep."""
+
+    identifier: str
+    """The public part: a key's prefix or a token's id."""
+    value: str = field(repr=False)

@@ -1,0 +1,75 @@
+"""What a pool needs before its first request: an id, the ledger's own accounts, and its operator.
+
+Decides that all of it is made in one transaction at the first start, and found unchanged at every later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from potluck_coordinator.directory.accounts import Accounts, open_account
+from potluck_coordinator.directory.credentials import RandomBytes, new_pool_id
+from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
+from potluck_coordinator.domain.ledger import LedgerAccountKind
+from potluck_coordinator.ports import AccountRecord
+from potluck_coordinator.storage.state import StateName
+from potluck_coordinator.storage.store import Store
+from potluck_coordinator.storage.unit_of_work import UnitOfWork
+from potluck_protocol.clock import Clock
+from potluck_protocol.errors import PotluckError
+from potluck_protocol.values import AccountId
+
+OPERATOR_ACCOUNT_ID: Final = AccountId("acct_operator")
+OPERATOR_NAME: Final = "operator"
+
+
+async def found_pool(store: Store, clock: Clock, random_bytes: RandomBytes, *, grant_micro_credits: int) -> str:
+    """Makes what is missing; the pool's id."""
+    fresh_pool_id, now_ms = new_pool_id(random_bytes), clock.unix_ms()
+
+    def found(work: UnitOfWork) -> str:
+        pool_id = work.state.get(StateName.POOL_ID)
+        if pool_id is not None:
+            return pool_id
+        work.state.put(StateName.POOL_ID, fresh_pool_id)
+        work.ledger.open_account(LedgerAccountKind.ISSUER)
+        work.ledger.open_account(LedgerAccountKind.FEE)
+        operator = AccountRecord(OPERATOR_ACCOUNT_ID, OPERATOR_NAME, operator=True, created_at_unix_ms=now_ms)
+        open_account(work, operator, grant_micro_credits)
+        return fresh_pool_id
+
+    return await store.run(found)
+
+
+async def operator_key(accounts: Accounts, known_key: str | None) -> str:
+    """The key that the operator's file holds, if it is still good, else a new one that never ends.
+
+    So the file may be lost, and the operator may revoke the key: the next start makes another.
+    """
+    if known_key is not None:
+        try:
+            identity = await accounts.authenticate(known_key)
+        except PotluckError:
+            pass
+        else:
+            if identity.account_id == OPERATOR_ACCOUNT_ID:
+                return known_key
+    _, api_key = await accounts.create_key(OPERATOR_ACCOUNT_ID, "operator", 0)
+    return api_key
+
+
+async def offer(store: Store, entries: Iterable[CatalogueEntry]) -> None:
+    """Makes the catalogue the given entries, each deployed on every node that may serve unless a wish for it stands already."""
+    offered = tuple(entries)
+
+    def write(work: UnitOfWork) -> None:
+        wished = {deployment.model_id for deployment in work.catalogue.deployments()}
+        for gone in set(work.catalogue.entries()) - {entry.model_id for entry in offered}:
+            work.catalogue.remove(gone)
+        work.catalogue.put(offered)
+        for entry in offered:
+            if entry.model_id not in wished:
+                work.catalogue.deploy(Deployment(entry.model_id))
+
+    await store.run(write)

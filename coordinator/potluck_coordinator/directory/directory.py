@@ -1,0 +1,102 @@
+"""The directory's composition root: the books, five desks over them, and the chores that time brings.
+
+Decides what is made at a start, in which order, and how often chores run. It must not know Ray, gRPC or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Final
+
+import structlog
+
+from potluck_coordinator.catalogue_file import built_in_catalogue, read_catalogue
+from potluck_coordinator.directory.accounts import Accounts
+from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.bootstrap import found_pool, offer, operator_key
+from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+from potluck_coordinator.directory.enrolment import Enrolments
+from potluck_coordinator.directory.ledger import LedgerDesk
+from potluck_coordinator.directory.nodes import Nodes
+from potluck_coordinator.directory.operator_file import known_operator_key, local_url, write_operator_file
+from potluck_coordinator.directory.pool import Pool
+from potluck_coordinator.domain.catalogue import CatalogueEntry
+from potluck_coordinator.settings import Settings
+from potluck_coordinator.storage.state import StateName
+from potluck_coordinator.storage.store import Store
+from potluck_protocol.clock import Clock
+from potluck_protocol.errors import PotluckError
+
+CHORES_SECONDS: Final = 1.0
+SNAPSHOT_VERSIONS_PER_START: Final = 1_000_000
+"""Versions must grow over restarts, and are not worth a commit each."""
+
+_log = structlog.get_logger()
+
+
+class Directory:
+    """`DirectoryPort` in this process; `open` makes one."""
+
+    def __init__(
+        self, *, store: Store, clock: Clock, accounts: Accounts, ledger: LedgerDesk, enrolment: Enrolments, nodes: Nodes, pool: Pool
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self.accounts: Final = accounts
+        self.ledger: Final = ledger
+        self.enrolment: Final = enrolment
+        self.nodes: Final = nodes
+        self.pool: Final = pool
+
+    @classmethod
+    async def open(cls, settings: Settings, clock: Clock) -> Directory:
+        """Opens the books, making what a first start needs, and writes the operator's file.
+
+        Raises:
+            PotluckError: for a database, CA folder or catalogue that cannot be used, saying why.
+        """
+        catalogue = _offered(settings)
+        authority = CertificateAuthority.load_or_create(settings.certificate_authority_dir, clock.unix_ms())
+        store = Store(settings.database_url)
+        try:
+            store.migrate()
+            pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits)
+            await offer(store, catalogue)
+            first_version = await store.run(lambda work: work.state.advance(StateName.SNAPSHOT_VERSION)) * SNAPSHOT_VERSIONS_PER_START
+            board = SnapshotBoard(first_version)
+            accounts = Accounts(
+                store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits, key_was_revoked=board.forget_keys
+            )
+            ledger = LedgerDesk(store, clock, fee_basis_points=settings.fee_basis_points)
+            nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
+            enrolment = Enrolments(store, clock, authority, node_has_joined=nodes.refresh)
+            pool = Pool(pool_id=pool_id, store=store, board=board, authority=authority, ledger=ledger, nodes=nodes, clock=clock)
+            await nodes.refresh()
+            api_key = await operator_key(accounts, known_operator_key(settings.operator_file))
+            write_operator_file(settings.operator_file, local_url(settings), api_key)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store=store, clock=clock, accounts=accounts, ledger=ledger, enrolment=enrolment, nodes=nodes, pool=pool)
+
+    async def run_background(self) -> None:
+        """Settles overdue holds and books judged minutes, until cancelled."""
+        while True:
+            await asyncio.sleep(CHORES_SECONDS)
+            try:
+                await self.ledger.settle_expired(self._clock.unix_ms())
+                await self.nodes.judge_minutes()
+            except PotluckError as error:
+                _log.warning("chore_failed", code=error.code)
+
+    def close(self) -> None:
+        """Finishes what waits and lets go of the database."""
+        self._store.close()
+
+
+def _offered(settings: Settings) -> tuple[CatalogueEntry, ...]:
+    """The built-in models and the operator's, whose entries win over built-in ones of the same name."""
+    own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
+    named = {entry.model_id for entry in own}
+    return own + tuple(entry for entry in built_in_catalogue() if entry.model_id not in named)

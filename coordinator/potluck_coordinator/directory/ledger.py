@@ -1,0 +1,173 @@
+"""Money: carries out what `domain.ledger` decides, one commit for everything that was asked together.
+
+Decides nothing about amounts or repetition. Refusals are found out before anything is written, so one command's refusal never undoes
+another's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+
+from potluck_coordinator.domain import ledger, pricing
+from potluck_coordinator.domain.ledger import (
+    AuditReport,
+    Balance,
+    Hold,
+    HoldState,
+    LedgerAccountKind,
+    LedgerCommand,
+    LedgerOutcome,
+    MarkDelivered,
+    OpenHold,
+    SettleHold,
+    ledger_account_id,
+)
+from potluck_coordinator.ports import StatementLine
+from potluck_coordinator.storage.store import Store
+from potluck_coordinator.storage.unit_of_work import UnitOfWork
+from potluck_protocol.clock import Clock
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId
+
+STATEMENT_LINES_MAX: Final = 500
+CLAIM_ID_CHARACTERS_MAX: Final = 64
+REAPED_COUNT_MAX: Final = 256
+"""Holds settled in one commit, so that thousands of orphans do not keep a live request waiting."""
+
+_log = structlog.get_logger()
+
+
+class LedgerDesk:
+    """The desk `ports.Ledger`, and the reaper behind it.
+
+    Args:
+        store: the books.
+        clock: for dates.
+        fee_basis_points: the pool's share of each payment.
+    """
+
+    def __init__(self, store: Store, clock: Clock, *, fee_basis_points: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._fee_basis_points = fee_basis_points
+
+    async def apply(self, commands: Sequence[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
+        """As `ports.Ledger.apply`."""
+        return await self._store.run(self.work_for(commands))
+
+    def work_for(self, commands: Sequence[LedgerCommand]) -> Callable[[UnitOfWork], tuple[LedgerOutcome, ...]]:
+        """The commands as a unit of work, dated now."""
+        now_ms = self._clock.unix_ms()
+        return lambda work: tuple(self._apply(work, command, now_ms) for command in commands)
+
+    async def balance(self, account_id: AccountId) -> Balance:
+        """As `ports.Ledger.balance`; raises NOT_FOUND."""
+        return await self._store.run(lambda work: _balance(work, account_id))
+
+    async def statement(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:
+        """The newest lines, newest first; a limit of 0 means as many as there may be (`STATEMENT_LINES_MAX`). Raises NOT_FOUND."""
+        line_count = min(limit, STATEMENT_LINES_MAX) if limit > 0 else STATEMENT_LINES_MAX
+
+        def read(work: UnitOfWork) -> tuple[StatementLine, ...]:
+            _balance(work, account_id)
+            return work.ledger.lines_of(account_id, line_count)
+
+        return await self._store.run(read)
+
+    async def claim_earnings(self, account_id: AccountId, claim_id: str) -> int:
+        """As `ports.Ledger.claim_earnings`; raises NOT_FOUND, and INVALID_REQUEST for a claim id that is none."""
+        if not 1 <= len(claim_id) <= CLAIM_ID_CHARACTERS_MAX or not claim_id.isprintable():
+            raise PotluckError(
+                ErrorCode.INVALID_REQUEST, f"claim_id must have 1 to {CLAIM_ID_CHARACTERS_MAX} printable characters.", param="claim_id"
+            )
+        now_ms = self._clock.unix_ms()
+
+        def claim(work: UnitOfWork) -> int:
+            earned = _balance(work, account_id).earned_micro_credits
+            claimed = work.ledger.claimed(account_id, claim_id)
+            if claimed is not None:
+                return claimed
+            transaction = ledger.claim(account_id, claim_id, earned)
+            if transaction is not None:
+                work.ledger.post(transaction, now_ms)
+            work.ledger.keep_claim(account_id, claim_id, earned, now_ms)
+            return earned
+
+        return await self._store.run(claim)
+
+    async def audit(self) -> AuditReport:
+        """Derives every balance anew; what it finds is also logged."""
+        now_ms = self._clock.unix_ms()
+        report = await self._store.run(lambda work: work.audit.report(now_ms))
+        if report.findings:
+            _log.error("audit_found_broken_books", findings=report.findings)
+        return report
+
+    async def settle_expired(self, now_unix_ms: int) -> int:
+        """Settles open holds past their deadline at their delivered marks; how many there were."""
+        return await self._reap(lambda work: work.holds.overdue(now_unix_ms, REAPED_COUNT_MAX))
+
+    async def settle_orphans(self, before_epoch: int) -> int:
+        """As `settle_expired` for the holds of gateways before that epoch, which will not come back to settle them."""
+        return await self._reap(lambda work: work.holds.orphaned(before_epoch, REAPED_COUNT_MAX))
+
+    async def _reap(self, find: Callable[[UnitOfWork], tuple[Hold, ...]]) -> int:
+        def settle_some(work: UnitOfWork) -> int:
+            now_ms = self._clock.unix_ms()
+            holds = find(work)
+            for hold in holds:
+                self._close(work, hold, HoldState.EXPIRED, hold.delivered_micro_credits, now_ms)
+            return len(holds)
+
+        settled_count = 0
+        while reaped_count := await self._store.run(settle_some):
+            settled_count += reaped_count
+        if settled_count:
+            _log.info("holds_settled_for_absent_gateway", hold_count=settled_count)
+        return settled_count
+
+    def _apply(self, work: UnitOfWork, command: LedgerCommand, now_ms: int) -> LedgerOutcome:
+        hold = work.holds.get(command.hold_id)
+        outcome = ledger.judge(hold, command)
+        if outcome is not None:
+            return outcome
+        match command:
+            case OpenHold():
+                return _open(work, command, now_ms)
+            case MarkDelivered():
+                work.holds.mark(command.hold_id, command.amount_micro_credits)
+            case SettleHold():
+                assert hold is not None, "a settlement without a hold is refused by judge"
+                self._close(work, hold, HoldState.SETTLED, command.amount_micro_credits, now_ms)
+        return LedgerOutcome.APPLIED
+
+    def _close(self, work: UnitOfWork, hold: Hold, state: HoldState, amount_micro_credits: int, now_ms: int) -> None:
+        if not work.holds.close(hold.hold_id, state, amount_micro_credits, now_ms):
+            raise PotluckError(ErrorCode.INTERNAL_ERROR, f"Hold {hold.hold_id} was closed by another hand.")
+        # Freed before it is paid: the two together would overdraw the account for a moment, which the database refuses.
+        work.ledger.release(ledger_account_id(LedgerAccountKind.USER, hold.payer), hold.amount_micro_credits)
+        fee = pricing.fee(amount_micro_credits, self._fee_basis_points)
+        transaction = ledger.settlement(hold, amount_micro_credits, fee)
+        if transaction is not None:
+            work.ledger.post(transaction, now_ms)
+
+
+def _open(work: UnitOfWork, command: OpenHold, now_ms: int) -> LedgerOutcome:
+    if work.ledger.position(ledger_account_id(LedgerAccountKind.NODE_OWNER, command.payee)) is None:
+        return LedgerOutcome.CONFLICT
+    if not work.ledger.hold(ledger_account_id(LedgerAccountKind.USER, command.payer), command.amount_micro_credits):
+        return LedgerOutcome.INSUFFICIENT_CREDITS
+    work.holds.add(command, now_ms)
+    return LedgerOutcome.APPLIED
+
+
+def _balance(work: UnitOfWork, account_id: AccountId) -> Balance:
+    user = work.ledger.position(ledger_account_id(LedgerAccountKind.USER, account_id))
+    earned = work.ledger.position(ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id))
+    if user is None or earned is None:
+        raise PotluckError(ErrorCode.NOT_FOUND, f"There is no account {account_id}.", param="account_id")
+    posted, held = user
+    return Balance(account_id, available_micro_credits=posted - held, held_micro_credits=held, earned_micro_credits=earned[0])

@@ -1,0 +1,46 @@
+"""The file by which the command line on the coordinator's own machine acts as the operator.
+
+Decides its form and its permissions. It must not know whether the key in it is good.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from potluck_coordinator.settings import Settings
+
+
+def local_url(settings: Settings) -> str:
+    """Where this machine reaches the HTTP port."""
+    scheme = "http" if settings.http_tls_certificate is None else "https"
+    host = settings.public_host if scheme == "https" and settings.public_host else _loopback(settings.host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.http_port}"
+
+
+def known_operator_key(path: Path) -> str | None:
+    """The key in the file; None for no file, or none that can be understood."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    api_key = document.get("api_key") if isinstance(document, dict) else None
+    return api_key if isinstance(api_key, str) else None
+
+
+def write_operator_file(path: Path, url: str, api_key: str) -> None:
+    """Writes the file whole or not at all, readable by its owner only."""
+    draft = path.with_suffix(".draft")
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"url": url, "api_key": api_key}, file)
+        file.write("\n")
+    draft.replace(path)
+
+
+def _loopback(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound

@@ -1,0 +1,70 @@
+"""What gateways must know: leave to serve, and the newest snapshot.
+
+Decides only that a gateway which registers is the one gateway from then on: what earlier ones left open is settled first. It must not know
+what a gateway does with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from potluck_coordinator.ports import GatewayGrant
+from potluck_coordinator.storage.state import StateName
+
+if TYPE_CHECKING:
+    from potluck_coordinator.directory.board import SnapshotBoard
+    from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+    from potluck_coordinator.directory.ledger import LedgerDesk
+    from potluck_coordinator.directory.nodes import Nodes
+    from potluck_coordinator.ports import PoolSnapshot
+    from potluck_coordinator.storage.store import Store
+    from potluck_protocol.clock import Clock
+
+_log = structlog.get_logger()
+
+
+class Pool:
+    """The `PoolDesk`.
+
+    Args:
+        pool_id: this pool's name for itself.
+        store: for the gateway's epoch.
+        board: what gateways follow.
+        authority: signs the server's certificate.
+        ledger: settles what an earlier gateway left open.
+        nodes: hears that there is a new gateway.
+        clock: for the certificate's dates.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool_id: str,
+        store: Store,
+        board: SnapshotBoard,
+        authority: CertificateAuthority,
+        ledger: LedgerDesk,
+        nodes: Nodes,
+        clock: Clock,
+    ) -> None:
+        self._pool_id = pool_id
+        self._store = store
+        self._board = board
+        self._authority = authority
+        self._ledger = ledger
+        self._nodes = nodes
+        self._clock = clock
+
+    async def register_gateway(self) -> GatewayGrant:
+        """As `PoolDesk.register_gateway`."""
+        epoch = await self._store.run(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
+        settled_count = await self._ledger.settle_orphans(epoch)
+        self._nodes.gateway_started()
+        _log.info("gateway_registered", epoch=epoch, orphaned_holds_settled=settled_count)
+        return GatewayGrant(epoch, self._pool_id, self._authority.issue_server_certificate(self._clock.unix_ms()))
+
+    async def watch(self, known_version: int) -> PoolSnapshot:
+        """As `PoolDesk.watch`."""
+        return await self._board.wait(known_version)

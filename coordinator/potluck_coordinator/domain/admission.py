@@ -1,0 +1,79 @@
+"""Whether a request is dispatched, waits, or is refused, and what a refused client is told.
+
+Decides from slots and the length of the model's queue. It must not know tasks or sockets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from potluck_protocol.errors import ErrorCode
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """The queue's bounds, one queue per model."""
+
+    queue_length_max: int = 64
+    queue_wait_seconds_max: float = 30.0
+    retry_after_seconds_min: float = 1.0
+    retry_after_seconds_max: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoad:
+    """One model's position when a request for it arrives."""
+
+    usable_slot_count: int
+    """Slots of replicas that could take this request, busy or not."""
+    free_slot_count: int
+    queued_count: int
+    request_seconds_mean: float
+    """How long a request has held a slot lately."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Place it now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Queue it, for so long at most."""
+
+    wait_seconds_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the client to come back."""
+
+    code: ErrorCode
+    retry_after_seconds: float
+
+
+Admission = Dispatch | Wait | Refuse
+
+
+def drain_seconds(load: ModelLoad) -> float:
+    """How long until a request that joined the queue's end now would start, if requests keep their length."""
+    if load.usable_slot_count == 0:
+        return math.inf
+    return (load.queued_count + 1) * load.request_seconds_mean / load.usable_slot_count
+
+
+def retry_after_seconds(load: ModelLoad, limits: AdmissionLimits) -> float:
+    """What a refused client is told, between the limits' bounds."""
+    return min(max(drain_seconds(load), limits.retry_after_seconds_min), limits.retry_after_seconds_max)
+
+
+def admit(load: ModelLoad, limits: AdmissionLimits) -> Admission:
+    """Decides over one arriving request. Nobody overtakes the queue: a free slot belongs to whoever waits already."""
+    if load.usable_slot_count == 0:
+        return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
+    if load.free_slot_count > 0 and load.queued_count == 0:
+        return Dispatch()
+    if load.queued_count >= limits.queue_length_max:
+        return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(load, limits))
+    return Wait(limits.queue_wait_seconds_max)

@@ -1,0 +1,84 @@
+"""When a node counts as alive, suspect or gone.
+
+Decides from the times of its signs of life, all taken on the coordinator's own monotonic clock. It must not know links, frames or tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from potluck_protocol.values import NodeId
+
+
+class Liveness(StrEnum):
+    """What a node's silence means."""
+
+    FRESH = "fresh"
+    SUSPECT = "suspect"
+    """It keeps its lease and its attempts, and gets no new ones."""
+    LAPSED = "lapsed"
+    """Its lease is gone; its attempts have failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LivenessLimits:
+    """The numbers of DESIGN §9; both sides of the link hold the same lease."""
+
+    lease_ttl_seconds: float = 15.0
+    heartbeat_busy_seconds: float = 1.0
+    heartbeat_idle_seconds: float = 5.0
+    missed_heartbeats_suspect: int = 2
+    silent_attempt_seconds: float = 8.0
+    """An attempt on a suspect node that sent nothing for so long has failed, so that its client hears of it before the lease ends."""
+    link_grace_seconds: float = 1.5
+    """How long a broken link may take to come back before its attempts fail."""
+    mass_silence_share: float = 0.3
+    """If more of the nodes than this lapse at once, the coordinator is the likelier culprit and waits for another lease."""
+    mass_silence_count_min: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SignsOfLife:
+    """Monotonic seconds of what was last heard of one node."""
+
+    heartbeat_at: float
+    busy_since: float | None
+    """When it last went from idle to having attempts; from then on it owes a beat every `heartbeat_busy_seconds`."""
+
+
+def silence_seconds(signs: SignsOfLife, now: float) -> float:
+    """How long the node has owed a sign of life. Going busy starts the count anew: an idle node may rightly have been silent."""
+    return max(0.0, now - max(signs.heartbeat_at, signs.busy_since or signs.heartbeat_at))
+
+
+def liveness(signs: SignsOfLife, now: float, limits: LivenessLimits) -> Liveness:
+    """What the node's silence means at `now`. The lease itself counts from the last heartbeat, whatever the node was doing."""
+    if now - signs.heartbeat_at >= limits.lease_ttl_seconds:
+        return Liveness.LAPSED
+    period = limits.heartbeat_idle_seconds if signs.busy_since is None else limits.heartbeat_busy_seconds
+    if silence_seconds(signs, now) > (limits.missed_heartbeats_suspect + 0.5) * period:
+        return Liveness.SUSPECT
+    return Liveness.FRESH
+
+
+def attempt_is_silent(signs: SignsOfLife, chunk_at: float, now: float, limits: LivenessLimits) -> bool:
+    """Whether an attempt whose last chunk (or start) was at `chunk_at` is to be given up although the lease still stands."""
+    return now - chunk_at >= limits.silent_attempt_seconds and liveness(signs, now, limits) is not Liveness.FRESH
+
+
+def lapsed_nodes(nodes: Iterable[tuple[NodeId, SignsOfLife]], now: float, limits: LivenessLimits) -> frozenset[NodeId]:
+    """The nodes whose leases end now.
+
+    If too many would go at once, none does until a second lease time has passed: then the silence is real, wherever it comes from.
+    """
+    everyone = list(nodes)
+    lapsed = {node_id for node_id, signs in everyone if liveness(signs, now, limits) is Liveness.LAPSED}
+    if len(lapsed) < limits.mass_silence_count_min or len(lapsed) <= limits.mass_silence_share * len(everyone):
+        return frozenset(lapsed)
+    patience_seconds = 2 * limits.lease_ttl_seconds
+    return frozenset(node_id for node_id, signs in everyone if now - signs.heartbeat_at >= patience_seconds)

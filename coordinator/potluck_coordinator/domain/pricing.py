@@ -1,0 +1,54 @@
+"""What a request may cost at most, what it cost, and what the pool keeps of it.
+
+Decides every amount, always in whole micro-credits. It must not know holds or postings; whoever settles cuts a charge at its hold, for a
+node may claim counts that no request could have.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_protocol.values import Usage
+
+TEMPLATE_TOKENS_ALLOWANCE: Final = 256
+"""What a chat template may add to the prompt's own bytes: roles, separators and a default system message."""
+BASIS_POINTS: Final = 10_000
+
+
+def hold_amount(entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max: int | None, answer_count: int) -> int:
+    """The most that a request can cost, in micro-credits.
+
+    Args:
+        entry: the model's prices and context.
+        prompt_bytes: of the request; no tokenizer makes more tokens than there are bytes.
+        completion_tokens_max: as the client asked, for each answer; None asks for as many as fit.
+        answer_count: how many answers one prompt gets.
+    """
+    context = entry.context_length_tokens
+    prompt_tokens = min(max(0, prompt_bytes) + TEMPLATE_TOKENS_ALLOWANCE, context)
+    completion_tokens = context if completion_tokens_max is None else min(max(0, completion_tokens_max), context)
+    return (
+        prompt_tokens * entry.prompt_price_micro_credits + completion_tokens * max(1, answer_count) * entry.completion_price_micro_credits
+    )
+
+
+def charge(entry: CatalogueEntry, usage: Usage) -> int:
+    """What a whole answer cost by the engine's counts; a count below zero, which only a lying node sends, counts as none."""
+    return (
+        max(0, usage.prompt_token_count) * entry.prompt_price_micro_credits
+        + max(0, usage.completion_token_count) * entry.completion_price_micro_credits
+    )
+
+
+def charge_for_relayed(entry: CatalogueEntry, completion_tokens: int) -> int:
+    """What a broken stream cost: the tokens that were relayed. The prompt is free, for no count of it arrived."""
+    return max(0, completion_tokens) * entry.completion_price_micro_credits
+
+
+def fee(amount_micro_credits: int, fee_basis_points: int) -> int:
+    """The pool's share of an amount, rounded down in the payee's favour; raises ValueError for a rate outside 0 to 10,000."""
+    if not 0 <= fee_basis_points <= BASIS_POINTS:
+        raise ValueError(f"fee_basis_points is from 0 to {BASIS_POINTS}, not {fee_basis_points}")
+    return amount_micro_credits * fee_basis_points // BASIS_POINTS

@@ -1,0 +1,148 @@
+"""One answer: the relayed bytes of an attempt, metered, and paid for exactly once.
+
+Decides when the attempt is over and what it came to, by the engine's own usage record where the answer is complete and by what was relayed
+where it is not. It must not know who reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
+from potluck_coordinator.domain.pricing import charge, charge_for_relayed
+from potluck_coordinator.gateway.openai_errors import engine_error
+from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.gateway.ledger_writer import LedgerWriter
+    from potluck_coordinator.gateway.relay import Relay
+    from potluck_coordinator.gateway.requests import InferenceRequest
+    from potluck_protocol.values import AttemptId, NodeId, RequestId, Usage
+
+_log = structlog.get_logger()
+
+ERROR_BODY_BYTES_MAX: Final = 64 * 1024
+DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
+HTTP_ERROR_MIN: Final = 400
+
+
+class Answer:
+    """What an edge reads. Every answer is closed, whatever happens to it.
+
+    Args:
+        request: what was asked.
+        entry: the model, with its prices.
+        node_id: who answers.
+        relay: the bytes.
+        hold_micro_credits: the most it can cost.
+        hold: becomes the outcome of opening the hold.
+        ledger: where the settlement goes.
+        release: gives the slot back; called once.
+    """
+
+    def __init__(
+        self,
+        *,
+        request: InferenceRequest,
+        entry: CatalogueEntry,
+        node_id: NodeId,
+        relay: Relay,
+        hold_micro_credits: int,
+        hold: asyncio.Future[LedgerOutcome],
+        ledger: LedgerWriter,
+        release: Callable[[], None],
+    ) -> None:
+        self._request = request
+        self._entry = entry
+        self._relay = relay
+        self._hold_micro_credits = hold_micro_credits
+        self._hold = hold
+        self._ledger = ledger
+        self._release = release
+        self._watcher = UsageWatcher(keep_usage_event=request.include_usage)
+        self._document: list[bytes] = []
+        self._complete = False
+        self._closed = False
+        self.node_id = node_id
+        self.content_type = ""
+        self.usage: Usage | None = None
+        self.charge_micro_credits = 0
+        self.marked_micro_credits = 0
+
+    @property
+    def request_id(self) -> RequestId:
+        """The request answered."""
+        return self._request.request_id
+
+    @property
+    def attempt_id(self) -> AttemptId:
+        """The attempt that answers it."""
+        return self._relay.attempt_id
+
+    async def open(self) -> None:
+        """Waits until the engine has begun a good answer and the hold stands.
+
+        Raises:
+            PotluckError: what became of the attempt instead, INSUFFICIENT_CREDITS, or the engine's own refusal.
+        """
+        head = await self._relay.wait_for_head()
+        if await self._hold is not LedgerOutcome.APPLIED:
+            raise PotluckError(ErrorCode.INSUFFICIENT_CREDITS)
+        if head.http_status >= HTTP_ERROR_MIN:
+            raise engine_error(head.http_status, await self._error_body())
+        self.content_type = head.content_type
+
+    async def next_data(self) -> bytes | None:
+        """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off."""
+        while True:
+            data = await self._relay.next_data()
+            if data is None:
+                self._complete = True
+                await self.close()
+                return None
+            if not self._request.stream:
+                self._keep_document(data)
+                return data
+            passed = self._watcher.feed(data)
+            if passed:
+                return passed
+
+    def charge_so_far(self) -> int:
+        """Micro-credits for what has been relayed."""
+        if self._complete and self.usage is not None:
+            return min(charge(self._entry, self.usage), self._hold_micro_credits)
+        token_count = self._watcher.token_count if self._request.stream else 0
+        return min(charge_for_relayed(self._entry, token_count), self._hold_micro_credits)
+
+    def fail(self, error: PotluckError) -> None:
+        """Breaks the answer off from this side."""
+        self._relay.fail(error)
+
+    async def close(self) -> None:
+        """Ends the attempt if it is not over, gives the slot back and settles what was relayed. Again is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._release()
+        self.usage = self._watcher.usage if self._request.stream else usage_of_document(b"".join(self._document))
+        self.charge_micro_credits = self.charge_so_far()
+        if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
+            self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits))
+
+    def _keep_document(self, data: bytes) -> None:
+        self._document.append(data)
+        if self._relay.received_bytes > DOCUMENT_BYTES_MAX:
+            raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine's answer is too large.")
+
+    async def _error_body(self) -> bytes:
+        body = b""
+        while len(body) < ERROR_BODY_BYTES_MAX and (data := await self._relay.next_data()) is not None:
+            body += data
+        return body

@@ -1,0 +1,207 @@
+"""The gateway's composition root: three ports, the links and the request path, wired together and kept going.
+
+Decides the order of starting and stopping, and nothing else. Everything it needs to know of the pool comes from the directory: leave to
+serve when it starts, then one snapshot after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from potluck_coordinator.domain.admission import AdmissionLimits
+from potluck_coordinator.domain.nodes import LivenessLimits
+from potluck_coordinator.gateway.account_servicer import AccountServicer
+from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
+from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
+from potluck_coordinator.gateway.http_server import HttpServer
+from potluck_coordinator.gateway.inference_servicer import InferenceServicer
+from potluck_coordinator.gateway.interceptors import CallInterceptor, authenticate_node
+from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.ledger_writer import LedgerWriter
+from potluck_coordinator.gateway.link_server import LinkServicer
+from potluck_coordinator.gateway.links import Links
+from potluck_coordinator.gateway.pool_servicer import PoolServicer
+from potluck_coordinator.gateway.requests import RequestLimits, RequestService
+from potluck_coordinator.metrics import Metrics, PoolReading
+from potluck_coordinator.ports import DirectoryPort, GatewayGrant, PoolSnapshot
+from potluck_coordinator.settings import Settings
+from potluck_protocol.clock import Clock
+from potluck_protocol.connection import ConnectionDocument
+from potluck_protocol.errors import PotluckError
+from potluck_protocol.values import AttemptId
+from potluck_protocol.version import PROTOCOL_VERSION
+
+_log = structlog.get_logger()
+
+TICK_SECONDS: Final = 0.25
+REPORT_SECONDS: Final = 1.0
+RETRY_SECONDS: Final = 0.5
+DRAIN_SECONDS_MAX: Final = 3.0
+
+
+def liveness_limits(settings: Settings) -> LivenessLimits:
+    """The lease and its companions as the operator set them."""
+    return LivenessLimits(
+        lease_ttl_seconds=settings.lease_ttl_ms / 1000,
+        heartbeat_busy_seconds=settings.heartbeat_busy_ms / 1000,
+        heartbeat_idle_seconds=settings.heartbeat_idle_ms / 1000,
+        link_grace_seconds=settings.link_grace_ms / 1000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """The ports that a gateway serves."""
+
+    http_port: int
+    grpc_port: int
+    link_port: int
+
+
+class Gateway:
+    """One data-plane process.
+
+    Args:
+        settings: the operator's.
+        directory: where the pool's state is.
+        clock: for leases, deadlines and dates.
+    """
+
+    def __init__(self, settings: Settings, directory: DirectoryPort, clock: Clock) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._clock = clock
+        self._metrics = Metrics()
+        self._snapshot = PoolSnapshot(0, {}, {}, frozenset(), 0)
+        self._links = Links(directory, liveness_limits(settings), clock, self._serve_queues)
+        self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
+        self._keys = KeyCache(directory.accounts.authenticate, lambda: self._snapshot.key_generation, clock)
+        self._requests: RequestService | None = None
+        self._ports: list[GrpcServer] = []
+        self._http: HttpServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def requests(self) -> RequestService:
+        """The request path of a started gateway."""
+        assert self._requests is not None, "start comes first"
+        return self._requests
+
+    async def start(self) -> Endpoints:
+        """Registers with the directory, learns the pool, and serves. Raises PotluckError if a port cannot be had."""
+        grant = await self._directory.pool.register_gateway()
+        self._take(await self._directory.pool.watch(0))
+        requests = self._requests = RequestService(
+            links=self._links,
+            ledger=self._ledger,
+            catalogue=lambda: self._snapshot.models,
+            limits=RequestLimits(AdmissionLimits(self._settings.queue_length_max, self._settings.queue_deadline_seconds)),
+            clock=self._clock,
+            draw=random.random,
+            new_attempt_id=lambda: AttemptId(f"att_{secrets.token_hex(8)}"),
+            gateway_epoch=grant.epoch,
+        )
+        self._metrics.watch_pool(lambda: self._reading(requests))
+        self._tasks = [
+            asyncio.ensure_future(work)
+            for work in (
+                self._ledger.run(),
+                self._watch(),
+                _every(TICK_SECONDS, self._tick),
+                _every(REPORT_SECONDS, self._report),
+            )
+        ]
+        endpoints = await self._serve(grant, requests)
+        _log.info("gateway_serving", epoch=grant.epoch, pool_id=grant.pool_id)
+        return endpoints
+
+    async def stop(self) -> None:
+        """Ends answers with an error, says goodbye to the nodes, hands the last settlements over and closes the ports."""
+        if self._requests is not None:
+            await self._requests.stop()
+        await self._links.stop()
+        if self._http is not None:
+            await self._http.stop()
+        for port in self._ports:
+            await port.stop(grace_seconds=0.5)
+        if not await self._ledger.drain(DRAIN_SECONDS_MAX):
+            _log.error("ledger_not_drained", meaning="open holds are settled at their last mark by the next start")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, grant: GatewayGrant, requests: RequestService) -> Endpoints:
+        settings = self._settings
+        interceptor = CallInterceptor(self._keys, lambda: self._links.revoked_node_ids, self._clock)
+        people = build_grpc_server(
+            grant,
+            interceptor,
+            enrolment=EnrolmentServicer(self._directory.enrolment),
+            inference=InferenceServicer(requests),
+            account=AccountServicer(self._directory.accounts, self._directory.ledger),
+            pool=PoolServicer(self._directory.nodes),
+        )
+        nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, authenticate_node, self._clock))
+        self._ports = [people, nodes]
+        grpc_port = await people.start(settings.host, settings.grpc_port)
+        link_port = await nodes.start(settings.host, settings.link_port)
+        document = ConnectionDocument(
+            PROTOCOL_VERSION, grant.pool_id, grpc_port, link_port, settings.public_host, grant.server.ca_certificate_pem
+        )
+        self._http = HttpServer(
+            requests,
+            self._keys,
+            document.to_json(),
+            self._metrics,
+            self._clock,
+            tls_certificate=settings.http_tls_certificate,
+            tls_key=settings.http_tls_key,
+        )
+        http_port = await self._http.start(settings.host, settings.http_port)
+        return Endpoints(http_port, grpc_port, link_port)
+
+    async def _watch(self) -> None:
+        """Follows the directory's snapshots for ever; while it is away, the last one holds."""
+        while True:
+            try:
+                self._take(await self._directory.pool.watch(self._snapshot.version))
+            except PotluckError as error:
+                _log.warning("directory_unreachable", code=error.code)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _reading(self, requests: RequestService) -> PoolReading:
+        queued = {model_id: requests.queued_count(model_id) for model_id in self._snapshot.models}
+        return PoolReading(queued, len(self._links), requests.in_flight_count)
+
+    def _take(self, snapshot: PoolSnapshot) -> None:
+        self._snapshot = snapshot
+        self._links.take_snapshot(snapshot)
+
+    def _serve_queues(self) -> None:
+        if self._requests is not None:
+            self._requests.serve_queues()
+
+    async def _tick(self) -> None:
+        self._links.tick()
+        self._serve_queues()
+
+    async def _report(self) -> None:
+        self.requests.mark_delivered()
+        await self._links.report()
+
+
+async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Repeats the work until cancelled; a failure costs that one turn."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except PotluckError as error:
+            _log.warning("periodic_work_failed", code=error.code)

@@ -1,0 +1,190 @@
+"""One HTTP request and its answer, over ASGI.
+
+Decides how a body is read within bounds and how an answer, a stream or a failure is written. It must not know routes, models or money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any, Final, TypeAlias
+
+from potluck_coordinator.gateway.openai_errors import error_event, http_error
+from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX, too_large
+from potluck_protocol.clock import Clock
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.metadata import REQUEST_ID
+from potluck_protocol.values import RequestId
+
+BODY_SECONDS_MAX: Final = 30.0
+"""How long a body may take to arrive."""
+STALL_SECONDS_MAX: Final = 60.0
+"""A client that takes no byte for so long, with bytes waiting for it, is gone: it would hold an engine's slot for ever."""
+CLIENT_GONE_STATUS: Final = 499
+ABORT_EXTENSION: Final = "potluck.abort"
+"""Where the server leaves a function in the scope that drops the connection."""
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_STREAM_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Otherwise nginx collects the answer before it hands it on.
+    (b"x-accel-buffering", b"no"),
+)
+
+Header: TypeAlias = tuple[bytes, bytes]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+
+class ClientGoneError(Exception):
+    """Whoever asked has hung up."""
+
+
+class Exchange:
+    """What a route reads from and writes to.
+
+    Args:
+        scope: ASGI's description of the request.
+        receive: ASGI's.
+        send: ASGI's.
+        clock: for durations.
+    """
+
+    def __init__(self, scope: Message, receive: Receive, send: Send, clock: Clock) -> None:
+        self._receive = receive
+        self._send = send
+        self._clock = clock
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
+        self._sending = False
+        self._piece_count = 0
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.started_at = clock.monotonic_seconds()
+        self.request_id = self._read_request_id()
+        self.status = 0
+        """0 until an answer has begun."""
+        self.failure: ErrorCode | None = None
+        self.streaming = False
+        self.sent_bytes = 0
+        self.first_byte_seconds: float | None = None
+        """From arrival to the answer's first byte."""
+
+    @property
+    def seconds(self) -> float:
+        """Since the request came."""
+        return self._clock.monotonic_seconds() - self.started_at
+
+    def header(self, name: bytes) -> str | None:
+        """A header of the request, by lower-case name."""
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    async def read_body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            PotluckError: REQUEST_TOO_LARGE as soon as that is known; INVALID_REQUEST for a body that does not arrive in time.
+            ClientGoneError: the client hung up before it was all there.
+        """
+        declared = self._headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
+            raise too_large()
+        pieces: list[bytes] = []
+        size_bytes = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    pieces.append(message.get("body", b""))
+                    size_bytes += len(pieces[-1])
+                    if size_bytes > BODY_BYTES_MAX:
+                        raise too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+        except TimeoutError:
+            raise PotluckError(ErrorCode.INVALID_REQUEST, f"The request body did not arrive within {BODY_SECONDS_MAX:.0f} s.") from None
+
+    async def wait_until_gone(self) -> None:
+        """Returns when the client has hung up, or has stopped reading for `STALL_SECONDS_MAX`. For use once the body is read."""
+        stalled_at_piece = -1
+        while True:
+            try:
+                async with asyncio.timeout(STALL_SECONDS_MAX):
+                    message = await self._receive()
+            except TimeoutError:
+                if self._sending and stalled_at_piece == self._piece_count:
+                    return
+                stalled_at_piece = self._piece_count if self._sending else -1
+            else:
+                if message["type"] == "http.disconnect":
+                    return
+
+    async def reply(self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = ()) -> None:
+        """The whole answer at once."""
+        length = b"%d" % len(body)
+        await self._start(status, ((b"content-type", content_type), (b"content-length", length), *headers))
+        await self._piece(body, more=False)
+
+    async def reply_json(self, body: bytes, headers: Iterable[Header] = ()) -> None:
+        """A good answer that is one JSON document."""
+        await self.reply(200, b"application/json", body, headers)
+
+    async def begin_stream(self, headers: Iterable[Header] = ()) -> None:
+        """The head of a stream of server-sent events."""
+        self.streaming = True
+        await self._start(200, (*_STREAM_HEADERS, *headers))
+
+    async def send_piece(self, data: bytes) -> None:
+        """The next part of a stream; returns when the connection takes more."""
+        await self._piece(data, more=True)
+
+    async def end_stream(self) -> None:
+        """A stream's regular end."""
+        await self._piece(b"", more=False)
+
+    async def fail(self, error: PotluckError, headers: Iterable[Header] = (), *, billed: bool = False) -> None:
+        """The error answer; in a stream that has begun, the event that says so, with no `[DONE]` behind it."""
+        self.failure = error.code
+        if self.streaming:
+            await self._piece(error_event(error), more=False)
+            return
+        answer = http_error(error, billed=billed)
+        await self._start(answer.status, (*answer.headers, (b"content-length", b"%d" % len(answer.body)), *headers))
+        await self._piece(answer.body, more=False)
+
+    async def hang_up(self) -> None:
+        """Drops the connection with whatever still waits in it: nobody reads it."""
+        self.failure = ErrorCode.CANCELLED
+        if self._abort is not None:
+            self._abort()
+            await asyncio.sleep(0)  # the connection's end is told in the loop's next turn
+
+    async def _start(self, status: int, headers: Iterable[Header]) -> None:
+        self.status = status
+        common = (
+            (REQUEST_ID.encode(), self.request_id.encode()),
+            (b"openai-processing-ms", b"%d" % round(self.seconds * 1000)),
+        )
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common]})
+
+    async def _piece(self, data: bytes, *, more: bool) -> None:
+        self._sending = True
+        if self.first_byte_seconds is None:
+            self.first_byte_seconds = self.seconds
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._sending = False
+        self._piece_count += 1
+        self.sent_bytes += len(data)
+
+    def _read_request_id(self) -> RequestId:
+        offered = self.header(REQUEST_ID.encode())
+        if offered is not None and _REQUEST_ID.match(offered):
+            return RequestId(offered)
+        return RequestId(f"req_{secrets.token_hex(12)}")

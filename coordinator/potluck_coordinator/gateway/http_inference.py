@@ -1,0 +1,151 @@
+"""The HTTP edge of one inference request: body in, answer out, and an eye on whether anyone still waits for it.
+
+Decides when the head of an answer goes out (with its first bytes, so that a failure before them still has its own status) and what a client
+sees when an answer breaks off. It must not know nodes, queues or prices; those are behind `Requests`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Final, Protocol
+
+from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Header
+from potluck_coordinator.gateway.openai_request import parse_request
+from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
+from potluck_coordinator.metrics import Metrics
+from potluck_coordinator.ports import KeyIdentity
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.metadata import COST_HEADER, NODE_HEADER
+from potluck_protocol.values import Endpoint, ModelId, NodeId, Usage
+
+DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
+"""The largest unstreamed answer; it is collected before its head goes out."""
+
+
+class InferenceAnswer(Protocol):
+    """What this edge needs of `gateway.answer.Answer`."""
+
+    @property
+    def node_id(self) -> NodeId: ...
+    @property
+    def usage(self) -> Usage | None: ...
+    @property
+    def charge_micro_credits(self) -> int: ...
+    async def next_data(self) -> bytes | None: ...
+    async def close(self) -> None: ...
+
+
+class Requests(Protocol):
+    """What this edge needs of `gateway.requests.RequestService`."""
+
+    async def begin(self, request: InferenceRequest) -> InferenceAnswer: ...
+    def models(self) -> tuple[ModelView, ...]: ...
+
+
+class InferenceExchange:
+    """Serves one request.
+
+    Args:
+        exchange: where it came from and where its answer goes.
+        requests: who answers.
+        metrics: told once, at the end.
+    """
+
+    def __init__(self, exchange: Exchange, requests: Requests, metrics: Metrics) -> None:
+        self._exchange = exchange
+        self._requests = requests
+        self._metrics = metrics
+        self._answer: InferenceAnswer | None = None
+        self.model_id: ModelId | None = None
+
+    @property
+    def node_id(self) -> NodeId | None:
+        """Who answered."""
+        return None if self._answer is None else self._answer.node_id
+
+    @property
+    def usage(self) -> Usage | None:
+        """Final once `serve` is over."""
+        return None if self._answer is None else self._answer.usage
+
+    @property
+    def charge_micro_credits(self) -> int:
+        """Final once `serve` is over."""
+        return 0 if self._answer is None else self._answer.charge_micro_credits
+
+    async def serve(self, endpoint: Endpoint, identity: KeyIdentity) -> None:
+        """Answers it, or fails it.
+
+        Raises:
+            PotluckError: refused before anything was asked of the pool.
+            ClientGoneError: nobody waits any more; the attempt is cancelled.
+        """
+        body = await self._exchange.read_body()
+        request = parse_request(endpoint, body, self._exchange.request_id, identity.account_id)
+        self.model_id = request.model_id
+        work = asyncio.ensure_future(self._work(request))
+        gone = asyncio.ensure_future(self._exchange.wait_until_gone())
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientGoneError
+            await self._fail_if_broken(work)
+        finally:
+            gone.cancel()
+            work.cancel()
+            with suppress(asyncio.CancelledError, PotluckError):
+                await work
+            await self._close()
+
+    async def _work(self, request: InferenceRequest) -> None:
+        self._answer = await self._requests.begin(request)
+        if request.stream:
+            await self._relay(self._answer)
+        else:
+            await self._collect(self._answer)
+
+    async def _relay(self, answer: InferenceAnswer) -> None:
+        """The hot path: one write for whatever has arrived."""
+        data = await answer.next_data()
+        await self._exchange.begin_stream(self._node_header(answer))
+        while data is not None:
+            await self._exchange.send_piece(data)
+            data = await answer.next_data()
+        await self._exchange.end_stream()
+
+    async def _collect(self, answer: InferenceAnswer) -> None:
+        pieces: list[bytes] = []
+        size_bytes = 0
+        while (data := await answer.next_data()) is not None:
+            pieces.append(data)
+            size_bytes += len(data)
+            if size_bytes > DOCUMENT_BYTES_MAX:
+                raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine's answer is too large.")
+        await answer.close()
+        cost = (COST_HEADER.encode(), b"%d" % answer.charge_micro_credits)
+        await self._exchange.reply_json(b"".join(pieces), (*self._node_header(answer), cost))
+
+    async def _fail_if_broken(self, work: asyncio.Future[None]) -> None:
+        """Writes the failure of an answer, knowing whether it cost something."""
+        error = work.exception()
+        if error is None:
+            return
+        await self._close()
+        if not isinstance(error, PotluckError):
+            raise error
+        await self._exchange.fail(error, billed=self.charge_micro_credits > 0)
+
+    async def _close(self) -> None:
+        """Ends the answer, which settles it; again is harmless."""
+        if self._answer is not None:
+            await self._answer.close()
+
+    def observe(self) -> None:
+        """Counts the answer, if there was one."""
+        if self._answer is not None and self.model_id is not None:
+            self._metrics.observe_answer(self.model_id, self.usage, self._exchange.sent_bytes, self._exchange.first_byte_seconds)
+
+    @staticmethod
+    def _node_header(answer: InferenceAnswer) -> tuple[Header, ...]:
+        return ((NODE_HEADER.encode(), answer.node_id.encode()),)

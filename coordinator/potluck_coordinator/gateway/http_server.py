@@ -1,0 +1,190 @@
+"""The http port: uvicorn inside a loop that belongs to somebody else, with bounds on what a connection may do before it is a request.
+
+Decides how the port is bound, secured and bounded. It must not know what the routes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from potluck_coordinator.gateway.http_exchange import ABORT_EXTENSION
+from potluck_coordinator.gateway.http_inference import Requests
+from potluck_coordinator.gateway.http_routes import HttpRoutes
+from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.openai_errors import error_body
+from potluck_coordinator.metrics import Metrics
+from potluck_protocol.clock import Clock
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+BIND_SECONDS_MAX: Final = 10.0
+"""A gateway that was killed may hold its port for as long as its successor needs to start."""
+BIND_RETRY_SECONDS: Final = 0.2
+CONNECTIONS_MAX: Final = 4096
+HEAD_BYTES_MAX: Final = 64 * 1024
+HEAD_SECONDS_MAX: Final = 15.0
+"""From a connection's start, or a request's first byte, to the end of its headers."""
+IDLE_SECONDS_MAX: Final = 75
+"""An open connection may wait so long for its next request; longer than the proxies in front, so that they are the ones to close."""
+UNREAD_BODY_BYTES_MAX: Final = 32 * 1024 * 1024
+"""What a client may go on sending after it was refused: closing at once would lose it the refusal."""
+BACKLOG: Final = 1024
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which has no bound of its own on headers: neither their size nor their time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._reading_head = True
+        self._head_bytes = 0
+        self._unread_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_SECONDS_MAX, transport.close)
+        if len(self.connections) > CONNECTIONS_MAX:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._reading_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+                self.send_400_response("The request's headers are too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
+        self._reading_head, self._head_bytes, self._unread_bytes = True, 0, 0
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}
+
+    def on_headers_complete(self) -> None:
+        self._head_timer.cancel()
+        self._reading_head = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self.cycle.response_complete:
+            self._unread_bytes += len(body)
+            if self._unread_bytes > UNREAD_BODY_BYTES_MAX:
+                self.transport.close()
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """A request that is not HTTP, refused in the same shape as everything else."""
+        body = error_body(PotluckError(ErrorCode.INVALID_REQUEST, msg))
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % len(body) + body)
+        self.transport.close()
+
+
+class _EmbeddedServer(uvicorn.Server):
+    """Leaves the process's signals to the process."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class HttpServer:
+    """Serves the http port.
+
+    Args:
+        requests: serves inference and lists models.
+        keys: whose API key it is.
+        connection_document: the JSON of `/pool/v1/connection`.
+        metrics: counts, and is shown.
+        clock: for durations.
+        tls_certificate: PEM chain; None where a proxy in front does TLS or everything is on one machine.
+        tls_key: its key.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        keys: KeyCache,
+        connection_document: bytes,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        tls_certificate: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        self._routes = HttpRoutes(requests, keys, connection_document, metrics, clock)
+        self._tls_certificate = tls_certificate
+        self._tls_key = tls_key
+        self._server: _EmbeddedServer | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Serves on the port (0: any free one) and returns its number.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE if the address cannot be had within 10 s, naming the reason.
+        """
+        listener = await _bind(host, port)
+        self._server = _EmbeddedServer(self._config())
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
+        while not self._server.started:
+            if self._serving.done():
+                listener.close()
+                self._serving.result()
+            await asyncio.sleep(0.005)
+        return int(listener.getsockname()[1])
+
+    async def stop(self, grace_seconds: float = 5.0) -> None:
+        """Takes no new connections and ends requests still running after the grace."""
+        if self._server is None or self._serving is None:
+            return
+        self._server.config.timeout_graceful_shutdown = max(1, round(grace_seconds))
+        self._server.should_exit = True
+        await self._serving
+        self._server = self._serving = None
+
+    def _config(self) -> uvicorn.Config:
+        application: Any = self._routes
+        return uvicorn.Config(
+            application,
+            http=_BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_config=None,
+            log_level="error",
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=IDLE_SECONDS_MAX,
+            backlog=BACKLOG,
+            ssl_certfile=self._tls_certificate,
+            ssl_keyfile=self._tls_key,
+        )
+
+
+async def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket; tries again while a dying predecessor holds the port. Both loops set TCP_NODELAY on what it accepts."""
+    reason = "another process holds the port"
+    for _ in range(round(BIND_SECONDS_MAX / BIND_RETRY_SECONDS)):
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                break
+        await asyncio.sleep(BIND_RETRY_SECONDS)
+    message = f"Cannot listen on {host}:{port}: {reason}. Free it or choose another with --http-port."
+    raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, message)

@@ -1,0 +1,67 @@
+"""Requests by gRPC: the SDK's edge of the request service.
+
+Decides nothing: it reads a message into the one request both edges share, and writes what the answer yields. Like the HTTP edge it must
+not know nodes or money.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from potluck_coordinator.gateway.interceptors import caller, current_call
+from potluck_coordinator.gateway.openai_request import parse_request
+from potluck_coordinator.gateway.requests import ModelView, RequestService
+from potluck_protocol import codec
+from potluck_protocol.v1 import inference_pb2, inference_pb2_grpc
+from potluck_protocol.values import Usage
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Serves `InferenceService`."""
+
+    def __init__(self, requests: RequestService) -> None:
+        self._requests = requests
+
+    async def Generate(  # noqa: N802 - the contract's name
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """One request: where it runs, its bytes, and, after a complete answer only, what it came to."""
+        del context
+        endpoint = codec.endpoint_from_number(request.endpoint)
+        inference = parse_request(endpoint, request.body_json, current_call().request_id, caller().account_id)
+        answer = await self._requests.begin(inference)
+        try:
+            placed = inference_pb2.Placed(request_id=inference.request_id, node_id=answer.node_id, model_id=inference.model_id)
+            yield inference_pb2.GenerateResponse(placed=placed)
+            while (data := await answer.next_data()) is not None:
+                yield inference_pb2.GenerateResponse(data=data)
+            usage = codec.usage_message(answer.usage or Usage())
+            finished = inference_pb2.Finished(usage=usage, charge_micro_credits=answer.charge_micro_credits)
+            yield inference_pb2.GenerateResponse(finished=finished)
+        finally:
+            # Also when the client has gone: before the end this frees the engine and settles what was relayed.
+            await answer.close()
+
+    async def ListModels(  # noqa: N802 - the contract's name
+        self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.ListModelsResponse:
+        """The catalogue, with what is ready now."""
+        del request, context
+        return inference_pb2.ListModelsResponse(models=[_model_message(view) for view in self._requests.models()])
+
+
+def _model_message(view: ModelView) -> inference_pb2.Model:
+    entry = view.entry
+    return inference_pb2.Model(
+        model_id=entry.model_id,
+        context_length_tokens=entry.context_length_tokens,
+        prompt_price_micro_credits_per_token=entry.prompt_price_micro_credits,
+        completion_price_micro_credits_per_token=entry.completion_price_micro_credits,
+        ready_replica_count=view.ready_replica_count,
+        created_at_unix_seconds=entry.created_at_unix_seconds,
+        licence=entry.licence,
+        endpoints=[codec.ENDPOINT_NUMBER[endpoint] for endpoint in entry.endpoints],
+    )

@@ -1,0 +1,182 @@
+"""All sessions of this gateway: who is in, who resumes, whose lease has ended.
+
+Decides when a session begins, goes on over a new link, and ends, by asking `domain.nodes`. It must not know requests: what waits for a slot
+is told through `on_change`, what was running hears of its end through its relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from potluck_coordinator.domain.nodes import attempt_is_silent, lapsed_nodes
+from potluck_coordinator.gateway.sessions import NodeSession, Outbox
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import GoodbyeReason, NodeId, Welcome
+from potluck_protocol.version import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from potluck_coordinator.domain.nodes import LivenessLimits
+    from potluck_coordinator.domain.placement import ReplicaView
+    from potluck_coordinator.ports import DirectoryPort, PoolSnapshot
+    from potluck_protocol.clock import Clock
+    from potluck_protocol.values import Hello, ModelId
+
+_log = structlog.get_logger()
+
+
+class Links:
+    """The connected nodes.
+
+    Args:
+        directory: grants epochs, hears of ends and of uptime.
+        limits: the lease and its companions.
+        clock: whose monotonic seconds leases are counted in.
+        on_change: called whenever a replica may have become usable.
+    """
+
+    def __init__(self, directory: DirectoryPort, limits: LivenessLimits, clock: Clock, on_change: Callable[[], None]) -> None:
+        self._directory = directory
+        self._limits = limits
+        self._clock = clock
+        self._on_change = on_change
+        self._sessions: dict[NodeId, NodeSession] = {}
+        self._opening: dict[NodeId, asyncio.Lock] = {}
+        self._revoked: frozenset[NodeId] = frozenset()
+        self._closings: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def sessions(self) -> tuple[NodeSession, ...]:
+        """Everyone who is in."""
+        return tuple(self._sessions.values())
+
+    @property
+    def revoked_node_ids(self) -> frozenset[NodeId]:
+        """Whom the link port turns away."""
+        return self._revoked
+
+    @property
+    def lease_ttl_ms(self) -> int:
+        """What each renewal grants."""
+        return int(self._limits.lease_ttl_seconds * 1000)
+
+    def node_changed(self) -> None:
+        """A node's word may have made a replica usable."""
+        self._on_change()
+
+    def session(self, node_id: NodeId) -> NodeSession | None:
+        """The node's session, if it has one."""
+        return self._sessions.get(node_id)
+
+    def replicas(self, model_id: ModelId) -> Iterator[ReplicaView]:
+        """Every replica of the model on a connected node."""
+        for session in self._sessions.values():
+            yield from session.replica_views(model_id)
+
+    async def connect(self, hello: Hello) -> tuple[NodeSession, Outbox, Welcome]:
+        """Begins the node's session, or goes on with it over a new link.
+
+        Raises:
+            PotluckError: INVALID_CERTIFICATE from the directory for a node that may not serve.
+        """
+        async with self._opening.setdefault(hello.node_id, asyncio.Lock()):
+            session = self._sessions.get(hello.node_id)
+            if session is not None and session.session_id != hello.session_id:
+                # The agent was started anew: what ran in the old process is lost, whatever its lease says.
+                self.close(session, None, GoodbyeReason.REPLACED)
+                session = None
+            if session is None:
+                grant = await self._directory.nodes.open_session(hello)
+                session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
+                _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
+            elif session.outbox is not None:
+                session.outbox.close(GoodbyeReason.REPLACED, "A newer link of this node took over.")
+            outbox = Outbox()
+            session.connect(hello, outbox, self._clock.monotonic_seconds())
+        session.restart_missing(frozenset(hello.in_flight))
+        self._on_change()
+        return session, outbox, self._welcome(session)
+
+    def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> None:
+        """A link has ended; without a goodbye the session waits out its grace."""
+        if session.outbox is not outbox or self._sessions.get(session.node_id) is not session:
+            return
+        session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
+        if goodbye is not None:
+            self.close(session, goodbye)
+
+    def close(self, session: NodeSession, goodbye: GoodbyeReason | None, farewell: GoodbyeReason | None = None) -> None:
+        """Ends a session and every attempt in it; `farewell` is what the node is told, if it still listens."""
+        if self._sessions.get(session.node_id) is session:
+            del self._sessions[session.node_id]
+        if farewell is not None and session.outbox is not None:
+            session.outbox.close(farewell)
+        session.outbox = None
+        session.fail_attempts(PotluckError(ErrorCode.NODE_LOST))
+        _log.info("node_gone", node_id=session.node_id, epoch=session.epoch, goodbye=goodbye, attempts_lost=len(session.attempts))
+        task = asyncio.ensure_future(self._tell_directory(session, goodbye))
+        self._closings.add(task)
+        task.add_done_callback(self._closings.discard)
+
+    def tick(self) -> None:
+        """Judges every node by the clock: called a few times a second."""
+        now = self._clock.monotonic_seconds()
+        lapsed = lapsed_nodes(((session.node_id, session.signs) for session in self._sessions.values()), now, self._limits)
+        for session in self.sessions:
+            grace_over = session.link_lost_at is not None and now - session.link_lost_at >= self._limits.link_grace_seconds
+            if session.node_id in lapsed or grace_over:
+                _log.warning("lease_ended", node_id=session.node_id, silence_seconds=round(now - session.heartbeat_at, 3))
+                self.close(session, None, GoodbyeReason.REPLACED)
+                continue
+            session.judge(now, self._limits)
+            for relay in session.attempts.values():
+                if not relay.over and attempt_is_silent(session.signs, relay.last_chunk_at, now, self._limits):
+                    relay.fail(PotluckError(ErrorCode.NODE_LOST, "The node that was answering fell silent."))
+
+    def take_snapshot(self, snapshot: PoolSnapshot) -> None:
+        """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""
+        self._revoked = snapshot.revoked_node_ids
+        for session in self.sessions:
+            if session.node_id in snapshot.revoked_node_ids:
+                self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED)
+            elif session.node_id in snapshot.desired:
+                session.wish(snapshot.desired[session.node_id])
+
+    async def report(self) -> None:
+        """Tells the directory how everyone did since the last time."""
+        now = self._clock.monotonic_seconds()
+        reports = [session.report(now) for session in self._sessions.values()]
+        if reports:
+            await self._directory.nodes.report(reports)
+
+    async def stop(self) -> None:
+        """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""
+        for session in self.sessions:
+            self.close(session, None, GoodbyeReason.COORDINATOR_STOPPING)
+        if self._closings:
+            await asyncio.wait(self._closings, timeout=2)
+
+    def _welcome(self, session: NodeSession) -> Welcome:
+        return Welcome(
+            protocol_version=PROTOCOL_VERSION,
+            epoch=session.epoch,
+            lease_ttl_ms=self.lease_ttl_ms,
+            heartbeat_busy_ms=int(self._limits.heartbeat_busy_seconds * 1000),
+            heartbeat_idle_ms=int(self._limits.heartbeat_idle_seconds * 1000),
+            desired=session.desired,
+            resume_points={attempt_id: relay.next_sequence for attempt_id, relay in session.attempts.items() if not relay.over},
+        )
+
+    async def _tell_directory(self, session: NodeSession, goodbye: GoodbyeReason | None) -> None:
+        try:
+            await self._directory.nodes.close_session(session.node_id, session.epoch, goodbye)
+        except PotluckError as error:
+            # The directory also learns of it by silence: a node that no gateway reports is not up.
+            _log.warning("close_session_failed", node_id=session.node_id, code=error.code)

@@ -1,0 +1,233 @@
+"""What an OpenAI-shaped request body must be before it may cost anything.
+
+Decides which bodies are refused, what admission and the ledger must know of the rest, and the one change made on the way to the engine: a
+streamed request always asks for usage. It must not know models, accounts or sockets. Fields not named here go to the engine untouched;
+the few named beside OpenAI's own are names by which engines let a caller ask for more answers or longer ones.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from potluck_coordinator.gateway.requests import InferenceRequest
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId, Endpoint, ModelId, RequestId
+
+BODY_BYTES_MAX: Final = 4 * 1024 * 1024
+ANSWER_COUNT_MAX: Final = 4
+STOP_COUNT_MAX: Final = 20
+INPUT_COUNT_MAX: Final = 2048
+
+_PATH: Final = re.compile(r"^(?P<text>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_QUOTED_VALUE: Final = re.compile(r"Invalid enum value .*", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
+
+
+_Count: TypeAlias = Annotated[int, Meta(ge=1, le=ANSWER_COUNT_MAX)]
+_TokenCount: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+_Inputs: TypeAlias = str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=BODY_BYTES_MAX)]
+
+
+class _Part(Struct):
+    type: str
+    text: str | None = None
+
+
+class _Message(Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[_Part] | None = None
+    name: str | None = None
+
+
+class _Function(Struct):
+    name: str
+
+
+class _Tool(Struct):
+    type: str
+    function: _Function | None = None
+
+
+class _StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class _Body(Struct, kw_only=True):
+    """What every endpoint shares."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    user: str | None = None
+
+
+class _Generation(_Body, kw_only=True):
+    """What chat and plain completions share."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    max_tokens: _TokenCount | None = None
+    max_completion_tokens: _TokenCount | None = None
+    n_predict: _TokenCount | None = None
+    """llama.cpp's name for it, which wins over the others there."""
+    n: _Count | None = None
+    n_cmpl: _Count | None = None
+    """llama.cpp's name for `n`, which wins there."""
+    best_of: _Count | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Meta(max_length=STOP_COUNT_MAX)] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class _ChatBody(_Generation, kw_only=True):
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    tools: list[_Tool] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class _CompletionBody(_Generation, kw_only=True):
+    prompt: _Inputs
+    suffix: str | None = None
+    echo: bool | None = None
+
+
+class _EmbeddingBody(_Body, kw_only=True):
+    input: _Inputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+
+
+_Parsed: TypeAlias = _ChatBody | _CompletionBody | _EmbeddingBody
+
+_DECODERS: Final[
+    dict[Endpoint, msgspec.json.Decoder[_ChatBody] | msgspec.json.Decoder[_CompletionBody] | msgspec.json.Decoder[_EmbeddingBody]]
+] = {
+    Endpoint.CHAT_COMPLETIONS: msgspec.json.Decoder(_ChatBody),
+    Endpoint.COMPLETIONS: msgspec.json.Decoder(_CompletionBody),
+    Endpoint.EMBEDDINGS: msgspec.json.Decoder(_EmbeddingBody),
+}
+_fields_decoder: Final = msgspec.json.Decoder(dict[str, Raw])
+_encoder: Final = msgspec.json.Encoder()
+
+
+def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, account_id: AccountId) -> InferenceRequest:
+    """Checks a request body and reads from it what the gateway needs.
+
+    Raises:
+        PotluckError: REQUEST_TOO_LARGE over `BODY_BYTES_MAX`; else INVALID_REQUEST, with `param` naming the field at fault.
+    """
+    if len(body) > BODY_BYTES_MAX:
+        raise too_large()
+    parsed = _decode(endpoint, body)
+    model_id = ModelId(parsed.model)
+    prompt_bytes = len(body)
+    if isinstance(parsed, _EmbeddingBody):
+        _check_inputs(parsed.input, "input")
+        return InferenceRequest(
+            request_id,
+            account_id,
+            model_id,
+            endpoint,
+            body,
+            stream=False,
+            include_usage=False,
+            prompt_bytes=prompt_bytes,
+            completion_tokens_max=0,
+            answer_count=1,
+        )
+    stream = parsed.stream is True
+    return InferenceRequest(
+        request_id=request_id,
+        account_id=account_id,
+        model_id=model_id,
+        endpoint=endpoint,
+        body=_ask_for_usage(body) if stream else body,
+        stream=stream,
+        include_usage=stream and parsed.stream_options is not None and parsed.stream_options.include_usage is True,
+        prompt_bytes=prompt_bytes,
+        completion_tokens_max=_completion_tokens_max(parsed),
+        answer_count=_answer_count(parsed),
+    )
+
+
+def too_large() -> PotluckError:
+    """The refusal of a body over the bound; also raised while a body is still arriving."""
+    return PotluckError(ErrorCode.REQUEST_TOO_LARGE, f"The request body is larger than {BODY_BYTES_MAX} bytes. Send a shorter one.")
+
+
+def _decode(endpoint: Endpoint, body: bytes) -> _Parsed:
+    try:
+        return _DECODERS[endpoint].decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"The body is not a JSON document: {error}.") from None
+    except UnicodeDecodeError:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, "The body is not UTF-8.") from None
+    except RecursionError:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, "The body's JSON is nested too deeply.") from None
+
+
+def _invalid_field(explanation: str) -> PotluckError:
+    """A finding of msgspec as ours: the path becomes `param`, and no value of the body is repeated."""
+    found = _PATH.match(explanation)
+    text, path = (found["text"], found["path"]) if found is not None else (explanation, "")
+    missing = _MISSING.match(text)
+    if missing is not None:
+        param = f"{path}.{missing['name']}" if path else missing["name"]
+        return PotluckError(ErrorCode.INVALID_REQUEST, f"`{param}` is missing.", param=param)
+    text = _QUOTED_VALUE.sub("Not one of the values allowed here", text)
+    place = f" for `{path}`" if path else ""
+    return PotluckError(ErrorCode.INVALID_REQUEST, f"Wrong value{place}: {text}.", param=path or None)
+
+
+def _check_inputs(inputs: str | list[str | int | list[int]], param: str) -> int:
+    """How many prompts a `prompt` or `input` is: one text, one list of token ids, or a list of either."""
+    if isinstance(inputs, str):
+        return 1
+    kinds = {type(item) for item in inputs}
+    if len(kinds) != 1:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"The items of `{param}` must all be of one type.", param=param)
+    if kinds == {int}:
+        return 1
+    if len(inputs) > INPUT_COUNT_MAX:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"`{param}` has more than {INPUT_COUNT_MAX} items.", param=param)
+    return len(inputs)
+
+
+def _completion_tokens_max(parsed: _Generation) -> int | None:
+    """The largest of the bounds given: engines differ in which of two wins, and a hold must cover either."""
+    given = [bound for bound in (parsed.max_completion_tokens, parsed.max_tokens, parsed.n_predict) if bound is not None]
+    return max(given, default=None)
+
+
+def _answer_count(parsed: _ChatBody | _CompletionBody) -> int:
+    count = max(parsed.n or 1, parsed.n_cmpl or 1, parsed.best_of or 1)
+    if isinstance(parsed, _CompletionBody):
+        count *= _check_inputs(parsed.prompt, "prompt")
+        if count > ANSWER_COUNT_MAX:
+            message = f"`prompt` and `n` together ask for {count} answers; at most {ANSWER_COUNT_MAX} go into one request."
+            raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="prompt")
+    return count
+
+
+def _ask_for_usage(body: bytes) -> bytes:
+    """The body with `stream_options.include_usage` true; every other value is copied as it stands."""
+    fields = _fields_decoder.decode(body)
+    options: dict[str, Raw] = {}
+    if "stream_options" in fields and bytes(fields["stream_options"]) != b"null":
+        options = _fields_decoder.decode(fields["stream_options"])
+    if bytes(options.get("include_usage", b"")) == b"true":
+        return body
+    options["include_usage"] = Raw(b"true")
+    fields["stream_options"] = Raw(_encoder.encode(options))
+    return _encoder.encode(fields)

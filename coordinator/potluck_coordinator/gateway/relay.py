@@ -1,0 +1,155 @@
+"""One attempt's answer on its way from the link to the client.
+
+The link writes (`receive`, `end`, `fail`: plain calls, nothing awaited), one edge reads (`next_data`). Whatever has arrived between two
+reads leaves as one piece. A full buffer is not acknowledged, so a slow client pauses its own attempt at the node and never the link. It
+must not know HTTP, gRPC or money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AttemptId, EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """How the engine's answer begins."""
+
+    http_status: int
+    content_type: str
+
+
+class Relay:
+    """The bytes of one attempt.
+
+    Args:
+        attempt_id: whose bytes.
+        window_bytes: how much the node may send beyond what is acknowledged.
+        started_at: monotonic seconds.
+        acknowledge: called with the next sequence wanted whenever a quarter of the window has left for the client, and at the end.
+    """
+
+    __slots__ = (
+        "_acknowledge",
+        "_acknowledged_bytes",
+        "_buffer",
+        "_end",
+        "_error",
+        "_taken_bytes",
+        "_taken_sequence",
+        "_waiter",
+        "attempt_id",
+        "head",
+        "last_chunk_at",
+        "next_sequence",
+        "received_bytes",
+        "window_bytes",
+    )
+
+    def __init__(self, attempt_id: AttemptId, window_bytes: int, started_at: float, acknowledge: Callable[[AttemptId, int], None]) -> None:
+        self.attempt_id = attempt_id
+        self.window_bytes = window_bytes
+        self.head: AnswerHead | None = None
+        self.next_sequence = 0
+        self.received_bytes = 0
+        self.last_chunk_at = started_at
+        self._acknowledge = acknowledge
+        self._buffer: list[bytes] = []
+        self._end: EndReason | None = None
+        self._error: PotluckError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._taken_sequence = 0
+        self._taken_bytes = 0
+        self._acknowledged_bytes = 0
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will arrive."""
+        return self._end is not None or self._error is not None
+
+    def receive(self, sequence: int, data: bytes, now: float) -> None:
+        """Takes one chunk. A sequence seen before is a resumed link's repetition; one too high means that bytes are missing."""
+        if sequence != self.next_sequence or self.over:
+            if sequence > self.next_sequence:
+                self.fail(PotluckError(ErrorCode.NODE_LOST, "The node skipped a part of the answer."))
+            return
+        self.next_sequence = sequence + 1
+        self.received_bytes += len(data)
+        if self.received_bytes - self._acknowledged_bytes > 2 * self.window_bytes:
+            self.fail(PotluckError(ErrorCode.NODE_LOST, "The node sent more than its window allows."))
+            return
+        self.last_chunk_at = now
+        self._buffer.append(data)
+        self._wake()
+
+    def end(self, sequence: int, reason: EndReason, detail: str) -> None:
+        """Takes the node's word that the attempt is over after `sequence` chunks."""
+        if self.over:
+            return
+        if sequence != self.next_sequence:
+            self.fail(PotluckError(ErrorCode.NODE_LOST, "The node lost a part of the answer."))
+        elif reason is EndReason.COMPLETED:
+            self._end = reason
+            self._wake()
+        elif reason is EndReason.REFUSED:
+            self.fail(PotluckError(ErrorCode.NO_CAPACITY, f"The node would not take the request: {detail}", retry_after_seconds=1))
+        else:
+            self.fail(PotluckError(ErrorCode.ENGINE_FAILED))
+        self._acknowledge(self.attempt_id, sequence)
+
+    def fail(self, error: PotluckError) -> None:
+        """Ends the answer with an error, behind whatever has already arrived."""
+        if not self.over:
+            self._error = error
+            self._wake()
+
+    async def wait_for_head(self) -> AnswerHead:
+        """How the answer begins; raises the attempt's error if it ends without one."""
+        while self.head is None:
+            if self._error is not None:
+                raise self._error
+            if self._end is not None:
+                raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine ended without an answer.")
+            await self._sleep()
+        return self.head
+
+    async def next_data(self) -> bytes | None:
+        """All bytes that wait, as soon as there are any; None at the complete end. Raises the attempt's error after its last byte.
+
+        Asking again says that the bytes of the last call have left for the client.
+        """
+        self._acknowledge_taken()
+        while not self._buffer:
+            if self._error is not None:
+                raise self._error
+            if self._end is not None:
+                return None
+            await self._sleep()
+        data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+        self._buffer.clear()
+        self._taken_sequence = self.next_sequence
+        self._taken_bytes += len(data)
+        return data
+
+    def _acknowledge_taken(self) -> None:
+        if self._taken_bytes - self._acknowledged_bytes >= self.window_bytes // 4 and not self.over:
+            self._acknowledged_bytes = self._taken_bytes
+            self._acknowledge(self.attempt_id, self._taken_sequence)
+
+    async def _sleep(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

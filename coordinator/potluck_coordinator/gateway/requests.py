@@ -1,0 +1,300 @@
+"""The one path that a request takes: admit, place, dispatch, relay, settle.
+
+Both edges (HTTP and gRPC) come through here and read the `Answer` they get. The decisions are `domain.admission`, `domain.placement` and
+`domain.pricing`; this module carries them out. It must not know HTTP, gRPC or tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from potluck_coordinator.domain.admission import AdmissionLimits, Dispatch, ModelLoad, Refuse, admit, retry_after_seconds
+from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
+from potluck_coordinator.domain.placement import place, rejection
+from potluck_coordinator.domain.pricing import hold_amount
+from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.relay import Relay
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId, AttemptId, Endpoint, ModelId, NodeId, RequestId, StartAttempt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.placement import ReplicaView
+    from potluck_coordinator.gateway.ledger_writer import LedgerWriter
+    from potluck_coordinator.gateway.links import Links
+    from potluck_protocol.clock import Clock
+
+PLACEMENTS_MAX: Final = 3
+"""How often a request is placed anew because its node would not take it after all (it paused a moment ago, say)."""
+REQUEST_SECONDS_MAX: Final = 600.0
+HOLD_SLACK_SECONDS: Final = 60.0
+"""A hold outlives its request by so much, for its settlement to be committed."""
+MEAN_WEIGHT: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """One request as an edge understood it. `body` is JSON bound for the engine."""
+
+    request_id: RequestId
+    account_id: AccountId
+    model_id: ModelId
+    endpoint: Endpoint
+    body: bytes
+    stream: bool
+    include_usage: bool
+    """Whether the client itself asked for the usage chunk of a streamed answer; the engine is always asked for it."""
+    prompt_bytes: int
+    """An upper bound on the prompt's tokens."""
+    completion_tokens_max: int | None
+    answer_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model as people see it."""
+
+    entry: CatalogueEntry
+    ready_replica_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The bounds of one gateway's requests."""
+
+    admission: AdmissionLimits
+    window_bytes: int = 64 * 1024
+    """How much of one answer may be on its way; a client that reads slower pauses its engine."""
+
+
+class _Waiting:
+    """One queued request."""
+
+    __slots__ = ("entry", "excluded", "request", "turn")
+
+    def __init__(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId]) -> None:
+        self.request = request
+        self.entry = entry
+        self.excluded = excluded
+        self.turn: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+
+class RequestService:
+    """Serves requests from the connected nodes.
+
+    Args:
+        links: the nodes.
+        ledger: where money events go.
+        catalogue: the models as they are now.
+        limits: queue and window bounds.
+        clock: for durations and deadlines.
+        draw: a random number in [0, 1) for ties.
+        new_attempt_id: a fresh id, unique over gateways and restarts.
+        gateway_epoch: whose holds these are.
+    """
+
+    def __init__(
+        self,
+        *,
+        links: Links,
+        ledger: LedgerWriter,
+        catalogue: Callable[[], Mapping[ModelId, CatalogueEntry]],
+        limits: RequestLimits,
+        clock: Clock,
+        draw: Callable[[], float],
+        new_attempt_id: Callable[[], AttemptId],
+        gateway_epoch: int,
+    ) -> None:
+        self._links = links
+        self._ledger = ledger
+        self._catalogue = catalogue
+        self._limits = limits
+        self._clock = clock
+        self._draw = draw
+        self._new_attempt_id = new_attempt_id
+        self._gateway_epoch = gateway_epoch
+        self._queues: dict[ModelId, deque[_Waiting]] = {}
+        self._request_seconds_mean: dict[ModelId, float] = {}
+        self._answers: dict[AttemptId, Answer] = {}
+
+    @property
+    def in_flight_count(self) -> int:
+        """Answers on their way."""
+        return len(self._answers)
+
+    def queued_count(self, model_id: ModelId) -> int:
+        """Requests waiting for a slot of the model."""
+        return len(self._queues.get(model_id, ()))
+
+    def models(self) -> tuple[ModelView, ...]:
+        """The catalogue with what is ready now."""
+        return tuple(
+            ModelView(entry, sum(1 for replica in self._links.replicas(entry.model_id) if replica.ready and replica.link_up))
+            for entry in self._catalogue().values()
+        )
+
+    async def begin(self, request: InferenceRequest) -> Answer:
+        """Admits, places and dispatches, and waits until the engine has begun to answer.
+
+        Raises:
+            PotluckError: whatever keeps the request from being answered; nothing is then owed.
+        """
+        entry = self._catalogue().get(request.model_id)
+        if entry is None:
+            raise PotluckError(ErrorCode.MODEL_NOT_FOUND, f"The model {request.model_id!r} does not exist in this pool.", param="model")
+        if request.endpoint not in entry.endpoints:
+            message = f"The model {request.model_id!r} does not serve {request.endpoint.value}."
+            raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="model")
+        excluded: frozenset[NodeId] = frozenset()
+        while True:
+            answer = await self._slot(request, entry, excluded)
+            try:
+                await answer.open()
+            except PotluckError as error:
+                await answer.close()
+                excluded |= {answer.node_id}
+                if error.code is not ErrorCode.NO_CAPACITY or len(excluded) == PLACEMENTS_MAX:
+                    raise
+            except BaseException:
+                await answer.close()
+                raise
+            else:
+                return answer
+
+    async def _slot(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId]) -> Answer:
+        """A dispatched attempt, at once or after waiting for a slot."""
+        load = self._load(request, excluded)
+        match admit(load, self._limits.admission):
+            case Refuse(code, retry_after):
+                raise self._refusal(code, request, excluded, retry_after)
+            case Dispatch():
+                placement = place(self._links.replicas(request.model_id), request.endpoint, excluded, self._draw())
+                if placement.chosen is not None:
+                    return self._dispatch(request, entry, placement.chosen)
+        return await self._wait_in_queue(_Waiting(request, entry, excluded))
+
+    async def _wait_in_queue(self, waiting: _Waiting) -> Answer:
+        queue = self._queues.setdefault(waiting.request.model_id, deque())
+        queue.append(waiting)
+        try:
+            async with asyncio.timeout(self._limits.admission.queue_wait_seconds_max):
+                return await waiting.turn
+        except TimeoutError:
+            retry_after = retry_after_seconds(self._load(waiting.request, waiting.excluded), self._limits.admission)
+            raise self._refusal(ErrorCode.QUEUE_TIMEOUT, waiting.request, waiting.excluded, retry_after) from None
+        except asyncio.CancelledError:
+            if waiting.turn.done() and not waiting.turn.cancelled():
+                # Its turn came in the same moment as its client went.
+                await waiting.turn.result().close()
+            raise
+        finally:
+            if waiting in queue:
+                queue.remove(waiting)
+
+    def serve_queues(self) -> None:
+        """Gives free slots to whoever waits longest: called whenever a slot may have become free."""
+        for model_id, queue in self._queues.items():
+            while queue:
+                waiting = queue[0]
+                if waiting.turn.done():
+                    queue.popleft()
+                    continue
+                request = waiting.request
+                placement = place(self._links.replicas(model_id), request.endpoint, waiting.excluded, self._draw())
+                if placement.chosen is None:
+                    break
+                queue.popleft()
+                try:
+                    waiting.turn.set_result(self._dispatch(request, waiting.entry, placement.chosen))
+                except PotluckError as error:
+                    waiting.turn.set_exception(error)
+
+    def _dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView) -> Answer:
+        """Starts an attempt and, beside it, its hold. The engine is not kept waiting; the client sees nothing before the hold stands."""
+        session = self._links.session(replica.node_id)
+        assert session is not None, "placement saw the session in this same turn of the loop"
+        attempt_id = self._new_attempt_id()
+        now = self._clock.monotonic_seconds()
+        amount = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count)
+        relay = Relay(attempt_id, self._limits.window_bytes, now, session.acknowledge)
+        session.start(
+            StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, self._limits.window_bytes),
+            relay,
+            now,
+        )
+        try:
+            hold = self._ledger.submit(
+                OpenHold(
+                    hold_id=attempt_id,
+                    payer=request.account_id,
+                    payee=session.owner_account_id,
+                    amount_micro_credits=amount,
+                    expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
+                    gateway_epoch=self._gateway_epoch,
+                )
+            )
+        except PotluckError:
+            session.finish(attempt_id, replica.replica_id)
+            raise
+        timeout = PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s.")
+        deadline = asyncio.get_running_loop().call_later(REQUEST_SECONDS_MAX, relay.fail, timeout)
+
+        def release() -> None:
+            deadline.cancel()
+            session.finish(attempt_id, replica.replica_id)
+            del self._answers[attempt_id]
+            self._learn_duration(request.model_id, self._clock.monotonic_seconds() - now)
+            self.serve_queues()
+
+        answer = Answer(
+            request=request,
+            entry=entry,
+            node_id=session.node_id,
+            relay=relay,
+            hold_micro_credits=amount,
+            hold=hold,
+            ledger=self._ledger,
+            release=release,
+        )
+        self._answers[attempt_id] = answer
+        return answer
+
+    def mark_delivered(self) -> None:
+        """Writes down what each unfinished answer has earned, for the case that this gateway dies before it settles."""
+        for answer in self._answers.values():
+            charge = answer.charge_so_far()
+            if charge > answer.marked_micro_credits:
+                answer.marked_micro_credits = charge
+                self._ledger.submit(MarkDelivered(answer.attempt_id, charge))
+
+    async def stop(self) -> None:
+        """Ends every answer and everyone's waiting, as a coordinator that goes away does."""
+        gone = PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2)
+        for queue in self._queues.values():
+            for waiting in queue:
+                if not waiting.turn.done():
+                    waiting.turn.set_exception(gone)
+        for answer in tuple(self._answers.values()):
+            answer.fail(gone)
+
+    def _load(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> ModelLoad:
+        usable = free = 0
+        for replica in self._links.replicas(request.model_id):
+            if rejection(replica, request.endpoint, excluded) is None:
+                usable += replica.slot_count
+                free += max(0, replica.slot_count - replica.in_flight_count)
+        return ModelLoad(usable, free, self.queued_count(request.model_id), self._request_seconds_mean.get(request.model_id, 1.0))
+
+    def _refusal(self, code: ErrorCode, request: InferenceRequest, excluded: frozenset[NodeId], retry_after: float) -> PotluckError:
+        placement = place(self._links.replicas(request.model_id), request.endpoint, excluded, 0.0)
+        text = PotluckError(code).message
+        return PotluckError(code, f"{text} Replicas: {placement.explanation()}.", retry_after_seconds=retry_after)
+
+    def _learn_duration(self, model_id: ModelId, seconds: float) -> None:
+        mean = self._request_seconds_mean.get(model_id, seconds)
+        self._request_seconds_mean[model_id] = mean + MEAN_WEIGHT * (seconds - mean)

@@ -1,0 +1,196 @@
+"""The nodes that are connected, each with its lease, its attempts and what waits to be sent to it.
+
+Decides nothing by itself: `domain.nodes` says what silence means, `domain.placement` chooses. A session outlives its link by a short grace,
+so that a broken connection that comes back costs a pause and no attempt. It must not know gRPC calls; `link_server` moves the frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, liveness
+from potluck_coordinator.domain.placement import ReplicaView
+from potluck_coordinator.ports import NodeReport
+from potluck_protocol import codec
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import AttemptId, EngineState, NodeState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from potluck_coordinator.domain.nodes import LivenessLimits
+    from potluck_coordinator.gateway.relay import Relay
+    from potluck_coordinator.ports import SessionGrant
+    from potluck_protocol.values import (
+        DesiredState,
+        EngineStatus,
+        GoodbyeReason,
+        Heartbeat,
+        Hello,
+        ModelId,
+        NodeId,
+        ReplicaId,
+        StartAttempt,
+    )
+
+ATTEMPTS_PER_NODE_MAX: Final = 1024
+
+
+class Outbox:
+    """The next frame to one node: everything that waits goes out together."""
+
+    __slots__ = ("_filled", "_frame", "closed")
+
+    def __init__(self) -> None:
+        self._frame = node_pb2.CoordinatorFrame()
+        self._filled = asyncio.Event()
+        self.closed = False
+
+    def edit(self) -> node_pb2.CoordinatorFrame:
+        """The frame under construction, which leaves at the loop's next turn."""
+        self._filled.set()
+        return self._frame
+
+    def close(self, reason: GoodbyeReason, message: str = "") -> None:
+        """Says goodbye; the link ends once the frame is out."""
+        self.edit().goodbye.CopyFrom(codec.goodbye_message(reason, message))
+        self.closed = True
+
+    async def take(self) -> node_pb2.CoordinatorFrame:
+        """The frame, as soon as anything is in it."""
+        await self._filled.wait()
+        self._filled.clear()
+        frame, self._frame = self._frame, node_pb2.CoordinatorFrame()
+        return frame
+
+
+class NodeSession:
+    """One agent process, from its hello to its goodbye or the end of its lease."""
+
+    def __init__(self, hello: Hello, grant: SessionGrant, now: float) -> None:
+        self.node_id: NodeId = hello.node_id
+        self.session_id = hello.session_id
+        self.epoch = grant.epoch
+        self.owner_account_id = grant.owner_account_id
+        self.display_name = grant.display_name
+        self.desired = grant.desired
+        self.state = hello.state
+        self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
+        self.attempts: dict[AttemptId, Relay] = {}
+        self._starts: dict[AttemptId, StartAttempt] = {}
+        self.attempts_by_replica: dict[ReplicaId, int] = {}
+        self.heartbeat_at = now
+        self.busy_since: float | None = None
+        self.suspect = False
+        self.outbox: Outbox | None = None
+        """None while the link is down."""
+        self.link_lost_at: float | None = None
+        self._reported_at = now
+        self._heartbeat_count = 0
+
+    @property
+    def signs(self) -> SignsOfLife:
+        """What `domain.nodes` judges by."""
+        return SignsOfLife(self.heartbeat_at, self.busy_since)
+
+    def connect(self, hello: Hello, outbox: Outbox, now: float) -> None:
+        """A link, the first or a later one, is there."""
+        self.outbox, self.link_lost_at = outbox, None
+        self.heartbeat_at = now
+        self.suspect = False
+        self.state = hello.state
+        self.engines = {status.replica_id: status for status in hello.engines}
+
+    def beat(self, heartbeat: Heartbeat, now: float) -> None:
+        """A sign of life."""
+        self.heartbeat_at = now
+        self.suspect = False
+        self.state = heartbeat.state
+        self.engines = {status.replica_id: status for status in heartbeat.engines}
+        self._heartbeat_count += 1
+
+    def start(self, start: StartAttempt, relay: Relay, now: float) -> None:
+        """Sends an attempt to the node; raises NO_CAPACITY if the link has just gone."""
+        if self.outbox is None or self.outbox.closed or len(self.attempts) >= ATTEMPTS_PER_NODE_MAX:
+            raise PotluckError(ErrorCode.NO_CAPACITY, retry_after_seconds=1)
+        self.busy_since = self.busy_since or now
+        self.attempts[start.attempt_id] = relay
+        self._starts[start.attempt_id] = start
+        self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
+        self.outbox.edit().starts.append(codec.start_attempt_message(start))
+
+    def finish(self, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
+        """Forgets an attempt; one that is not over is cancelled at the node."""
+        relay = self.attempts.pop(attempt_id, None)
+        if relay is None:
+            return
+        del self._starts[attempt_id]
+        self.attempts_by_replica[replica_id] -= 1
+        if not self.attempts:
+            self.busy_since = None
+        if not relay.over and self.outbox is not None:
+            self.outbox.edit().cancels.add(attempt_id=attempt_id)
+
+    def restart_missing(self, in_flight: frozenset[AttemptId]) -> None:
+        """After a new link's hello: an attempt unknown to the node was lost on its way; it starts again if nothing came of it."""
+        for attempt_id, relay in self.attempts.items():
+            if attempt_id in in_flight or relay.over:
+                continue
+            if relay.next_sequence == 0 and self.outbox is not None:
+                self.outbox.edit().starts.append(codec.start_attempt_message(self._starts[attempt_id]))
+            else:
+                relay.fail(PotluckError(ErrorCode.NODE_LOST))
+
+    def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
+        """Tells the node what it may forget, and by how much it may go on."""
+        if self.outbox is not None:
+            self.outbox.edit().acknowledgements.add(attempt_id=attempt_id, next_sequence=next_sequence)
+
+    def wish(self, desired: DesiredState) -> None:
+        """Hands on the directory's wish if it is new."""
+        if desired.revision > self.desired.revision:
+            self.desired = desired
+            if self.outbox is not None:
+                self.outbox.edit().desired.CopyFrom(codec.desired_state_message(desired))
+
+    def fail_attempts(self, error: PotluckError) -> None:
+        """Every answer on its way from this node ends with the error."""
+        for relay in self.attempts.values():
+            relay.fail(error)
+
+    def judge(self, now: float, limits: LivenessLimits) -> None:
+        """Notes whether new work should keep away."""
+        self.suspect = liveness(self.signs, now, limits) is not Liveness.FRESH
+
+    def report(self, now: float) -> NodeReport:
+        """What happened since the last report, for the directory's count of uptime."""
+        report = NodeReport(
+            node_id=self.node_id,
+            epoch=self.epoch,
+            heartbeat_count=self._heartbeat_count,
+            covered_seconds=0.0 if self.suspect or self.outbox is None else now - self._reported_at,
+            suspect=self.suspect,
+            state=self.state,
+            engines=tuple(self.engines.values()),
+        )
+        self._reported_at, self._heartbeat_count = now, 0
+        return report
+
+    def replica_views(self, model_id: ModelId) -> Iterator[ReplicaView]:
+        """Its replicas of a model as placement sees them."""
+        for status in self.engines.values():
+            if status.model_id == model_id:
+                yield ReplicaView(
+                    replica_id=status.replica_id,
+                    node_id=self.node_id,
+                    model_id=model_id,
+                    ready=status.state is EngineState.READY and status.slot_count > 0,
+                    slot_count=status.slot_count,
+                    in_flight_count=self.attempts_by_replica.get(status.replica_id, 0),
+                    node_paused=self.state is not NodeState.SERVING,
+                    node_suspect=self.suspect,
+                    link_up=self.outbox is not None and not self.outbox.closed,
+                    endpoints=status.endpoints,
+                )

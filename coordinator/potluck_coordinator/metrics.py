@@ -1,0 +1,100 @@
+"""What the coordinator counts, and under which names it shows it at `/metrics`.
+
+Decides names, labels and buckets. Every call is per request or per scrape, never per token, and no label carries an account, a key or a
+request. It must not know who counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from potluck_protocol.values import ModelId, Usage
+from potluck_protocol.version import package_version
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_LATENCY_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_DURATION_SECONDS: Final = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_COMMIT_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReading:
+    """The pool's position at the moment of a scrape."""
+
+    queued_count_by_model: Mapping[ModelId, int]
+    connected_node_count: int
+    in_flight_count: int
+
+
+class Metrics:
+    """One process's counts, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._read_pool: Callable[[], PoolReading] | None = None
+        registry = self._registry
+        self._requests = Counter("potluck_requests", "Requests by route and status.", ("endpoint", "status"), registry=registry)
+        self._duration = Histogram(
+            "potluck_request_duration_seconds",
+            "From a request's arrival to its last byte.",
+            ("endpoint",),
+            registry=registry,
+            buckets=_DURATION_SECONDS,
+        )
+        self._first_token = Histogram(
+            "potluck_request_ttft_seconds",
+            "From a request's arrival to the first bytes of its answer.",
+            ("model",),
+            registry=registry,
+            buckets=_LATENCY_SECONDS,
+        )
+        self._tokens = Counter("potluck_tokens", "Tokens by kind, as engines counted them.", ("kind", "model"), registry=registry)
+        self._relayed = Counter("potluck_relayed_bytes", "Bytes of answers handed to clients.", ("model",), registry=registry)
+        self._commit = Histogram(
+            "potluck_ledger_commit_seconds",
+            "How long the directory took for a batch of ledger commands.",
+            registry=registry,
+            buckets=_COMMIT_SECONDS,
+        )
+        self._queue_depth = Gauge("potluck_queue_depth", "Requests waiting for a slot.", ("model",), registry=registry)
+        self._nodes = Gauge("potluck_nodes_connected", "Nodes with a link.", registry=registry)
+        self._in_flight = Gauge("potluck_requests_in_flight", "Answers on their way.", registry=registry)
+        Gauge("potluck_build_info", "The version that runs.", ("version",), registry=registry).labels(package_version()).set(1)
+
+    def watch_pool(self, read: Callable[[], PoolReading]) -> None:
+        """Names the function that is asked for the pool's position at every scrape."""
+        self._read_pool = read
+
+    def observe_request(self, endpoint: str, status: int, duration_seconds: float) -> None:
+        """Counts one request that is over. `endpoint` is a route's pattern, never a path as it came."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._duration.labels(endpoint).observe(duration_seconds)
+
+    def observe_answer(self, model_id: ModelId, usage: Usage | None, relayed_bytes: int, first_token_seconds: float | None) -> None:
+        """Counts one answer that is over; `model_id` is one of the catalogue's. None: the engine never said, or no byte came."""
+        self._relayed.labels(model_id).inc(relayed_bytes)
+        if usage is not None:
+            self._tokens.labels("prompt", model_id).inc(usage.prompt_token_count)
+            self._tokens.labels("completion", model_id).inc(usage.completion_token_count)
+            self._tokens.labels("cached_prompt", model_id).inc(usage.cached_prompt_token_count)
+        if first_token_seconds is not None:
+            self._first_token.labels(model_id).observe(first_token_seconds)
+
+    def observe_ledger_commit_seconds(self, seconds: float) -> None:
+        """Counts one commit of ledger commands."""
+        self._commit.observe(seconds)
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        if self._read_pool is not None:
+            reading = self._read_pool()
+            self._queue_depth.clear()
+            for model_id, count in reading.queued_count_by_model.items():
+                self._queue_depth.labels(model_id).set(count)
+            self._nodes.set(reading.connected_node_count)
+            self._in_flight.set(reading.in_flight_count)
+        return generate_latest(self._registry)

@@ -1,0 +1,223 @@
+"""One coordinator from start to stop: the only one on its data folder, three ports settled, two actors up, nothing left behind.
+
+Decides the order of that, what a start is refused for, and what tells other programs that the coordinator is ready. It must not know how
+requests are served.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import structlog
+
+from potluck_coordinator.ray_runtime import RayRuntime
+from potluck_coordinator.settings import Settings
+from potluck_coordinator.warden import Warden
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+STOP_SECONDS_MAX: Final = 9.5
+"""After a signal, whatever has not stopped by then is killed."""
+WARDEN_SECONDS_MAX: Final = 5.0
+PREDECESSOR_SECONDS_MAX: Final = 10.0
+"""How long the ports of a coordinator that was killed are waited for."""
+PORT_FLAGS: Final = {"http_port": "--http-port", "grpc_port": "--grpc-port", "link_port": "--link-port"}
+
+_log = structlog.get_logger()
+
+
+def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
+    """Runs a coordinator until SIGINT, SIGTERM or SIGHUP.
+
+    Args:
+        settings: as given; ports may be 0.
+        on_ready: called once everything serves, with the settings whose ports are the real ones.
+
+    Raises:
+        PotluckError: COORDINATOR_UNAVAILABLE if another coordinator has the data folder or another process a port; else what failed.
+    """
+    with _data_folder(settings) as predecessor_died:
+        settings = settle_ports(settings, PREDECESSOR_SECONDS_MAX if predecessor_died else 0.0)
+        run_dir = _make_run_dir(settings.data_dir)
+        warden = Warden(run_dir)
+        stop = threading.Event()
+        try:
+            with _log_pipe(run_dir / "log") as log_pipe:
+                runtime = RayRuntime(settings, run_dir, log_pipe)
+                try:
+                    _start(runtime)
+                    with _signals_set(stop):
+                        _write_endpoints(settings)
+                        on_ready(settings)
+                        stop.wait()
+                finally:
+                    _stop(runtime, settings)
+        finally:
+            if not warden.dismiss(WARDEN_SECONDS_MAX):
+                _log.error("run_not_cleared", run_dir=str(run_dir))
+
+
+def settle_ports(settings: Settings, patience_seconds: float) -> Settings:
+    """The settings with each port 0 replaced by a free one, once every port is known to be free.
+
+    Raises:
+        PotluckError: COORDINATOR_UNAVAILABLE for a port or address that cannot be had, naming the flag that changes it.
+    """
+    give_up_at = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return _settle_ports_now(settings)
+        except PotluckError:
+            if time.monotonic() >= give_up_at:
+                raise
+        time.sleep(0.2)
+
+
+def _settle_ports_now(settings: Settings) -> Settings:
+    held: list[socket.socket] = []
+    ports: dict[str, int] = {}
+    try:
+        for name, flag in PORT_FLAGS.items():
+            wanted: int = getattr(settings, name)
+            held.append(_bound_socket(settings.host, wanted, flag))
+            ports[name] = held[-1].getsockname()[1]
+    finally:
+        for probe in held:
+            probe.close()
+    return settings.model_copy(update=ports)
+
+
+def _bound_socket(host: str, port: int, flag: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    probe = socket.socket(family, socket.SOCK_STREAM)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, port))
+    except OSError as error:
+        probe.close()
+        if error.errno == errno.EADDRINUSE:
+            text = f"Port {port} of {host} is taken by another process; stop that, or choose another with {flag} (0: any free one)."
+        elif error.errno == errno.EACCES:
+            text = f"Port {port} needs privileges that this user lacks; choose one above 1023 with {flag}."
+        else:
+            text = f"Cannot listen on {host}: {error.strerror or error}; --host takes an address of this machine, or 0.0.0.0 for all."
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text) from error
+    return probe
+
+
+def _start(runtime: RayRuntime) -> None:
+    # Ray's processes inherit the mask: a Ctrl-C in the terminal reaches every process of it, and only this one may act on it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runtime.start(lambda: signal.SIGINT in signal.sigpending())
+    finally:
+        # Where one is waiting, this raises KeyboardInterrupt.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _stop(runtime: RayRuntime, settings: Settings) -> None:
+    settings.endpoints_file.unlink(missing_ok=True)
+    # Its pipe closes with this process, so the warden sweeps in any case.
+    last_resort = threading.Timer(STOP_SECONDS_MAX, os._exit, (1,))
+    last_resort.daemon = True
+    last_resort.start()
+    runtime.stop()
+    last_resort.cancel()
+
+
+def _write_endpoints(settings: Settings) -> None:
+    """Whole or not at all: whoever sees the file may connect."""
+    endpoints = {"http": settings.http_port, "grpc": settings.grpc_port, "link": settings.link_port, "pid": os.getpid()}
+    draft = settings.endpoints_file.with_suffix(".draft")
+    draft.write_text(json.dumps(endpoints) + "\n")
+    draft.replace(settings.endpoints_file)
+
+
+@contextmanager
+def _data_folder(settings: Settings) -> Iterator[bool]:
+    """Makes the folder, holds it for this process, and says whether a predecessor left without stopping."""
+    folder = settings.data_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        lock = settings.lock_file.open("a")
+    except OSError as error:
+        raise PotluckError(
+            ErrorCode.COORDINATOR_UNAVAILABLE, f"Cannot use the data folder {folder}: {error.strerror}; choose another with --data-dir."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PotluckError(
+                ErrorCode.COORDINATOR_UNAVAILABLE,
+                f"Another coordinator runs on {folder}; stop it first, or start this one on a folder of its own with --data-dir.",
+            ) from error
+        predecessor_died = settings.endpoints_file.exists()
+        settings.endpoints_file.unlink(missing_ok=True)
+        yield predecessor_died
+
+
+def _make_run_dir(data_dir: Path) -> Path:
+    """An empty private folder for this run's sockets and logs; its name is the data folder's, so that a successor clears what a crash left.
+
+    It lies in the system's temporary folder because Ray's socket paths below it may have 107 characters at most.
+    """
+    name = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:10]
+    run_dir = Path(tempfile.gettempdir()) / f"potluck-{os.getuid()}-{name}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    try:
+        run_dir.mkdir(mode=0o700)
+    except OSError as error:
+        raise PotluckError(
+            ErrorCode.COORDINATOR_UNAVAILABLE,
+            f"Cannot make the folder {run_dir}: {error.strerror}; remove it, or set TMPDIR to another place.",
+        ) from error
+    return run_dir
+
+
+@contextmanager
+def _log_pipe(path: Path) -> Iterator[Path]:
+    """A named pipe whose lines appear on this process's standard error: the actors' log."""
+    os.mkfifo(path, 0o600)
+    # Open for writing too, so that it does not end when an actor does.
+    descriptor = os.open(path, os.O_RDWR)
+    threading.Thread(target=_copy_to_stderr, args=(descriptor,), name="log-pipe", daemon=True).start()
+    yield path
+
+
+def _copy_to_stderr(descriptor: int) -> None:
+    while chunk := os.read(descriptor, 65536):
+        sys.stderr.buffer.write(chunk)
+        sys.stderr.buffer.flush()
+
+
+@contextmanager
+def _signals_set(stop: threading.Event) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP set the event instead of ending the process. Entered after Ray's start, which sets handlers too."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

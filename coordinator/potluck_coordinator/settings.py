@@ -1,0 +1,167 @@
+"""Everything an operator can set about one coordinator, as one frozen value.
+
+Decides the names, bounds and defaults, and which source wins: a flag over the environment over a TOML file. It must not know who uses a
+value. Only `command` calls `load_settings`; everything else is handed a `Settings`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+ENVIRONMENT_PREFIX: Final = "POTLUCK_COORDINATOR_"
+MICRO_CREDITS_PER_CREDIT: Final = 1_000_000
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def default_data_dir() -> Path:
+    """`$XDG_STATE_HOME/potluck/coordinator`, by the XDG rule that an unset or relative base means `~/.local/state`."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    state_home = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
+    return state_home / "potluck" / "coordinator"
+
+
+def _default_database_url(values: dict[str, Any]) -> str:
+    return f"sqlite:///{values['data_dir'] / 'potluck.db'}"
+
+
+class Settings(BaseModel):
+    """One coordinator's settings. Built directly it reads nothing but its arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    data_dir: Path
+    """Holds the database, the CA's keys and the operator's key; private to its owner."""
+    database_url: str = Field(default_factory=_default_database_url, validate_default=True)
+    """SQLAlchemy URL; the default is a SQLite file in `data_dir`."""
+
+    host: str = "127.0.0.1"
+    """The address that the three ports listen on."""
+    http_port: Port = 8600
+    grpc_port: Port = 8601
+    link_port: Port = 8602
+    """0 takes any free port, once, at start."""
+    public_host: str | None = None
+    """The name or address that others reach this coordinator by, where it is not the one in the URL they used."""
+    http_tls_certificate: Path | None = None
+    http_tls_key: Path | None = None
+
+    ray_address: str | None = None
+    """An existing Ray cluster of the operator's to join; None starts one on this machine, loopback only."""
+
+    catalogue_file: Path | None = None
+    """TOML with models beside the built-in ones."""
+    grant_credits: int = Field(default=1000, ge=0, le=1_000_000_000)
+    """What a new account starts with."""
+    fee_basis_points: int = Field(default=500, ge=0, le=10_000)
+    """The pool's share of what a node earns; 500 is 5 %."""
+
+    queue_length_max: int = Field(default=64, ge=0, le=100_000)
+    """Requests that may wait for one model."""
+    queue_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
+    """How long one may wait."""
+
+    lease_ttl_ms: int = Field(default=15_000, ge=100, le=600_000)
+    heartbeat_busy_ms: int = Field(default=1_000, ge=10, le=60_000)
+    heartbeat_idle_ms: int = Field(default=5_000, ge=10, le=60_000)
+    link_grace_ms: int = Field(default=1_500, ge=0, le=60_000)
+    """How long a broken link may take to come back before its attempts are lost."""
+
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.http_tls_certificate is None) != (self.http_tls_key is None):
+            raise ValueError("http_tls_certificate and http_tls_key go together: set both or neither")
+        if self.heartbeat_idle_ms * 2 > self.lease_ttl_ms:
+            raise ValueError("lease_ttl_ms must be at least twice heartbeat_idle_ms, or one lost heartbeat ends a lease")
+        fixed = [port for port in (self.http_port, self.grpc_port, self.link_port) if port]
+        if len(fixed) != len(set(fixed)):
+            raise ValueError("http_port, grpc_port and link_port must differ")
+        return self
+
+    @property
+    def grant_micro_credits(self) -> int:
+        return self.grant_credits * MICRO_CREDITS_PER_CREDIT
+
+    @property
+    def certificate_authority_dir(self) -> Path:
+        return self.data_dir / "ca"
+
+    @property
+    def operator_file(self) -> Path:
+        """The operator's URL and key, for the command line on this machine."""
+        return self.data_dir / "operator.json"
+
+    @property
+    def endpoints_file(self) -> Path:
+        """The bound ports; there while the coordinator serves."""
+        return self.data_dir / "endpoints.json"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.data_dir / "coordinator.lock"
+
+    @property
+    def ray_token_file(self) -> Path:
+        return self.data_dir / "ray_token"
+
+
+class _LayeredSettings(Settings, BaseSettings):
+    """`Settings` that also looks into the environment and a TOML file."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True
+    )
+
+    data_dir: Path = Field(default_factory=default_data_dir)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        toml_file = settings_cls.model_config.get("toml_file")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file)
+
+
+def load_settings(flags: Mapping[str, Any], toml_file: Path | None = None) -> Settings:
+    """One `Settings` from flags over `POTLUCK_COORDINATOR_*` over a TOML file; a flag of None was not given.
+
+    Raises:
+        PotluckError: INVALID_REQUEST, naming each setting at fault and what is wrong with it.
+    """
+    if toml_file is not None and not toml_file.is_file():
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"there is no settings file {toml_file}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    layered = type(
+        "_LayeredSettings", (_LayeredSettings,), {"model_config": SettingsConfigDict(toml_file=toml_file), "__module__": __name__}
+    )
+    try:
+        values = layered(**given).model_dump()
+        return Settings(**values)
+    except ValidationError as error:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, _explain(error)) from error
+    except ValueError as error:  # a TOML file that is not TOML
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"cannot read the settings: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"setting {'.'.join(str(part) for part in fault['loc']) or 'combination'}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors(include_url=False, include_input=False, include_context=False)
+    )

@@ -1,0 +1,1 @@
+"""Rows and SQL: the only place that knows tables. Everything outside sees frozen values through `Store` and `UnitOfWork`."""

@@ -1,0 +1,73 @@
+"""People's API keys, as rows: hashes, never secrets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlmodel import Session, col, select, update
+
+from potluck_coordinator.ports import KeyRecord
+from potluck_coordinator.storage.tables import AccountRow, ApiKeyRow
+from potluck_protocol.values import AccountId, KeyPrefix
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key with the hash that proves it."""
+
+    record: KeyRecord
+    secret_sha256: str
+
+
+class KeyRepository:
+    """The `api_key` table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, record: KeyRecord, secret_sha256: str) -> None:
+        self._session.add(
+            ApiKeyRow(
+                key_prefix=record.key_prefix,
+                account_id=record.account_id,
+                name=record.name,
+                secret_sha256=secret_sha256,
+                created_at_unix_ms=record.created_at_unix_ms,
+                expires_at_unix_ms=record.expires_at_unix_ms,
+                revoked=record.revoked,
+            )
+        )
+        self._session.flush()
+
+    def get(self, key_prefix: KeyPrefix) -> StoredKey | None:
+        found = self._session.exec(
+            select(ApiKeyRow, AccountRow.operator).join(AccountRow).where(ApiKeyRow.key_prefix == key_prefix)
+        ).first()
+        return None if found is None else StoredKey(_record(found[0], operator=found[1]), found[0].secret_sha256)
+
+    def list_of(self, account_id: AccountId) -> tuple[KeyRecord, ...]:
+        """One person's keys, oldest first."""
+        found = self._session.exec(
+            select(ApiKeyRow, AccountRow.operator)
+            .join(AccountRow)
+            .where(ApiKeyRow.account_id == account_id)
+            .order_by(col(ApiKeyRow.created_at_unix_ms), col(ApiKeyRow.key_prefix))
+        )
+        return tuple(_record(row, operator=operator) for row, operator in found)
+
+    def revoke(self, key_prefix: KeyPrefix) -> bool:
+        """False where it was revoked before, or never was."""
+        statement = update(ApiKeyRow).where(col(ApiKeyRow.key_prefix) == key_prefix, ~col(ApiKeyRow.revoked)).values(revoked=True)
+        return self._session.exec(statement).rowcount == 1
+
+
+def _record(row: ApiKeyRow, *, operator: bool) -> KeyRecord:
+    return KeyRecord(
+        key_prefix=KeyPrefix(row.key_prefix),
+        account_id=AccountId(row.account_id),
+        name=row.name,
+        created_at_unix_ms=row.created_at_unix_ms,
+        expires_at_unix_ms=row.expires_at_unix_ms,
+        revoked=row.revoked,
+        operator=operator,
+    )

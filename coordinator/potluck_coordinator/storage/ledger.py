@@ -1,0 +1,121 @@
+"""The ledger's accounts, transactions and postings, as rows.
+
+Decides only how a transaction is written: lines first, then the row that seals them. The database's own triggers refuse a transaction that
+does not sum to zero, a line for a sealed one, and any change of what is written; they also keep each account's `posted`.
+"""
+
+from __future__ import annotations
+
+from sqlmodel import Session, col, insert, select, update
+
+from potluck_coordinator.domain.ledger import LedgerAccountId, LedgerAccountKind, Transaction, ledger_account_id
+from potluck_coordinator.ports import StatementLine
+from potluck_coordinator.storage.tables import EarningsClaimRow, LedgerAccountRow, LedgerTransactionRow, PostingRow
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId
+
+_STATEMENT_WORDS = {LedgerAccountKind.USER: "spending", LedgerAccountKind.NODE_OWNER: "earnings"}
+
+
+class LedgerRepository:
+    """The `ledger_account`, `ledger_transaction`, `posting` and `earnings_claim` tables."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def open_account(self, kind: LedgerAccountKind, owner: AccountId | None = None) -> None:
+        """Opens the account unless it is open."""
+        account_id = ledger_account_id(kind, owner)
+        if self.position(account_id) is None:
+            self._session.add(LedgerAccountRow(ledger_account_id=account_id, owner_account_id=owner, kind=kind, posted=0, held=0))
+            self._session.flush()
+
+    def position(self, account_id: LedgerAccountId) -> tuple[int, int] | None:
+        """What is posted and what of it is held, in micro-credits; None for no such account."""
+        row = LedgerAccountRow
+        found = self._session.exec(select(row.posted, row.held).where(row.ledger_account_id == account_id)).first()
+        return None if found is None else (found[0], found[1])
+
+    def hold(self, account_id: LedgerAccountId, amount_micro_credits: int) -> bool:
+        """Sets credits aside if there are so many; False, and nothing done, if not. One statement, so that no race can spend twice."""
+        row = LedgerAccountRow
+        statement = (
+            update(row)
+            .where(col(row.ledger_account_id) == account_id, col(row.posted) - col(row.held) >= amount_micro_credits)
+            .values(held=col(row.held) + amount_micro_credits)
+        )
+        return self._session.exec(statement).rowcount == 1
+
+    def release(self, account_id: LedgerAccountId, amount_micro_credits: int) -> None:
+        """Frees credits that `hold` set aside."""
+        row = LedgerAccountRow
+        self._session.exec(update(row).where(col(row.ledger_account_id) == account_id).values(held=col(row.held) - amount_micro_credits))
+
+    def post(self, transaction: Transaction, now_unix_ms: int) -> bool:
+        """Books a transaction; False for one that is booked already.
+
+        Raises:
+            PotluckError: ALREADY_EXISTS where the id is booked with other postings.
+        """
+        row = LedgerTransactionRow
+        known = self._session.exec(select(row.fingerprint).where(row.transaction_id == transaction.transaction_id)).first()
+        if known is not None:
+            if known != transaction.fingerprint:
+                raise PotluckError(ErrorCode.ALREADY_EXISTS, f"Transaction {transaction.transaction_id} is booked with other postings.")
+            return False
+        self._session.exec(
+            insert(PostingRow),
+            params=[
+                {
+                    "transaction_id": transaction.transaction_id,
+                    "line": line,
+                    "ledger_account_id": posting.ledger_account_id,
+                    "amount": posting.amount_micro_credits,
+                }
+                for line, posting in enumerate(transaction.postings)
+            ],
+        )
+        self._session.exec(
+            insert(row).values(
+                transaction_id=transaction.transaction_id,
+                kind=transaction.kind,
+                fingerprint=transaction.fingerprint,
+                created_at_unix_ms=now_unix_ms,
+            )
+        )
+        return True
+
+    def lines_of(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:
+        """The newest postings to a person's two accounts, newest first."""
+        found = self._session.exec(
+            select(PostingRow, LedgerTransactionRow, LedgerAccountRow.kind)
+            .join(LedgerTransactionRow, col(PostingRow.transaction_id) == col(LedgerTransactionRow.transaction_id))
+            .join(LedgerAccountRow, col(PostingRow.ledger_account_id) == col(LedgerAccountRow.ledger_account_id))
+            .where(LedgerAccountRow.owner_account_id == account_id)
+            .order_by(
+                col(LedgerTransactionRow.created_at_unix_ms).desc(), col(PostingRow.transaction_id).desc(), col(PostingRow.line).desc()
+            )
+            .limit(limit)
+        )
+        return tuple(
+            StatementLine(
+                transaction_id=posting.transaction_id,
+                kind=transaction.kind,
+                amount_micro_credits=posting.amount,
+                created_at_unix_ms=transaction.created_at_unix_ms,
+                ledger_account_kind=_STATEMENT_WORDS[LedgerAccountKind(kind)],
+            )
+            for posting, transaction, kind in found
+        )
+
+    def claimed(self, account_id: AccountId, claim_id: str) -> int | None:
+        """What that claim moved; None for a claim never made."""
+        row = EarningsClaimRow
+        return self._session.exec(select(row.amount).where(row.account_id == account_id, row.claim_id == claim_id)).first()
+
+    def keep_claim(self, account_id: AccountId, claim_id: str, amount_micro_credits: int, now_unix_ms: int) -> None:
+        """Remembers what a claim moved."""
+        self._session.add(
+            EarningsClaimRow(account_id=account_id, claim_id=claim_id, amount=amount_micro_credits, created_at_unix_ms=now_unix_ms)
+        )
+        self._session.flush()

@@ -1,0 +1,142 @@
+"""Enrolled nodes, as rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+from sqlmodel import Session, col, select, update
+
+from potluck_coordinator.storage.tables import NodeRow
+from potluck_protocol.values import AccountId, Inventory, NodeId
+
+
+class NodeStatus(StrEnum):
+    """Whether a node's key still opens anything."""
+
+    ACTIVE = "active"
+    REVOKED = "revoked"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolledNode:
+    """One node as the books know it."""
+
+    node_id: NodeId
+    owner_account_id: AccountId
+    display_name: str
+    public_key_spki: bytes
+    status: NodeStatus
+    status_reason: str
+    epoch: int
+    """Of its last session; 0 before the first."""
+    inventory: Inventory
+    agent_version: str
+    enrolled_at_unix_ms: int
+    last_seen_at_unix_ms: int
+
+
+class NodeRepository:
+    """The `node` table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, node: EnrolledNode) -> None:
+        self._session.add(
+            NodeRow(
+                node_id=node.node_id,
+                owner_account_id=node.owner_account_id,
+                display_name=node.display_name,
+                public_key_spki=node.public_key_spki,
+                status=node.status,
+                status_reason=node.status_reason,
+                epoch=node.epoch,
+                inventory=_inventory_json(node.inventory),
+                agent_version=node.agent_version,
+                enrolled_at_unix_ms=node.enrolled_at_unix_ms,
+                last_seen_at_unix_ms=node.last_seen_at_unix_ms,
+            )
+        )
+        self._session.flush()
+
+    def get(self, node_id: NodeId) -> EnrolledNode | None:
+        row = self._session.get(NodeRow, node_id)
+        return None if row is None else _node(row)
+
+    def list_all(self) -> tuple[EnrolledNode, ...]:
+        """Every node that ever enrolled, in the order of their coming."""
+        rows = self._session.exec(select(NodeRow).order_by(col(NodeRow.enrolled_at_unix_ms), col(NodeRow.node_id)))
+        return tuple(_node(row) for row in rows)
+
+    def come_back(self, node_id: NodeId, owner_account_id: AccountId, display_name: str, inventory: Inventory) -> bool:
+        """Makes a node that left active again, perhaps under another owner; False for one that did not leave."""
+        statement = (
+            update(NodeRow)
+            .where(col(NodeRow.node_id) == node_id, col(NodeRow.status) == NodeStatus.LEFT)
+            .values(
+                status=NodeStatus.ACTIVE,
+                status_reason="",
+                owner_account_id=owner_account_id,
+                display_name=display_name,
+                inventory=_inventory_json(inventory),
+            )
+        )
+        return self._session.exec(statement).rowcount == 1
+
+    def end(self, node_id: NodeId, status: NodeStatus, reason: str) -> bool:
+        """Takes the node out of the pool; a node that left may still be revoked. False where that changes nothing."""
+        before = [NodeStatus.ACTIVE] if status is NodeStatus.LEFT else [NodeStatus.ACTIVE, NodeStatus.LEFT]
+        statement = (
+            update(NodeRow)
+            .where(col(NodeRow.node_id) == node_id, col(NodeRow.status).in_(before))
+            .values(status=status, status_reason=reason)
+        )
+        return self._session.exec(statement).rowcount == 1
+
+    def next_epoch(self, node_id: NodeId) -> int | None:
+        """The epoch of a new session, higher than any before; None for a node that is not active."""
+        statement = (
+            update(NodeRow)
+            .where(col(NodeRow.node_id) == node_id, col(NodeRow.status) == NodeStatus.ACTIVE)
+            .values(epoch=col(NodeRow.epoch) + 1)
+        )
+        if self._session.exec(statement).rowcount != 1:
+            return None
+        return self._session.exec(select(NodeRow.epoch).where(NodeRow.node_id == node_id)).one()
+
+    def describe(self, node_id: NodeId, inventory: Inventory, agent_version: str) -> None:
+        """Keeps what the node's hello says of itself."""
+        self._session.exec(
+            update(NodeRow).where(col(NodeRow.node_id) == node_id).values(inventory=_inventory_json(inventory), agent_version=agent_version)
+        )
+
+    def saw(self, node_id: NodeId, now_unix_ms: int) -> None:
+        """Keeps when the node was last heard of; that time never goes back."""
+        self._session.exec(
+            update(NodeRow)
+            .where(col(NodeRow.node_id) == node_id, col(NodeRow.last_seen_at_unix_ms) < now_unix_ms)
+            .values(last_seen_at_unix_ms=now_unix_ms)
+        )
+
+
+def _inventory_json(inventory: Inventory) -> str:
+    return msgspec.json.encode(inventory).decode()
+
+
+def _node(row: NodeRow) -> EnrolledNode:
+    return EnrolledNode(
+        node_id=NodeId(row.node_id),
+        owner_account_id=AccountId(row.owner_account_id),
+        display_name=row.display_name,
+        public_key_spki=row.public_key_spki,
+        status=NodeStatus(row.status),
+        status_reason=row.status_reason,
+        epoch=row.epoch,
+        inventory=msgspec.json.decode(row.inventory, type=Inventory),
+        agent_version=row.agent_version,
+        enrolled_at_unix_ms=row.enrolled_at_unix_ms,
+        last_seen_at_unix_ms=row.last_seen_at_unix_ms,
+    )

@@ -1,0 +1,45 @@
+"""The pool's named facts, as rows: its id and its counters."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from sqlmodel import Session, col, select, update
+
+from potluck_coordinator.storage.tables import CoordinatorStateRow
+
+
+class StateName(StrEnum):
+    """Every fact there is."""
+
+    POOL_ID = "pool_id"
+    GATEWAY_EPOCH = "gateway_epoch"
+    DESIRED_REVISION = "desired_revision"
+    KEY_GENERATION = "key_generation"
+    SNAPSHOT_VERSION = "snapshot_version"
+
+
+class StateRepository:
+    """The `coordinator_state` table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def get(self, name: StateName) -> str | None:
+        return self._session.exec(select(CoordinatorStateRow.value).where(CoordinatorStateRow.name == name)).first()
+
+    def put(self, name: StateName, value: str) -> None:
+        statement = update(CoordinatorStateRow).where(col(CoordinatorStateRow.name) == name).values(value=value)
+        if self._session.exec(statement).rowcount == 0:
+            self._session.add(CoordinatorStateRow(name=name, value=value))
+            self._session.flush()
+
+    def counter(self, name: StateName) -> int:
+        """Where a counter stands; 0 before its first step."""
+        return int(self.get(name) or 0)
+
+    def advance(self, name: StateName) -> int:
+        """Counts one up and returns the new number, which no earlier call had."""
+        number = self.counter(name) + 1
+        self.put(name, str(number))
+        return number

@@ -1,0 +1,203 @@
+"""The tables.
+
+Decides columns, keys and checks; `migrations` builds the same and adds the triggers that no model can express (see its first version). It
+must not know what an amount is for. Rows never leave `storage`: its repositories turn them into frozen values.
+
+Every amount and time is BIGINT: SQLModel's own integer is 32 bits on PostgreSQL, which 2,147 credits overflow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, LargeBinary
+from sqlmodel import Field, SQLModel
+
+
+def _big(*, nullable: bool = False, primary_key: bool = False) -> Any:
+    return Field(sa_type=BigInteger, nullable=nullable, primary_key=primary_key)
+
+
+class AccountRow(SQLModel, table=True):
+    """A person."""
+
+    __tablename__ = "account"
+
+    account_id: str = Field(primary_key=True)
+    name: str = Field(unique=True)
+    operator: bool
+    created_at_unix_ms: int = _big()
+
+
+class ApiKeyRow(SQLModel, table=True):
+    """A person's key, by its hash."""
+
+    __tablename__ = "api_key"
+
+    key_prefix: str = Field(primary_key=True)
+    account_id: str = Field(foreign_key="account.account_id", index=True)
+    name: str
+    secret_sha256: str
+    created_at_unix_ms: int = _big()
+    expires_at_unix_ms: int = _big()
+    revoked: bool
+
+
+class JoinTokenRow(SQLModel, table=True):
+    """A single-use leave for one node to enrol."""
+
+    __tablename__ = "join_token"
+
+    token_id: str = Field(primary_key=True)
+    account_id: str = Field(foreign_key="account.account_id", index=True)
+    secret_sha256: str
+    created_at_unix_ms: int = _big()
+    expires_at_unix_ms: int = _big()
+    used_by_node_id: str | None = None
+    revoked: bool
+
+
+class NodeRow(SQLModel, table=True):
+    """An enrolled node. `inventory` is JSON of the value of that name."""
+
+    __tablename__ = "node"
+    __table_args__ = (CheckConstraint("status IN ('active', 'revoked', 'left')", name="node_status"),)
+
+    node_id: str = Field(primary_key=True)
+    owner_account_id: str = Field(foreign_key="account.account_id", index=True)
+    display_name: str
+    public_key_spki: bytes = Field(sa_type=LargeBinary)
+    status: str
+    status_reason: str
+    epoch: int = _big()
+    inventory: str
+    agent_version: str
+    enrolled_at_unix_ms: int = _big()
+    last_seen_at_unix_ms: int = _big()
+
+
+class LedgerAccountRow(SQLModel, table=True):
+    """An account of the ledger. Only postings move `posted`; `held` is the sum of its open holds."""
+
+    __tablename__ = "ledger_account"
+    __table_args__ = (
+        CheckConstraint("kind IN ('issuer', 'user', 'node_owner', 'fee')", name="ledger_account_kind"),
+        CheckConstraint("kind = 'issuer' OR posted - held >= 0", name="ledger_account_not_overdrawn"),
+        CheckConstraint("held >= 0", name="ledger_account_held"),
+        CheckConstraint("(kind IN ('issuer', 'fee')) = (owner_account_id IS NULL)", name="ledger_account_owner"),
+    )
+
+    ledger_account_id: str = Field(primary_key=True)
+    owner_account_id: str | None = Field(default=None, foreign_key="account.account_id", index=True)
+    kind: str
+    posted: int = _big()
+    held: int = _big()
+
+
+class LedgerTransactionRow(SQLModel, table=True):
+    """One booked event; written after its postings, which it seals."""
+
+    __tablename__ = "ledger_transaction"
+
+    transaction_id: str = Field(primary_key=True)
+    kind: str
+    fingerprint: str
+    created_at_unix_ms: int = _big()
+
+
+class PostingRow(SQLModel, table=True):
+    """One line of a transaction. The deferred key lets lines come first, so that the transaction's trigger sees them all."""
+
+    __tablename__ = "posting"
+    __table_args__ = (
+        CheckConstraint("amount <> 0", name="posting_amount"),
+        Index("ix_posting_ledger_account_id", "ledger_account_id"),
+    )
+
+    transaction_id: str = Field(
+        sa_column=Column(
+            ForeignKey("ledger_transaction.transaction_id", deferrable=True, initially="DEFERRED"), primary_key=True, nullable=False
+        )
+    )
+    line: int = Field(primary_key=True)
+    ledger_account_id: str = Field(foreign_key="ledger_account.ledger_account_id")
+    amount: int = _big()
+
+
+class HoldRow(SQLModel, table=True):
+    """Credits set aside for one attempt."""
+
+    __tablename__ = "hold"
+    __table_args__ = (
+        CheckConstraint("amount >= 0", name="hold_amount"),
+        CheckConstraint("delivered BETWEEN 0 AND amount", name="hold_delivered"),
+        CheckConstraint("settled BETWEEN 0 AND amount", name="hold_settled"),
+        CheckConstraint("state IN ('open', 'settled', 'expired')", name="hold_state"),
+        CheckConstraint("(state = 'open') = (closed_at_unix_ms IS NULL)", name="hold_closed_at"),
+        Index("ix_hold_state_expires_at_unix_ms", "state", "expires_at_unix_ms"),
+    )
+
+    hold_id: str = Field(primary_key=True)
+    payer_account_id: str = Field(foreign_key="account.account_id", index=True)
+    payee_account_id: str = Field(foreign_key="account.account_id")
+    amount: int = _big()
+    delivered: int = _big()
+    settled: int = _big()
+    state: str
+    gateway_epoch: int = _big()
+    expires_at_unix_ms: int = _big()
+    opened_at_unix_ms: int = _big()
+    closed_at_unix_ms: int | None = _big(nullable=True)
+
+
+class EarningsClaimRow(SQLModel, table=True):
+    """What a claim moved, so that the same claim, even one of nothing, answers the same again."""
+
+    __tablename__ = "earnings_claim"
+
+    account_id: str = Field(primary_key=True, foreign_key="account.account_id")
+    claim_id: str = Field(primary_key=True)
+    amount: int = _big()
+    created_at_unix_ms: int = _big()
+
+
+class CatalogueModelRow(SQLModel, table=True):
+    """A model on offer. `entry` is JSON of the `CatalogueEntry`."""
+
+    __tablename__ = "catalogue_model"
+
+    model_id: str = Field(primary_key=True)
+    entry: str
+
+
+class DeploymentRow(SQLModel, table=True):
+    """The wish to have a model served; no count asks for one replica on every node that may serve."""
+
+    __tablename__ = "deployment"
+    __table_args__ = (CheckConstraint("replica_count >= 0", name="deployment_replica_count"),)
+
+    model_id: str = Field(primary_key=True, foreign_key="catalogue_model.model_id")
+    replica_count: int | None = None
+
+
+class NodeUptimeHourRow(SQLModel, table=True):
+    """A node's judged minutes in one hour of unix time."""
+
+    __tablename__ = "node_uptime_hour"
+    __table_args__ = (
+        CheckConstraint("up_minutes >= 0 AND down_minutes >= 0 AND up_minutes + down_minutes <= 60", name="node_uptime_hour_minutes"),
+    )
+
+    node_id: str = Field(primary_key=True, foreign_key="node.node_id")
+    hour: int = _big(primary_key=True)
+    up_minutes: int
+    down_minutes: int
+
+
+class CoordinatorStateRow(SQLModel, table=True):
+    """A named fact of the pool: its id, its counters."""
+
+    __tablename__ = "coordinator_state"
+
+    name: str = Field(primary_key=True)
+    value: str

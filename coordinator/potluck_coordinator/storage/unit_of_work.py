@@ -1,0 +1,35 @@
+"""What one transaction can reach: a repository for each part of the books.
+
+Decides nothing; `Store` begins and ends the transaction around it.
+"""
+
+from __future__ import annotations
+
+from sqlmodel import Session
+
+from potluck_coordinator.storage.accounts import AccountRepository
+from potluck_coordinator.storage.audit import Audit
+from potluck_coordinator.storage.catalogue import CatalogueRepository
+from potluck_coordinator.storage.holds import HoldRepository
+from potluck_coordinator.storage.join_tokens import JoinTokenRepository
+from potluck_coordinator.storage.keys import KeyRepository
+from potluck_coordinator.storage.ledger import LedgerRepository
+from potluck_coordinator.storage.nodes import NodeRepository
+from potluck_coordinator.storage.state import StateRepository
+from potluck_coordinator.storage.uptime import UptimeRepository
+
+
+class UnitOfWork:
+    """The repositories of one transaction; use them inside the work that `Store` was given, and nowhere else."""
+
+    def __init__(self, session: Session) -> None:
+        self.accounts = AccountRepository(session)
+        self.keys = KeyRepository(session)
+        self.join_tokens = JoinTokenRepository(session)
+        self.nodes = NodeRepository(session)
+        self.ledger = LedgerRepository(session)
+        self.holds = HoldRepository(session)
+        self.audit = Audit(session)
+        self.catalogue = CatalogueRepository(session)
+        self.uptime = UptimeRepository(session)
+        self.state = StateRepository(session)

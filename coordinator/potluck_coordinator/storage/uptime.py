@@ -1,0 +1,44 @@
+"""Nodes' judged minutes, as rows: one for each node and hour of unix time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import func
+from sqlmodel import Session, col, select, update
+
+from potluck_coordinator.storage.tables import NodeUptimeHourRow
+from potluck_protocol.values import NodeId
+
+
+class UptimeRepository:
+    """The `node_uptime_hour` table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, node_id: NodeId, hour: int, up_minutes: int, down_minutes: int) -> None:
+        """Adds minutes to an hour. More than fit into it, as after the clock was set back, are dropped: they are nobody's."""
+        row = NodeUptimeHourRow
+        if self._session.get(row, (node_id, hour)) is None:
+            self._session.add(row(node_id=node_id, hour=hour, up_minutes=0, down_minutes=0))
+            self._session.flush()
+        self._session.exec(
+            update(row)
+            .where(
+                col(row.node_id) == node_id,
+                col(row.hour) == hour,
+                col(row.up_minutes) + col(row.down_minutes) + up_minutes + down_minutes <= 60,
+            )
+            .values(up_minutes=col(row.up_minutes) + up_minutes, down_minutes=col(row.down_minutes) + down_minutes)
+        )
+
+    def totals(self, since_hour: int = 0) -> Mapping[NodeId, tuple[int, int]]:
+        """Up and down minutes of every node with any, from that hour on."""
+        row = NodeUptimeHourRow
+        found = self._session.exec(
+            select(row.node_id, func.sum(row.up_minutes), func.sum(row.down_minutes))
+            .where(col(row.hour) >= since_hour)
+            .group_by(col(row.node_id))
+        )
+        return {NodeId(node_id): (int(up), int(down)) for node_id, up, down in found}

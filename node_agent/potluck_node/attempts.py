@@ -1,0 +1,311 @@
+"""Every attempt of this node: asked of an engine on loopback, relayed byte by byte, ended exactly once.
+
+Decides which attempts are taken, when an engine's answer is read on, and when an attempt may be forgotten. It must not know gRPC: the link
+feeds it values and lets it fill frames.
+
+Reading stops while an attempt's window is full, so a slow client slows its own engine answer by TCP's back-pressure and nothing else.
+Cancelling closes the engine's connection at once, which frees its slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+import structlog
+
+from potluck_node.delivery import Delivery, ResponseHead
+from potluck_node.domain.event_stream import cut_at_event_end
+from potluck_node.replicas import Replicas
+from potluck_protocol.clock import Clock
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import AttemptId, EndReason, NodeState, ReplicaId, StartAttempt
+
+PIECE_BYTES_MAX: Final = 64 * 1024
+"""How much of an answer is read at once; a quarter of the window where that is less, so that a window holds several pieces."""
+EVENT_BYTES_MAX: Final = 1024 * 1024
+"""An engine whose event grows beyond this is broken."""
+CONNECT_LIMIT_SECONDS: Final = 5.0
+CONNECTION_KEPT_SECONDS: Final = 2.0
+"""Less than engines keep an idle connection (5 s): one that the engine closes while we write would fail a good request."""
+DELIVERED_KEPT_SECONDS: Final = 20.0
+"""How long an attempt is remembered after its last acknowledgement, in case the link broke under its end; longer than a lease."""
+UNDELIVERED_KEPT_SECONDS: Final = 600.0
+"""How long an ended attempt waits for a client that does not read."""
+
+_log = structlog.get_logger()
+
+
+class _EventTooLargeError(Exception):
+    """The engine wrote an event without an end."""
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    replica_id: ReplicaId
+    delivery: Delivery
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    ended_at_seconds: float | None = None
+    queued: bool = False
+    """It stands in the line of attempts with something to send."""
+
+
+def engine_session() -> aiohttp.ClientSession:
+    """The agent's HTTP client for engines: loopback only, no limits of its own, bytes as they come."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=CONNECTION_KEPT_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_SECONDS),
+        auto_decompress=False,
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+class Attempts:
+    """The node's attempts.
+
+    Args:
+        replicas: where engines are, and how many slots each has.
+        http: see `engine_session`.
+        clock: time.
+        node_state: whether new attempts are welcome.
+        slot_count_max: the owner's limit for one engine, whatever the coordinator wished; None: no limit.
+        wake: called after there is something new to send; True means at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        replicas: Replicas,
+        http: aiohttp.ClientSession,
+        clock: Clock,
+        node_state: Callable[[], NodeState],
+        slot_count_max: int | None,
+        wake: Callable[[bool], None],
+    ) -> None:
+        self._replicas = replicas
+        self._http = http
+        self._clock = clock
+        self._node_state = node_state
+        self._slot_count_max = slot_count_max
+        self._wake = wake
+        self._attempts: dict[AttemptId, _Attempt] = {}
+        self._line: deque[_Attempt] = deque()
+        self._running: dict[ReplicaId, int] = {}
+        self.progress_count = 0
+
+    # What the link and the status page read.
+
+    @property
+    def busy(self) -> bool:
+        """An attempt runs, or its bytes have not all been sent."""
+        return bool(self._line) or any(attempt.ended_at_seconds is None for attempt in self._attempts.values())
+
+    @property
+    def in_flight(self) -> tuple[AttemptId, ...]:
+        """Attempts that the coordinator may still ask about."""
+        return tuple(self._attempts)
+
+    def running_count(self, replica_id: ReplicaId) -> int:
+        """Slots of a replica that are taken."""
+        return self._running.get(replica_id, 0)
+
+    # What the coordinator says.
+
+    def start(self, start: StartAttempt) -> None:
+        """Takes an attempt, or refuses it with the reason. One that is already known, as after a reconnect, is left alone."""
+        if start.attempt_id in self._attempts:
+            return
+        attempt = _Attempt(start.replica_id, Delivery(start.attempt_id, start.window_bytes))
+        self._attempts[start.attempt_id] = attempt
+        root_url = self._replicas.ready_url(start.replica_id)
+        refusal = self._refusal(start.replica_id)
+        if refusal or root_url is None:
+            self._end(attempt, EndReason.REFUSED, refusal or "the replica has no ready engine")
+            return
+        self._running[start.replica_id] = self.running_count(start.replica_id) + 1
+        attempt.task = asyncio.create_task(self._run(attempt, start, root_url), name=f"attempt {start.attempt_id}")
+
+    def refuse(self, attempt_id: AttemptId, detail: str) -> None:
+        """Answers an attempt that could not even be read."""
+        if attempt_id not in self._attempts:
+            self._end_unknown(attempt_id, EndReason.REFUSED, detail, 0)
+
+    def cancel(self, attempt_id: AttemptId) -> None:
+        """Closes the engine's connection at once and ends the attempt; one that is over is forgotten."""
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None:
+            return
+        if attempt.delivery.ended:
+            self._forget(attempt)
+            return
+        attempt.delivery.cancel()
+        self._end(attempt, EndReason.CANCELLED)
+
+    def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
+        """Frees the window of an attempt."""
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None:
+            return
+        attempt.delivery.acknowledge(next_sequence)
+        attempt.room.set()
+        if attempt.delivery.end_acknowledged:
+            self._forget(attempt)
+
+    def resume(self, named: Iterable[AttemptId], resume_points: Mapping[AttemptId, int]) -> None:
+        """After a welcome: of the attempts named in the hello, those with a resume point go on from it, the others are dropped."""
+        for attempt_id in named:
+            attempt = self._attempts.get(attempt_id)
+            next_sequence = resume_points.get(attempt_id)
+            if attempt is None and next_sequence is not None:
+                # The lease lapsed between our hello and the welcome: what was dropped then must still be ended.
+                self._end_unknown(attempt_id, EndReason.ENGINE_FAILED, "the node's lease had lapsed", next_sequence)
+            elif attempt is None:
+                continue
+            elif next_sequence is None or not attempt.delivery.rewind(next_sequence) or attempt.delivery.end_acknowledged:
+                self._forget(attempt)
+            else:
+                attempt.room.set()
+                self._stand_in_line(attempt, urgent=True)
+
+    def abandon_all(self) -> int:
+        """Fenced: drops every attempt without a word; how many there were."""
+        dropped = list(self._attempts.values())
+        for attempt in dropped:
+            self._forget(attempt)
+        return len(dropped)
+
+    # What the link does.
+
+    def move_into(self, frame: node_pb2.NodeFrame, bytes_max: int) -> bool:
+        """Moves everything that waits, in turn and at most `bytes_max`, into the frame; False where nothing waited."""
+        moved = False
+        left_bytes = bytes_max
+        while self._line and left_bytes > 0:
+            attempt = self._line.popleft()
+            attempt.queued = False
+            if not attempt.delivery.waiting:
+                continue
+            left_bytes -= attempt.delivery.move_into(frame, left_bytes)
+            moved = True
+            if attempt.delivery.waiting:
+                self._stand_in_line(attempt, urgent=False)
+            elif attempt.delivery.ended:
+                attempt.ended_at_seconds = self._clock.monotonic_seconds()
+        return moved
+
+    def sweep(self) -> None:
+        """Forgets ended attempts whose acknowledgement will not come any more."""
+        now_seconds = self._clock.monotonic_seconds()
+        for attempt in list(self._attempts.values()):
+            if attempt.ended_at_seconds is None:
+                continue
+            kept_seconds = DELIVERED_KEPT_SECONDS if attempt.delivery.all_acknowledged else UNDELIVERED_KEPT_SECONDS
+            if now_seconds - attempt.ended_at_seconds >= kept_seconds:
+                self._forget(attempt)
+
+    async def close(self) -> None:
+        """Drops every attempt and waits until its engine connection is closed."""
+        tasks = [attempt.task for attempt in self._attempts.values() if attempt.task is not None]
+        self.abandon_all()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # How an attempt runs.
+
+    def _refusal(self, replica_id: ReplicaId) -> str:
+        state = self._node_state()
+        if state is not NodeState.SERVING:
+            return f"the node is {state}"
+        slot_count = next((status.slot_count for status in self._replicas.statuses() if status.replica_id == replica_id), 0)
+        if self._slot_count_max is not None:
+            slot_count = min(slot_count, self._slot_count_max)
+        if self.running_count(replica_id) >= slot_count:
+            return f"all {slot_count} slots of the replica are taken"
+        return ""
+
+    async def _run(self, attempt: _Attempt, start: StartAttempt, root_url: str) -> None:
+        try:
+            await self._relay(attempt, start, root_url)
+        except _EventTooLargeError:
+            self._end(attempt, EndReason.ENGINE_FAILED, f"the engine wrote an event of more than {EVENT_BYTES_MAX} bytes")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            # Only the kind of failure: an exception's own text may quote the request.
+            self._end(attempt, EndReason.ENGINE_FAILED, f"the engine's connection failed: {type(error).__name__}")
+        except Exception as error:  # noqa: BLE001 - an attempt always gets its end, and the traceback could hold the request
+            _log.error("attempt_broke", attempt_id=start.attempt_id, error_kind=type(error).__name__)
+            self._end(attempt, EndReason.ENGINE_FAILED, "the agent failed to relay the answer")
+        else:
+            self._end(attempt, EndReason.COMPLETED)
+
+    async def _relay(self, attempt: _Attempt, start: StartAttempt, root_url: str) -> None:
+        piece_bytes = max(1, min(PIECE_BYTES_MAX, start.window_bytes // 4))
+        headers = {"Content-Type": "application/json"}
+        async with self._http.post(root_url + start.endpoint.value, data=start.body, headers=headers) as response:
+            try:
+                content_type = response.headers.get("Content-Type", "")
+                head = ResponseHead(response.status, content_type)
+                cut_at_events = start.stream and content_type.startswith("text/event-stream")
+                remainder = b""
+                while piece := await response.content.read(piece_bytes):
+                    whole = piece
+                    if cut_at_events:
+                        whole, remainder = cut_at_event_end(remainder, piece)
+                        if len(remainder) > EVENT_BYTES_MAX:
+                            raise _EventTooLargeError
+                    if whole:
+                        await self._send(attempt, whole, head)
+                if remainder or not attempt.delivery.begun:
+                    await self._send(attempt, remainder, head)
+            finally:
+                if not response.content.at_eof():
+                    # Not released but closed: that is what tells the engine to stop.
+                    response.close()
+
+    async def _send(self, attempt: _Attempt, data: bytes, head: ResponseHead) -> None:
+        delivery = attempt.delivery
+        while not delivery.has_room(len(data)):
+            attempt.room.clear()
+            await attempt.room.wait()
+        first = not delivery.begun
+        delivery.push(data, head if first else None)
+        self.progress_count += 1
+        self._stand_in_line(attempt, urgent=first)
+
+    def _end_unknown(self, attempt_id: AttemptId, reason: EndReason, detail: str, sequence: int) -> None:
+        attempt = _Attempt(ReplicaId(""), Delivery(attempt_id, 0, sequence))
+        self._attempts[attempt_id] = attempt
+        self._end(attempt, reason, detail)
+
+    def _end(self, attempt: _Attempt, reason: EndReason, detail: str = "") -> None:
+        attempt.delivery.finish(reason, detail)
+        self._free_slot(attempt)
+        self._stand_in_line(attempt, urgent=True)
+
+    def _free_slot(self, attempt: _Attempt) -> None:
+        task, attempt.task = attempt.task, None
+        if task is None:
+            return
+        self._running[attempt.replica_id] -= 1
+        if not self._running[attempt.replica_id]:
+            del self._running[attempt.replica_id]
+        if task is not asyncio.current_task():
+            task.cancel()
+
+    def _stand_in_line(self, attempt: _Attempt, *, urgent: bool) -> None:
+        if not attempt.queued:
+            attempt.queued = True
+            self._line.append(attempt)
+        self._wake(urgent)
+
+    def _forget(self, attempt: _Attempt) -> None:
+        self._attempts.pop(attempt.delivery.attempt_id, None)
+        attempt.delivery.cancel()
+        self._free_slot(attempt)
+        if attempt.queued:
+            attempt.queued = False
+            self._line.remove(attempt)

@@ -1,0 +1,117 @@
+"""One child process of the agent: started, heard, and gone for certain.
+
+Decides how a child is spawned and how it is stopped: in a process group of its own, with a stdin that ends when this process dies, stderr
+kept in a bounded ring, terminated and then killed within a bound. It must not know what the child is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+STDERR_LINES_MAX: Final = 50
+STDERR_LINE_BYTES_MAX: Final = 300
+STOP_LIMIT_SECONDS: Final = 5.0
+"""After it, a child that was asked to end is killed."""
+_READ_BYTES: Final = 8192
+OUTPUT_LINE_BYTES_MAX: Final = 64 * 1024
+
+
+class StderrTail:
+    """The last lines that a child wrote to stderr."""
+
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque(maxlen=STDERR_LINES_MAX)
+        self._open_line = b""
+
+    def add(self, piece: bytes) -> None:
+        """Takes the next bytes, cut anywhere."""
+        *lines, rest = (self._open_line + piece).split(b"\n")
+        self._lines.extend(line[:STDERR_LINE_BYTES_MAX] for line in lines if line.strip())
+        # A progress bar or a dump without line ends does not grow the buffer.
+        self._open_line = rest[:STDERR_LINE_BYTES_MAX]
+
+    def text(self, line_count: int = STDERR_LINES_MAX) -> str:
+        """The last lines, joined."""
+        lines = [*self._lines, self._open_line] if self._open_line.strip() else list(self._lines)
+        return "\n".join(line.decode(errors="replace").rstrip() for line in lines[-line_count:])
+
+
+class ChildProcess:
+    """A running child. `spawn` makes one; `stop` or the child's own end finishes it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._process = process
+        self._stdout, self._stderr = process.stdout, process.stderr
+        self.stderr = StderrTail()
+        self._listening = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def spawn(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
+        """Starts `python ARGUMENT…` with the interpreter of this process; raises OSError when the machine will not."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # modules come from the installation, never from the folder the agent was started in
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+            limit=OUTPUT_LINE_BYTES_MAX,
+        )
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, which is also its group's."""
+        return self._process.pid
+
+    async def first_line(self) -> bytes:
+        """The first line on stdout, or b"" when the child ended without one."""
+        try:
+            return await self._stdout.readline()
+        except ValueError:  # longer than OUTPUT_LINE_BYTES_MAX
+            return b""
+
+    async def wait(self) -> str:
+        """Waits for the end; "" after success, else what ended it: "exit status 1" or "signal SIGKILL"."""
+        status = await self._process.wait()
+        # A grandchild may hold stderr open for ever.
+        await asyncio.wait({self._listening}, timeout=1.0)
+        if status == 0:
+            return ""
+        return f"exit status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
+
+    async def drain_stdout(self) -> None:
+        """Reads and drops what the child goes on to print, so that it never blocks on a full pipe."""
+        while await self._stdout.read(_READ_BYTES):
+            pass
+
+    async def stop(self) -> None:
+        """Ends the child and its whole group; returns when it is gone, at the latest after twice STOP_LIMIT_SECONDS."""
+        for order in (signal.SIGTERM, signal.SIGKILL):
+            self._signal_group(order)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_LIMIT_SECONDS)
+                break
+        # The leader is gone; what it started is not asked twice.
+        self._signal_group(signal.SIGKILL)
+        self._listening.cancel()
+        await asyncio.wait({self._listening}, timeout=1.0)
+
+    def _signal_group(self, order: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, order)
+
+    async def _listen(self) -> None:
+        while piece := await self._stderr.read(_READ_BYTES):
+            self.stderr.add(piece)

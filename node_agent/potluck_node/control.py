@@ -1,0 +1,114 @@
+"""How the owner's commands and the running agent talk: two small files in the state folder, and no socket.
+
+Decides the form of `control.json`, which the commands write and the agent polls, and of `status.json`, which the agent writes and the
+commands read. It must not know what pausing or leaving does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from potluck_protocol.identity import write_private
+
+POLL_SECONDS: Final = 1.0
+"""How often the agent reads the one file and writes the other."""
+STATUS_STALE_MS: Final = 10_000
+"""A status older than this says that the agent hangs."""
+_CONTROL: Final = "control.json"
+_STATUS: Final = "status.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What the owner wants of the agent."""
+
+    paused: bool = False
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLine:
+    """One replica as its owner sees it."""
+
+    replica_id: str
+    model_id: str
+    state: str
+    engine_kind: str
+    slot_count: int
+    running_count: int
+    fetched_bytes: int
+    fetch_total_bytes: int
+    failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """The running agent as its owner sees it."""
+
+    pid: int
+    node_id: str
+    phase: str
+    """ "connecting", "serving" or "fenced"."""
+    state: str
+    """ "serving", "paused" or "draining"."""
+    epoch: int
+    lease_left_seconds: float
+    attempt_count: int
+    progress_count: int
+    certificate_valid_until_unix_ms: int
+    updated_at_unix_ms: int
+    trouble: str
+    """Why the link is down; empty while it is up."""
+    engines: tuple[EngineLine, ...]
+
+
+def read_control(folder: Path) -> Control:
+    """What the owner wants; the default where nothing was asked, or the file is damaged."""
+    fields = _read(folder / _CONTROL)
+    return Control(paused=fields.get("paused") is True, leaving=fields.get("leaving") is True)
+
+
+def write_control(folder: Path, *, paused: bool | None = None, leaving: bool | None = None) -> Control:
+    """Changes what is named and keeps the rest."""
+    control = read_control(folder)
+    if paused is not None:
+        control = replace(control, paused=paused)
+    if leaving is not None:
+        control = replace(control, leaving=leaving)
+    write_private(folder / _CONTROL, json.dumps(asdict(control)).encode())
+    return control
+
+
+def write_status(folder: Path, status: AgentStatus) -> None:
+    """Replaces the status in one step."""
+    draft = folder / f".{_STATUS}"
+    # Not synced to disk: it is written every second and means nothing after a crash.
+    draft.write_text(json.dumps(asdict(status)))
+    draft.chmod(0o600)
+    draft.replace(folder / _STATUS)
+
+
+def read_status(folder: Path) -> AgentStatus | None:
+    """The last status that an agent wrote; None where there is none that can be read."""
+    fields = _read(folder / _STATUS)
+    try:
+        engines = tuple(EngineLine(**engine) for engine in fields.pop("engines"))
+        return AgentStatus(**fields, engines=engines)
+    except (KeyError, TypeError):
+        return None
+
+
+def remove_status(folder: Path) -> None:
+    """The agent stopped in order."""
+    (folder / _STATUS).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

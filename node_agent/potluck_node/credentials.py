@@ -1,0 +1,126 @@
+"""What the node shows at the link port: its key and its present certificate.
+
+Decides when a new certificate is due and whether the present one can work at all. It must not know the link's frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import grpc
+import grpc.aio
+import structlog
+
+from potluck_node import enrolment
+from potluck_node.domain.certificates import CertificateDates, Standing, renew_at_unix_ms, standing
+from potluck_node.identity_store import NodeIdentity, StateFolder
+from potluck_protocol.channels import CHANNEL_OPTIONS
+from potluck_protocol.clock import Clock
+from potluck_protocol.connection import fetch_connection
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.identity import certificate_life, certificate_request
+
+REQUEST_REPEATED_MS: Final = 60_000
+"""How long a certificate request may stay without an answer before it is made again."""
+
+_log = structlog.get_logger()
+
+
+class Credentials:
+    """The node's key and certificate, in memory and in its folder.
+
+    Args:
+        folder: a folder that has joined.
+        clock: time.
+        jitter: random numbers from 0 to 1.
+    """
+
+    def __init__(self, folder: StateFolder, clock: Clock, jitter: Callable[[], float]) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._jitter = jitter
+        self.identity: NodeIdentity = folder.identity()
+        self._private_key_pem = folder.private_key()
+        self._certificate_pem = b""
+        self._dates = CertificateDates(0, 0)
+        self._ask_at_unix_ms = 0
+        self._take(folder.certificate())
+
+    @property
+    def valid_until_unix_ms(self) -> int:
+        """When the present certificate lapses."""
+        return self._dates.not_after_unix_ms
+
+    def renewal_due(self) -> bool:
+        """Whether to ask for a new certificate now; asking counts, and the answer has a minute."""
+        now = self._clock.unix_ms()
+        if now < self._ask_at_unix_ms:
+            return False
+        self._ask_at_unix_ms = now + REQUEST_REPEATED_MS
+        return True
+
+    def request_der(self) -> bytes:
+        """A certificate request for the node's key."""
+        return certificate_request(self._private_key_pem)
+
+    def accept(self, certificate_pem: str) -> None:
+        """Keeps a new certificate; raises PotluckError(INVALID_CERTIFICATE) for one that is not ours."""
+        enrolment.check_certificate(certificate_pem, self.identity.node_id, self._clock)
+        self._folder.write_certificate(certificate_pem)
+        self._take(certificate_pem.encode())
+
+    async def make_ready(self) -> None:
+        """Makes sure that a handshake can succeed: a lapsed certificate is renewed by proof of the key.
+
+        Raises:
+            PotluckError: INVALID_CERTIFICATE where the coordinator refuses this node or the clock is wrong, COORDINATOR_UNAVAILABLE.
+        """
+        now = self._clock.unix_ms()
+        match standing(self._dates, now):
+            case Standing.VALID:
+                return
+            case Standing.LAPSED:
+                await self.renew()
+            case Standing.NOT_YET_VALID:
+                behind_seconds = (self._dates.not_before_unix_ms - now) // 1000
+                raise PotluckError(
+                    ErrorCode.COORDINATOR_UNAVAILABLE,
+                    f"The node's certificate begins {behind_seconds} s from now: this machine's clock is behind; set it right.",
+                )
+
+    async def renew(self) -> None:
+        """A new certificate by proof of the enrolled key, off the link."""
+        self.accept(await enrolment.renew(self.identity, self._private_key_pem, self._clock))
+        _log.info("certificate_renewed", node_id=self.identity.node_id, way="enrolment")
+
+    async def find_coordinator(self) -> None:
+        """Asks the coordinator's HTTP port again where its other ports are; failing changes nothing."""
+        try:
+            connection = await asyncio.to_thread(fetch_connection, self.identity.url)
+        except PotluckError:
+            return
+        if connection != self.identity.connection:
+            self.identity = replace(self.identity, connection=connection)
+            self._folder.write_identity(self.identity)
+            _log.info("coordinator_moved", link_target=connection.link_target)
+
+    def open_channel(self) -> grpc.aio.Channel:
+        """A new channel to the link port under the present certificate. Certificates cannot be changed on a channel: open another."""
+        connection = self.identity.connection
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=connection.ca_certificate_pem.encode(),
+            private_key=self._private_key_pem,
+            certificate_chain=self._certificate_pem,
+        )
+        # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        return grpc.aio.secure_channel(connection.link_target, credentials, options=options)
+
+    def _take(self, certificate_pem: bytes) -> None:
+        life = certificate_life(certificate_pem)
+        self._certificate_pem = certificate_pem
+        self._dates = CertificateDates(life.valid_from_unix_ms, life.valid_until_unix_ms)
+        self._ask_at_unix_ms = renew_at_unix_ms(self._dates, self._jitter())

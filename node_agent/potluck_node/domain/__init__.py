@@ -1,0 +1,1 @@
+"""Decisions of the agent as plain synchronous functions over frozen values."""

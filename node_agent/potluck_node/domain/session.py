@@ -1,0 +1,127 @@
+"""The agent's half of the lease: when it may serve, when it must stop, when to beat and when to dial again.
+
+Decides from values and a given `now`; seconds are monotonic ones. It must not know frames, channels or clocks: the link reads the clock and
+feeds what happened.
+
+The lease counts from the moment the oldest unanswered sign of life was *sent*, the coordinator's from the moment it arrived. So the agent
+stops no later than the coordinator gives it up, give or take one heartbeat that crossed its answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+RECONNECT_DELAY_FIRST_SECONDS: Final = 0.5
+RECONNECT_DELAY_MAX_SECONDS: Final = 2.0
+STABLE_SECONDS: Final = 5.0
+"""A connection that lived this long proves that dialling works."""
+
+
+class Phase(StrEnum):
+    """What the agent may do."""
+
+    CONNECTING = "connecting"
+    """No lease yet in this life, or the link is down while the lease still runs."""
+    SERVING = "serving"
+    FENCED = "fenced"
+    """The lease lapsed: nothing of the old epoch goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything the lease rule needs to know."""
+
+    phase: Phase = Phase.CONNECTING
+    epoch: int = 0
+    lease_ends_at_seconds: float | None = None
+    unanswered_since_seconds: float | None = None
+    """When the oldest heartbeat without an answer was sent."""
+    last_beat_at_seconds: float = 0.0
+    heartbeat_busy_seconds: float = 1.0
+    heartbeat_idle_seconds: float = 5.0
+    failure_count: int = 0
+    """Dials in a row that led to no connection worth the name: no welcome, or one lost again at once."""
+
+
+def after_welcome(
+    session: Session, *, epoch: int, lease_ttl_ms: int, heartbeat_busy_ms: int, heartbeat_idle_ms: int, hello_sent_at_seconds: float
+) -> Session:
+    """The coordinator took us in: a fresh lease, counted from our hello."""
+    return replace(
+        session,
+        phase=Phase.SERVING,
+        epoch=epoch,
+        lease_ends_at_seconds=hello_sent_at_seconds + lease_ttl_ms / 1000,
+        unanswered_since_seconds=None,
+        last_beat_at_seconds=hello_sent_at_seconds,
+        heartbeat_busy_seconds=heartbeat_busy_ms / 1000,
+        heartbeat_idle_seconds=heartbeat_idle_ms / 1000,
+    )
+
+
+def after_beat(session: Session, now_seconds: float) -> Session:
+    """A heartbeat was handed to the link."""
+    oldest = session.unanswered_since_seconds
+    return replace(session, last_beat_at_seconds=now_seconds, unanswered_since_seconds=now_seconds if oldest is None else oldest)
+
+
+def after_renewal(session: Session, *, epoch: int, lease_ttl_ms: int) -> Session:
+    """The coordinator answered a heartbeat. A renewal of another epoch, or one that answers nothing, changes nothing."""
+    sent_at = session.unanswered_since_seconds
+    if epoch != session.epoch or sent_at is None or session.lease_ends_at_seconds is None:
+        return session
+    ends_at = max(session.lease_ends_at_seconds, sent_at + lease_ttl_ms / 1000)
+    return replace(session, lease_ends_at_seconds=ends_at, unanswered_since_seconds=None)
+
+
+def after_loss(session: Session, *, lived_seconds: float) -> Session:
+    """The link is down. The lease runs on: what is in flight may still be resumed."""
+    failure_count = 0 if lived_seconds >= STABLE_SECONDS else session.failure_count + 1
+    phase = Phase.CONNECTING if session.phase is Phase.SERVING else session.phase
+    return replace(session, phase=phase, unanswered_since_seconds=None, failure_count=failure_count)
+
+
+def after_failed_dial(session: Session) -> Session:
+    """A dial ended without a welcome."""
+    return replace(session, failure_count=session.failure_count + 1)
+
+
+def after_lapse(session: Session) -> Session:
+    """The lease is gone: fenced until the next welcome."""
+    return replace(session, phase=Phase.FENCED, lease_ends_at_seconds=None, unanswered_since_seconds=None)
+
+
+def lease_lapsed(session: Session, now_seconds: float) -> bool:
+    """Whether a lease was held and has run out."""
+    return session.lease_ends_at_seconds is not None and now_seconds >= session.lease_ends_at_seconds
+
+
+def lease_left_seconds(session: Session, now_seconds: float) -> float:
+    """How long the node may go on serving; 0 without a lease."""
+    if session.lease_ends_at_seconds is None:
+        return 0.0
+    return max(0.0, session.lease_ends_at_seconds - now_seconds)
+
+
+def beat_due(session: Session, *, busy: bool, now_seconds: float) -> bool:
+    """Whether the next heartbeat should leave now."""
+    if session.phase is not Phase.SERVING:
+        return False
+    period_seconds = session.heartbeat_busy_seconds if busy else session.heartbeat_idle_seconds
+    return now_seconds - session.last_beat_at_seconds >= period_seconds
+
+
+def reconnect_delay_seconds(failure_count: int, jitter: float) -> float:
+    """How long to wait before the next dial: nothing after a first loss, then full jitter under a ceiling that doubles.
+
+    Args:
+        failure_count: see `Session.failure_count`.
+        jitter: a random number from 0 to 1.
+    """
+    if failure_count <= 1:
+        return 0.0
+    # The exponent is bounded because an agent may fail to reach its coordinator for months.
+    ceiling_seconds = min(RECONNECT_DELAY_MAX_SECONDS, RECONNECT_DELAY_FIRST_SECONDS * 2.0 ** min(failure_count - 2, 8))
+    return ceiling_seconds * jitter

@@ -1,0 +1,1 @@
+"""Inference servers as subprocesses behind one protocol: one module per engine."""

@@ -1,0 +1,58 @@
+"""What an engine is to the supervisor: a command to run, and a question that proves it answers.
+
+Decides what a kind of engine must tell; each kind is one module here. It must not know when an engine is started or stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from potluck_protocol.values import Endpoint, ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLaunch:
+    """What one engine is to serve."""
+
+    model_id: ModelId
+    model_path: Path
+    slot_count: int
+    context_length_tokens: int
+    """Of one slot: prompt and answer together."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProbe:
+    """A request that only an engine at work can answer: it asks for one token."""
+
+    endpoint: Endpoint
+    body: bytes
+
+
+class Engine(Protocol):
+    """One kind of engine."""
+
+    @property
+    def kind(self) -> str:
+        """The catalogue's word for it."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Of the engine's own software."""
+        ...
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """What it can be asked."""
+        ...
+
+    def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
+        """The arguments after `python` that start it; it then prints one line of JSON, {"url": "http://127.0.0.1:PORT"}."""
+        ...
+
+    def probe(self, launch: EngineLaunch) -> EngineProbe:
+        """What readiness is asked with."""
+        ...

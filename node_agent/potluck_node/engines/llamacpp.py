@@ -1,0 +1,37 @@
+"""The engine kind `llamacpp`: llama.cpp by the xllamacpp wheel, for GGUF files.
+
+It answers chats and completions. Embeddings are left out: switching them on makes llama.cpp compute them for every generated token too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from potluck_node.engines.base import EngineLaunch, EngineProbe
+from potluck_protocol.values import Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCppEngine:
+    """See the module."""
+
+    kind: str = "llamacpp"
+    endpoints: tuple[Endpoint, ...] = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS)
+
+    @property
+    def version(self) -> str:
+        return f"xllamacpp {version('xllamacpp')}"
+
+    def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
+        return (
+            *("-m", "potluck_node.engines.llamacpp_server", "--lifeline"),
+            *("--model", str(launch.model_path), "--alias", launch.model_id),
+            *("--context", str(launch.context_length_tokens), "--slots", str(launch.slot_count)),
+        )
+
+    def probe(self, launch: EngineLaunch) -> EngineProbe:
+        # Not a chat: a base model without a chat template must become ready as well.
+        body = {"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}
+        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())

@@ -1,0 +1,85 @@
+"""llama.cpp as a process of its own: `python -m potluck_node.engines.llamacpp_server --model FILE.gguf --alias NAME --context N --slots N`.
+
+Loads the model, prints one line of JSON with its URL, serves on loopback until its stdin ends. xllamacpp is imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import secrets
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from potluck_node.engines.llamacpp_front import Front
+from potluck_node.lifeline import exit_with_parent
+
+PROMPT_CACHE_MIB: Final = 256
+"""Prompts kept for slots that were reused; llama.cpp's own default of 8 GiB is not ours to take from a volunteer."""
+CPU_BATCH_TOKENS: Final = 128
+"""A cancelled prompt goes on to the end of its batch: on two CPU cores 128 tokens take less than half a second."""
+GPU_BATCH_TOKENS: Final = 2048
+WARNINGS_AND_ERRORS: Final = 2
+"""llama.cpp's log level. More would fill the log with a line a request; at 5 prompts appear in it."""
+
+
+def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
+    """What llama.cpp is started with."""
+    import xllamacpp  # noqa: PLC0415 - 100 MB of native code, loaded by this process only
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(options.model)
+    params.model_alias = {options.alias}
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    # Not guessable, so that no web page or neighbour on this machine gets past the door.
+    params.api_prefix = f"/{secrets.token_urlsafe(24)}"
+    params.cors_origins = "http://127.0.0.1"
+    params.cors_origins_explicit = True
+    params.n_parallel = options.slots
+    params.n_ctx = options.context * options.slots
+    params.n_batch = params.n_ubatch = min(GPU_BATCH_TOKENS if has_gpu else CPU_BATCH_TOKENS, params.n_ctx)
+    params.cache_ram_mib = PROMPT_CACHE_MIB
+    params.offline = True
+    params.ui = False
+    params.endpoint_slots = False
+    params.endpoint_props = False
+    params.verbosity = WARNINGS_AND_ERRORS
+    return params
+
+
+def start_engine(options: argparse.Namespace) -> tuple[Any, str]:
+    """Loads the model; the server, which stops when it is dropped, and its URL."""
+    import xllamacpp  # noqa: PLC0415 - as above
+
+    has_gpu = any("GPU" in device["type"].name for device in xllamacpp.get_device_info())
+    params = parameters(options, has_gpu=has_gpu)
+    server = xllamacpp.Server(params)
+    return server, server.listening_address + params.api_prefix
+
+
+async def _run(engine_url: str) -> None:
+    url = await Front(engine_url).serve()
+    print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="potluck_node.engines.llamacpp_server", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
+    parser.add_argument("--alias", required=True, help="the model's name in answers")
+    parser.add_argument("--context", type=int, required=True, help="tokens of one slot, prompt and answer together")
+    parser.add_argument("--slots", type=int, required=True, help="requests answered at a time")
+    parser.add_argument("--lifeline", action="store_true", help="exit when stdin ends")
+    options = parser.parse_args()
+    if options.lifeline:
+        exit_with_parent()
+    _server, engine_url = start_engine(options)
+    uvloop.run(_run(engine_url))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Kinds of engines by name. An engine's own libraries are imported by its process, so knowing them all costs nothing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from potluck_node.engines.base import Engine
+from potluck_node.engines.llamacpp import LlamaCppEngine
+from potluck_node.engines.scripted import ScriptedEngine
+
+
+def available_engines() -> dict[str, Engine]:
+    """The engines whose software is installed here, by kind."""
+    engines: dict[str, Engine] = {"scripted": ScriptedEngine()}
+    if find_spec("xllamacpp") is not None:
+        engines["llamacpp"] = LlamaCppEngine()
+    return engines

@@ -1,0 +1,152 @@
+"""The agent's state folder: the node's key, its certificate, and what it must know to dial its coordinator.
+
+Decides how these lie on disk, and that one folder has one agent. It must not know the network.
+
+A folder counts as joined once `node.json` is there; it is written last. The key is kept when a join fails half-way, because the same key
+with the same invite gets the same node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from potluck_protocol.connection import ConnectionDocument
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.identity import new_private_key, write_private
+from potluck_protocol.values import AccountId, NodeId
+
+_KEY: Final = "node.key"
+_CERTIFICATE: Final = "node.crt"
+_IDENTITY: Final = "node.json"
+_LOCK: Final = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """Who this node is, and where its pool is."""
+
+    node_id: NodeId
+    owner_account_id: AccountId
+    display_name: str
+    url: str
+    """The coordinator's HTTP URL with the CA's hash as its fragment."""
+    connection: ConnectionDocument
+
+
+class StateFolder:
+    """One node's files. Nothing is created before something is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def joined(self) -> bool:
+        """Whether this folder belongs to a node of a pool."""
+        return (self.path / _IDENTITY).exists()
+
+    def create(self) -> None:
+        """Makes the folder, 0700; raises PotluckError(INVALID_REQUEST) where that fails."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+        except OSError as error:
+            raise PotluckError(
+                ErrorCode.INVALID_REQUEST, f"The state folder {self.path} cannot be made ({error.strerror}); name another with --state-dir."
+            ) from error
+
+    def identity(self) -> NodeIdentity:
+        """Who this node is.
+
+        Raises:
+            PotluckError: NOT_FOUND for a folder that has not joined, INVALID_REQUEST for one that is damaged.
+        """
+        try:
+            fields = json.loads((self.path / _IDENTITY).read_bytes())
+            return NodeIdentity(
+                node_id=NodeId(fields["node_id"]),
+                owner_account_id=AccountId(fields["owner_account_id"]),
+                display_name=fields["display_name"],
+                url=fields["url"],
+                connection=ConnectionDocument.from_json(json.dumps(fields["connection"]).encode()),
+            )
+        except FileNotFoundError:
+            raise PotluckError(
+                ErrorCode.NOT_FOUND,
+                f"This machine has not joined a pool ({self.path} holds no node); run `potluck node join INVITE` first.",
+            ) from None
+        except (ValueError, KeyError, TypeError, PotluckError) as error:
+            raise PotluckError(
+                ErrorCode.INVALID_REQUEST,
+                f"{self.path / _IDENTITY} is damaged; remove {self.path} and join again with a new invite.",
+            ) from error
+
+    def write_identity(self, identity: NodeIdentity) -> None:
+        """Makes this folder a node's, or renews what it knows."""
+        fields = asdict(identity)
+        write_private(self.path / _IDENTITY, json.dumps(fields, indent=1).encode())
+
+    def private_key(self) -> bytes:
+        """The node's key, PEM; raises PotluckError(NOT_FOUND) without one."""
+        return self._read(_KEY)
+
+    def made_private_key(self) -> bytes:
+        """The node's key, made now if there is none: it is never replaced."""
+        self.create()
+        if not (self.path / _KEY).exists():
+            write_private(self.path / _KEY, new_private_key())
+        return self.private_key()
+
+    def certificate(self) -> bytes:
+        """The node's certificate, PEM; raises PotluckError(NOT_FOUND) without one."""
+        return self._read(_CERTIFICATE)
+
+    def write_certificate(self, certificate_pem: str) -> None:
+        """Keeps a new certificate."""
+        write_private(self.path / _CERTIFICATE, certificate_pem.encode())
+
+    def remove(self) -> None:
+        """Removes the key and everything else: the node cannot come back under its name."""
+        # The marker goes first: a removal that is cut off leaves a folder that has not joined.
+        (self.path / _IDENTITY).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for one agent, while its process lives; raises PotluckError(ALREADY_EXISTS) where another has it."""
+        self.create()
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise PotluckError(
+                    ErrorCode.ALREADY_EXISTS, f"Another agent is running on {self.path}; stop it, or use another folder with --state-dir."
+                ) from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    @property
+    def locked(self) -> bool:
+        """Whether an agent is running on this folder."""
+        if not (self.path / _LOCK).exists():
+            return False
+        try:
+            with self.lock():
+                return False
+        except PotluckError:
+            return True
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise PotluckError(ErrorCode.NOT_FOUND, f"{self.path} holds no {name}; run `potluck node join INVITE` again.") from None

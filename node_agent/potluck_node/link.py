@@ -1,0 +1,438 @@
+"""The node's one link to its coordinator, kept alive for as long as the agent runs.
+
+Decides when to dial, when to beat, when the node is fenced, and what each frame of the coordinator does to attempts and engines. It must
+not know how engines are run or where files lie.
+
+There is at most one current connection. A lost one is dialled again under the same session, and its attempts go on where the coordinator
+says; a new certificate moves the link to a new connection the same way, with the old one still read until the coordinator closes it. When
+the lease lapses the node is fenced: every attempt is dropped, and the next hello starts from nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import grpc
+import grpc.aio
+import structlog
+
+from potluck_node.attempts import Attempts
+from potluck_node.credentials import Credentials
+from potluck_node.domain import session as lease
+from potluck_node.domain.session import Session
+from potluck_node.enrolment import rpc_failure
+from potluck_node.link_connection import LinkConnection
+from potluck_node.replicas import Replicas
+from potluck_protocol.clock import Clock
+from potluck_protocol.codec import (
+    desired_state_value,
+    goodbye_message,
+    goodbye_reason_from_number,
+    heartbeat_message,
+    hello_message,
+    start_attempt_value,
+    welcome_value,
+)
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import AttemptId, DesiredState, GoodbyeReason, Heartbeat, Hello, Welcome
+
+GREETING_LIMIT_SECONDS: Final = 10.0
+FRAME_BYTES_MAX: Final = 1024 * 1024
+"""How many bytes of answers go into one frame, so that one frame never holds up the heartbeat behind it."""
+BEAT_GAP_SECONDS: Final = 0.2
+"""Changes of status are told at once, but no more often than this."""
+FIND_AFTER_FAILURE_COUNT: Final = 3
+"""After so many failed dials in a row the coordinator's HTTP port is asked where its ports are."""
+MOVE_REPEATED_SECONDS: Final = 10.0
+"""How long after a failed move to a new certificate the next is tried."""
+REPLACED_COUNT_MAX: Final = 3
+REPLACED_WINDOW_SECONDS: Final = 600.0
+
+_log = structlog.get_logger()
+
+
+class SelfReport(Protocol):
+    """What the node says of itself."""
+
+    def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello: ...
+    def heartbeat(self) -> Heartbeat: ...
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a connection ended: by a goodbye, or by a failure."""
+
+    goodbye: GoodbyeReason | None = None
+    message: str = ""
+
+
+class Link:
+    """See the module.
+
+    Args:
+        credentials: what the node shows, and where it dials.
+        attempts: where attempts run. Its `wake` must lead to this link's.
+        replicas: who takes the coordinator's wishes.
+        report: what hellos and heartbeats say.
+        clock: time.
+        jitter: random numbers from 0 to 1, for the pauses between dials.
+    """
+
+    def __init__(
+        self,
+        *,
+        credentials: Credentials,
+        attempts: Attempts,
+        replicas: Replicas,
+        report: SelfReport,
+        clock: Clock,
+        jitter: Callable[[], float],
+    ) -> None:
+        self._credentials = credentials
+        self._attempts = attempts
+        self._replicas = replicas
+        self._report = report
+        self._clock = clock
+        self._jitter = jitter
+        self.session = Session()
+        self.trouble = ""
+        self._desired = DesiredState()
+        self._current: LinkConnection | None = None
+        self._readers: set[asyncio.Task[None]] = set()
+        self._connected_at_seconds = 0.0
+        self._beat_wanted = False
+        self._request_wanted = False
+        self._move_at_seconds: float | None = None
+        self._replaced_at_seconds: deque[float] = deque(maxlen=REPLACED_COUNT_MAX)
+        self._stopping = False
+        self._goodbye_said = asyncio.Event()
+        self._renewed_after_refusal = False
+        self._changed = asyncio.Event()
+        self._failure: BaseException | None = None
+        replicas.on_change(self.report_now)
+
+    # What the agent asks.
+
+    async def run(self) -> None:
+        """Stays linked until `say_goodbye`.
+
+        Raises:
+            PotluckError: INVALID_CERTIFICATE when the coordinator does not want this node, ALREADY_EXISTS when another agent took its
+                identity's place, PROTOCOL_VERSION_UNSUPPORTED.
+        """
+        ticker = asyncio.create_task(self._tick_forever(), name="link ticker")
+        ticker.add_done_callback(self._after_task)
+        try:
+            while not self._stopping:
+                if self._failure is not None:
+                    raise self._failure
+                if self._current is None or self._move_due():
+                    await self._connect()
+                    continue
+                await self._changed.wait()
+                self._changed.clear()
+            await self._goodbye_said.wait()
+        finally:
+            self._current = None
+            tasks = [ticker, *self._readers]
+            for task in tasks:
+                task.cancel()
+            # Each reader closes its connection.
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def say_goodbye(self, reason: GoodbyeReason) -> bool:
+        """Ends `run`; whether the coordinator has the goodbye."""
+        self._stopping = True
+        connection, self._current = self._current, None
+        self._changed.set()
+        try:
+            if connection is None:
+                return False
+            frame = self._next_frame() or node_pb2.NodeFrame(epoch=self.session.epoch)
+            frame.goodbye.CopyFrom(goodbye_message(reason))
+            return await connection.close(frame)
+        finally:
+            self._goodbye_said.set()
+
+    def report_now(self) -> None:
+        """Something changed that the coordinator should hear before the next heartbeat is due."""
+        self._beat_wanted = True
+        if self._clock.monotonic_seconds() - self.session.last_beat_at_seconds >= BEAT_GAP_SECONDS:
+            self.wake(True)
+
+    def wake(self, urgent: bool) -> None:
+        """Something waits to be sent; True: at once."""
+        if self._current is not None:
+            self._current.wake(urgent=urgent)
+
+    # Dialling.
+
+    async def _connect(self) -> None:
+        """One dial, after its pause, whether for a first connection or to move from the current one."""
+        if self._current is None:
+            await self._pause(lease.reconnect_delay_seconds(self.session.failure_count, self._jitter()))
+            if self._stopping:
+                return
+        try:
+            await self._credentials.make_ready()
+            # A machine that slept wakes up here or there: nothing of a lapsed lease goes into a hello.
+            self._fence_if_lapsed()
+            await self._dial()
+        except PotluckError as error:
+            await self._after_failed_dial(error)
+        except grpc.aio.AioRpcError as error:
+            await self._after_failed_dial(rpc_failure(error, self._credentials.identity.connection.link_target))
+        except (TimeoutError, asyncio.InvalidStateError):
+            await self._after_failed_dial(PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not answer the hello."))
+
+    async def _dial(self) -> None:
+        connection = LinkConnection(self._credentials.open_channel(), self._next_frame)
+        former, self._current = self._current, None
+        self._move_at_seconds = None
+        if former is not None:
+            # From the hello on, the coordinator drops what the former connection sends. It is still read: its goodbye is expected.
+            former.stop_writing()
+        try:
+            in_flight = self._attempts.in_flight
+            hello_at_seconds = self._clock.monotonic_seconds()
+            hello = node_pb2.NodeFrame(epoch=self.session.epoch, hello=hello_message(self._report.hello(in_flight)))
+            first = await connection.greet(hello, GREETING_LIMIT_SECONDS)
+            welcome = self._welcome_of(first)
+        except BaseException:
+            await connection.close()
+            self._go_back_to(former)
+            raise
+        if self._stopping:
+            # The goodbye was said meanwhile, and not on this connection.
+            await connection.close()
+            return
+        self._settle_in(connection, welcome, in_flight, hello_at_seconds)
+
+    def _go_back_to(self, former: LinkConnection | None) -> None:
+        if former is None or self._stopping:
+            return
+        if former.closed:
+            self.session = lease.after_loss(self.session, lived_seconds=self._lived_seconds())
+            return
+        self._current = former
+        self._move_at_seconds = self._clock.monotonic_seconds() + MOVE_REPEATED_SECONDS
+        former.start_writing()
+
+    def _move_due(self) -> bool:
+        return self._move_at_seconds is not None and self._clock.monotonic_seconds() >= self._move_at_seconds
+
+    def _lived_seconds(self) -> float:
+        return self._clock.monotonic_seconds() - self._connected_at_seconds
+
+    def _welcome_of(self, frame: node_pb2.CoordinatorFrame | None) -> Welcome:
+        if frame is None:
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator closed the link before its welcome.")
+        if frame.HasField("goodbye"):
+            failure = self._failure_of(_Outcome(goodbye_reason_from_number(frame.goodbye.reason), frame.goodbye.message))
+            raise failure or PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator is stopping.")
+        if not frame.HasField("welcome"):
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not begin with a welcome.")
+        return welcome_value(frame.welcome)
+
+    def _settle_in(self, connection: LinkConnection, welcome: Welcome, in_flight: tuple[AttemptId, ...], hello_at_seconds: float) -> None:
+        new_epoch = welcome.epoch != self.session.epoch
+        self.session = lease.after_welcome(
+            self.session,
+            epoch=welcome.epoch,
+            lease_ttl_ms=welcome.lease_ttl_ms,
+            heartbeat_busy_ms=welcome.heartbeat_busy_ms,
+            heartbeat_idle_ms=welcome.heartbeat_idle_ms,
+            hello_sent_at_seconds=hello_at_seconds,
+        )
+        self._attempts.resume(in_flight, welcome.resume_points)
+        self._take_desired(welcome.desired, outright=new_epoch)
+        self._current = connection
+        self._connected_at_seconds = self._clock.monotonic_seconds()
+        self._renewed_after_refusal = False
+        self.trouble = ""
+        connection.start_writing()
+        reader = asyncio.create_task(self._read(connection), name="link reader")
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+        reader.add_done_callback(self._after_task)
+        _log.info("link_up", epoch=welcome.epoch, resumed_count=len(welcome.resume_points))
+
+    async def _after_failed_dial(self, error: PotluckError) -> None:
+        if self._current is None:
+            self.trouble = error.message
+        refused = error.code in {ErrorCode.INVALID_CERTIFICATE, ErrorCode.PERMISSION_DENIED}
+        if error.code in {ErrorCode.PROTOCOL_VERSION_UNSUPPORTED, ErrorCode.ALREADY_EXISTS} or (refused and self._renewed_after_refusal):
+            raise error
+        if refused:
+            # Perhaps only the certificate is at fault: the enrolled key may ask once for another.
+            self._renewed_after_refusal = True
+            try:
+                await self._credentials.renew()
+            except PotluckError as renewal_error:
+                if renewal_error.code is not ErrorCode.COORDINATOR_UNAVAILABLE:
+                    raise error from renewal_error
+                self._renewed_after_refusal = False
+        self.session = lease.after_failed_dial(self.session)
+        _log.warning("link_not_up", code=error.code, reason=error.message, failure_count=self.session.failure_count)
+        if self.session.failure_count % FIND_AFTER_FAILURE_COUNT == 0:
+            await self._credentials.find_coordinator()
+
+    async def _pause(self, delay_seconds: float) -> None:
+        self._changed.clear()
+        if delay_seconds > 0 and not self._stopping:
+            try:
+                await asyncio.wait_for(self._changed.wait(), delay_seconds)
+            except TimeoutError:
+                return
+
+    # Reading.
+
+    async def _read(self, connection: LinkConnection) -> None:
+        outcome = _Outcome(message="the coordinator closed the link without a goodbye")
+        try:
+            while (frame := await connection.read()) is not None:
+                if frame.HasField("goodbye"):
+                    outcome = _Outcome(goodbye_reason_from_number(frame.goodbye.reason), frame.goodbye.message)
+                self._take(frame)
+        except grpc.aio.AioRpcError as error:
+            if outcome.goodbye is None:
+                failure = rpc_failure(error, self._credentials.identity.connection.link_target)
+                outcome = _Outcome(message=failure.message)
+        except PotluckError as error:
+            outcome = _Outcome(message=f"the coordinator sent a frame that cannot be read: {error.message}")
+        finally:
+            connection.closed = True
+            if self._current is connection:
+                self._current = None
+                self._after_loss(outcome)
+            await connection.close()
+
+    def _take(self, frame: node_pb2.CoordinatorFrame) -> None:
+        if frame.HasField("lease"):
+            self.session = lease.after_renewal(self.session, epoch=frame.lease.epoch, lease_ttl_ms=frame.lease.lease_ttl_ms)
+        # Cancels go before starts: they free the slots that the starts were given.
+        for cancel in frame.cancels:
+            self._attempts.cancel(AttemptId(cancel.attempt_id))
+        for acknowledgement in frame.acknowledgements:
+            self._attempts.acknowledge(AttemptId(acknowledgement.attempt_id), acknowledgement.next_sequence)
+        for start in frame.starts:
+            self._start(start)
+        if frame.HasField("desired"):
+            self._take_desired(desired_state_value(frame.desired), outright=False)
+        if frame.HasField("certificate"):
+            self._take_certificate(frame.certificate.certificate_pem)
+
+    def _start(self, message: node_pb2.StartAttempt) -> None:
+        try:
+            start = start_attempt_value(message)
+        except PotluckError as error:
+            self._attempts.refuse(AttemptId(message.attempt_id), error.message)
+            return
+        self._attempts.start(start)
+
+    def _take_desired(self, desired: DesiredState, *, outright: bool) -> None:
+        if outright or desired.revision > self._desired.revision:
+            self._desired = desired
+            self._replicas.set_desired(desired)
+
+    def _take_certificate(self, certificate_pem: str) -> None:
+        try:
+            self._credentials.accept(certificate_pem)
+        except PotluckError as error:
+            _log.error("certificate_not_taken", reason=error.message)
+            return
+        _log.info("certificate_renewed", way="link")
+        self._move_at_seconds = self._clock.monotonic_seconds()
+        self._changed.set()
+
+    def _after_loss(self, outcome: _Outcome) -> None:
+        lived_seconds = self._lived_seconds()
+        if outcome.goodbye is GoodbyeReason.REPLACED:
+            self._replaced_at_seconds.append(self._clock.monotonic_seconds())
+        self.session = lease.after_loss(self.session, lived_seconds=lived_seconds)
+        self.trouble = outcome.message or str(outcome.goodbye or "")
+        self._failure = self._failure_of(outcome)
+        self._changed.set()
+        _log.warning("link_lost", goodbye=outcome.goodbye, reason=outcome.message, lived_seconds=round(lived_seconds, 1))
+
+    def _after_task(self, task: asyncio.Task[None]) -> None:
+        """A ticker or reader that breaks by a mistake of ours ends the agent: without them a lease would never lapse."""
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = task.exception()
+            self._changed.set()
+
+    def _failure_of(self, outcome: _Outcome) -> PotluckError | None:
+        """What a goodbye means for the agent; None: dial again."""
+        match outcome.goodbye:
+            case GoodbyeReason.REVOKED:
+                reason = f" ({outcome.message})" if outcome.message else ""
+                text = (
+                    f"The pool's operator has revoked this node{reason}. To come back: a new invite, `potluck node leave`, and join again."
+                )
+                return PotluckError(ErrorCode.INVALID_CERTIFICATE, text)
+            case GoodbyeReason.REPLACED if self._replaced_too_often():
+                text = "Another agent with this node's key has taken its place; was the state folder copied to another machine?"
+                return PotluckError(ErrorCode.ALREADY_EXISTS, text)
+            case GoodbyeReason.PROTOCOL_VERSION_UNSUPPORTED:
+                return PotluckError(ErrorCode.PROTOCOL_VERSION_UNSUPPORTED, outcome.message or None)
+            case _:
+                return None
+
+    def _replaced_too_often(self) -> bool:
+        """Once may be our own former link, or a lease that we slept through; again and again is another agent with the same key."""
+        times = self._replaced_at_seconds
+        return len(times) == REPLACED_COUNT_MAX and self._clock.monotonic_seconds() - times[0] < REPLACED_WINDOW_SECONDS
+
+    # Beating, renewing, fencing.
+
+    async def _tick_forever(self) -> None:
+        while True:
+            # Four looks a period, so that a beat is late by a quarter of one at most.
+            await asyncio.sleep(max(0.01, min(1.0, self.session.heartbeat_busy_seconds) / 4))
+            self._tick()
+
+    def _tick(self) -> None:
+        self._fence_if_lapsed()
+        self._attempts.sweep()
+        if self._current is None:
+            return
+        if self._beat_wanted or lease.beat_due(self.session, busy=self._attempts.busy, now_seconds=self._clock.monotonic_seconds()):
+            self._beat_wanted = True
+            self.wake(True)
+        if self._credentials.renewal_due():
+            self._request_wanted = True
+            self.wake(True)
+        if self._move_due():
+            self._changed.set()
+
+    def _fence_if_lapsed(self) -> None:
+        if not lease.lease_lapsed(self.session, self._clock.monotonic_seconds()):
+            return
+        self.session = lease.after_lapse(self.session)
+        dropped_count = self._attempts.abandon_all()
+        _log.warning("fenced", epoch=self.session.epoch, dropped_count=dropped_count)
+        connection, self._current = self._current, None
+        if connection is not None:
+            self.trouble = "the coordinator did not renew the lease in time"
+            # The reader of the connection closes it when the read is cut off.
+            connection.cut()
+            self._changed.set()
+
+    def _next_frame(self) -> node_pb2.NodeFrame | None:
+        frame = node_pb2.NodeFrame(epoch=self.session.epoch)
+        waiting = self._attempts.move_into(frame, FRAME_BYTES_MAX)
+        if self._beat_wanted:
+            self._beat_wanted = False
+            self.session = lease.after_beat(self.session, self._clock.monotonic_seconds())
+            frame.heartbeat.CopyFrom(heartbeat_message(self._report.heartbeat()))
+            waiting = True
+        if self._request_wanted:
+            self._request_wanted = False
+            frame.certificate_request.certificate_request_der = self._credentials.request_der()
+            waiting = True
+        return frame if waiting else None

@@ -1,0 +1,128 @@
+"""One channel with one Link stream on it: greet, write what waits, read, close.
+
+Decides when a frame is flushed. It must not know what frames mean, nor why a connection is opened or given up.
+
+One task writes. It takes everything that waits into one frame; while that frame is on its way, more gathers for the next. The first bytes
+of a stream, ends and control go at once; later bytes wait up to 2 ms after the last flush, which costs a lone stream nothing and lets many
+streams share frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+import grpc
+import grpc.aio
+import structlog
+
+from potluck_protocol.v1 import node_pb2, node_pb2_grpc
+
+COALESCE_SECONDS: Final = 0.002
+CLOSE_LIMIT_SECONDS: Final = 2.0
+
+_log = structlog.get_logger()
+
+
+class LinkConnection:
+    """One try at being linked.
+
+    Args:
+        channel: the connection's own; closed with it.
+        next_frame: everything that waits, or None.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, next_frame: Callable[[], node_pb2.NodeFrame | None]) -> None:
+        self._channel = channel
+        self._next_frame = next_frame
+        self._call = node_pb2_grpc.NodeServiceStub(channel).Link()
+        self._loop = asyncio.get_running_loop()
+        self._work = asyncio.Event()
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flushed_at_seconds = 0.0
+        self._writer: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+        """gRPC takes one write at a time."""
+        self._holding = False
+        self.closed = False
+
+    async def greet(self, hello: node_pb2.NodeFrame, limit_seconds: float) -> node_pb2.CoordinatorFrame | None:
+        """Sends the hello; the first frame of the answer, or None where the stream ended. Raises AioRpcError, TimeoutError."""
+        async with asyncio.timeout(limit_seconds):
+            # A call that failed meanwhile refuses the write without its reason; the read raises it.
+            with contextlib.suppress(asyncio.InvalidStateError):
+                await self._call.write(hello)
+            return await self.read()
+
+    async def read(self) -> node_pb2.CoordinatorFrame | None:
+        """The next frame; None at the end of the stream. Raises AioRpcError."""
+        frame = await self._call.read()
+        return frame if isinstance(frame, node_pb2.CoordinatorFrame) else None
+
+    def start_writing(self) -> None:
+        """Begins, or begins again, to send what waits."""
+        self._holding = False
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write(), name="link writer")
+        self.wake(urgent=True)
+
+    def stop_writing(self) -> None:
+        """Leaves what waits where it is. A frame under way is not cut off: gRPC would end the whole stream with it."""
+        self._holding = True
+
+    def wake(self, *, urgent: bool) -> None:
+        """Something waits to be sent."""
+        if urgent:
+            self._work.set()
+        elif self._flush_timer is None and not self._work.is_set():
+            wait_seconds = self._flushed_at_seconds + COALESCE_SECONDS - self._loop.time()
+            if wait_seconds <= 0:
+                self._work.set()
+            else:
+                self._flush_timer = self._loop.call_later(wait_seconds, self._work.set)
+
+    async def close(self, last: node_pb2.NodeFrame | None = None) -> bool:
+        """Closes stream and channel, after a last frame where one is given; whether the other side took notice of it in time."""
+        self.stop_writing()
+        self.closed = True
+        noticed = False
+        if last is not None:
+            try:
+                async with asyncio.timeout(CLOSE_LIMIT_SECONDS), self._writing:
+                    await self._call.write(last)
+                    await self._call.done_writing()
+                    # The coordinator ends its half once it has read ours.
+                    await self._call.code()
+                    noticed = True
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+                noticed = False
+        if self._writer is not None:
+            self._writer.cancel()
+        self._call.cancel()
+        await self._channel.close()
+        return noticed
+
+    def cut(self) -> None:
+        """Breaks the stream off at once; whoever reads it meets the end and closes the connection."""
+        self._call.cancel()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                if self._flush_timer is not None:
+                    self._flush_timer.cancel()
+                    self._flush_timer = None
+                while not self._holding and (frame := self._next_frame()) is not None:
+                    async with self._writing:
+                        await self._call.write(frame)
+                    self._flushed_at_seconds = self._loop.time()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # The reader meets the same end and says why.
+            return
+        except Exception:  # noqa: BLE001 - a mistake of ours must not leave a connection that looks alive
+            _log.exception("link_writer_broke")
+            self.cut()

@@ -1,0 +1,96 @@
+"""Whether a file is the one the catalogue pinned.
+
+Decides when a file has to be hashed again: a file that was hashed once is known by size, time of change and inode, so a second start is
+fast, and any write to it brings the full hash back. It must not know where files come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from threading import Event
+from typing import Final
+
+PIECE_BYTES: Final = 1024 * 1024
+
+
+class StoppedError(Exception):
+    """The work was asked to stop."""
+
+
+class FileMismatchError(Exception):
+    """A file that is not what the catalogue says; its text is one line for people."""
+
+
+def sha256_of(path: Path, stop: Event) -> str:
+    """The file's hash, hexadecimal; raises OSError, or StoppedError soon after `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            if stop.is_set():
+                raise StoppedError
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_to_disk(path: Path) -> None:
+    """Makes a file, or a folder's list of names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Stamps:
+    """What was verified before, one small file for each hash."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def verify(self, path: Path, sha256: str, size_bytes: int, stop: Event) -> None:
+        """Returns when the file is the pinned one.
+
+        Raises:
+            FileMismatchError: it is another file.
+            OSError: it cannot be read.
+            StoppedError: `stop` was set.
+        """
+        present_bytes = path.stat().st_size
+        if present_bytes != size_bytes:
+            raise FileMismatchError(f"{path.name} has {present_bytes} bytes, and the catalogue says {size_bytes}")
+        mark = _mark(path)
+        if self._read(sha256) == mark:
+            return
+        actual = sha256_of(path, stop)
+        if actual != sha256:
+            raise FileMismatchError(f"{path.name} has the sha256 {actual}, and the catalogue says {sha256}")
+        if _mark(path) != mark:
+            raise FileMismatchError(f"{path.name} was written to while it was verified")
+        self._write(sha256, mark)
+
+    def forget(self, sha256: str) -> None:
+        """The file of this hash is gone."""
+        with contextlib.suppress(OSError):
+            (self._folder / f"{sha256}.json").unlink()
+
+    def _read(self, sha256: str) -> list[object] | None:
+        try:
+            mark = json.loads((self._folder / f"{sha256}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return mark if isinstance(mark, list) else None
+
+    def _write(self, sha256: str, mark: list[object]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        written = self._folder / f".{sha256}.json.new"
+        written.write_text(json.dumps(mark))
+        written.replace(self._folder / f"{sha256}.json")
+
+
+def _mark(path: Path) -> list[object]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]

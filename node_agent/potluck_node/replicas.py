@@ -1,0 +1,40 @@
+"""Where the link meets the engines: what the agent's network half may ask of the half that runs engines.
+
+Decides only the shape of that meeting. It must not know how an engine is started (the supervisor's business) nor how a frame is sent (the
+link's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from potluck_protocol.values import DesiredState, EngineStatus, ReplicaId
+
+
+class Replicas(Protocol):
+    """The engines of this node, seen from the link."""
+
+    def set_desired(self, desired: DesiredState) -> None:
+        """Takes a new wish. The caller has already dropped wishes of an older revision."""
+        ...
+
+    def set_paused(self, paused: bool) -> None:
+        """The owner wants the machine back (or gives it again): while paused nothing runs. Called when no attempt is left."""
+        ...
+
+    def statuses(self) -> tuple[EngineStatus, ...]:
+        """Every replica as it stands now, wished or on its way out; a cheap read. `running_count` may be 0: the attempts fill it in."""
+        ...
+
+    def ready_url(self, replica_id: ReplicaId) -> str | None:
+        """The engine's root, such as "http://127.0.0.1:40123", and only while the replica is READY."""
+        ...
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Calls back, on the event loop, after any status changed; the callback is quick and never raises."""
+        ...
+
+    async def run(self) -> None:
+        """Works until cancelled, and has stopped every engine it started when it returns."""
+        ...

@@ -1,0 +1,130 @@
+"""What the node says of itself, to its coordinator and to its owner.
+
+Decides nothing but the words: state, engines with the slots really taken, disk left. It must not know how either listener is reached.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from potluck_node.attempts import Attempts
+from potluck_node.control import AgentStatus, EngineLine
+from potluck_node.credentials import Credentials
+from potluck_node.domain.session import Session, lease_left_seconds
+from potluck_node.replicas import Replicas
+from potluck_protocol.clock import Clock
+from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, SessionId
+from potluck_protocol.version import PROTOCOL_VERSION, package_version
+
+FAILURE_CHARACTERS_MAX: Final = 4_000
+"""How much of an engine's last words travels in a heartbeat."""
+
+
+class NodeReport:
+    """The node's voice; `state` is set by whoever decides it.
+
+    Args:
+        credentials: who the node is.
+        session_id: one per run of the agent.
+        inventory: what the node has, probed once at start.
+        replicas: the engines.
+        cache_dir: where model files lie; its disk is the one reported.
+        slot_count_max: the owner's limit for one engine.
+        clock: time.
+    """
+
+    def __init__(
+        self,
+        *,
+        credentials: Credentials,
+        session_id: SessionId,
+        inventory: Inventory,
+        replicas: Replicas,
+        cache_dir: Path,
+        slot_count_max: int | None,
+        clock: Clock,
+    ) -> None:
+        self._credentials = credentials
+        self._session_id = session_id
+        self._inventory = inventory
+        self._replicas = replicas
+        self._cache_dir = cache_dir
+        self._slot_count_max = slot_count_max
+        self._clock = clock
+        self.attempts: Attempts | None = None
+        self.state = NodeState.SERVING
+
+    def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello:
+        return Hello(
+            protocol_version=PROTOCOL_VERSION,
+            node_id=self._credentials.identity.node_id,
+            session_id=self._session_id,
+            agent_version=package_version(),
+            inventory=replace(self._inventory, disk_free_bytes=self._disk_free_bytes()),
+            state=self.state,
+            in_flight=in_flight,
+            engines=self.engines(),
+        )
+
+    def heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            progress_count=self.attempts.progress_count if self.attempts else 0,
+            state=self.state,
+            engines=self.engines(),
+            disk_free_bytes=self._disk_free_bytes(),
+        )
+
+    def engines(self) -> tuple[EngineStatus, ...]:
+        """Every replica with the slots that attempts take, under the owner's limit."""
+        return tuple(self._with_slots(status) for status in self._replicas.statuses())
+
+    def status(self, session: Session, trouble: str) -> AgentStatus:
+        """What the owner's commands show."""
+        engines = self.engines()
+        return AgentStatus(
+            pid=os.getpid(),
+            node_id=self._credentials.identity.node_id,
+            phase=session.phase,
+            state=self.state,
+            epoch=session.epoch,
+            lease_left_seconds=round(lease_left_seconds(session, self._clock.monotonic_seconds()), 1),
+            attempt_count=sum(engine.running_count for engine in engines),
+            progress_count=self.attempts.progress_count if self.attempts else 0,
+            certificate_valid_until_unix_ms=self._credentials.valid_until_unix_ms,
+            updated_at_unix_ms=self._clock.unix_ms(),
+            trouble=trouble,
+            engines=tuple(_line(engine) for engine in engines),
+        )
+
+    def _with_slots(self, status: EngineStatus) -> EngineStatus:
+        limit = self._slot_count_max
+        return replace(
+            status,
+            slot_count=status.slot_count if limit is None else min(limit, status.slot_count),
+            running_count=self.attempts.running_count(status.replica_id) if self.attempts else 0,
+            failure=status.failure[-FAILURE_CHARACTERS_MAX:],
+        )
+
+    def _disk_free_bytes(self) -> int:
+        try:
+            return shutil.disk_usage(self._cache_dir).free
+        except OSError:
+            return 0
+
+
+def _line(engine: EngineStatus) -> EngineLine:
+    return EngineLine(
+        replica_id=engine.replica_id,
+        model_id=engine.model_id,
+        state=engine.state,
+        engine_kind=engine.engine_kind,
+        slot_count=engine.slot_count,
+        running_count=engine.running_count,
+        fetched_bytes=engine.fetched_bytes,
+        fetch_total_bytes=engine.fetch_total_bytes,
+        failure=engine.failure,
+    )

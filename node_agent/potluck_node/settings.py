@@ -1,0 +1,75 @@
+"""The volunteer's own limits and places.
+
+Decides what may be set and where it is read from: flags, then `POTLUCK_NODE_*`, then `node.toml`. Only the command reads the environment,
+and only through this module. These limits win over any wish of the coordinator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+
+def config_path() -> Path:
+    """Where the volunteer's file is looked for."""
+    return platformdirs.user_config_path("potluck") / "node.toml"
+
+
+class Settings(BaseSettings):
+    """One agent's settings, fixed for its life."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="POTLUCK_NODE_", frozen=True, extra="forbid")
+
+    state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("potluck") / "node")
+    """The node's key, certificate and control files."""
+    cache_dir: Path = Field(default_factory=lambda: platformdirs.user_cache_path("potluck"))
+    """Where model files are kept."""
+    disk_budget_bytes: int | None = Field(default=None, gt=0)
+    """How much the model files may take together; none: whatever the disk has free."""
+    models_allowed: Annotated[tuple[str, ...], NoDecode] = ()
+    """Model ids that may run here; empty: any of the pool's."""
+    slot_count_max: int | None = Field(default=None, gt=0)
+    """How many requests one engine may answer at once, at most."""
+    drain_seconds: float = Field(default=10.0, ge=0)
+    """How long answers under way may go on after the first Ctrl-C."""
+    log_json: bool = False
+    log_level: str = "info"
+
+    @field_validator("models_allowed", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """The environment gives one text: `model-a,model-b`."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class names them
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_path())
+
+
+def load_settings(**flags: Any) -> Settings:
+    """The settings, with the flags that were given (None: not given) above everything else.
+
+    Raises:
+        PotluckError: INVALID_REQUEST, naming each setting that is wrong and where it may come from.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        text = f"A setting is wrong ({faults}). Settings come from flags, POTLUCK_NODE_* variables and {config_path()}."
+        raise PotluckError(ErrorCode.INVALID_REQUEST, text) from None
+    except ValueError as error:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{config_path()} cannot be read as TOML: {error}") from None

@@ -1,0 +1,163 @@
+"""Who a node is: its key, the request that proves the key, and the certificate that names it.
+
+Decides what a node's identity consists of and which certificates carry one. It must not know the CA's key, nodes' status or any table: a
+certificate that passes here may still be a revoked node's.
+
+A node id is the hash of its public key, so nobody can take another's name. P-256 only: Ed25519 client certificates fail gRPC's handshake.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import NodeId
+
+NODE_URI_PREFIX: Final = "spiffe://potluck/node/"
+REQUEST_BYTES_MAX: Final = 4 * 1024
+_NODE_ID_CHARACTERS: Final = 26
+_RENEWAL_SHARE: Final = 2 / 3
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateLife:
+    """When a certificate is good."""
+
+    valid_from_unix_ms: int
+    valid_until_unix_ms: int
+
+    @property
+    def renew_at_unix_ms(self) -> int:
+        """Two thirds of its life: early enough to ride out a coordinator that is away for hours."""
+        return self.valid_from_unix_ms + int((self.valid_until_unix_ms - self.valid_from_unix_ms) * _RENEWAL_SHARE)
+
+
+def new_private_key() -> bytes:
+    """A new P-256 key as PKCS#8 PEM. Hand it to `write_private`; it leaves the machine never."""
+    return ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Writes a file that only its owner may read (0600), whole or not at all, and durable when this returns."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def public_key_der(private_key_pem: bytes) -> bytes:
+    """The SubjectPublicKeyInfo of a key made by `new_private_key`."""
+    return _spki(serialization.load_pem_private_key(private_key_pem, password=None).public_key())
+
+
+def certificate_request(private_key_pem: bytes) -> bytes:
+    """A PKCS#10 request, DER, signed by the key. It says nothing else: the coordinator takes only the public key from it."""
+    key = serialization.load_pem_private_key(private_key_pem, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise TypeError("a node's key is a P-256 key")
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.DER)
+
+
+def node_id_of_public_key(spki_der: bytes) -> NodeId:
+    """The id that belongs to a public key."""
+    digest = hashlib.sha256(spki_der).digest()
+    return NodeId(base64.b32encode(digest).decode().lower()[:_NODE_ID_CHARACTERS])
+
+
+def node_uri(node_id: NodeId) -> str:
+    """The URI that a node's certificate carries."""
+    return NODE_URI_PREFIX + node_id
+
+
+def public_key_of_request(certificate_request_der: bytes) -> bytes:
+    """The SubjectPublicKeyInfo, DER, of a request whose signature proves possession of the key.
+
+    Raises:
+        PotluckError: INVALID_CERTIFICATE for a request that is malformed, badly signed, or for another kind of key than P-256.
+    """
+    if len(certificate_request_der) > REQUEST_BYTES_MAX:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate request is too large.")
+    try:
+        request = x509.load_der_x509_csr(certificate_request_der)
+        signed = request.is_signature_valid
+        key = request.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+        raise PotluckError(
+            ErrorCode.INVALID_CERTIFICATE, "The certificate request cannot be read; make a new key and join again."
+        ) from error
+    if not signed:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate request is not signed by its own key.")
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "A node's key must be a P-256 key.")
+    return _spki(key)
+
+
+def node_id_of_certificate(certificate_pem: bytes, now_unix_ms: int) -> NodeId:
+    """The node that a certificate names. Who signed it was for the TLS handshake to decide.
+
+    Raises:
+        PotluckError: INVALID_CERTIFICATE unless the certificate is good now, is for client authentication, is no CA's, and carries exactly
+            one URI, which is the one that belongs to its own public key.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        key = certificate.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate is not a node's certificate of this pool.") from error
+    life = certificate_life(certificate_pem)
+    if not life.valid_from_unix_ms <= now_unix_ms < life.valid_until_unix_ms:
+        raise PotluckError(
+            ErrorCode.INVALID_CERTIFICATE, "The node's certificate is not good at this time; renew it, and check both sides' clocks."
+        )
+    uris = [name.value for name in names if isinstance(name, x509.UniformResourceIdentifier)]
+    node_id = node_id_of_public_key(_spki(key))
+    if len(list(names)) != 1 or uris != [node_uri(node_id)]:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate does not carry exactly one name, that of its own key's node.")
+    if ExtendedKeyUsageOID.CLIENT_AUTH not in list(usage) or constraints.ca:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate is not one for a client.")
+    return node_id
+
+
+def certificate_life(certificate_pem: bytes) -> CertificateLife:
+    """From when until when a certificate is good; raises ValueError for text that is none."""
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    return CertificateLife(
+        valid_from_unix_ms=int(certificate.not_valid_before_utc.timestamp() * 1000),
+        valid_until_unix_ms=int(certificate.not_valid_after_utc.timestamp() * 1000),
+    )
+
+
+def _spki(key: object) -> bytes:
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "A node's key must be a P-256 key.")
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,128 @@
+"""Logging for the long-running processes: what a line looks like, and what never stands in one.
+
+Decides the form of log lines (console or JSON, on standard error) and what is blanked in them. Blanking is the second fence: callers do not
+log prompts, answers or secrets in the first place. It must not know what any event means.
+
+Imported by the coordinator and the agent only; the SDK logs through the standard library and stays silent by default.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+BLANK: Final = "[redacted]"
+
+_SECRET_KEYS: Final = frozenset(
+    {
+        "answer",
+        "api_key",
+        "authorization",
+        "body",
+        "choices",
+        "completion",
+        "content",
+        "delta",
+        "invite",
+        "key",
+        "messages",
+        "password",
+        "payload",
+        "private_key",
+        "prompt",
+        "secret",
+        "text",
+        "token",
+    }
+)
+"""A field of one of these names, or whose name ends in one after an underscore, is blanked. Counts and ids (`prompt_token_count`,
+`token_id`, `key_prefix`) end otherwise and stay."""
+
+_SECRET_TEXT: Final = re.compile(
+    r"sk-potluck-[A-Za-z0-9_-]+"  # an API key
+    r"|potluck1\.[A-Za-z0-9_.-]+"  # an invite
+    r"|(?<=Bearer )\S+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
+    re.DOTALL,
+)
+_DEPTH_MAX: Final = 4
+
+
+def configure_logging(*, json: bool, level: str = "info") -> None:
+    """Sends this process's log lines, its libraries' included, to standard error.
+
+    Args:
+        json: one JSON object a line for machines; otherwise lines for people.
+        level: the least severe level that is written: "debug", "info", "warning" or "error".
+
+    Raises:
+        ValueError: the level is none of these.
+    """
+    level_number = _level_number(level)
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.format_exc_info,
+        redact,
+    ]
+    renderer: Processor = (
+        structlog.processors.JSONRenderer(sort_keys=False) if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level_number),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # A library's debug lines quote what passes through it; ours never do.
+    root.setLevel(max(level_number, logging.WARNING))
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Blanks fields that are named like secrets or like text of a request, and anything that looks like a key, at any depth."""
+    return {key: BLANK if _names_a_secret(key) else _redacted(value, 0) for key, value in event.items()}
+
+
+def _names_a_secret(key: str) -> bool:
+    lowered = key.lower().replace("-", "_")
+    return lowered in _SECRET_KEYS or any(lowered.endswith("_" + name) for name in _SECRET_KEYS)
+
+
+def _redacted(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return _SECRET_TEXT.sub(BLANK, value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"[{len(value)} bytes]"
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth >= _DEPTH_MAX:
+        return BLANK
+    if isinstance(value, Mapping):
+        return {str(key): BLANK if _names_a_secret(str(key)) else _redacted(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(inner, depth + 1) for inner in value]
+    return _SECRET_TEXT.sub(BLANK, str(value))
+
+
+def _level_number(level: str) -> int:
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"log level {level!r} is not one of debug, info, warning, error")
+    return number

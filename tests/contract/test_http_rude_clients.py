@@ -1,0 +1,222 @@
+"""The http port against clients that hang up, dawdle, flood or do not speak HTTP, and against a port that is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+from potluck_coordinator.gateway import http_exchange, http_server
+from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
+from potluck_protocol.channels import SERVER_NAME
+from potluck_protocol.clock import SystemClock
+from potluck_protocol.errors import PotluckError
+from tests.support.http_edge import (
+    CHAT_DOCUMENT,
+    CHAT_STREAM,
+    USER_KEY,
+    HttpEdge,
+    Script,
+    chat_body,
+    exchange,
+    http_edge,
+    parse_answer,
+    request_bytes,
+)
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+async def edge() -> AsyncIterator[HttpEdge]:
+    async with http_edge() as running:
+        yield running
+
+
+async def read_until(reader: asyncio.StreamReader, mark: bytes) -> bytes:
+    seen = b""
+    async with asyncio.timeout(5):
+        while mark not in seen:
+            seen += await reader.read(65536)
+    return seen
+
+
+@pytest.mark.parametrize("reset", [True, False])
+async def test_hang_up_mid_stream_closes_the_answer(edge: HttpEdge, reset: bool) -> None:
+    edge.requests.script = Script(pieces=CHAT_STREAM, endless=True)
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, chat_body(stream=True)))
+    await read_until(reader, CHAT_STREAM[-1])
+    answer = edge.requests.answers[0]
+    assert not answer.closed.is_set()
+    started = time.monotonic()
+    if reset:
+        writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        writer.transport.abort()
+    else:
+        writer.close()
+    await asyncio.wait_for(answer.closed.wait(), 1)
+    assert time.monotonic() - started < 0.5
+
+
+async def test_hang_up_of_an_unstreamed_request_closes_the_answer(edge: HttpEdge) -> None:
+    edge.requests.script = Script(pieces=(b"{",), endless=True)
+    _, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, chat_body()))
+    await asyncio.wait_for(edge.requests.began.wait(), 5)
+    writer.close()
+    await asyncio.wait_for(edge.requests.answers[0].closed.wait(), 1)
+
+
+async def test_hang_up_while_queued_cancels_the_request(edge: HttpEdge) -> None:
+    edge.requests.script = Script(begins=False)
+    _, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, chat_body()))
+    await asyncio.wait_for(edge.requests.began.wait(), 5)
+    writer.close()
+    await asyncio.wait_for(edge.requests.begin_cancelled.wait(), 1)
+
+
+async def test_slow_client_pauses_its_own_answer_and_is_dropped_in_the_end(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_exchange, "STALL_SECONDS_MAX", 0.3)
+    edge.requests.script = Script(pieces=(b": " + b"x" * 65536 + b"\n\n",), repeats=2000)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(connection, ("127.0.0.1", edge.port))
+    await loop.sock_sendall(connection, request_bytes("POST", CHAT, chat_body(stream=True)))
+    async with asyncio.timeout(5):
+        await edge.requests.began.wait()
+        answer = edge.requests.answers[0]
+        await answer.closed.wait()
+    assert answer.taken_count < 200
+    connection.close()
+
+
+async def test_other_requests_go_on_beside_a_stream(edge: HttpEdge) -> None:
+    edge.requests.script = Script(pieces=CHAT_STREAM, endless=True)
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, chat_body(stream=True)))
+    await read_until(reader, CHAT_STREAM[-1])
+    assert (await exchange(edge.port, "GET", "/health")).status == 200
+    writer.close()
+
+
+async def test_keep_alive_and_pipelining(edge: HttpEdge) -> None:
+    edge.requests.script = Script(pieces=(CHAT_DOCUMENT,))
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    request = request_bytes("POST", CHAT, chat_body())
+    writer.write(request + request)
+    writer.write(request_bytes("POST", CHAT, b"{"))
+    writer.write(request_bytes("GET", "/health", headers={"connection": "close"}))
+    raw = await asyncio.wait_for(reader.read(), 5)
+    assert [int(part.split()[0]) for part in raw.split(b"HTTP/1.1 ")[1:]] == [200, 200, 400, 200]
+    writer.close()
+
+
+async def test_what_is_not_http_is_refused_in_the_same_shape(edge: HttpEdge) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+    answer = parse_answer(await asyncio.wait_for(reader.read(), 5))
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (400, "invalid_request")
+    writer.close()
+
+
+async def test_headers_are_bounded_in_size_and_time(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(b"GET /health HTTP/1.1\r\nx: " + b"a" * (http_server.HEAD_BYTES_MAX + 1))
+    assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+
+    monkeypatch.setattr(http_server, "HEAD_SECONDS_MAX", 0.2)
+    for opening in (b"", b"GET /health HTTP/1.1\r\nx: a"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+        writer.write(opening)
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        writer.close()
+
+
+async def test_body_is_bounded_in_time(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_exchange, "BODY_SECONDS_MAX", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, b"{", headers={"content-length": "100"}))
+    assert b"did not arrive" in await read_until(reader, b"}}")
+    writer.close()
+
+
+async def test_declared_body_too_large_is_refused_before_it_comes(edge: HttpEdge) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, headers={"content-length": str(BODY_BYTES_MAX + 1)}))
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert head.startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
+async def test_chunked_body_is_bounded_while_it_arrives(edge: HttpEdge) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: pool\r\nauthorization: Bearer {USER_KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
+    writer.write(head.encode())
+    piece = b"%x\r\n" % 65536 + b" " * 65536 + b"\r\n"
+    for _ in range(BODY_BYTES_MAX // 65536 + 2):
+        writer.write(piece)
+        await writer.drain()
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
+async def test_endless_body_after_a_refusal_ends_the_connection(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "UNREAD_BODY_BYTES_MAX", 1_000_000)
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, key=None, headers={"content-length": str(10**12)}))
+    assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)).startswith(b"HTTP/1.1 401 ")
+    with pytest.raises(ConnectionError):
+        await flood(writer)
+    writer.close()
+
+
+async def flood(writer: asyncio.StreamWriter) -> None:
+    for _ in range(1000):
+        writer.write(b"x" * 65536)
+        await writer.drain()
+
+
+async def test_more_connections_than_the_bound_are_closed_at_once(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 2)
+    open_ones = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(2)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    assert await asyncio.wait_for(reader.read(), 2) == b""
+    for _, opened in open_ones:
+        opened.close()
+    writer.close()
+
+
+async def test_tls(tmp_path: Path) -> None:
+    authority = CertificateAuthority.load_or_create(tmp_path / "ca", SystemClock().unix_ms())
+    server = authority.issue_server_certificate(SystemClock().unix_ms())
+    certificate, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    certificate.write_bytes(server.certificate_chain_pem)
+    key.write_bytes(server.private_key_pem)
+    trust = ssl.create_default_context(cadata=server.ca_certificate_pem)
+    async with http_edge(tls_certificate=certificate, tls_key=key) as edge:
+        reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=trust, server_hostname=SERVER_NAME)
+        writer.write(request_bytes("GET", "/health", headers={"connection": "close"}))
+        assert parse_answer(await asyncio.wait_for(reader.read(), 5)).status == 200
+        writer.close()
+
+
+async def test_port_that_is_taken_is_named(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "BIND_RETRY_SECONDS", 5.0)
+    monkeypatch.setattr(asyncio, "sleep", lambda _seconds, sleep=asyncio.sleep: sleep(0))
+    with pytest.raises(PotluckError, match=rf"127\.0\.0\.1:{edge.port}.*--http-port"):
+        await http_server._bind("127.0.0.1", edge.port)
+    with pytest.raises(PotluckError, match="Cannot listen on 192"):
+        await http_server._bind("192.0.2.1", 0)

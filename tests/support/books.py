@@ -1,0 +1,106 @@
+"""A pool's books for tests: a store, the desks on it, a clock that only tests move, and bytes that come out the same each time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from potluck_coordinator.directory.accounts import Accounts, open_account
+from potluck_coordinator.directory.bootstrap import found_pool
+from potluck_coordinator.directory.enrolment import Enrolments
+from potluck_coordinator.directory.ledger import LedgerDesk
+from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
+from potluck_coordinator.ports import AccountRecord
+from potluck_coordinator.storage.store import Store
+from potluck_protocol.values import AccountId
+
+START_UNIX_MS = 1_750_000_000_000
+FEE_BASIS_POINTS = 500
+GRANT = 1_000
+
+
+class MovableClock:
+    def __init__(self) -> None:
+        self.now_ms = START_UNIX_MS
+
+    def monotonic_seconds(self) -> float:
+        return self.now_ms / 1000
+
+    def unix_ms(self) -> int:
+        return self.now_ms
+
+    def advance(self, seconds: float) -> None:
+        self.now_ms += int(seconds * 1000)
+
+
+class CountingAuthority:
+    """Says which key it was asked to certify; real certificates are tested with the real authority."""
+
+    def __init__(self) -> None:
+        self.issued: list[bytes] = []
+
+    def issue_node_certificate(self, public_key_spki_der: bytes, now_unix_ms: int) -> str:
+        self.issued.append(public_key_spki_der)
+        return f"certificate {len(self.issued)} at {now_unix_ms}"
+
+
+class Books:
+    """Everything that the desks need, on one store."""
+
+    def __init__(self, url: str, grant: int = GRANT) -> None:
+        self.clock = MovableClock()
+        self.random_bytes = random.Random(7).randbytes
+        self.grant = grant
+        self.revocations = 0
+        self.joins = 0
+        self.store = Store(url)
+        self.store.migrate()
+        self.authority = CountingAuthority()
+        self.ledger = LedgerDesk(self.store, self.clock, fee_basis_points=FEE_BASIS_POINTS)
+        self.accounts = Accounts(
+            self.store, self.clock, self.random_bytes, grant_micro_credits=grant, key_was_revoked=self._key_was_revoked
+        )
+        self.enrolment = Enrolments(self.store, self.clock, self.authority, node_has_joined=self._node_has_joined)
+
+    async def found(self) -> str:
+        return await found_pool(self.store, self.clock, self.random_bytes, grant_micro_credits=self.grant)
+
+    def add_people(self, *names: str, grant: int = GRANT) -> None:
+        """Opens accounts whose ids are the names, for threads and machines that have no event loop."""
+
+        def add(work) -> None:
+            work.ledger.open_account(LedgerAccountKind.ISSUER)
+            work.ledger.open_account(LedgerAccountKind.FEE)
+            for name in names:
+                record = AccountRecord(AccountId(name), name, operator=False, created_at_unix_ms=self.clock.now_ms)
+                open_account(work, record, grant)
+
+        self.store.run_now(add)
+
+    def apply_now(self, *commands):
+        return self.store.run_now(self.ledger.work_for(commands))
+
+    def audit_now(self):
+        return self.store.run_now(lambda work: work.audit.report(self.clock.now_ms))
+
+    def _key_was_revoked(self) -> None:
+        self.revocations += 1
+
+    async def _node_has_joined(self) -> None:
+        self.joins += 1
+
+
+@contextmanager
+def open_books(folder: Path | None = None, grant: int = GRANT) -> Iterator[Books]:
+    """Books in memory, or in a file of the folder."""
+    books = Books("sqlite://" if folder is None else f"sqlite:///{folder / 'potluck.db'}", grant)
+    try:
+        yield books
+    finally:
+        books.store.close()
+
+
+def open_hold(hold_id: str, payer: str = "ann", payee: str = "bob", amount: int = 100, expires_in_ms: int = 60_000, epoch: int = 1) -> OpenHold:
+    return OpenHold(hold_id, AccountId(payer), AccountId(payee), amount, START_UNIX_MS + expires_in_ms, epoch)

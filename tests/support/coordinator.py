@@ -1,0 +1,72 @@
+"""A whole coordinator inside the test's process: real SQLite, real ports on loopback, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potluck_coordinator.directory.directory import Directory
+from potluck_coordinator.gateway.gateway import Endpoints, Gateway
+from potluck_coordinator.settings import Settings
+from potluck_protocol.clock import Clock, SystemClock
+from potluck_protocol.values import ModelId
+
+TINY_CATALOGUE = """
+[[model]]
+model_id = "tiny"
+source = "path:/nowhere"
+file_name = "tiny.json"
+sha256 = "{sha256}"
+size_bytes = 10
+engine_kind = "scripted"
+context_length_tokens = 512
+slot_count = 2
+prompt_price_micro_credits = 1
+completion_price_micro_credits = 4
+licence = "Apache-2.0"
+endpoints = ["/v1/chat/completions", "/v1/completions"]
+created_at_unix_seconds = 1
+""".format(sha256="0" * 64)
+TINY = ModelId("tiny")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinator:
+    directory: Directory
+    gateway: Gateway
+    endpoints: Endpoints
+    settings: Settings
+    operator_key: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.endpoints.http_port}"
+
+
+@asynccontextmanager
+async def running_coordinator(folder: Path, clock: Clock | None = None, **changes: Any) -> AsyncIterator[Coordinator]:
+    """Starts one on ephemeral ports with the catalogue above, and stops it."""
+    clock = clock or SystemClock()
+    folder.mkdir(parents=True, exist_ok=True)
+    catalogue = folder / "catalogue.toml"
+    catalogue.write_text(TINY_CATALOGUE)
+    settings = Settings(
+        **{"data_dir": folder, "http_port": 0, "grpc_port": 0, "link_port": 0, "catalogue_file": catalogue, **changes},
+    )
+    directory = await Directory.open(settings, clock)
+    gateway = Gateway(settings, directory, clock)
+    background = asyncio.ensure_future(directory.run_background())
+    try:
+        endpoints = await gateway.start()
+        operator_key = json.loads(settings.operator_file.read_text())["api_key"]
+        yield Coordinator(directory, gateway, endpoints, settings, operator_key)
+    finally:
+        await gateway.stop()
+        background.cancel()
+        await asyncio.gather(background, return_exceptions=True)
+        directory.close()

@@ -1,0 +1,194 @@
+"""An engine whose every byte a test decides, replicas that point at it, and a node's link wired to both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from potluck_node.attempts import Attempts, engine_session
+from potluck_node.credentials import Credentials
+from potluck_node.identity_store import StateFolder
+from potluck_node.link import Link
+from potluck_node.report import NodeReport
+from potluck_protocol.clock import Clock, SystemClock
+from potluck_protocol.values import (
+    DesiredState,
+    Endpoint,
+    EngineState,
+    EngineStatus,
+    Inventory,
+    ModelId,
+    ReplicaId,
+    SessionId,
+)
+from tests.support.link_coordinator import LinkCoordinator
+
+REPLICA = ReplicaId("r1")
+
+
+class Conversation:
+    """One request at the engine: the test says what is answered, and sees when the agent hangs up."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.gone = asyncio.Event()
+        self.written_bytes = 0
+        self._pieces: asyncio.Queue[bytes | None | Exception] = asyncio.Queue()
+
+    def say(self, data: bytes) -> None:
+        self._pieces.put_nowait(data)
+
+    def finish(self) -> None:
+        self._pieces.put_nowait(None)
+
+    def break_off(self) -> None:
+        self._pieces.put_nowait(ConnectionResetError())
+
+    async def answer(self, request: web.Request, response: web.StreamResponse) -> None:
+        try:
+            while True:
+                piece = await self._pieces.get()
+                if isinstance(piece, Exception):
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return
+                if piece is None:
+                    return
+                await response.write(piece)
+                self.written_bytes += len(piece)
+        except (ConnectionError, asyncio.CancelledError):
+            self.gone.set()
+            raise
+
+
+class DirectedEngine:
+    """An HTTP server on loopback that answers as the test says."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.status = 200
+        self.content_type = "text/event-stream"
+        self.conversations: asyncio.Queue[Conversation] = asyncio.Queue()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        conversation = Conversation(await request.read())
+        await self.conversations.put(conversation)
+        response = web.StreamResponse(status=self.status, headers={"Content-Type": self.content_type})
+        await response.prepare(request)
+        await conversation.answer(request, response)
+        return response
+
+    async def next_conversation(self) -> Conversation:
+        async with asyncio.timeout(5):
+            return await self.conversations.get()
+
+
+@asynccontextmanager
+async def directed_engine() -> AsyncIterator[DirectedEngine]:
+    engine = DirectedEngine()
+    application = web.Application()
+    application.router.add_post("/v1/chat/completions", engine.handle)
+    runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    engine.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield engine
+    finally:
+        await runner.cleanup()
+
+
+class FixedReplicas:
+    """Replicas that are there without a supervisor."""
+
+    def __init__(self, url: str | None, slot_count: int = 4) -> None:
+        self.url = url
+        self.slot_count = slot_count
+        self.state = EngineState.READY
+        self.desired: list[DesiredState] = []
+        self.paused: list[bool] = []
+        self._callbacks: list[Callable[[], None]] = []
+
+    def set_desired(self, desired: DesiredState) -> None:
+        self.desired.append(desired)
+
+    def set_paused(self, paused: bool) -> None:
+        self.paused.append(paused)
+
+    def statuses(self) -> tuple[EngineStatus, ...]:
+        endpoints = (Endpoint.CHAT_COMPLETIONS,)
+        return (EngineStatus(REPLICA, ModelId("tiny"), self.state, "scripted", slot_count=self.slot_count, endpoints=endpoints),)
+
+    def ready_url(self, replica_id: ReplicaId) -> str | None:
+        return self.url if replica_id == REPLICA else None
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    def change(self, state: EngineState) -> None:
+        self.state = state
+        for callback in self._callbacks:
+            callback()
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+class WiredNode:
+    """A running link with everything it needs."""
+
+    def __init__(self, link: Link, attempts: Attempts, report: NodeReport, replicas: FixedReplicas, folder: StateFolder) -> None:
+        self.link = link
+        self.attempts = attempts
+        self.report = report
+        self.replicas = replicas
+        self.folder = folder
+        self.task: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def wired_node(
+    coordinator: LinkCoordinator, folder: Path, url: str | None, *, clock: Clock | None = None, slot_count: int = 4, **limits: Any
+) -> AsyncIterator[WiredNode]:
+    """Runs a node's link against the coordinator until the block ends."""
+    used_clock = clock or SystemClock()
+    state = StateFolder(folder / "node")
+    if not state.joined:
+        coordinator.enrol(state)
+    credentials = Credentials(state, used_clock, lambda: 0.5)
+    replicas = FixedReplicas(url, slot_count)
+    slot_count_max = limits.get("slot_count_max")
+    report = NodeReport(
+        credentials=credentials,
+        session_id=SessionId("session-1"),
+        inventory=Inventory(cpu_count=2),
+        replicas=replicas,
+        cache_dir=folder,
+        slot_count_max=slot_count_max,
+        clock=used_clock,
+    )
+    async with engine_session() as http:
+        attempts = Attempts(
+            replicas=replicas,
+            http=http,
+            clock=used_clock,
+            node_state=lambda: report.state,
+            slot_count_max=slot_count_max,
+            wake=lambda urgent: link.wake(urgent),
+        )
+        report.attempts = attempts
+        link = Link(credentials=credentials, attempts=attempts, replicas=replicas, report=report, clock=used_clock, jitter=lambda: 0.5)
+        node = WiredNode(link, attempts, report, replicas, state)
+        node.task = asyncio.create_task(link.run())
+        try:
+            yield node
+        finally:
+            node.task.cancel()
+            await asyncio.gather(node.task, return_exceptions=True)
+            await attempts.close()

@@ -1,0 +1,94 @@
+"""One attempt's bytes: order, repetition, gaps, the window, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from potluck_coordinator.gateway.relay import AnswerHead, Relay
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AttemptId, EndReason
+
+
+@pytest.fixture
+def acknowledged():
+    return []
+
+
+@pytest.fixture
+def relay(acknowledged):
+    return Relay(AttemptId("attempt"), 400, 0.0, lambda _, sequence: acknowledged.append(sequence))
+
+
+async def test_what_arrived_between_two_reads_leaves_as_one_piece(relay):
+    for sequence, data in enumerate([b"a", b"b", b"c"]):
+        relay.receive(sequence, data, 1.0)
+    assert await relay.next_data() == b"abc"
+    relay.end(3, EndReason.COMPLETED, "")
+    assert await relay.next_data() is None
+
+
+async def test_a_repetition_is_dropped_and_a_gap_ends_the_answer(relay):
+    relay.receive(0, b"a", 1.0)
+    relay.receive(0, b"a", 1.0)
+    relay.receive(2, b"c", 1.0)
+    assert await relay.next_data() == b"a"
+    with pytest.raises(PotluckError) as failure:
+        await relay.next_data()
+    assert failure.value.code is ErrorCode.NODE_LOST
+
+
+async def test_an_end_that_counts_more_chunks_than_arrived_is_a_loss(relay):
+    relay.receive(0, b"a", 1.0)
+    relay.end(2, EndReason.COMPLETED, "")
+    assert await relay.next_data() == b"a"
+    with pytest.raises(PotluckError):
+        await relay.next_data()
+
+
+async def test_a_waiting_reader_is_woken_by_data_and_by_failure(relay):
+    reading = asyncio.ensure_future(relay.next_data())
+    await asyncio.sleep(0)
+    relay.receive(0, b"a", 1.0)
+    assert await reading == b"a"
+    reading = asyncio.ensure_future(relay.next_data())
+    await asyncio.sleep(0)
+    relay.fail(PotluckError(ErrorCode.NODE_LOST))
+    with pytest.raises(PotluckError):
+        await reading
+
+
+async def test_only_what_has_left_is_acknowledged(relay, acknowledged):
+    relay.receive(0, b"x" * 150, 1.0)
+    await relay.next_data()
+    assert acknowledged == []  # taken, but not yet asked for more: it may still wait at the client's socket
+    relay.receive(1, b"y", 1.0)
+    await relay.next_data()
+    assert acknowledged == [1]
+
+
+async def test_a_node_that_ignores_the_window_is_cut_off(relay):
+    for sequence in range(9):
+        relay.receive(sequence, b"x" * 100, 1.0)
+    assert relay.over
+    assert relay.received_bytes <= 900
+
+
+async def test_the_end_is_acknowledged_so_that_the_node_may_forget(relay, acknowledged):
+    relay.receive(0, b"a", 1.0)
+    relay.end(1, EndReason.COMPLETED, "")
+    assert acknowledged == [1]
+
+
+async def test_a_head_that_never_comes_raises_what_happened_instead(relay):
+    relay.end(0, EndReason.REFUSED, "paused")
+    with pytest.raises(PotluckError) as failure:
+        await relay.wait_for_head()
+    assert failure.value.code is ErrorCode.NO_CAPACITY
+
+
+async def test_the_head_is_there_before_the_first_byte(relay):
+    relay.head = AnswerHead(200, "text/event-stream")
+    relay.receive(0, b"", 1.0)
+    assert (await relay.wait_for_head()).http_status == 200
