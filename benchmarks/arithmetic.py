@@ -96,6 +96,11 @@ def micros_per_unit(cpu_seconds: Mapping[str, float], unit_count: int) -> dict[s
     return {name: seconds / unit_count * 1e6 for name, seconds in cpu_seconds.items()}
 
 
+def weighted_mean(values_and_weights: Sequence[tuple[float, float]]) -> float:
+    """The mean of the first numbers, each counted as much as its second says."""
+    return sum(value * weight for value, weight in values_and_weights) / sum(weight for _, weight in values_and_weights)
+
+
 def busy_neighbour_share(rounds: Sequence[Figures]) -> float:
     """How much of the machine others used, on average over the runs."""
     return fmean(figures.foreign_cpu_share for figures in rounds)

@@ -5,6 +5,7 @@ Decides the pool's catalogue (one model, whose engine is the scripted one) and w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -64,6 +65,7 @@ _PORTS: Final = ("--http-port", "0", "--grpc-port", "0", "--link-port", "0")
 
 def _write_catalogue(folder: Path) -> Path:
     script = write_script(folder)
+    content = script.read_bytes()
     path = folder / "catalogue.toml"
     path.write_text(
         f"""
@@ -71,6 +73,8 @@ def _write_catalogue(folder: Path) -> Path:
 model_id = "{MODEL}"
 source = "path:{script.parent}"
 file_name = "{script.name}"
+sha256 = "{hashlib.sha256(content).hexdigest()}"
+size_bytes = {len(content)}
 engine_kind = "scripted"
 context_length_tokens = {CONTEXT_LENGTH_TOKENS}
 slot_count = {SLOT_COUNT}
@@ -78,6 +82,7 @@ prompt_price_micro_credits = 1
 completion_price_micro_credits = 4
 licence = "Apache-2.0"
 endpoints = ["/v1/chat/completions"]
+created_at_unix_seconds = 0
 """
     )
     return path

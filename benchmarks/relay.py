@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from benchmarks.arithmetic import Figures, micros_per_unit, order_of_round
+from benchmarks.arithmetic import Figures, micros_per_unit, order_of_round, weighted_mean
 from benchmarks.contenders import Contender, PeerUnavailableError, start_direct, start_litellm, start_sglang_router
 from benchmarks.load import Load, LoadFailedError, LoadResult
 from benchmarks.load_client import LoadClient
@@ -30,9 +30,9 @@ from benchmarks.report import Outcome, Standing, document, marks, table
 CROWD: Final = Load(streamed=True, connection_count=64, requests_per_connection=1, token_count=200, stagger_ms=200)
 ALONE: Final = Load(streamed=True, connection_count=1, requests_per_connection=1, token_count=150)
 FIRST_TOKENS: Final = Load(streamed=True, connection_count=1, requests_per_connection=30, token_count=2)
-WHOLE: Final = Load(streamed=False, connection_count=8, requests_per_connection=50, token_count=1)
+WHOLE: Final = Load(streamed=False, connection_count=8, requests_per_connection=75, token_count=1)
 WARM_UP: Final = (
-    replace(CROWD, token_count=50, limit_seconds=90),
+    replace(CROWD, requests_per_connection=2, token_count=25),
     replace(WHOLE, requests_per_connection=20),
     replace(FIRST_TOKENS, requests_per_connection=5),
 )
@@ -70,7 +70,7 @@ def measure(client: LoadClient, contender: Contender) -> Figures:
         request_ms=median(whole.request_ms),
         requests_per_second=whole.window_request_count / whole.window_seconds,
         tokens_per_second=crowd.window_token_count / crowd.window_seconds,
-        foreign_cpu_share=max(result.foreign_cpu_share for result in (alone, crowd, whole)),
+        foreign_cpu_share=weighted_mean([(result.foreign_cpu_share, result.window_seconds) for result in (alone, crowd, whole)]),
     )
 
 

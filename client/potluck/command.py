@@ -72,7 +72,7 @@ def _add_role(app: typer.Typer, entry: EntryPoint) -> None:
             add_help_option=False,
         )
         def hint() -> None:
-            say(f"potluck: `potluck {entry.name}` needs {missing}, which is not installed. Run: pip install 'potluck[{entry.name}]'")
+            say(f"error: `potluck {entry.name}` needs {missing}, which is not installed. Run: pip install 'potluck[{entry.name}]'")
             raise typer.Exit(EXIT_FAILED)
 
 

@@ -14,17 +14,19 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 
-from potluck_coordinator.directory.directory import Directory
-from potluck_coordinator.gateway.gateway import Gateway
 from potluck_coordinator.ports import Accounts, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.observe import configure_logging
+
+if TYPE_CHECKING:
+    from potluck_coordinator.directory.directory import Directory
+    from potluck_coordinator.gateway.gateway import Gateway
 
 NAMESPACE: Final = "potluck"
 DIRECTORY: Final = "directory"
@@ -186,6 +188,8 @@ class DirectoryActor(_Actor):
             self._directory.close()
 
     async def _serve(self) -> None:
+        from potluck_coordinator.directory.directory import Directory  # noqa: PLC0415 - only this process needs SQL
+
         self._directory = await Directory.open(self._settings, SystemClock())
         self._opened()
         await self._directory.run_background()
@@ -205,7 +209,9 @@ class GatewayActor(_Actor):
             await self._gateway.stop()
 
     async def _serve(self) -> None:
-        import ray  # noqa: PLC0415 - before this, Ray has read its environment in the driver
+        import ray  # noqa: PLC0415
+
+        from potluck_coordinator.gateway.gateway import Gateway  # noqa: PLC0415 - only this process needs servers
 
         handle = ray.get_actor(DIRECTORY, namespace=NAMESPACE)
         call: Ask = handle.call.remote

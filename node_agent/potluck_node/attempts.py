@@ -124,9 +124,9 @@ class Attempts:
         attempt = _Attempt(start.replica_id, Delivery(start.attempt_id, start.window_bytes))
         self._attempts[start.attempt_id] = attempt
         root_url = self._replicas.ready_url(start.replica_id)
-        refusal = self._refusal(start.replica_id)
+        refusal = self._refusal(start.replica_id) if root_url else "the replica has no ready engine"
         if refusal or root_url is None:
-            self._end(attempt, EndReason.REFUSED, refusal or "the replica has no ready engine")
+            self._end(attempt, EndReason.REFUSED, refusal)
             return
         self._running[start.replica_id] = self.running_count(start.replica_id) + 1
         attempt.task = asyncio.create_task(self._run(attempt, start, root_url), name=f"attempt {start.attempt_id}")

@@ -207,7 +207,7 @@ class EngineSupervisor:
             raise asyncio.CancelledError
         try:
             await work(replica)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a fault of ours must show as a failed replica, not as one that hangs
             _log.exception("engine_work_failed", replica_id=replica.observed.engine.replica_id)
             self._fail(replica, f"the agent itself failed here: {type(error).__name__}")
 

@@ -275,3 +275,17 @@ async def test_holds_of_a_gateway_that_died_are_settled_at_their_last_mark(tmp_p
         assert balance.earned_micro_credits == 8
         await answer.close()  # the ghost's own settlement changes nothing any more
         assert (await settled_balance(coordinator)).earned_micro_credits == 8
+
+
+async def test_a_node_without_heartbeats_loses_its_lease_and_its_attempts(tmp_path):
+    """A blocked event loop looks like this: the connection stands, gRPC answers pings, and nothing is said."""
+    async with pool(tmp_path, lease_ttl_ms=800, heartbeat_idle_ms=200, heartbeat_busy_ms=100) as (coordinator, node):
+        await node.beat()
+        answer, _ = await begin(coordinator, node)
+        assert await answer.next_data() == token("one")
+        with pytest.raises(PotluckError) as failure:
+            await asyncio.wait_for(answer.next_data(), 5)
+        assert failure.value.code is ErrorCode.NODE_LOST
+        await answer.close()
+        await node.wait_until_ended()
+        assert (await settled_balance(coordinator)).earned_micro_credits == 4

@@ -34,9 +34,11 @@ class ServedLink:
         self.ended = asyncio.Event()
         self._news = asyncio.Condition()
         self._over = asyncio.Event()
+        self._writing = asyncio.Lock()
 
     async def send(self, **fields: Any) -> None:
-        await self._context.write(node_pb2.CoordinatorFrame(**fields))
+        async with self._writing:
+            await self._context.write(node_pb2.CoordinatorFrame(**fields))
 
     async def welcome(self, *, epoch: int = 1, lease_ttl_ms: int = 15_000, resume: dict[str, int] | None = None, **changes: Any) -> None:
         values: dict[str, Any] = {
@@ -122,7 +124,7 @@ class LinkCoordinator(node_pb2_grpc.NodeServiceServicer, node_pb2_grpc.Enrolment
 
     @property
     def connection(self) -> ConnectionDocument:
-        return ConnectionDocument("pool", self.grpc_port, self.link_port, self.authority.ca_certificate_pem, host="127.0.0.1")
+        return ConnectionDocument(1, "pool", self.grpc_port, self.link_port, "127.0.0.1", self.authority.ca_certificate_pem)
 
     async def Link(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
         del request_iterator

@@ -59,7 +59,9 @@ def test_counts_below_zero_pay_nothing():
     assert charge(ENTRY, Usage(10, -3)) == 10
 
 
-@pytest.mark.parametrize(("amount", "basis_points", "expected"), [(0, 500, 0), (19, 500, 0), (20, 500, 1), (39, 500, 1), (7, 0, 0), (7, 10_000, 7)])
+@pytest.mark.parametrize(
+    ("amount", "basis_points", "expected"), [(0, 500, 0), (19, 500, 0), (20, 500, 1), (39, 500, 1), (7, 0, 0), (7, 10_000, 7)]
+)
 def test_fee_is_rounded_in_the_payees_favour(amount, basis_points, expected):
     assert fee(amount, basis_points) == expected
 

@@ -78,7 +78,7 @@ async def test_a_node_that_ignores_the_window_is_cut_off(relay):
 async def test_the_end_is_acknowledged_so_that_the_node_may_forget(relay, acknowledged):
     relay.receive(0, b"a", 1.0)
     relay.end(1, EndReason.COMPLETED, "")
-    assert acknowledged == [1]
+    assert acknowledged == [2]
 
 
 async def test_a_head_that_never_comes_raises_what_happened_instead(relay):

@@ -21,9 +21,11 @@ tokens_app = typer.Typer(help="Invites, with which nodes join the pool.", no_arg
 keys_app = typer.Typer(help="API keys, with which people use the pool.", no_args_is_help=True)
 accounts_app = typer.Typer(help="The people of the pool. Operators only.", no_args_is_help=True)
 
-AccountOption = Annotated[str | None, typer.Option("--account", help="Whose, by account id. Else your own; another's takes the operator's key.")]
-InviteLifetime = Annotated[int, typer.Option(parser=duration_seconds, metavar="DURATION", help="How long it can be used: 30m, 1h, 7d.")]
-KeyLifetime = Annotated[int, typer.Option(parser=duration_seconds, metavar="DURATION", help="How long it works: 12h, 30d. 0s: no end.")]
+AccountOption = Annotated[
+    str | None, typer.Option("--account", help="Whose, by account id. Else your own; another's takes the operator's key.")
+]
+InviteLifetime = Annotated[str, typer.Option(metavar="DURATION", help="How long it can be used: 30m, 1h, 7d.")]
+KeyLifetime = Annotated[str, typer.Option(metavar="DURATION", help="How long it works: 12h, 30d. 0s: no end.")]
 
 
 def make_invite(transport: Transport, url: str, lifetime_seconds: int, account_id: AccountId | None = None) -> Invite:
@@ -35,7 +37,7 @@ def make_invite(transport: Transport, url: str, lifetime_seconds: int, account_i
 
 @tokens_app.command("create")
 def create_token(
-    lifetime: InviteLifetime = "1h",  # type: ignore[assignment] - typer parses the default too
+    lifetime: InviteLifetime = "1h",
     account: AccountOption = None,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
@@ -44,17 +46,22 @@ def create_token(
 
     What that node earns goes to the account. Hand the invite over as you would a password, for `potluck node join`.
     """
+    lifetime_seconds = duration_seconds(lifetime)
     found = address(url, api_key_file)
     with connected(url, api_key_file) as transport:
-        invite = make_invite(transport, found.url, lifetime, AccountId(account) if account else None)
+        invite = make_invite(transport, found.url, lifetime_seconds, AccountId(account) if account else None)
     show(invite.encode())
-    say(f"Good for one node. On its machine: potluck node join, and paste the invite. Take it back: potluck tokens revoke {invite.token_id}")
+    say(
+        f"Good for one node. On its machine: potluck node join, and paste the invite. Take it back: potluck tokens revoke {invite.token_id}"
+    )
     if is_loopback_host(urlsplit(invite.url).hostname or ""):
         say("It leads to this machine only. For others, start the coordinator with --host and --public-host, or pass --url.")
 
 
 @tokens_app.command("list")
-def list_tokens(account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+def list_tokens(
+    account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None
+) -> None:
     """List invites by token id; their secrets are not kept."""
     with connected(url, api_key_file) as transport:
         found = transport.unary(calls.list_join_tokens(AccountId(account) if account else None))
@@ -87,20 +94,23 @@ def revoke_token(
 @keys_app.command("create")
 def create_key(
     name: Annotated[str, typer.Option(help="What it is for, such as the machine it goes to.")] = "",
-    lifetime: KeyLifetime = "0s",  # type: ignore[assignment] - typer parses the default too
+    lifetime: KeyLifetime = "0s",
     account: AccountOption = None,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
 ) -> None:
     """Print a new API key. It is shown this once; the pool keeps only its hash."""
+    lifetime_seconds = duration_seconds(lifetime)
     with connected(url, api_key_file) as transport:
-        secret = transport.unary(calls.create_key(name, lifetime, AccountId(account) if account else None))
+        secret = transport.unary(calls.create_key(name, lifetime_seconds, AccountId(account) if account else None))
     show(secret.value)
     say(f"Keep it like a password. Take it back: potluck keys revoke {secret.identifier}")
 
 
 @keys_app.command("list")
-def list_keys(account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+def list_keys(
+    account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None
+) -> None:
     """List API keys by their prefix."""
     with connected(url, api_key_file) as transport:
         found = transport.unary(calls.list_keys(AccountId(account) if account else None))

@@ -60,7 +60,9 @@ def footer(answer: TimedAnswer) -> str:
 
 
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="The question. Without one: standard input, or a conversation on a terminal.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question. Without one: standard input, or a conversation on a terminal.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model of the pool (`potluck models`). Else the first that is ready.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens.")] = None,
     url: UrlOption = None,
@@ -70,11 +72,9 @@ def chat(
 
     The answer goes to standard output; the node, the speed and the cost go to standard error.
 
-    Examples:
+    For example: potluck chat "Name three uses for a teapot."
 
-      potluck chat "Name three uses for a teapot."
-
-      cat report.txt | potluck chat --max-tokens 100
+    Or: cat report.txt | potluck chat --max-tokens 100
     """
     fields = {"max_tokens": max_tokens}
     found = address(url, api_key_file)
@@ -104,7 +104,7 @@ def _converse(client: Client, model: str | None, fields: Mapping[str, Any]) -> N
             asked = [*messages, {"role": "user", "content": question}]
             answer = stream_answer(client, asked, _write, model=model, **fields)
         except PoolError as error:
-            say(f"\npotluck: {error.message}")
+            say(f"\nerror: {error.message}")
             continue
         messages = [*asked, {"role": "assistant", "content": answer.result.text}]
         _write("\n")

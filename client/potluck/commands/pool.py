@@ -44,9 +44,7 @@ def models(as_json: JsonOption = False, url: UrlOption = None, api_key_file: Key
 
 
 @nodes_app.callback()
-def _nodes(
-    context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None
-) -> None:
+def _nodes(context: typer.Context, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
     """List the pool's nodes, or with `revoke` take one out for good."""
     if context.invoked_subcommand is None:
         list_nodes(as_json, url, api_key_file)
@@ -85,8 +83,8 @@ def revoke_node(
 ) -> None:
     """Take a node out of the pool for good. Operators only.
 
-    Its link ends at once and its certificate counts for nothing from then on. To bring the machine back, its owner runs `potluck node leave`
-    and joins with a new invite.
+    Its link ends at once and its certificate counts for nothing from then on. To bring the machine back, its owner runs
+    `potluck node leave` and joins with a new invite.
     """
     with connected(url, api_key_file) as transport:
         transport.unary(calls.revoke_node(NodeId(node_id), reason))
@@ -94,9 +92,12 @@ def revoke_node(
 
 
 def _engines(node: NodeInfo) -> str:
-    return ", ".join(
-        engine.model_id if engine.state is EngineState.READY else f"{engine.model_id} ({engine.state})" for engine in node.engines
-    ) or "-"
+    return (
+        ", ".join(
+            engine.model_id if engine.state is EngineState.READY else f"{engine.model_id} ({engine.state})" for engine in node.engines
+        )
+        or "-"
+    )
 
 
 def _uptime(node: NodeInfo) -> str:

@@ -27,7 +27,8 @@ UrlOption = Annotated[
     str | None, typer.Option("--url", help=f"The pool, as its coordinator prints it. Else {URL_VARIABLE}, else the one on this machine.")
 ]
 KeyFileOption = Annotated[
-    Path | None, typer.Option("--api-key-file", help=f"A file with your API key. Else {API_KEY_VARIABLE}, else the operator's on this machine.")
+    Path | None,
+    typer.Option("--api-key-file", help=f"A file with your API key. Else {API_KEY_VARIABLE}, else the operator's on this machine."),
 ]
 
 
@@ -59,7 +60,9 @@ def read_operator(data_folder: Path) -> PoolAddress:
         fields = json.loads(path.read_text())
         return PoolAddress(str(fields["url"]), str(fields["api_key"]))
     except PermissionError as error:
-        raise pool_error(ErrorCode.PERMISSION_DENIED, f"{path} belongs to another person; set {URL_VARIABLE} and {API_KEY_VARIABLE}.") from error
+        raise pool_error(
+            ErrorCode.PERMISSION_DENIED, f"{path} belongs to another person; set {URL_VARIABLE} and {API_KEY_VARIABLE}."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise pool_error(ErrorCode.NOT_FOUND, f"{path} cannot be read: {error}") from error
 

@@ -69,7 +69,7 @@ def explain(error: PotluckError) -> int:
     """Says what failed; the exit code that stands for it."""
     known = error_of_protocol(error)
     reference = f"  (request {error.request_id})" if error.request_id else ""
-    say(f"potluck: {error.message}{reference}")
+    say(f"error: {error.message}{reference}")
     if isinstance(known, CredentialError):
         return EXIT_NOT_AUTHORISED
     return EXIT_UNREACHABLE if isinstance(known, CoordinatorUnavailableError) else EXIT_FAILED

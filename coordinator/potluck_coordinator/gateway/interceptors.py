@@ -83,7 +83,7 @@ def authenticate_node(context: _Context) -> NodeId:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every call of one server.
+    """Wraps every call. It keeps no handlers, so that two ports may share it and each serves its own services only.
 
     Args:
         keys: whose API key it is.
@@ -95,20 +95,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._revoked_node_ids = revoked_node_ids
         self._clock = clock
-        self._wrapped: dict[str, _Handler] = {}
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]], handler_call_details: grpc.HandlerCallDetails
     ) -> _Handler | None:
         """The wrapped handler; methods that nobody serves stay UNIMPLEMENTED."""
-        method = handler_call_details.method
-        if method in self._wrapped:
-            return self._wrapped[method]
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        self._wrapped[method] = self._wrap(method, handler)
-        return self._wrapped[method]
+        return None if handler is None else self._wrap(handler_call_details.method, handler)
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
         make: Any

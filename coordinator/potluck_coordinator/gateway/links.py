@@ -150,11 +150,9 @@ class Links:
                 session.wish(snapshot.desired[session.node_id])
 
     async def report(self) -> None:
-        """Tells the directory how everyone did since the last time."""
+        """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching."""
         now = self._clock.monotonic_seconds()
-        reports = [session.report(now) for session in self._sessions.values()]
-        if reports:
-            await self._directory.nodes.report(reports)
+        await self._directory.nodes.report([session.report(now) for session in self._sessions.values()])
 
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""

@@ -102,7 +102,8 @@ class Relay:
             self.fail(PotluckError(ErrorCode.NO_CAPACITY, f"The node would not take the request: {detail}", retry_after_seconds=1))
         else:
             self.fail(PotluckError(ErrorCode.ENGINE_FAILED))
-        self._acknowledge(self.attempt_id, sequence)
+        # One past the end tells the node that its word has arrived.
+        self._acknowledge(self.attempt_id, sequence + 1)
 
     def fail(self, error: PotluckError) -> None:
         """Ends the answer with an error, behind whatever has already arrived."""

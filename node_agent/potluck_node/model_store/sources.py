@@ -33,7 +33,8 @@ async def fetch_from_hub(
     """Downloads one file of a revision; what an earlier try left in the folder is gone on with. Raises FetchFailedError."""
     arguments = ("download", source.repository, file.file_name, "--revision", source.revision, "--local-dir", str(folder), "--quiet")
     # Plain HTTP ranges resume after a kill and grow a file that can be watched; the chunk protocol does neither in a local folder.
-    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    switched_off = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
+    settings = {f"HF_HUB_DISABLE_{name}": "1" for name in switched_off}
     await run_client(
         "huggingface_hub.cli.hf",
         arguments,

@@ -669,7 +669,7 @@ class CancelAttempt(Message):
 
 @final
 class ChunkAcknowledgement(Message):
-    """Every chunk before `next_sequence` has left the coordinator for the client."""
+    """Every chunk before `next_sequence` has left the coordinator for the client. One past an end's sequence: the coordinator has that end."""
 
     DESCRIPTOR: Descriptor
 

@@ -1,0 +1,127 @@
+"""The ledger's desk on a real database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, SettleHold
+from potluck_protocol.errors import ErrorCode, PotluckError
+from tests.support.books import GRANT, open_books, open_hold
+
+APPLIED, CONFLICT, INSUFFICIENT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT, LedgerOutcome.INSUFFICIENT_CREDITS
+
+
+@pytest.fixture
+def books():
+    with open_books() as opened:
+        opened.add_people("ann", "bob")
+        yield opened
+        assert opened.audit_now().findings == ()
+
+
+async def position(books, account_id):
+    balance = await books.ledger.balance(account_id)
+    return balance.available_micro_credits, balance.held_micro_credits, balance.earned_micro_credits
+
+
+async def test_hold_mark_settle(books):
+    assert await books.ledger.apply([open_hold("h1")]) == (APPLIED,)
+    assert await position(books, "ann") == (GRANT - 100, 100, 0)
+    assert await books.ledger.apply([MarkDelivered("h1", 30), SettleHold("h1", 60)]) == (APPLIED, APPLIED)
+    assert await position(books, "ann") == (GRANT - 60, 0, 0)
+    assert await position(books, "bob") == (GRANT, 0, 57)
+    report = await books.ledger.audit()
+    assert (report.account_count, report.transaction_count, report.posting_count, report.open_hold_count) == (6, 3, 7, 0)
+    assert report.issued_micro_credits == 2 * GRANT
+
+
+async def test_one_refusal_does_not_touch_the_others(books):
+    outcomes = await books.ledger.apply(
+        [
+            open_hold("h1", amount=GRANT),
+            open_hold("h2", amount=1),
+            open_hold("h3", payee="nobody"),
+            open_hold("h4", payer="nobody"),
+            SettleHold("h1", GRANT + 1),
+            SettleHold("h9", 1),
+            open_hold("h5", payer="bob", payee="bob", amount=0),
+            SettleHold("h1", 1),
+            open_hold("h2", amount=1),
+        ]
+    )
+    assert outcomes == (APPLIED, INSUFFICIENT, CONFLICT, INSUFFICIENT, CONFLICT, CONFLICT, APPLIED, APPLIED, APPLIED)
+
+
+async def test_repeated_commands_answer_the_same_and_change_nothing(books):
+    commands = [open_hold("h1"), MarkDelivered("h1", 10), SettleHold("h1", 20)]
+    assert await books.ledger.apply(commands) == (APPLIED,) * 3
+    before = await position(books, "ann"), await position(books, "bob"), await books.ledger.audit()
+    for _ in range(2):
+        assert await books.ledger.apply(commands) == (APPLIED,) * 3
+    assert await books.ledger.apply([replace(commands[0], amount_micro_credits=101), SettleHold("h1", 21)]) == (CONFLICT,) * 2
+    assert (await position(books, "ann"), await position(books, "bob"), await books.ledger.audit()) == before
+
+
+async def test_a_hold_past_its_deadline_is_settled_at_its_mark(books):
+    await books.ledger.apply([open_hold("h1", expires_in_ms=1000), MarkDelivered("h1", 40), open_hold("h2", expires_in_ms=5000)])
+    assert await books.ledger.settle_expired(books.clock.unix_ms() + 999) == 0
+    assert await books.ledger.settle_expired(books.clock.unix_ms() + 1000) == 1
+    assert await position(books, "ann") == (GRANT - 40 - 100, 100, 0)
+    assert await position(books, "bob") == (GRANT, 0, 38)
+    assert await books.ledger.apply([SettleHold("h1", 60), SettleHold("h1", 40), MarkDelivered("h1", 41)]) == (CONFLICT, APPLIED, CONFLICT)
+
+
+async def test_holds_of_earlier_gateways_are_settled_at_their_marks(books):
+    await books.ledger.apply([open_hold(f"old{n}", amount=1, epoch=1) for n in range(300)] + [open_hold("new", epoch=2)])
+    await books.ledger.apply([MarkDelivered("old0", 1)])
+    assert await books.ledger.settle_orphans(2) == 300
+    assert await position(books, "ann") == (GRANT - 1 - 100, 100, 0)
+    assert await books.ledger.settle_orphans(2) == 0
+
+
+async def test_the_audit_asks_why_a_hold_outlives_its_deadline(books):
+    await books.ledger.apply([open_hold("h1", expires_in_ms=0)])
+    books.clock.advance(61)
+    report = await books.ledger.audit()
+    assert report.findings == ("hold h1 is open 61000 ms past its deadline",)
+    await books.ledger.settle_expired(books.clock.unix_ms())
+
+
+async def test_claims_move_everything_earned_once(books):
+    assert await books.ledger.claim_earnings("bob", "nothing yet") == 0
+    await books.ledger.apply([open_hold("h1"), SettleHold("h1", 100)])
+    assert await books.ledger.claim_earnings("bob", "nothing yet") == 0
+    assert await books.ledger.claim_earnings("bob", "c1") == 95
+    assert await books.ledger.claim_earnings("bob", "c1") == 95
+    assert await books.ledger.claim_earnings("bob", "c2") == 0
+    assert await books.ledger.claim_earnings("ann", "c1") == 0
+    assert await position(books, "bob") == (GRANT + 95, 0, 0)
+
+
+@pytest.mark.parametrize("claim_id", ["", "x" * 65, "a\nb"])
+async def test_a_claim_needs_an_id(books, claim_id):
+    with pytest.raises(PotluckError) as refused:
+        await books.ledger.claim_earnings("bob", claim_id)
+    assert refused.value.code is ErrorCode.INVALID_REQUEST
+
+
+async def test_statement(books):
+    await books.ledger.apply([open_hold("h1")])
+    books.clock.advance(1)
+    await books.ledger.apply([SettleHold("h1", 100)])
+    books.clock.advance(1)
+    await books.ledger.claim_earnings("bob", "c1")
+    lines = [(line.kind, line.ledger_account_kind, line.amount_micro_credits) for line in await books.ledger.statement("bob", 0)]
+    assert sorted(lines[:2]) == [("claim", "earnings", -95), ("claim", "spending", 95)]
+    assert lines[2:] == [("settle", "earnings", 95), ("grant", "spending", GRANT)]
+    assert len(await books.ledger.statement("bob", 2)) == 2
+    assert [line.amount_micro_credits for line in await books.ledger.statement("ann", 1)] == [-100]
+
+
+async def test_unknown_accounts_are_not_found(books):
+    for asked in (books.ledger.balance("zoe"), books.ledger.statement("zoe", 1), books.ledger.claim_earnings("zoe", "c")):
+        with pytest.raises(PotluckError) as refused:
+            await asked
+        assert refused.value.code is ErrorCode.NOT_FOUND

@@ -1,0 +1,170 @@
+"""The node desk over a real database: planning, sessions, and whose minutes count, with a clock that only the test moves."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import pytest
+
+from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer
+from potluck_coordinator.directory.nodes import Nodes
+from potluck_coordinator.ports import NodeReport
+from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, SessionId
+from tests.support.books import Books
+from tests.support.replicas import catalogue_entry
+
+
+@asynccontextmanager
+async def node_desk(folder, *names):
+    books = Books(f"sqlite:///{folder / 'books.db'}")
+    try:
+        await books.found()
+        await offer(books.store, [catalogue_entry("tiny")])
+        for name in names:
+            add_node(books, name)
+        board = SnapshotBoard(1)
+        nodes = Nodes(books.store, board, books.clock, 15.0)
+        await nodes.refresh()
+        yield books, board, nodes
+    finally:
+        books.store.close()
+
+
+def add_node(books, name):
+    books.store.run_now(
+        lambda work: work.nodes.add(
+            EnrolledNode(
+                node_id=NodeId(name),
+                owner_account_id=OPERATOR_ACCOUNT_ID,
+                display_name=name,
+                public_key_spki=name.encode(),
+                status=NodeStatus.ACTIVE,
+                status_reason="",
+                epoch=0,
+                inventory=Inventory(),
+                agent_version="",
+                enrolled_at_unix_ms=books.clock.unix_ms(),
+                last_seen_at_unix_ms=0,
+            )
+        )
+    )
+
+
+def hello(name):
+    return Hello(1, NodeId(name), SessionId("session"), "1", Inventory(cpu_count=2), NodeState.SERVING)
+
+
+def report(name, epoch=1, covered_seconds=1.0):
+    return NodeReport(NodeId(name), epoch, 1, covered_seconds, suspect=False, state=NodeState.SERVING, engines=())
+
+
+async def serve(books, nodes, seconds, *names):
+    """Lets the time pass, with a gateway that reports the named nodes each second."""
+    for _ in range(seconds):
+        books.clock.advance(1)
+        await nodes.report([report(name) for name in names])
+        await nodes.judge_minutes()
+
+
+async def minutes(nodes):
+    return {record.node_id: (record.up_minutes, record.down_minutes, record.unknown_minutes) for record in await nodes.list_nodes()}
+
+
+async def test_every_active_node_gets_the_models_and_an_outcast_none(tmp_path):
+    async with node_desk(tmp_path, "a", "b") as (_, board, nodes):
+        assert [engine.replica_id for engine in board.snapshot.desired[NodeId("a")].engines] == ["a/tiny"]
+        await nodes.revoke_node(NodeId("b"), "test")
+        assert board.snapshot.revoked_node_ids == {"b"}
+        assert set(board.snapshot.desired) == {"a"}
+        with pytest.raises(PotluckError) as failure:
+            await nodes.open_session(hello("b"))
+        assert failure.value.code is ErrorCode.INVALID_CERTIFICATE
+
+
+async def test_a_wish_keeps_its_revision_until_it_changes(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        before = board.snapshot.desired[NodeId("a")]
+        await nodes.refresh()
+        assert board.snapshot.desired[NodeId("a")] == before
+        await offer(books.store, [catalogue_entry("tiny"), catalogue_entry("second")])
+        await nodes.refresh()
+        after = board.snapshot.desired[NodeId("a")]
+        assert after.revision > before.revision
+        assert {engine.model.model_id for engine in after.engines} == {"tiny", "second"}
+        assert set(board.snapshot.models) == {ModelId("tiny"), ModelId("second")}
+
+
+async def test_every_session_has_a_higher_epoch_even_after_a_restart(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        first = await nodes.open_session(hello("a"))
+        second = await nodes.open_session(hello("a"))
+        third = await Nodes(books.store, board, books.clock, 15.0).open_session(hello("a"))
+        assert first.epoch < second.epoch < third.epoch
+
+
+async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path):
+    async with node_desk(tmp_path, "a") as (_, _, nodes):
+        old = await nodes.open_session(hello("a"))
+        await nodes.open_session(hello("a"))
+        await nodes.close_session(NodeId("a"), old.epoch, None)
+        assert (await nodes.list_nodes())[0].connection == "connected"
+
+
+async def test_leaving_is_for_good(tmp_path):
+    async with node_desk(tmp_path, "a") as (_, board, nodes):
+        grant = await nodes.open_session(hello("a"))
+        await nodes.close_session(NodeId("a"), grant.epoch, GoodbyeReason.LEAVING)
+        assert (await nodes.list_nodes())[0].connection == "left"
+        assert board.snapshot.revoked_node_ids == {"a"}
+
+
+async def test_minutes_are_counted_by_what_gateways_saw(tmp_path):
+    async with node_desk(tmp_path, "a", "b") as (books, _, nodes):
+        nodes.gateway_started()
+        await serve(books, nodes, 6 * 60, "a")
+        counted = await minutes(nodes)
+        up, down, unknown = counted["a"]
+        assert (down, counted["b"][0]) == (0, 0)
+        assert up == counted["b"][1] >= 3
+        assert up + unknown == 6
+        assert [record.connection for record in await nodes.list_nodes()] == ["connected", "offline"]
+
+
+async def test_a_coordinator_outage_is_charged_to_nobody(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        nodes.gateway_started()
+        await serve(books, nodes, 4 * 60, "a")
+        up_before, _, _ = (await minutes(nodes))["a"]
+        books.clock.advance(3600)  # the whole coordinator was away
+        restarted = Nodes(books.store, board, books.clock, 15.0)
+        restarted.gateway_started()
+        await serve(books, restarted, 4 * 60, "a")
+        up, down, unknown = (await minutes(restarted))["a"]
+        assert down == 0
+        assert up > up_before
+        assert unknown >= 60
+
+
+async def test_while_no_gateway_reports_nobody_is_judged(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, _, nodes):
+        nodes.gateway_started()
+        await serve(books, nodes, 3 * 60, "a")
+        before = await minutes(nodes)
+        for _ in range(600):
+            books.clock.advance(1)
+            await nodes.judge_minutes()
+        after = await minutes(nodes)
+        assert after["a"][:2] == before["a"][:2]
+        assert (await nodes.list_nodes())[0].connection == "offline"
+
+
+async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        grant = await nodes.open_session(hello("a"))
+        restarted = Nodes(books.store, board, books.clock, 15.0)
+        assert (await restarted.list_nodes())[0].connection == "offline"
+        await restarted.report([report("a", epoch=grant.epoch)])
+        assert (await restarted.list_nodes())[0].connection == "connected"

@@ -1,0 +1,240 @@
+"""The store: transactions, group commit, migrations, and what the database itself refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import SQLModel
+
+from potluck_coordinator.storage import tables  # noqa: F401
+from potluck_coordinator.storage.schema import migrate
+from potluck_coordinator.storage.state import StateName
+from potluck_coordinator.storage.store import Store
+from potluck_protocol.errors import ErrorCode, PotluckError
+from tests.support.books import open_books, open_hold
+
+_SCHEMA = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'alembic%' AND name NOT LIKE 'sqlite_%' AND type <> 'trigger' ORDER BY name"
+
+
+@pytest.fixture
+def books(tmp_path):
+    with open_books(tmp_path) as opened:
+        opened.add_people("ann", "bob")
+        yield opened
+
+
+def execute(books, statement):
+    return books.store.run_now(lambda work: work.audit._connection.execute(text(statement)))
+
+
+def test_migrated_schema_equals_the_models():
+    def schema(build):
+        engine = create_engine("sqlite://")
+        with engine.begin() as connection:
+            build(connection)
+            assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
+            return [(kind, name, sql and "".join(sql.split())) for kind, name, sql in connection.execute(text(_SCHEMA))]
+
+    by_migration, by_models = schema(migrate), schema(SQLModel.metadata.create_all)
+    for migrated, modelled in zip(by_migration, by_models, strict=True):
+        assert sorted(str(migrated).split(",")) == sorted(str(modelled).split(","))
+
+
+def test_migrating_again_changes_nothing_and_a_newer_schema_is_refused(tmp_path):
+    with open_books(tmp_path) as books:
+        books.add_people("ann")
+        books.store.migrate()
+        assert books.store.run_now(lambda work: work.accounts.get("ann")).name == "ann"
+        execute(books, "UPDATE alembic_version SET version_num = '9999'")
+        with pytest.raises(PotluckError, match="newer") as refused:
+            books.store.migrate()
+    assert refused.value.code is ErrorCode.INTERNAL_ERROR
+
+
+def test_a_second_process_on_the_same_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "potluck_coordinator.storage.store._SQLITE_PRAGMAS",
+        ("PRAGMA busy_timeout = 50", "PRAGMA locking_mode = EXCLUSIVE", "PRAGMA journal_mode = WAL"),
+    )
+    with open_books(tmp_path):
+        second = Store(f"sqlite:///{tmp_path / 'potluck.db'}")
+        with pytest.raises(PotluckError, match="Another process") as refused:
+            second.migrate()
+        second.close()
+    assert refused.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+    third = Store(f"sqlite:///{tmp_path / 'potluck.db'}")
+    third.migrate()
+    third.close()
+
+
+async def test_a_failing_unit_undoes_itself_and_none_of_those_it_shares_a_commit_with(books):
+    def failing(work):
+        work.state.put(StateName.POOL_ID, "half done")
+        raise LookupError("on purpose")
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def blocking(work):
+        entered.set()
+        assert leave.wait(10)
+
+    blocked = asyncio.ensure_future(books.store.run(blocking))
+    await asyncio.to_thread(entered.wait, 10)
+    units = [asyncio.ensure_future(books.store.run(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))) for _ in range(5)]
+    units.insert(2, asyncio.ensure_future(books.store.run(failing)))
+    await asyncio.sleep(0)  # all of them wait now, behind the blocked one
+    leave.set()
+    results = await asyncio.gather(*units, return_exceptions=True)
+    await blocked
+    assert isinstance(results.pop(2), LookupError)
+    assert results == [1, 2, 3, 4, 5]
+    assert await books.store.run(lambda work: work.state.get(StateName.POOL_ID)) is None
+
+
+async def test_a_cancelled_caller_does_not_stop_the_store(books):
+    entered, leave = threading.Event(), threading.Event()
+
+    def blocking(work):
+        entered.set()
+        assert leave.wait(10)
+
+    running = asyncio.ensure_future(books.store.run(blocking))
+    await asyncio.to_thread(entered.wait, 10)
+    waiting = asyncio.ensure_future(books.store.run(lambda work: work.state.advance(StateName.KEY_GENERATION)))
+    await asyncio.sleep(0)
+    running.cancel()
+    waiting.cancel()
+    await asyncio.gather(running, waiting, return_exceptions=True)
+    leave.set()
+    assert await books.store.run(lambda work: work.state.counter(StateName.KEY_GENERATION)) == 0
+
+
+def test_a_closed_store_refuses_and_may_be_closed_again(tmp_path):
+    with open_books(tmp_path) as books:
+        books.store.close()
+        with pytest.raises(PotluckError, match="stopping"):
+            books.store.run_now(lambda work: None)
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("UPDATE posting SET amount = amount + 1", "never changed"),
+        ("DELETE FROM posting", "never deleted"),
+        ("REPLACE INTO posting SELECT transaction_id, line, ledger_account_id, amount + 1 FROM posting", "postings"),
+        ("INSERT INTO posting VALUES ('grant:ann', 9, 'user:bob', 5)", "no more postings"),
+        ("UPDATE ledger_transaction SET created_at_unix_ms = 0", "never changed"),
+        ("DELETE FROM ledger_transaction", "never deleted"),
+        ("INSERT INTO ledger_transaction VALUES ('empty', 'grant', '', 0)", "sum to zero"),
+        ("UPDATE ledger_account SET held = posted + 1 WHERE kind = 'user'", "overdrawn"),
+        ("UPDATE ledger_account SET held = -1", "held"),
+        ("UPDATE hold SET settled = amount + 1", "hold_settled"),
+        ("UPDATE hold SET amount = amount + 1", "leaves open once"),
+        ("UPDATE hold SET delivered = 9; ", None),
+        ("UPDATE hold SET state = 'settled'", "hold_closed_at"),
+        ("DELETE FROM hold", "never deleted"),
+        ("INSERT INTO node_uptime_hour VALUES ('n', 1, 60, 1)", "node_uptime_hour_minutes"),
+    ],
+)
+def test_the_database_refuses_what_would_falsify_the_books(books, statement, reason):
+    books.apply_now(open_hold("h1"))
+    if reason is None:
+        execute(books, statement.strip("; "))
+        return
+    with pytest.raises(IntegrityError, match=reason):
+        execute(books, statement)
+    assert books.audit_now().findings == ()
+
+
+def test_the_database_refuses_a_transaction_that_does_not_balance(books):
+    def unbalanced(work):
+        for line, amount in enumerate((-5, 4)):
+            work.audit._connection.execute(text(f"INSERT INTO posting VALUES ('t', {line}, 'fee', {-amount})"))
+        work.audit._connection.execute(text("INSERT INTO ledger_transaction VALUES ('t', 'grant', '', 0)"))
+
+    with pytest.raises(IntegrityError, match="sum to zero"):
+        books.store.run_now(unbalanced)
+    assert books.audit_now().findings == ()
+
+
+def test_the_database_refuses_postings_that_no_transaction_seals(books):
+    with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+        execute(books, "INSERT INTO posting VALUES ('unsealed', 0, 'fee', 5)")
+    assert books.audit_now().findings == ()
+
+
+def test_the_database_lets_a_hold_leave_open_once(books):
+    books.apply_now(open_hold("h1"))
+    close = "UPDATE hold SET state = '{}', settled = 0, closed_at_unix_ms = 1"
+    execute(books, close.format("expired"))
+    for state in ("settled", "expired", "open"):
+        with pytest.raises(IntegrityError, match="leaves open once"):
+            execute(books, close.format(state))
+
+
+@pytest.mark.parametrize(
+    ("tampering", "finding"),
+    [
+        (
+            "UPDATE ledger_account SET posted = posted + 1 WHERE ledger_account_id = 'fee'",
+            "account fee says 1 posted, its postings sum to 0",
+        ),
+        ("UPDATE ledger_account SET held = held + 1 WHERE ledger_account_id = 'user:ann'", "account user:ann says 101 held"),
+        (
+            "DROP TRIGGER posting_no_update; UPDATE posting SET amount = 7 WHERE ledger_account_id = 'user:ann'",
+            "transaction grant:ann has 2 postings",
+        ),
+        (
+            "DROP TRIGGER posting_no_update; UPDATE posting SET amount = amount * 2 WHERE transaction_id = 'grant:ann'",
+            "grant:ann is not what was booked",
+        ),
+        (
+            "DROP TRIGGER hold_once; UPDATE hold SET state = 'settled', settled = 3, closed_at_unix_ms = 1",
+            "hold h1 settled 3, its payer's account was charged 0",
+        ),
+    ],
+)
+def test_the_audit_finds_what_was_changed_behind_the_ledgers_back(books, tampering, finding):
+    books.apply_now(open_hold("h1"))
+
+    def tamper(work):
+        for statement in tampering.split("; "):
+            work.audit._connection.execute(text(statement))
+
+    books.store.run_now(tamper)
+    assert any(finding in found for found in books.audit_now().findings), books.audit_now().findings
+
+
+def test_uptime_hours_hold_at_most_sixty_minutes(books):
+    books.store.run_now(lambda work: work.nodes.add(_node("n1")))
+    for _ in range(70):
+        books.store.run_now(lambda work: work.uptime.add("n1", 5, 1, 0))
+    books.store.run_now(lambda work: work.uptime.add("n1", 6, 0, 2))
+    assert books.store.run_now(lambda work: work.uptime.totals()) == {"n1": (60, 2)}
+    assert books.store.run_now(lambda work: work.uptime.totals(since_hour=6)) == {"n1": (0, 2)}
+
+
+def test_node_epochs_only_rise_and_only_for_active_nodes(books):
+    from potluck_coordinator.storage.nodes import NodeStatus
+
+    books.store.run_now(lambda work: work.nodes.add(_node("n1")))
+    assert [books.store.run_now(lambda work: work.nodes.next_epoch("n1")) for _ in range(3)] == [1, 2, 3]
+    assert books.store.run_now(lambda work: work.nodes.get("n1")) == _node("n1", epoch=3)
+    assert books.store.run_now(lambda work: work.nodes.end("n1", NodeStatus.REVOKED, "stolen"))
+    assert books.store.run_now(lambda work: work.nodes.next_epoch("n1")) is None
+    assert books.store.run_now(lambda work: work.nodes.next_epoch("nobody")) is None
+    assert not books.store.run_now(lambda work: work.nodes.end("n1", NodeStatus.LEFT, "went"))
+
+
+def _node(node_id, epoch=0):
+    from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
+    from potluck_protocol.values import Accelerator, Inventory
+
+    inventory = Inventory("Linux", 8, 1 << 34, 1 << 40, (Accelerator("RTX 3090", "GPU-1", 24 << 30),))
+    return EnrolledNode(node_id, "ann", "box", b"key", NodeStatus.ACTIVE, "", epoch, inventory, "0.1.0", 5, 6)
