@@ -33,8 +33,14 @@ class Load:
 
     @property
     def steady(self) -> bool:
-        """CPU is counted while all streams flow, from the last first token to the first last one: no request's own cost is in it."""
+        """CPU is counted over the middle of all tokens, while every stream flows, so that no request's own cost is in it."""
         return self.streamed and self.requests_per_connection == 1
+
+    @property
+    def steady_tokens(self) -> tuple[int, int]:
+        """After how many tokens of all streams together the middle begins and ends."""
+        all_tokens = self.connection_count * self.token_count
+        return all_tokens // 5, all_tokens * 4 // 5
 
 
 @dataclass(frozen=True, slots=True)

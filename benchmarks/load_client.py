@@ -43,30 +43,30 @@ class Recorder:
         self._load = load
         self._watched = [process_id for ids in target.process_ids.values() for process_id in ids] + [os.getpid()]
         self._groups = target.process_ids
-        self._begun_count = 0
-        self.event_count = 0
+        self._event_count = 0
+        self._open_at, self._close_at = load.steady_tokens if load.steady else (sys.maxsize, sys.maxsize)
         self._opened: tuple[CpuReading, int] | None = None
         self._closed: tuple[CpuReading, int] | None = None
 
     def open_window(self) -> None:
-        self._opened = (CpuReading.take(self._watched), self.event_count)
+        self._opened = (CpuReading.take(self._watched), self._event_count)
 
     def close_window(self) -> None:
-        if self._closed is None:
-            self._closed = (CpuReading.take(self._watched), self.event_count)
+        self._closed = (CpuReading.take(self._watched), self._event_count)
 
-    def first_token_came(self) -> None:
-        self._begun_count += 1
-        if self._load.steady and self._begun_count == self._load.connection_count:
+    def count(self, data: bytes) -> None:
+        """Counts the events in one piece. A few carry no token; in the middle of a run none of those."""
+        self._event_count += data.count(b"data: ")
+        if self._event_count >= self._open_at:
+            self._open_at = sys.maxsize
             self.open_window()
-
-    def answer_ended(self) -> None:
-        if self._load.steady:
+        elif self._event_count >= self._close_at:
+            self._close_at = sys.maxsize
             self.close_window()
 
     def result(self, first_token_ms: list[float], request_ms: list[float]) -> LoadResult:
         if self._opened is None or self._closed is None or self._closed[0].at_seconds <= self._opened[0].at_seconds:
-            raise LoadFailedError("the first stream ended before the last one began: there is no steady flow to measure")
+            raise LoadFailedError("too little came to be measured")
         (before, events_before), (after, events_after) = self._opened, self._closed
         return LoadResult(
             first_token_ms=tuple(first_token_ms),
@@ -116,13 +116,11 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self._pieces.append(data)
-        self._recorder.event_count += data.count(b"data: ")
+        self._recorder.count(data)
         if self.first_token_at is None and _FIRST_TOKEN.search(b"".join(self._pieces)):
             self.first_token_at = self._loop.time()
-            self._recorder.first_token_came()
 
     def on_message_complete(self) -> None:
-        self._recorder.answer_ended()
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 

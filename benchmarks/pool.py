@@ -26,7 +26,7 @@ _POLL_SECONDS: Final = 0.1
 def start_potluck(folder: Path, coordinator_cores: frozenset[int], node_cores: frozenset[int]) -> Contender:
     """A pool with one node that is ready to answer; raises RuntimeError, with what its processes printed, where it does not get so far."""
     data_dir, state_dir = folder / "coordinator", folder / "node"
-    environment = {"POTLUCK_COORDINATOR_DATA_DIR": str(data_dir), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = {"POTLUCK_COORDINATOR_DATA_DIR": str(data_dir)}
     coordinator = Child(
         [*_POTLUCK, "coordinator", "serve", "--data-dir", str(data_dir), *_PORTS, "--catalogue", str(_write_catalogue(folder))],
         folder / "coordinator.log",
@@ -37,11 +37,10 @@ def start_potluck(folder: Path, coordinator_cores: frozenset[int], node_cores: f
     try:
         _wait_for_file(data_dir / "endpoints.json", coordinator)
         operator = json.loads((data_dir / "operator.json").read_text())
-        invite = json.loads(_potluck(["tokens", "create", "--json"], environment))["invite"]
+        invite = _potluck(["tokens", "create"], environment)
         _potluck(["node", "join", "-", "--state-dir", str(state_dir), "--name", "bench"], environment, stdin=invite)
-        agent = Child(
-            [*_POTLUCK, "node", "run", "--state-dir", str(state_dir)], folder / "agent.log", environment=environment, cores=node_cores
-        )
+        run = [*_POTLUCK, "node", "run", "--state-dir", str(state_dir), "--cache-dir", str(folder / "cache"), "--models-allowed", MODEL]
+        agent = Child(run, folder / "agent.log", environment=environment, cores=node_cores)
         children.append(agent)
         contender = Contender(
             name="Potluck",

@@ -28,11 +28,11 @@ from benchmarks.processes import CpuReading, resident_bytes
 from benchmarks.report import Outcome, Standing, document, marks, table
 
 CROWD: Final = Load(streamed=True, connection_count=64, requests_per_connection=1, token_count=200, stagger_ms=200)
-ALONE: Final = Load(streamed=True, connection_count=1, requests_per_connection=1, token_count=150)
+ALONE: Final = Load(streamed=True, connection_count=1, requests_per_connection=1, token_count=200)
 FIRST_TOKENS: Final = Load(streamed=True, connection_count=1, requests_per_connection=30, token_count=2)
 WHOLE: Final = Load(streamed=False, connection_count=8, requests_per_connection=75, token_count=1)
 WARM_UP: Final = (
-    replace(CROWD, requests_per_connection=2, token_count=25),
+    replace(CROWD, token_count=50),
     replace(WHOLE, requests_per_connection=20),
     replace(FIRST_TOKENS, requests_per_connection=5),
 )

@@ -19,7 +19,7 @@ from potluck_protocol.observe import configure_logging
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 
-app = typer.Typer(name="coordinator", help="Run the operator's side of a pool.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(name="coordinator", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

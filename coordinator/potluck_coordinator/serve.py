@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -28,7 +27,7 @@ import structlog
 
 from potluck_coordinator.ray_runtime import RayRuntime
 from potluck_coordinator.settings import Settings
-from potluck_coordinator.warden import Warden
+from potluck_coordinator.warden import Warden, sweep
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 STOP_SECONDS_MAX: Final = 9.5
@@ -36,6 +35,7 @@ STOP_SECONDS_MAX: Final = 9.5
 WARDEN_SECONDS_MAX: Final = 5.0
 PREDECESSOR_SECONDS_MAX: Final = 10.0
 """How long the ports of a coordinator that was killed are waited for."""
+TEMPORARY_PATH_LENGTH_MAX: Final = 24
 PORT_FLAGS: Final = {"http_port": "--http-port", "grpc_port": "--grpc-port", "link_port": "--link-port"}
 
 _log = structlog.get_logger()
@@ -52,8 +52,11 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
         PotluckError: COORDINATOR_UNAVAILABLE if another coordinator has the data folder or another process a port; else what failed.
     """
     with _data_folder(settings) as predecessor_died:
+        place, prefix = _run_dir_names(settings.data_dir)
+        for left_behind in place.glob(f"{prefix}*"):
+            sweep(left_behind)
         settings = settle_ports(settings, PREDECESSOR_SECONDS_MAX if predecessor_died else 0.0)
-        run_dir = _make_run_dir(settings.data_dir)
+        run_dir = _make_run_dir(place, prefix)
         warden = Warden(run_dir)
         stop = threading.Event()
         try:
@@ -173,22 +176,25 @@ def _data_folder(settings: Settings) -> Iterator[bool]:
         yield predecessor_died
 
 
-def _make_run_dir(data_dir: Path) -> Path:
-    """An empty private folder for this run's sockets and logs; its name is the data folder's, so that a successor clears what a crash left.
+def _run_dir_names(data_dir: Path) -> tuple[Path, str]:
+    """Where the folders of runs on this data folder lie, and how their names begin; while its lock is held, all of them are left behind.
 
-    It lies in the system's temporary folder because Ray's socket paths below it may have 107 characters at most.
+    They lie in the system's temporary folder because Ray's socket paths below them may have 107 characters at most.
     """
-    name = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:10]
-    run_dir = Path(tempfile.gettempdir()) / f"potluck-{os.getuid()}-{name}"
-    shutil.rmtree(run_dir, ignore_errors=True)
+    place = Path(tempfile.gettempdir())
+    if len(str(place)) > TEMPORARY_PATH_LENGTH_MAX:
+        place = Path("/tmp")  # noqa: S108 - the folder made in it is private
+    return place, f"potluck-{hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:8]}-"
+
+
+def _make_run_dir(place: Path, prefix: str) -> Path:
+    """An empty private folder for this run's sockets and logs."""
     try:
-        run_dir.mkdir(mode=0o700)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
     except OSError as error:
         raise PotluckError(
-            ErrorCode.COORDINATOR_UNAVAILABLE,
-            f"Cannot make the folder {run_dir}: {error.strerror}; remove it, or set TMPDIR to another place.",
+            ErrorCode.COORDINATOR_UNAVAILABLE, f"Cannot make a folder in {place}: {error.strerror}; set TMPDIR to another place."
         ) from error
-    return run_dir
 
 
 @contextmanager

@@ -55,6 +55,10 @@ class _Attempt:
     """It stands in the line of attempts with something to send."""
 
 
+def _no_link_yet(_urgent: bool) -> None:
+    return
+
+
 def engine_session() -> aiohttp.ClientSession:
     """The agent's HTTP client for engines: loopback only, no limits of its own, bytes as they come."""
     return aiohttp.ClientSession(
@@ -75,7 +79,6 @@ class Attempts:
         clock: time.
         node_state: whether new attempts are welcome.
         slot_count_max: the owner's limit for one engine, whatever the coordinator wished; None: no limit.
-        wake: called after there is something new to send; True means at once.
     """
 
     def __init__(
@@ -86,14 +89,14 @@ class Attempts:
         clock: Clock,
         node_state: Callable[[], NodeState],
         slot_count_max: int | None,
-        wake: Callable[[bool], None],
     ) -> None:
         self._replicas = replicas
         self._http = http
         self._clock = clock
         self._node_state = node_state
         self._slot_count_max = slot_count_max
-        self._wake = wake
+        self.wake: Callable[[bool], None] = _no_link_yet
+        """Called after there is something new to send; True means at once. The link puts itself here."""
         self._attempts: dict[AttemptId, _Attempt] = {}
         self._line: deque[_Attempt] = deque()
         self._running: dict[ReplicaId, int] = {}
@@ -300,7 +303,7 @@ class Attempts:
         if not attempt.queued:
             attempt.queued = True
             self._line.append(attempt)
-        self._wake(urgent)
+        self.wake(urgent)
 
     def _forget(self, attempt: _Attempt) -> None:
         self._attempts.pop(attempt.delivery.attempt_id, None)

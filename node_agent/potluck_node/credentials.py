@@ -6,6 +6,7 @@ Decides when a new certificate is due and whether the present one can work at al
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -19,7 +20,7 @@ from potluck_node.domain.certificates import CertificateDates, Standing, renew_a
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
-from potluck_protocol.connection import fetch_connection
+from potluck_protocol.connection import fetch_connection, pinned_url
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_life, certificate_request
 
@@ -98,13 +99,21 @@ class Credentials:
 
     async def find_coordinator(self) -> None:
         """Asks the coordinator's HTTP port again where its other ports are; failing changes nothing."""
-        try:
-            connection = await asyncio.to_thread(fetch_connection, self.identity.url)
-        except PotluckError:
-            return
-        if connection != self.identity.connection:
-            self.identity = replace(self.identity, connection=connection)
-            self._folder.write_identity(self.identity)
+        with contextlib.suppress(PotluckError):
+            await self.move_to(self.identity.url)
+
+    async def move_to(self, url: str) -> None:
+        """Looks for the coordinator behind a URL, and dials there from now on.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE where none answers, INVALID_CERTIFICATE where it is not this node's pool.
+        """
+        ca_hash = self.identity.connection.ca_hash
+        connection = await asyncio.to_thread(fetch_connection, url, ca_hash)
+        moved = replace(self.identity, url=pinned_url(url, ca_hash), connection=connection)
+        if moved != self.identity:
+            self.identity = moved
+            self._folder.write_identity(moved)
             _log.info("coordinator_moved", link_target=connection.link_target)
 
     def open_channel(self) -> grpc.aio.Channel:

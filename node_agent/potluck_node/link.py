@@ -76,7 +76,7 @@ class Link:
 
     Args:
         credentials: what the node shows, and where it dials.
-        attempts: where attempts run. Its `wake` must lead to this link's.
+        attempts: where attempts run; from now on they wake this link.
         replicas: who takes the coordinator's wishes.
         report: what hellos and heartbeats say.
         clock: time.
@@ -114,6 +114,7 @@ class Link:
         self._renewed_after_refusal = False
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
+        attempts.wake = self.wake
         replicas.on_change(self.report_now)
 
     # What the agent asks.

@@ -7,7 +7,7 @@ and only through this module. These limits win over any wish of the coordinator.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import platformdirs
 from pydantic import Field, ValidationError, field_validator
@@ -38,8 +38,10 @@ class Settings(BaseSettings):
     """How many requests one engine may answer at once, at most."""
     drain_seconds: float = Field(default=10.0, ge=0)
     """How long answers under way may go on after the first Ctrl-C."""
-    log_json: bool = False
-    log_level: str = "info"
+    url: str | None = None
+    """Where the coordinator answers now, if it moved since the node joined; it must still be the same pool."""
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("models_allowed", mode="before")
     @classmethod

@@ -284,7 +284,7 @@ async def test_unexpected_failures_show_nothing_of_themselves(edge: HttpEdge) ->
             assert b'"code":"internal_error"' in answer.body
             assert b"[DONE]" not in answer.body
     assert "RuntimeError" in str(lines)
-    assert "RuntimeError: canary" not in str(lines)
+    assert "canary" not in str(lines)
 
 
 async def test_too_large_through_openai(edge: HttpEdge, client: openai.AsyncOpenAI) -> None:

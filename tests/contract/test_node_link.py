@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 from potluck_node.domain.session import Phase
@@ -255,7 +254,13 @@ async def test_cancelling_before_the_first_byte_frees_the_slot(coordinator, engi
 
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("paused", "paused"), ("draining", "draining"), ("no slot", "1 slots"), ("no replica", "no ready engine"), ("owner's limit", "1 slots")],
+    [
+        ("paused", "paused"),
+        ("draining", "draining"),
+        ("no slot", "1 slots"),
+        ("no replica", "no ready engine"),
+        ("owner's limit", "1 slots"),
+    ],
 )
 async def test_what_cannot_be_served_is_refused_with_its_reason(coordinator, engine, tmp_path, case: str, words: str) -> None:
     limits = {"slot_count_max": 1} if case == "owner's limit" else {}
@@ -400,7 +405,7 @@ async def test_a_lapsed_certificate_is_renewed_by_proof_of_the_key_before_dialli
         assert node.link.session.phase is Phase.SERVING
 
 
-async def test_a_coordinator_that_is_away_is_dialled_until_it_is_back(coordinator, tmp_path, unused_tcp_port_factory=None) -> None:
+async def test_a_coordinator_that_is_away_is_dialled_until_it_is_back(coordinator, tmp_path) -> None:
     async with wired_node(coordinator, tmp_path, None) as node:
         for _ in range(2):
             link = await coordinator.next_link()
@@ -409,5 +414,3 @@ async def test_a_coordinator_that_is_away_is_dialled_until_it_is_back(coordinato
         await link.welcome()
         await link.until(lambda: link.frames)
         assert node.link.trouble == ""
-
-

@@ -211,7 +211,7 @@ async def main(folder, file, kind):
     async with running(supervisor_of(folder, SystemClock())) as node:
         node.wish(wished(pinned(file), kind=kind))
         await node.until_state(EngineState.READY)
-        print(children_of(os.getpid())[0], flush=True)
+        print("engine", children_of(os.getpid())[0], flush=True)
         await asyncio.Event().wait()
 
 asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
@@ -226,7 +226,10 @@ async def test_killed_agent_leaves_no_engine(tmp_path, tiny_gguf, kind):
     )
     assert agent.stdout is not None
     try:
-        engine_pid = int(await asyncio.wait_for(agent.stdout.readline(), 60))
+        async with asyncio.timeout(60):
+            while not (line := await agent.stdout.readline()).startswith(b"engine "):
+                assert line, "the agent ended"
+        engine_pid = int(line.split()[1])
         assert not gone(engine_pid)
     finally:
         agent.kill()

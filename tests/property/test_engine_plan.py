@@ -133,5 +133,7 @@ def test_converges_from_anywhere(rounds, last_wish, last_limits):
             assert not allowed or replica.engine.model.model_id in allowed
         else:
             assert replica.refusal
-    files = {replica.engine.model.sha256: replica.engine.model.size_bytes for replica in node.observed.values() if replica.phase is Phase.READY}
+    files = {
+        replica.engine.model.sha256: replica.engine.model.size_bytes for replica in node.observed.values() if replica.phase is Phase.READY
+    }
     assert last_limits.disk_budget_bytes is None or sum(files.values()) <= last_limits.disk_budget_bytes

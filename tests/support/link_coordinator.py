@@ -52,7 +52,9 @@ class ServedLink:
         }
         await self.send(welcome=welcome_message(Welcome(**(values | changes))))
 
-    async def start(self, attempt_id: str, *, stream: bool = True, window_bytes: int = 65_536, replica_id: str = "r1", body: bytes = b"{}") -> None:
+    async def start(
+        self, attempt_id: str, *, stream: bool = True, window_bytes: int = 65_536, replica_id: str = "r1", body: bytes = b"{}"
+    ) -> None:
         await self.send(
             starts=[
                 node_pb2.StartAttempt(
@@ -169,7 +171,9 @@ async def link_coordinator(folder: Path) -> AsyncIterator[LinkCoordinator]:
     link_server, grpc_server = grpc.aio.server(options=SERVER_OPTIONS), grpc.aio.server(options=SERVER_OPTIONS)
     node_pb2_grpc.add_NodeServiceServicer_to_server(coordinator, link_server)
     node_pb2_grpc.add_EnrolmentServiceServicer_to_server(coordinator, grpc_server)
-    mutual = grpc.ssl_server_credentials(pairs, root_certificates=coordinator.authority.ca_certificate_pem.encode(), require_client_auth=True)
+    mutual = grpc.ssl_server_credentials(
+        pairs, root_certificates=coordinator.authority.ca_certificate_pem.encode(), require_client_auth=True
+    )
     coordinator.link_port = link_server.add_secure_port("127.0.0.1:0", mutual)
     coordinator.grpc_port = grpc_server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pairs))
     await link_server.start()

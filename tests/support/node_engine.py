@@ -38,7 +38,7 @@ class Conversation:
         self.body = body
         self.gone = asyncio.Event()
         self.written_bytes = 0
-        self._pieces: asyncio.Queue[bytes | None | Exception] = asyncio.Queue()
+        self._pieces: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
 
     def say(self, data: bytes) -> None:
         self._pieces.put_nowait(data)
@@ -180,7 +180,6 @@ async def wired_node(
             clock=used_clock,
             node_state=lambda: report.state,
             slot_count_max=slot_count_max,
-            wake=lambda urgent: link.wake(urgent),
         )
         report.attempts = attempts
         link = Link(credentials=credentials, attempts=attempts, replicas=replicas, report=report, clock=used_clock, jitter=lambda: 0.5)

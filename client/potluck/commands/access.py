@@ -55,7 +55,7 @@ def create_token(
         f"Good for one node. On its machine: potluck node join, and paste the invite. Take it back: potluck tokens revoke {invite.token_id}"
     )
     if is_loopback_host(urlsplit(invite.url).hostname or ""):
-        say("It leads to this machine only. For others, start the coordinator with --host and --public-host, or pass --url.")
+        say("It leads to this machine only. For others, start the coordinator with --host and --public-host.")
 
 
 @tokens_app.command("list")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from potluck.errors import pool_error
-from potluck.tethered import PARENT_VARIABLE
+from potluck.tether import PARENT_VARIABLE
 from potluck_protocol.errors import ErrorCode
 
 TAIL_LINE_COUNT: Final = 15
@@ -25,7 +25,7 @@ TAIL_BYTES_MAX: Final = 16 * 1024
 
 def potluck_command(*arguments: str) -> list[str]:
     """The command line of a `potluck` that ends with this process."""
-    return [sys.executable, "-m", "potluck.tethered", *arguments]
+    return [sys.executable, "-m", "potluck", *arguments]
 
 
 def child_environment(base: Mapping[str, str], **changes: str) -> dict[str, str]:

@@ -88,11 +88,12 @@ def _story(operator: Transport, answer: TimedAnswer) -> Sequence[str]:
         raise pool_error(ErrorCode.INTERNAL_ERROR, "The node that answered has no owner.")
     names = {account.account_id: account.name for account in operator.unary(calls.list_accounts())}
     speed = f"{answer.tokens_per_second:.1f} tokens/s" if answer.tokens_per_second else "too short to tell its speed"
+    earned = credits_text(_earned_micro_credits(operator, owner_id))
     return (
         f"node    {node.display_name} ({node.node_id}), {result.model_id}",
         f"speed   {speed} ({result.usage.prompt_token_count} prompt + {result.usage.completion_token_count} answer tokens)",
         f"cost    {credits_text(result.charge_micro_credits)} credits, paid by guest",
-        f"earned  {credits_text(_earned_micro_credits(operator, owner_id))} credits, by {names[owner_id]}, the node's owner; the rest is the fee",
+        f"earned  {earned} credits, by {names[owner_id]}, the node's owner; the rest is the fee",
     )
 
 

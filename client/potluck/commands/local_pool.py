@@ -148,7 +148,8 @@ class LocalPool:
             self._line.update("Joining the node")
             self._join(environment)
         self._line.update("Starting the node")
-        self._spawn("node", potluck_command("node", "run"), environment)
+        # With the URL, because a node that joined in an earlier run may remember other ports.
+        self._spawn("node", potluck_command("node", "run", "--url", self.operator.url), environment)
 
     def _join(self, environment: Mapping[str, str]) -> None:
         invite = make_invite(self.transport, self.operator.url, INVITE_LIFETIME_SECONDS)

@@ -104,6 +104,9 @@ class Answer:
         while True:
             data = await self._relay.next_data()
             if data is None:
+                if self._request.stream and not self._watcher.done:
+                    # llama.cpp ends so after an error of its own in the middle of an answer.
+                    raise PotluckError(ErrorCode.ENGINE_FAILED)
                 self._complete = True
                 await self.close()
                 return None
@@ -116,10 +119,13 @@ class Answer:
 
     def charge_so_far(self) -> int:
         """Micro-credits for what has been relayed."""
-        if self._complete and self.usage is not None:
-            return min(charge(self._entry, self.usage), self._hold_micro_credits)
-        token_count = self._watcher.token_count if self._request.stream else 0
-        return min(charge_for_relayed(self._entry, token_count), self._hold_micro_credits)
+        relayed = charge_for_relayed(self._entry, self._watcher.token_count if self._request.stream else 0)
+        if not self._complete or self.usage is None:
+            return min(relayed, self._hold_micro_credits)
+        counted = charge(self._entry, self.usage)
+        # For several answers to one prompt, llama.cpp's usage record counts one of them.
+        due = max(counted, relayed) if self._request.answer_count > 1 else counted
+        return min(due, self._hold_micro_credits)
 
     def fail(self, error: PotluckError) -> None:
         """Breaks the answer off from this side."""

@@ -46,7 +46,7 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.AccountService/ListJoinTokens": Audience.USER,
     "/potluck_protocol.v1.AccountService/RevokeJoinToken": Audience.USER,
     "/potluck_protocol.v1.AccountService/CreateAccount": Audience.OPERATOR,
-    "/potluck_protocol.v1.AccountService/ListAccounts": Audience.USER,
+    "/potluck_protocol.v1.AccountService/ListAccounts": Audience.OPERATOR,
     "/potluck_protocol.v1.AccountService/AuditLedger": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/ListNodes": Audience.USER,
     "/potluck_protocol.v1.PoolService/RevokeNode": Audience.OPERATOR,

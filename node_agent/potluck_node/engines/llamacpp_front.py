@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from aiohttp import ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 
 from potluck_node.engines.fold import AnswerFold
 from potluck_protocol.values import Endpoint
@@ -33,7 +33,8 @@ class Front:
     async def serve(self) -> str:
         """Opens the door on a free loopback port and returns its URL."""
         self._session = ClientSession(
-            connector=TCPConnector(limit=0),
+            # llama.cpp closes a kept connection after its hundredth request, at times under the next one.
+            connector=TCPConnector(limit=0, force_close=True),
             timeout=ClientTimeout(total=None, sock_connect=10),
             auto_decompress=False,
             # One event may be long; the default of 64 KiB would raise.
@@ -49,25 +50,29 @@ class Front:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
-    def _post(self, path: str, body: bytes) -> Any:
+    async def _post(self, path: str, body: bytes) -> ClientResponse:
         assert self._session is not None
-        return self._session.post(self._engine_url + path, data=body, headers={"content-type": "application/json"})
+        try:
+            return await self._session.post(self._engine_url + path, data=body, headers={"content-type": "application/json"})
+        except ClientError as error:
+            text = json.dumps({"error": {"code": 502, "message": "llama.cpp did not answer", "type": "server_error"}})
+            raise web.HTTPBadGateway(text=text, content_type="application/json") from error
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         asked = _decoded(body)
         # What is no JSON object, or no boolean, gets the engine's own answer to it.
         if asked is None or asked.get("stream", False) is not False:
-            async with self._post(request.path, body) as response:
+            async with await self._post(request.path, body) as response:
                 return await _pass_stream(request, response)
         asked |= {"stream": True, "stream_options": {"include_usage": True}}
-        async with self._post(request.path, json.dumps(asked).encode()) as response:
+        async with await self._post(request.path, json.dumps(asked).encode()) as response:
             if response.content_type != _STREAMED:
                 return await _pass_body(response)
             return await _fold(response)
 
     async def _pass_whole(self, request: web.Request) -> web.StreamResponse:
-        async with self._post(request.path, await request.read()) as response:
+        async with await self._post(request.path, await request.read()) as response:
             return await _pass_body(response)
 
 
@@ -106,8 +111,9 @@ async def _pass_stream(request: web.Request, response: ClientResponse) -> web.St
 
 
 async def _fold(response: ClientResponse) -> web.Response:
-    fold = AnswerFold()
+    fold, complete = AnswerFold(), False
     async for line in response.content:
+        complete = complete or line.startswith(b"data: [DONE]")
         if line.startswith((b"data: {", b"error: {")):
             event = json.loads(line.partition(b": ")[2])
             fold.add(event if line.startswith(b"data") else {"error": event})
@@ -115,4 +121,7 @@ async def _fold(response: ClientResponse) -> web.Response:
         code = fold.error.get("code")
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
         return web.json_response({"error": fold.error}, status=status)
+    if not complete:
+        error = {"code": 502, "message": "llama.cpp broke the answer off", "type": "server_error"}
+        return web.json_response({"error": error}, status=502)
     return web.json_response(fold.answer())

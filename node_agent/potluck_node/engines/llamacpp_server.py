@@ -22,8 +22,8 @@ PROMPT_CACHE_MIB: Final = 256
 CPU_BATCH_TOKENS: Final = 128
 """A cancelled prompt goes on to the end of its batch: on two CPU cores 128 tokens take less than half a second."""
 GPU_BATCH_TOKENS: Final = 2048
-WARNINGS_AND_ERRORS: Final = 2
-"""llama.cpp's log level. More would fill the log with a line a request; at 5 prompts appear in it."""
+ERRORS_ONLY: Final = 1
+"""llama.cpp's log level. Its warnings come with every request, and at 5 it writes prompts."""
 
 
 def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
@@ -47,7 +47,7 @@ def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
     params.ui = False
     params.endpoint_slots = False
     params.endpoint_props = False
-    params.verbosity = WARNINGS_AND_ERRORS
+    params.verbosity = ERRORS_ONLY
     return params
 
 
@@ -77,7 +77,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.lifeline:
         exit_with_parent()
-    _server, engine_url = start_engine(options)
+    try:
+        _server, engine_url = start_engine(options)
+    except RuntimeError as error:
+        # llama.cpp has said on stderr what is wrong; a traceback would push that out of the supervisor's tail.
+        raise SystemExit(f"llama.cpp did not load {options.model.name}: {error}") from None
     uvloop.run(_run(engine_url))
 
 

@@ -1,0 +1,264 @@
+"""The agent's composition root: builds the parts of one node, runs them, and takes them down in order.
+
+Decides what the owner's words (pause, resume, leave, stop) do to the parts, and in which order things end: no new attempts, those under way
+finish within the owner's limit, the coordinator hears a goodbye, engines stop. Nothing else in the agent builds another part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import structlog
+
+from potluck_node.attempts import Attempts, engine_session
+from potluck_node.control import POLL_SECONDS, AgentStatus, read_control, remove_status, write_control, write_status
+from potluck_node.credentials import Credentials
+from potluck_node.domain.plan import LocalLimits
+from potluck_node.domain.session import Phase
+from potluck_node.engines.registry import available_engines
+from potluck_node.identity_store import StateFolder
+from potluck_node.link import Link
+from potluck_node.model_store.store import ModelStore
+from potluck_node.probe.inventory import take_inventory
+from potluck_node.replicas import Replicas
+from potluck_node.report import NodeReport
+from potluck_node.settings import Settings
+from potluck_node.supervisor import EngineSupervisor
+from potluck_protocol.clock import Clock, SystemClock
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import GoodbyeReason, ModelId, NodeState, SessionId
+
+LEAVE_LINK_SECONDS: Final = 15.0
+"""How long leaving waits for a link that is not up."""
+DRAIN_LOOK_SECONDS: Final = 0.05
+
+_log = structlog.get_logger()
+
+
+class Agent:
+    """A node's parts at work. Made by `agent_of`.
+
+    Args:
+        folder: locked by the caller.
+        settings: the owner's.
+        replicas: the engines.
+        attempts: what runs on them.
+        link: to the coordinator.
+        report: the node's voice.
+        show: called every second with what the owner should see.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: StateFolder,
+        settings: Settings,
+        replicas: Replicas,
+        attempts: Attempts,
+        link: Link,
+        report: NodeReport,
+        show: Callable[[AgentStatus], None],
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._replicas = replicas
+        self._attempts = attempts
+        self._link = link
+        self._report = report
+        self._show = show
+        self._wanted_end: GoodbyeReason | None = None
+        self._end_wanted = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._rest: asyncio.Task[None] | None = None
+
+    def stop(self, reason: GoodbyeReason) -> None:
+        """Asks for the end; asking again means at once."""
+        if self._wanted_end is not None:
+            self._hurry.set()
+            return
+        self._wanted_end = reason
+        self._end_wanted.set()
+
+    async def run(self) -> bool:
+        """Works until `stop`, or until the owner's `leave`; whether the coordinator heard the goodbye.
+
+        Raises:
+            PotluckError: as `Link.run`.
+        """
+        parts = [
+            asyncio.create_task(self._replicas.run(), name="engines"),
+            asyncio.create_task(self._link.run(), name="link"),
+            asyncio.create_task(self._watch_owner(), name="owner"),
+        ]
+        ending = asyncio.create_task(self._end_wanted.wait(), name="ending")
+        try:
+            done, _ = await asyncio.wait({*parts, ending}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                # A part that ends before it was asked to has failed, and its failure is the agent's.
+                task.result()
+            return await self._end(self._wanted_end or GoodbyeReason.STOPPING, link=parts[1])
+        finally:
+            for task in [*parts, ending, *([self._rest] if self._rest else [])]:
+                task.cancel()
+            await asyncio.gather(*parts, ending, return_exceptions=True)
+            await self._attempts.close()
+            remove_status(self._folder.path)
+
+    async def _end(self, reason: GoodbyeReason, link: asyncio.Task[None]) -> bool:
+        _log.info("stopping", goodbye=reason)
+        self._report.state = NodeState.DRAINING
+        self._link.report_now()
+        if reason is GoodbyeReason.LEAVING:
+            await self._until(lambda: self._link.session.phase is Phase.SERVING or link.done(), LEAVE_LINK_SECONDS)
+            if link.done():
+                link.result()
+        await self._until(lambda: not self._attempts.busy, self._settings.drain_seconds)
+        return await self._link.say_goodbye(reason)
+
+    async def _watch_owner(self) -> None:
+        """Reads what the owner wants and writes what there is to see."""
+        while True:
+            control = read_control(self._folder.path)
+            if control.leaving:
+                self.stop(GoodbyeReason.LEAVING)
+                return
+            if control.paused != (self._report.state is NodeState.PAUSED):
+                self._set_paused(control.paused)
+            status = self._report.status(self._link.session, self._link.trouble)
+            write_status(self._folder.path, status)
+            self._show(status)
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _set_paused(self, paused: bool) -> None:
+        _log.info("paused" if paused else "resumed")
+        self._report.state = NodeState.PAUSED if paused else NodeState.SERVING
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+        if paused:
+            self._rest = asyncio.create_task(self._rest_engines(), name="rest")
+        else:
+            self._replicas.set_paused(False)
+        self._link.report_now()
+
+    async def _rest_engines(self) -> None:
+        """Answers under way may finish within the owner's limit; then the machine is the owner's."""
+        await self._until(lambda: not self._attempts.busy, self._settings.drain_seconds)
+        self._replicas.set_paused(True)
+
+    async def _until(self, condition: Callable[[], bool], limit_seconds: float) -> None:
+        """Waits for the condition, within the limit and the owner's patience."""
+        for _ in range(int(limit_seconds / DRAIN_LOOK_SECONDS)):
+            if condition() or self._hurry.is_set():
+                return
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+
+
+async def run_agent(
+    settings: Settings, *, environment: Mapping[str, str], show: Callable[[AgentStatus], None], started: Callable[[Agent], None]
+) -> None:
+    """Runs the node of a state folder until it is stopped; after a goodbye for good, the folder is gone.
+
+    Args:
+        settings: the owner's.
+        environment: what engines and package clients may see of ours.
+        show: called every second.
+        started: gets the agent, to stop it.
+
+    Raises:
+        PotluckError: NOT_FOUND for a folder that has not joined, ALREADY_EXISTS while another agent runs on it, and as `Link.run`.
+    """
+    folder = StateFolder(settings.state_dir)
+    clock = SystemClock()
+    folder.identity()
+    with folder.lock():
+        # A wish to leave that was not carried out belongs to an earlier run.
+        write_control(folder.path, leaving=False)
+        engines = available_engines()
+        store = ModelStore(settings.cache_dir, disk_budget_bytes=settings.disk_budget_bytes, environment=environment)
+        models_allowed = frozenset(ModelId(model_id) for model_id in settings.models_allowed)
+        limits = LocalLimits(frozenset(engines), models_allowed, settings.disk_budget_bytes, paused=read_control(folder.path).paused)
+        supervisor = EngineSupervisor(engines=engines, store=store, limits=limits, clock=clock, environment=environment)
+        async with agent_of(settings, folder, supervisor, clock, show) as agent:
+            started(agent)
+            heard = await agent.run()
+        if read_control(folder.path).leaving:
+            if not heard:
+                write_control(folder.path, leaving=False)
+                raise _not_heard()
+            folder.remove()
+
+
+async def leave_without_agent(settings: Settings) -> None:
+    """Says the goodbye for good for a node whose agent is not running, and removes the folder; raises PotluckError as `run_agent`."""
+    folder = StateFolder(settings.state_dir)
+    folder.identity()
+    with folder.lock():
+        async with agent_of(settings, folder, _NoReplicas(), SystemClock(), lambda _status: None) as agent:
+            agent.stop(GoodbyeReason.LEAVING)
+            if not await agent.run():
+                raise _not_heard()
+        folder.remove()
+
+
+@asynccontextmanager
+async def agent_of(
+    settings: Settings, folder: StateFolder, replicas: Replicas, clock: Clock, show: Callable[[AgentStatus], None]
+) -> AsyncIterator[Agent]:
+    """The parts of one node, put together."""
+    jitter = random.SystemRandom().random
+    credentials = Credentials(folder, clock, jitter)
+    if settings.url is not None:
+        await credentials.move_to(settings.url)
+    report = NodeReport(
+        credentials=credentials,
+        session_id=SessionId(secrets.token_hex(16)),
+        inventory=await asyncio.to_thread(take_inventory, settings.cache_dir),
+        replicas=replicas,
+        cache_dir=settings.cache_dir,
+        slot_count_max=settings.slot_count_max,
+        clock=clock,
+    )
+    async with engine_session() as http:
+        attempts = Attempts(
+            replicas=replicas,
+            http=http,
+            clock=clock,
+            node_state=lambda: report.state,
+            slot_count_max=settings.slot_count_max,
+        )
+        report.attempts = attempts
+        if read_control(folder.path).paused:
+            report.state = NodeState.PAUSED
+        link = Link(credentials=credentials, attempts=attempts, replicas=replicas, report=report, clock=clock, jitter=jitter)
+        yield Agent(folder=folder, settings=settings, replicas=replicas, attempts=attempts, link=link, report=report, show=show)
+
+
+class _NoReplicas:
+    """A node that runs nothing, because it is only here to leave."""
+
+    def set_desired(self, desired: object) -> None: ...
+    def set_paused(self, paused: bool) -> None: ...
+    def on_change(self, callback: Callable[[], None]) -> None: ...
+
+    def statuses(self) -> tuple[()]:
+        return ()
+
+    def ready_url(self, _replica_id: object) -> None:
+        return None
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+def _not_heard() -> PotluckError:
+    return PotluckError(
+        ErrorCode.COORDINATOR_UNAVAILABLE,
+        "The coordinator could not be told, so this node is still one of its pool's. Try again when it is reachable, or remove the key "
+        "from this machine anyway with `potluck node leave --force`.",
+    )

@@ -1,0 +1,276 @@
+"""`potluck node`: what a volunteer types.
+
+Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. The only reader of the
+environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from potluck_node import enrolment
+from potluck_node.control import STATUS_STALE_MS, AgentStatus, read_control, read_status, write_control
+from potluck_node.identity_store import StateFolder
+from potluck_node.probe.inventory import take_inventory
+from potluck_node.progress import ProgressLine, engine_words, link_words
+from potluck_node.settings import load_settings
+from potluck_protocol.clock import SystemClock
+from potluck_protocol.connection import Invite
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.observe import configure_logging
+from potluck_protocol.values import GoodbyeReason
+
+if TYPE_CHECKING:
+    from potluck_node.agent import Agent
+
+NOT_AUTHORISED: Final = frozenset(
+    {ErrorCode.INVALID_INVITE, ErrorCode.INVALID_CERTIFICATE, ErrorCode.INVALID_API_KEY, ErrorCode.PERMISSION_DENIED}
+)
+LEAVE_MARGIN_SECONDS: Final = 30.0
+"""Beyond the time to drain, how long `leave` waits for the running agent."""
+_HELP: Final = """Give this machine's spare time to a pool.
+
+1. Ask the pool's operator for an invite.
+2. `potluck node join` and paste it. Nothing is opened on your router: the node only dials out.
+3. `potluck node run`, and leave it running. `potluck node pause` gives you the machine back, `resume` shares it again.
+
+Your limits win over the pool's wishes. Set them in node.toml, as POTLUCK_NODE_* variables, or as flags of `run`.
+"""
+
+app = typer.Typer(name="node", help=_HELP, no_args_is_help=True, rich_markup_mode=None)
+
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where the node's key and settings lie.", show_default=False)]
+
+
+@app.callback()
+def _node() -> None:
+    # Engines are spawned beside live gRPC channels; its fork handlers would hang them. Read by gRPC at its first channel.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+
+@app.command()
+def join(
+    invite: Annotated[str | None, typer.Argument(help="The invite; - reads it from standard input.", show_default=False)] = None,
+    invite_file: Annotated[Path | None, typer.Option(help="A file that holds the invite.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="What the pool calls this node; its host name if not given.", show_default=False)] = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Make this machine a node of a pool, once.
+
+    Its key is made here and never leaves. The coordinator must prove that it is the one the invite names before it sees the secret.
+    """
+    with _explained():
+        settings = load_settings(state_dir=state_dir)
+        folder = StateFolder(settings.state_dir)
+        display_name = name or socket.gethostname()
+        parsed = Invite.parse(_invite_text(invite, invite_file))
+        inventory = take_inventory(settings.cache_dir)
+        identity = asyncio.run(enrolment.join(parsed, folder, display_name=display_name, inventory=inventory, clock=SystemClock()))
+    typer.echo(f"This machine is now node {identity.node_id} ({display_name}). It earns for account {identity.owner_account_id}.")
+    typer.echo("Next: potluck node run")
+
+
+@app.command()
+def run(
+    state_dir: StateDir = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where model files are kept.", show_default=False)] = None,
+    disk_budget_bytes: Annotated[int | None, typer.Option(help="How much model files may take together.", show_default=False)] = None,
+    models_allowed: Annotated[
+        str | None, typer.Option(help="Model ids that may run here, with commas between; any if not given.", show_default=False)
+    ] = None,
+    slot_count_max: Annotated[
+        int | None, typer.Option(help="Answers at the same time, at most, for each engine.", show_default=False)
+    ] = None,
+    drain_seconds: Annotated[float | None, typer.Option(help="How long answers may go on after Ctrl-C.", show_default=False)] = None,
+    url: Annotated[str | None, typer.Option(help="Where the coordinator answers now, if it has moved.", show_default=False)] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json.", show_default=False)] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default=False)] = None,
+) -> None:
+    """Serve until Ctrl-C. Answers under way are finished first; a second Ctrl-C stops at once."""
+    import uvloop  # noqa: PLC0415 - with the agent, most of a second that `--help` need not wait for
+
+    from potluck_node.agent import run_agent  # noqa: PLC0415
+
+    console = Console()
+    with _explained(), ProgressLine(console) as line:
+        if log_level is None and "POTLUCK_NODE_LOG_LEVEL" not in os.environ and console.is_terminal:
+            # The line says the rest.
+            log_level = "warning"
+        settings = load_settings(
+            state_dir=state_dir,
+            cache_dir=cache_dir,
+            disk_budget_bytes=disk_budget_bytes,
+            models_allowed=models_allowed,
+            slot_count_max=slot_count_max,
+            drain_seconds=drain_seconds,
+            url=url,
+            log_format=log_format,
+            log_level=log_level,
+        )
+        configure_logging(json=settings.log_format == "json", level=settings.log_level)
+        uvloop.run(run_agent(settings, environment=os.environ, show=line.show, started=_stop_on_signals))
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show this node, its link and its engines, with an engine's last words when it failed."""
+    with _explained():
+        folder = _folder(state_dir)
+        identity = folder.identity()
+        running = folder.locked
+        current = read_status(folder.path) if running else None
+        paused = read_control(folder.path).paused
+    facts: dict[str, Any] = {
+        "node_id": identity.node_id,
+        "display_name": identity.display_name,
+        "owner_account_id": identity.owner_account_id,
+        "coordinator": identity.connection.link_target,
+        "state_dir": str(folder.path),
+        "running": running,
+        "paused": paused,
+        "status": asdict(current) if current else None,
+    }
+    typer.echo(json.dumps(facts, indent=1) if as_json else _status_words(facts, current))
+
+
+@app.command()
+def pause(state_dir: StateDir = None) -> None:
+    """Take no more work and stop the engines, until `resume`. Answers under way are finished first."""
+    _set_paused(state_dir, paused=True)
+
+
+@app.command()
+def resume(state_dir: StateDir = None) -> None:
+    """Share this machine again after `pause`."""
+    _set_paused(state_dir, paused=False)
+
+
+@app.command()
+def leave(
+    state_dir: StateDir = None,
+    force: Annotated[bool, typer.Option(help="Remove the key from this machine even if the coordinator cannot be told.")] = False,
+) -> None:
+    """Take this machine out of the pool for good: the coordinator is told, the key is removed. Model files stay in the cache."""
+    from potluck_node.agent import leave_without_agent  # noqa: PLC0415 - as in `run`
+
+    with _explained():
+        settings = load_settings(state_dir=state_dir)
+        folder = _folder(state_dir)
+        identity = folder.identity()
+        try:
+            if folder.locked:
+                _leave_through_agent(folder, settings.drain_seconds + LEAVE_MARGIN_SECONDS)
+            else:
+                asyncio.run(leave_without_agent(settings))
+        except PotluckError as error:
+            # A node that the pool does not know any more has left already.
+            if error.code is not ErrorCode.INVALID_CERTIFICATE and not force:
+                raise
+            folder.remove()
+    typer.echo(f"Node {identity.node_id} has left. Its key is removed from this machine.")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A failure in one line that names cause and fix, and its exit code."""
+    try:
+        yield
+    except PotluckError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(_exit_code(error.code)) from None
+
+
+def _exit_code(code: ErrorCode) -> int:
+    if code in NOT_AUTHORISED:
+        return 4
+    return 5 if code is ErrorCode.COORDINATOR_UNAVAILABLE else 1
+
+
+def _invite_text(invite: str | None, invite_file: Path | None) -> str:
+    if invite_file is not None:
+        if invite is not None:
+            raise typer.BadParameter("give the invite itself or --invite-file, not both")
+        try:
+            return invite_file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PotluckError(ErrorCode.INVALID_REQUEST, f"The invite file {invite_file} cannot be read: {error}") from None
+    if invite is None and sys.stdin.isatty():
+        return str(typer.prompt("Invite", hide_input=True))
+    return sys.stdin.read() if invite in {None, "-"} else str(invite)
+
+
+def _folder(state_dir: Path | None) -> StateFolder:
+
+    return StateFolder(load_settings(state_dir=state_dir).state_dir)
+
+
+def _stop_on_signals(agent: Agent) -> None:
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, agent.stop, GoodbyeReason.STOPPING)
+
+
+def _set_paused(state_dir: Path | None, *, paused: bool) -> None:
+
+    with _explained():
+        folder = _folder(state_dir)
+        folder.identity()
+        write_control(folder.path, paused=paused)
+        running = folder.locked
+    word = "pauses" if paused else "serves again"
+    typer.echo(f"The node {word} within a second or two." if running else f"No agent is running; the node {word} when it is started.")
+
+
+def _leave_through_agent(folder: StateFolder, limit_seconds: float) -> None:
+
+    write_control(folder.path, leaving=True)
+    deadline = time.monotonic() + limit_seconds
+    while folder.locked:
+        if time.monotonic() > deadline:
+            text = f"The running agent has not ended within {limit_seconds:.0f} s; see its output, stop it, and try again."
+            raise PotluckError(ErrorCode.INTERNAL_ERROR, text)
+        time.sleep(0.2)
+    if folder.joined:
+        text = "The running agent could not tell the coordinator; its output says why. Try again, or use --force."
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text)
+
+
+def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
+
+    lines = [
+        f"node         {facts['node_id']} ({facts['display_name']})",
+        f"earns for    {facts['owner_account_id']}",
+        f"coordinator  {facts['coordinator']}",
+    ]
+    if current is None:
+        lines.append("agent        not running; start it with `potluck node run`" if not facts["running"] else "agent        starting")
+    else:
+        stale = time.time_ns() // 1_000_000 - current.updated_at_unix_ms > STATUS_STALE_MS
+        lines.append(f"agent        pid {current.pid}" + (", not responding" if stale else ""))
+        lines.append(f"link         {link_words(current).split(': ', 1)[1]}")
+    if facts["paused"]:
+        lines.append("paused       yes; `potluck node resume` shares this machine again")
+    for engine in current.engines if current else ():
+        lines.append(f"engine       {engine_words(engine, fetch_step_percent=1)}")
+        width = max(20, shutil.get_terminal_size().columns - 15)
+        lines += [f"             | {line[:width]}" for line in engine.failure.splitlines()]
+    return "\n".join(lines)

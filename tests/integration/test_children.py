@@ -1,0 +1,80 @@
+"""Children of `potluck up` end: when asked, when they will not, and when their parent is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from potluck.commands.children import Child, child_environment
+from potluck.errors import InternalError
+
+DEAF = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+TIED = "from potluck.tether import tie_to_parent; tie_to_parent(); import time; print('tied', flush=True); time.sleep(60)"
+
+
+def until(condition, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_child_that_will_not_stop_is_killed_with_its_group(tmp_path: Path):
+    script = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True); {DEAF}"
+    )
+    child = Child("deaf one", [sys.executable, "-c", script], os.environ, tmp_path / "log")
+    assert until(lambda: "deaf" in child.log_tail())
+    grandchild_pid = int(child.log_tail().splitlines()[0])
+    child.stop(0.2)
+    assert not is_running(child.pid)
+    assert until(lambda: not is_running(grandchild_pid))
+
+
+def test_a_child_that_ends_by_itself_is_reported_with_its_last_words(tmp_path: Path):
+    child = Child("short one", [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], os.environ, tmp_path / "log")
+    assert until(lambda: not is_running(child.pid))
+    with pytest.raises(InternalError, match=r"(?s)short one ended by itself \(exit 3\).*the reason"):
+        child.check()
+    child.stop(1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word is asked for on Linux only")
+def test_a_killed_parent_takes_its_child_along(tmp_path: Path):
+    parent_script = f"""
+import os, subprocess, sys, time
+from potluck.commands.children import child_environment
+child = subprocess.Popen([sys.executable, "-c", {TIED!r}], env=child_environment(os.environ), start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    log = tmp_path / "log"
+    with log.open("wb") as output, subprocess.Popen([sys.executable, "-c", parent_script], stdout=output) as parent:
+        try:
+            assert until(lambda: "tied" in log.read_text())
+            child_pid = int(log.read_text().splitlines()[0])
+            assert is_running(child_pid)
+        finally:
+            parent.send_signal(signal.SIGKILL)
+    assert until(lambda: not is_running(child_pid))
+
+
+def test_a_child_whose_parent_is_already_gone_does_not_start():
+    environment = child_environment(os.environ) | {"POTLUCK_PARENT_PID": "1"}
+    assert subprocess.run([sys.executable, "-c", TIED], env=environment, timeout=30, check=False).returncode == 1

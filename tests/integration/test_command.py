@@ -1,0 +1,225 @@
+"""The `potluck` command as people type it: what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from potluck import command
+from potluck.commands.terminal import duration_seconds
+from potluck_protocol.connection import Invite, fetch_connection
+from potluck_protocol.errors import ErrorCode, PotluckError
+from tests.support.scripted_pool import API_KEY, MODEL, NODE, ScriptedPool, answers, breaks, data, finished, scripted_pool
+
+
+class Terminal:
+    """Runs commands in this process and keeps what they print."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        self.out = self.err = ""
+
+    def run(self, *arguments: str, stdin: str = "") -> int:
+        self._monkeypatch.setattr(sys, "argv", ["potluck", *arguments])
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        self.out, self.err = self._capsys.readouterr()
+        return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Terminal:
+    for name in ("POTLUCK_URL", "POTLUCK_API_KEY", "POTLUCK_COORDINATOR_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return Terminal(monkeypatch, capsys)
+
+
+@pytest.fixture
+def pool(tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedPool]:
+    with scripted_pool(tmp_path) as running:
+        monkeypatch.setenv("POTLUCK_URL", running.url)
+        monkeypatch.setenv("POTLUCK_API_KEY", API_KEY)
+        yield running
+
+
+def write_operator(folder: Path, url: str, api_key: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "operator.json").write_text(json.dumps({"url": url, "api_key": api_key}))
+
+
+EVENTS = data(*(f'data: {{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}}]}}\n\n'.encode() for text in ("Good", " soup")))
+
+
+def test_chat_prints_the_answer_alone_and_says_the_rest_beside_it(pool: ScriptedPool, terminal: Terminal):
+    pool.plays.append(answers(*EVENTS, finished(prompt=3, completion=2, charge=11)))
+    assert terminal.run("chat", "What is there?", "--max-tokens", "9") == 0
+    assert terminal.out == "Good soup\n"
+    assert f"node {NODE[:8]}" in terminal.err
+    assert "0.000011 credits" in terminal.err
+    assert json.loads(pool.bodies[0])["max_tokens"] == 9
+
+
+def test_chat_reads_the_question_from_a_pipe(pool: ScriptedPool, terminal: Terminal):
+    pool.plays.append(answers(*EVENTS, finished()))
+    assert terminal.run("chat", stdin="From a file") == 0
+    assert json.loads(pool.bodies[0])["messages"][0]["content"] == "From a file"
+    assert terminal.run("chat", stdin=" \n") == 2
+
+
+def test_a_broken_answer_fails_with_its_text_its_cause_and_its_request(pool: ScriptedPool, terminal: Terminal):
+    pool.plays.append(breaks(ErrorCode.NODE_LOST, *EVENTS))
+    assert terminal.run("chat", "x") == 1
+    assert "Good soup" in terminal.out
+    assert "req_scripted" in terminal.err
+    assert "Traceback" not in terminal.err
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        (ErrorCode.INVALID_API_KEY, 4),
+        (ErrorCode.PERMISSION_DENIED, 4),
+        (ErrorCode.NOT_FOUND, 1),
+        (ErrorCode.INTERNAL_ERROR, 1),
+    ],
+)
+def test_a_refusal_has_its_exit_code(pool: ScriptedPool, terminal: Terminal, code: ErrorCode, exit_code: int):
+    pool.unary_refusals.append(PotluckError(code, "what and how to fix it"))
+    assert terminal.run("credits") == exit_code
+    assert terminal.err.startswith("error: what and how to fix it")
+    assert terminal.out == ""
+
+
+def test_no_coordinator_is_exit_five_and_no_pool_named_is_explained(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert terminal.run("models") == 1
+    assert "potluck up" in terminal.err
+    monkeypatch.setattr("potluck.transport.CALL_TIMEOUT_SECONDS", 0.2)
+    key_file = tmp_path / "key"
+    key_file.write_text(API_KEY)
+    assert terminal.run("models", "--url", "http://127.0.0.1:9", "--api-key-file", str(key_file)) == 5
+    assert "http://127.0.0.1:9" in terminal.err
+
+
+def test_lists_as_tables_and_as_json(pool: ScriptedPool, terminal: Terminal):
+    assert terminal.run("models") == 0
+    assert [line.split()[0] for line in terminal.out.splitlines()] == ["MODEL", MODEL]
+    assert terminal.run("models", "--json") == 0
+    assert json.loads(terminal.out)[0]["endpoints"] == ["/v1/chat/completions", "/v1/completions"]
+    assert terminal.run("nodes") == 0
+    assert NODE in terminal.out
+    assert "100.00%" in terminal.out
+    assert terminal.run("nodes", "list", "--json") == 0
+    assert json.loads(terminal.out)[0]["engines"][0]["state"] == "ready"
+    assert terminal.run("credits", "--json") == 0
+    assert json.loads(terminal.out)["available_micro_credits"] == 1_500_000
+
+
+def test_an_audit_with_findings_fails(pool: ScriptedPool, terminal: Terminal):
+    assert terminal.run("audit") == 1
+    assert "FINDING  acct_a: balance 3, postings 2" in terminal.out
+    assert terminal.run("audit", "--json") == 1
+    assert json.loads(terminal.out)["findings"]
+
+
+def test_an_invite_carries_the_address_the_pin_and_the_token_and_stands_alone(pool: ScriptedPool, terminal: Terminal):
+    assert terminal.run("tokens", "create", "--lifetime", "30m") == 0
+    invite = Invite.parse(terminal.out)
+    assert (invite.url, invite.token_id, invite.token_secret) == (pool.url, "t" * 12, "z" * 43)
+    assert invite.ca_hash == fetch_connection(pool.url).ca_hash
+    assert terminal.out.count("\n") == 1
+    assert "this machine only" in terminal.err
+    assert "z" * 43 not in terminal.err
+
+
+def test_a_new_key_stands_alone_on_standard_output(pool: ScriptedPool, terminal: Terminal):
+    assert terminal.run("keys", "create", "--name", "laptop") == 0
+    assert terminal.out == "sk-potluck-abcdefgh-x\n"
+    assert "abcdefgh" in terminal.err
+
+
+def test_wrong_usage_is_exit_two(terminal: Terminal):
+    assert terminal.run("tokens", "create", "--lifetime", "soon") == 2
+    assert terminal.run("models", "--no-such-option") == 2
+    assert terminal.run("no-such-command") == 2
+    assert terminal.run("chat", "--api-key", "sk-potluck-x", "hello") == 2
+
+
+def test_help_names_every_command(terminal: Terminal):
+    assert terminal.run("--help") == 0
+    for name in ("up", "demo", "chat", "models", "nodes", "credits", "audit", "tokens", "keys", "accounts", "coordinator", "node"):
+        assert f"\n  {name} " in terminal.out
+
+
+def test_a_role_that_is_not_installed_says_how_to_install_it(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
+    class Absent:
+        name = "node"
+
+        def load(self) -> typer.Typer:
+            raise ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp")
+
+    monkeypatch.setattr(command, "entry_points", lambda group: [Absent()])
+    assert terminal.run("node", "join", "--name", "x", "INVITE") == 1
+    assert "pip install 'potluck[node]'" in terminal.err
+    assert terminal.run("--help") == 0
+    assert "pip install 'potluck[node]'" in terminal.out
+
+
+def test_the_operators_file_serves_on_its_own_machine(
+    pool: ScriptedPool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    url = pool.url
+    monkeypatch.delenv("POTLUCK_URL")
+    monkeypatch.delenv("POTLUCK_API_KEY")
+    write_operator(tmp_path / "state" / "potluck" / "coordinator", url, API_KEY)
+    assert terminal.run("models") == 0
+    assert terminal.run("models", "--url", url) == 0
+
+
+def test_the_operators_key_is_not_sent_to_another_url(
+    pool: ScriptedPool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.delenv("POTLUCK_API_KEY")
+    write_operator(tmp_path / "state" / "potluck" / "coordinator", "http://127.0.0.1:1", API_KEY)
+    assert terminal.run("models") == 4
+    assert "No API key for" in terminal.err
+    assert pool.unary_calls == []
+
+
+def test_of_two_coordinators_the_running_one_is_asked(
+    pool: ScriptedPool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    url = pool.url
+    monkeypatch.delenv("POTLUCK_URL")
+    monkeypatch.delenv("POTLUCK_API_KEY")
+    write_operator(tmp_path / "state" / "potluck" / "coordinator", "http://127.0.0.1:1", "stopped")
+    running = tmp_path / "state" / "potluck" / "up" / "coordinator"
+    write_operator(running, url, API_KEY)
+    (running / "endpoints.json").write_text("{}")
+    assert terminal.run("models") == 0
+
+
+def test_a_broken_operators_file_is_named(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "operator.json").write_text("{")
+    monkeypatch.setenv("POTLUCK_COORDINATOR_DATA_DIR", str(tmp_path))
+    assert terminal.run("models") == 1
+    assert "operator.json cannot be read" in terminal.err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h", 3600), ("7d", 604_800)])
+def test_durations(text: str, seconds: int):
+    assert duration_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1.5h", "1w", "1h "])
+def test_what_is_no_duration(text: str):
+    with pytest.raises(typer.BadParameter):
+        duration_seconds(text)

@@ -1,0 +1,124 @@
+"""The scripted engine keeps to its script, to OpenAI's shapes, and to its faults."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from potluck_node.engines.script import Script, read_script
+from potluck_node.engines.scripted_server import ScriptedServer, serve
+
+PROMPT = {"messages": [{"role": "user", "content": "one two three"}]}
+SCRIPT = Script(tokens=("a", "b", "c", "d"))
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ScriptedServer]:
+    server = ScriptedServer(SCRIPT, "tiny", context_length_tokens=100, slot_count=1)
+    runner, server.url = await serve(server)
+    yield server
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def http(server) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(server.url) as session:
+        yield session
+
+
+async def post(http, body, path="/v1/chat/completions"):
+    async with http.post(path, data=body if isinstance(body, bytes) else json.dumps(body)) as response:
+        return response.status, await response.read()
+
+
+def events_of(streamed: bytes) -> list[dict]:
+    assert streamed.endswith(b"data: [DONE]\n\n")
+    return [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith(b"data: {")]
+
+
+async def test_whole_and_streamed_chat(http):
+    status, body = await post(http, PROMPT)
+    answer = json.loads(body)
+    assert (status, answer["object"]) == (200, "chat.completion")
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "abcd"}
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 0}}
+
+    status, body = await post(http, PROMPT | {"stream": True, "max_tokens": 2, "stream_options": {"include_usage": True}})
+    events = events_of(body)
+    assert "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"]) == "ab"
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None, None, None, "length"]
+    assert (events[-1]["choices"], events[-1]["usage"]["completion_tokens"]) == ([], 2)
+    assert "usage" not in events_of((await post(http, PROMPT | {"stream": True}))[1])[-1]
+
+
+async def test_completions_and_embeddings(http):
+    status, body = await post(http, {"prompt": "one two", "stream": True}, "/v1/completions")
+    assert (status, "".join(event["choices"][0]["text"] for event in events_of(body))) == (200, "abcd")
+    status, body = await post(http, {"input": ["one", "two three"]}, "/v1/embeddings")
+    answer = json.loads(body)
+    assert (status, len(answer["data"]), len(answer["data"][0]["embedding"])) == (200, 2, 8)
+    assert answer["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "error_type"),
+    [
+        (b"{", "invalid_request_error"),
+        (b"[]", "invalid_request_error"),
+        ({"messages": "x"}, "invalid_request_error"),
+        (PROMPT | {"max_tokens": "2"}, "invalid_request_error"),
+        (PROMPT | {"scripted": {"unknown": 1}}, "invalid_request_error"),
+        (PROMPT | {"scripted": {"ttft_ms": -1}}, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "word " * 100}]}, "exceed_context_size_error"),
+    ],
+)
+async def test_bad_requests_have_openai_errors(http, body, error_type):
+    status, answer = await post(http, body)
+    assert (status, json.loads(answer)["error"]["type"]) == (400, error_type)
+
+
+async def test_faults(http):
+    status, body = await post(http, PROMPT | {"scripted": {"fail_status": 503}})
+    assert (status, json.loads(body)["error"]["type"]) == (503, "server_error")
+
+    async with http.post("/v1/chat/completions", json=PROMPT | {"stream": True, "scripted": {"break_after_tokens": 2}}) as response:
+        received = b""
+        with pytest.raises(aiohttp.ClientPayloadError):
+            while piece := await response.content.readany():
+                received += piece
+    assert received.count(b'"content": "') == 2
+    assert b"[DONE]" not in received
+
+
+async def test_hang_up_frees_the_only_slot(http, server):
+    for stream in (False, True):
+        hanging = PROMPT | {"stream": stream, "scripted": {"hang_after_tokens": 0}}
+        asking = asyncio.create_task(post(http, hanging))
+        async with asyncio.timeout(5):
+            while not server.counts["running"]:
+                await asyncio.sleep(0.01)
+        asking.cancel()
+        async with asyncio.timeout(1):
+            assert (await post(http, PROMPT))[0] == 200
+    assert server.counts["cancelled"] == 2
+
+
+async def test_pace(http):
+    started_at = asyncio.get_running_loop().time()
+    await post(http, PROMPT | {"stream": True, "scripted": {"ttft_ms": 100, "inter_token_ms": 20, "token_count": 6}})
+    assert 0.19 < asyncio.get_running_loop().time() - started_at < 2.0, "100 ms to the first token and five steps of 20 ms"
+
+
+def test_script_file(tmp_path):
+    path = tmp_path / "script.json"
+    path.write_text('{"tokens": ["x"], "token_count": 3}')
+    assert read_script(path) == Script(tokens=("x",), token_count=3)
+    for wrong in ("[]", "{", '{"tokens": []}', '{"tokens": [1]}', '{"nonsense": 1}', '{"ttft_ms": "1"}'):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=r"."):
+            read_script(path)

@@ -1,0 +1,226 @@
+"""A state machine that drives the ledger's desk and a model of a few dictionaries side by side, and compares them after every step.
+
+The model shares no code with the ledger. It says what each command must answer and what everybody must then own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from sqlalchemy import text
+
+from potluck_coordinator.directory.ledger import LedgerDesk
+from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold, SettleHold
+from potluck_protocol.values import AccountId
+from tests.support.books import FEE_BASIS_POINTS, Books
+
+PEOPLE = ("ann", "bob", "cat")
+GRANT = 1_000
+OPERATIONS: Counter[str] = Counter()
+"""Commands that went to the ledger, by outcome, over all runs of this process."""
+
+amounts = st.integers(0, 400)
+people = st.sampled_from(PEOPLE)
+
+
+@dataclass
+class ModelHold:
+    opened_as: tuple
+    payer: str
+    payee: str
+    amount: int
+    expires: int
+    epoch: int
+    mark: int = 0
+    paid: int | None = None
+
+
+class Model:
+    def __init__(self) -> None:
+        self.spendable = dict.fromkeys(PEOPLE, GRANT)
+        self.earned = dict.fromkeys(PEOPLE, 0)
+        self.fees = 0
+        self.holds: dict[str, ModelHold] = {}
+        self.claims: dict[tuple[str, str], int] = {}
+
+    def held(self, person: str) -> int:
+        return sum(hold.amount for hold in self.holds.values() if hold.payer == person and hold.paid is None)
+
+    def answer(self, command) -> str:
+        if isinstance(command, OpenHold):
+            return self._open(command)
+        hold = self.holds.get(command.hold_id)
+        amount = command.amount_micro_credits
+        if hold is None or amount > hold.amount:
+            return "conflict"
+        if isinstance(command, MarkDelivered):
+            if hold.paid is None:
+                hold.mark = max(hold.mark, amount)
+            return "applied" if amount <= hold.mark else "conflict"
+        if hold.paid is None:
+            self.pay(hold, amount)
+        return "applied" if hold.paid == amount else "conflict"
+
+    def _open(self, command: OpenHold) -> str:
+        values = (command.payer, command.payee, command.amount_micro_credits, command.expires_at_unix_ms, command.gateway_epoch)
+        known = self.holds.get(command.hold_id)
+        if known is not None:
+            return "applied" if known.opened_as == values else "conflict"
+        if command.payee not in PEOPLE:
+            return "conflict"
+        if command.payer not in PEOPLE or self.spendable[command.payer] - self.held(command.payer) < command.amount_micro_credits:
+            return "insufficient_credits"
+        self.holds[command.hold_id] = ModelHold(values, *values)
+        return "applied"
+
+    def pay(self, hold: ModelHold, amount: int) -> None:
+        fee = amount * FEE_BASIS_POINTS // 10_000
+        hold.paid = amount
+        self.spendable[hold.payer] -= amount
+        self.earned[hold.payee] += amount - fee
+        self.fees += fee
+
+    def claim(self, person: str, claim_id: str) -> int:
+        if (person, claim_id) not in self.claims:
+            self.claims[person, claim_id] = self.earned[person]
+            self.spendable[person] += self.earned[person]
+            self.earned[person] = 0
+        return self.claims[person, claim_id]
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Opens, marks, settles, repeats, contradicts, expires, orphans and claims, one by one and in batches."""
+
+    commands = Bundle("commands")
+
+    @initialize()
+    def start(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.books = Books("sqlite://")
+        self.books.add_people(*PEOPLE, grant=GRANT)
+        self.model = Model()
+        self.hold_count = 0
+        self.epoch = 1
+
+    def send(self, *commands) -> None:
+        outcomes = self.books.apply_now(*commands)
+        OPERATIONS.update(str(outcome) for outcome in outcomes)
+        assert [str(outcome) for outcome in outcomes] == [self.model.answer(command) for command in commands]
+
+    def new_hold(self, payer: str, payee: str, amount: int, lifetime_ms: int) -> OpenHold:
+        self.hold_count += 1
+        expires = self.books.clock.now_ms + lifetime_ms
+        return OpenHold(f"h{self.hold_count}", AccountId(payer), AccountId(payee), amount, expires, self.epoch)
+
+    @rule(target=commands, payer=people, payee=people, amount=amounts, lifetime_ms=st.integers(0, 5_000))
+    def open(self, payer, payee, amount, lifetime_ms):
+        command = self.new_hold(payer, payee, amount, lifetime_ms)
+        self.send(command)
+        return command
+
+    @rule(payer=st.sampled_from([*PEOPLE, "nobody"]), payee=st.sampled_from([*PEOPLE, "nobody"]), amount=amounts)
+    def open_for_strangers(self, payer, payee, amount):
+        self.send(self.new_hold(payer, payee, amount, 1_000))
+
+    @rule(target=commands, known=commands, amount=amounts)
+    def mark(self, known, amount):
+        command = MarkDelivered(known.hold_id, amount)
+        self.send(command)
+        return command
+
+    @rule(target=commands, known=commands, amount=amounts)
+    def settle(self, known, amount):
+        command = SettleHold(known.hold_id, amount)
+        self.send(command)
+        return command
+
+    @rule(known=commands)
+    def repeat(self, known):
+        self.send(known)
+
+    @rule(known=commands, payer=people, amount=amounts)
+    def contradict(self, known, payer, amount):
+        self.send(OpenHold(known.hold_id, AccountId(payer), AccountId("bob"), amount, self.books.clock.now_ms, self.epoch))
+
+    @rule(target=commands, payer=people, payee=people, batch=st.lists(st.tuples(amounts, amounts, amounts), min_size=2, max_size=5))
+    def batch(self, payer, payee, batch):
+        sent = []
+        for amount, marked, settled in batch:
+            hold = self.new_hold(payer, payee, amount, 2_000)
+            sent += [hold, MarkDelivered(hold.hold_id, marked), SettleHold(hold.hold_id, settled)]
+        self.send(*sent)
+        return multiple(*sent[-3:])
+
+    @rule(milliseconds=st.integers(1, 3_000))
+    def time_passes(self, milliseconds):
+        self.books.clock.now_ms += milliseconds
+        now = self.books.clock.now_ms
+        due = [hold for hold in self.model.holds.values() if hold.paid is None and hold.expires <= now]
+        for hold in due:
+            self.model.pay(hold, hold.mark)
+        assert self.loop.run_until_complete(self.books.ledger.settle_expired(now)) == len(due)
+        OPERATIONS["expired"] += 1
+
+    @rule()
+    def gateway_is_replaced(self):
+        self.epoch += 1
+        orphans = [hold for hold in self.model.holds.values() if hold.paid is None and hold.epoch < self.epoch]
+        for hold in orphans:
+            self.model.pay(hold, hold.mark)
+        assert self.loop.run_until_complete(self.books.ledger.settle_orphans(self.epoch)) == len(orphans)
+        OPERATIONS["orphaned"] += 1
+
+    @rule(person=people, claim_id=st.sampled_from(["c1", "c2", "c3"]))
+    def claim(self, person, claim_id):
+        expected = self.model.claim(person, claim_id)
+        assert self.loop.run_until_complete(self.books.ledger.claim_earnings(AccountId(person), claim_id)) == expected
+        OPERATIONS["claimed"] += 1
+
+    @rule()
+    def directory_is_replaced(self):
+        self.books.ledger = LedgerDesk(self.books.store, self.books.clock, fee_basis_points=FEE_BASIS_POINTS)
+        assert self.books.audit_now().findings == ()
+
+    @invariant()
+    def everybody_owns_what_the_model_says(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        accounts = self.books.store.run_now(lambda work: _rows(work, "SELECT ledger_account_id, posted, held FROM ledger_account"))
+        expected = {"issuer": (-GRANT * len(PEOPLE), 0), "fee": (self.model.fees, 0)}
+        for person in PEOPLE:
+            expected[f"user:{person}"] = (self.model.spendable[person], self.model.held(person))
+            expected[f"node_owner:{person}"] = (self.model.earned[person], 0)
+        assert {account: (posted, held) for account, posted, held in accounts} == expected
+        assert sum(posted for posted, _ in expected.values()) == 0
+        assert all(posted - held >= 0 for account, (posted, held) in expected.items() if account != "issuer")
+
+    def teardown(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        try:
+            assert self.books.audit_now().findings == ()
+            self._rebuild_from_postings()
+        finally:
+            self.books.store.close()
+            self.loop.close()
+
+    def _rebuild_from_postings(self) -> None:
+        """Adds the postings up from nothing, without the ledger's own queries."""
+        postings = self.books.store.run_now(lambda work: _rows(work, "SELECT transaction_id, ledger_account_id, amount FROM posting"))
+        by_transaction: Counter[str] = Counter()
+        by_account: Counter[str] = Counter()
+        for transaction_id, account, amount in postings:
+            by_transaction[transaction_id] += amount
+            by_account[account] += amount
+        assert set(by_transaction.values()) <= {0}
+        assert [by_account[f"user:{person}"] for person in PEOPLE] == list(self.model.spendable.values())
+        paid = {f"settle:{hold_id}" for hold_id, hold in self.model.holds.items() if hold.paid}
+        assert {transaction_id for transaction_id in by_transaction if transaction_id.startswith("settle:")} == paid
+
+
+def _rows(work, query):
+    return work.audit._connection.execute(text(query)).all()
