@@ -118,7 +118,9 @@ class Agent:
             if link.done():
                 link.result()
         await self._until(lambda: not self._attempts.busy, self._settings.drain_seconds)
-        return await self._link.say_goodbye(reason)
+        heard = await self._link.say_goodbye(reason)
+        _log.info("goodbye_said", goodbye=reason, heard=heard)
+        return heard
 
     async def _watch_owner(self) -> None:
         """Reads what the owner wants and writes what there is to see."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -75,6 +74,7 @@ def join(
     Its key is made here and never leaves. The coordinator must prove that it is the one the invite names before it sees the secret.
     """
     with _explained():
+        configure_logging(json=False, level="warning")
         settings = load_settings(state_dir=state_dir)
         folder = StateFolder(settings.state_dir)
         display_name = name or socket.gethostname()
@@ -172,8 +172,9 @@ def leave(
     from potluck_node.agent import leave_without_agent  # noqa: PLC0415 - as in `run`
 
     with _explained():
+        configure_logging(json=False, level="warning")
         settings = load_settings(state_dir=state_dir)
-        folder = _folder(state_dir)
+        folder = StateFolder(settings.state_dir)
         identity = folder.identity()
         try:
             if folder.locked:
@@ -271,6 +272,7 @@ def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
         lines.append("paused       yes; `potluck node resume` shares this machine again")
     for engine in current.engines if current else ():
         lines.append(f"engine       {engine_words(engine, fetch_step_percent=1)}")
-        width = max(20, shutil.get_terminal_size().columns - 15)
-        lines += [f"             | {line[:width]}" for line in engine.failure.splitlines()]
+        last_words = engine.failure.strip().splitlines()
+        # A single line stands in the engine's own line already.
+        lines += [f"             | {line}" for line in last_words if len(last_words) > 1]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 from typing import Final
 
@@ -9,6 +10,7 @@ PROTOCOL_VERSION: Final = 1
 """Grows only when an old peer could no longer be understood; a coordinator serves this version and the one before it."""
 
 
+@cache  # reading the metadata takes a millisecond, and statuses name the version in every heartbeat
 def package_version() -> str:
     """The installed version of Potluck, such as "0.1.0"."""
     return version("potluck")

@@ -64,8 +64,7 @@ def _write_and_kill(folder: Path, number: int, wanted: int) -> set[str]:
     assert writer.stdout is not None
     lines = []
     try:
-        for _ in range(wanted):
-            lines.append(writer.stdout.readline())
+        lines += [writer.stdout.readline() for _ in range(wanted)]
     finally:
         writer.kill()
         lines += writer.stdout.readlines()
@@ -119,7 +118,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcome = crash(Path(folder), rounds=arguments.rounds, seed=arguments.seed)
-    print(f"{outcome} in {time.monotonic() - started:.0f} s")  # noqa: T201
+    print(f"{outcome} in {time.monotonic() - started:.0f} s")
     return 0 if outcome.clean else 1
 
 

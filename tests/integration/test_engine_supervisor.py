@@ -67,7 +67,9 @@ async def test_llamacpp_is_ready_and_answers_whole_and_streamed(tmp_path, tiny_g
         greedy = CHAT | {"temperature": 0}
         first = json.loads((await ask(url, greedy))[1])["choices"][0]["message"]["content"]
         streamed = (await ask(url, greedy | {"stream": True}))[1]
-        parts = [json.loads(line[6:])["choices"][0]["delta"].get("content") for line in streamed.splitlines() if line.startswith(b"data: {")]
+        parts = [
+            json.loads(line[6:])["choices"][0]["delta"].get("content") for line in streamed.splitlines() if line.startswith(b"data: {")
+        ]
         assert "".join(part for part in parts if part) == first, "folded and streamed answers are the same text"
 
         code, text = await ask(url, {"prompt": "a b", "max_tokens": 3, "ignore_eos": True}, Endpoint.COMPLETIONS.value)
@@ -86,7 +88,10 @@ async def test_llamacpp_says_what_is_wrong_in_openai_shape(tmp_path, tiny_gguf):
             code, body = await ask(url, wrong)
             assert (code, json.loads(body)["error"]["type"]) == (400, "invalid_request_error")
         assert (await ask(url, {}, "/slots"))[0] == 404, "only the allowed paths pass"
-        async with aiohttp.ClientSession(headers={"origin": "https://example.org"}) as session, session.post(url + "/v1/completions") as response:
+        async with (
+            aiohttp.ClientSession(headers={"origin": "https://example.org"}) as session,
+            session.post(url + "/v1/completions") as response,
+        ):
             assert response.status == 403, "no page in a browser reaches the engine"
 
 

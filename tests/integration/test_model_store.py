@@ -20,7 +20,10 @@ from potluck_node.model_store.verification import FileMismatchError
 from potluck_protocol.values import ModelFile, ModelId
 from tests.support.engines import children_of, pinned
 
-CONTENT = bytes(range(256)) * 2000
+CONTENT = bytes(range(1, 251)) * 2000
+HUB_CONTENT = bytes(range(256)) * 100_000
+"""The hub's client writes 10 MB at a time."""
+HALF_BYTES = 15_000_000
 
 
 def file_of(content: bytes, source: str, name: str = "tiny.gguf", source_sha256: str = "") -> ModelFile:
@@ -34,7 +37,10 @@ def wheel_in(folder: Path, members: dict[str, bytes], name: str = "tiny_model") 
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\nRequires-Dist: not-there\n".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    lines = [f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}" for path, data in members.items()]
+    lines = [
+        f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}"
+        for path, data in members.items()
+    ]
     path = folder / f"{name}-1.0-py3-none-any.whl"
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
@@ -44,7 +50,9 @@ def wheel_in(folder: Path, members: dict[str, bytes], name: str = "tiny_model") 
     return path
 
 
-def store_in(folder: Path, *, budget: int | None = None, wheels: Path | None = None, free_bytes: int = 10**12, **environment: str) -> ModelStore:
+def store_in(
+    folder: Path, *, budget: int | None = None, wheels: Path | None = None, free_bytes: int = 10**12, **environment: str
+) -> ModelStore:
     return ModelStore(
         folder / "cache",
         disk_budget_bytes=budget,
@@ -169,18 +177,18 @@ class Hub:
         self.stall_at_bytes: int | None = None
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        headers = {"etag": f'"{hashlib.sha256(CONTENT).hexdigest()}"', "x-repo-commit": "a" * 40, "accept-ranges": "bytes"}
+        headers = {"etag": f'"{hashlib.sha256(HUB_CONTENT).hexdigest()}"', "x-repo-commit": "a" * 40, "accept-ranges": "bytes"}
         if request.method == "HEAD":
-            return web.Response(headers=headers | {"content-length": str(len(CONTENT))})
+            return web.Response(headers=headers | {"content-length": str(len(HUB_CONTENT))})
         first = request.http_range.start or 0
         self.ranges.append(request.headers.get("range", ""))
-        headers["content-range"] = f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}"
+        headers["content-range"] = f"bytes {first}-{len(HUB_CONTENT) - 1}/{len(HUB_CONTENT)}"
         response = web.StreamResponse(status=206 if first else 200, headers=headers)
-        response.content_length = len(CONTENT) - first
+        response.content_length = len(HUB_CONTENT) - first
         await response.prepare(request)
-        end = len(CONTENT) if self.stall_at_bytes is None else self.stall_at_bytes
-        await response.write(CONTENT[first:end])
-        if end < len(CONTENT):
+        end = len(HUB_CONTENT) if self.stall_at_bytes is None else self.stall_at_bytes
+        await response.write(HUB_CONTENT[first:end])
+        if end < len(HUB_CONTENT):
             await asyncio.Event().wait()
         return response
 
@@ -200,14 +208,14 @@ async def hub():
 
 async def test_hub_file_is_gone_on_with_after_an_interruption(tmp_path, hub):
     store = store_in(tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
-    file = file_of(CONTENT, "hf:org/tiny@main")
-    hub.stall_at_bytes = 300_000
+    file = file_of(HUB_CONTENT, "hf:org/tiny@main")
+    hub.stall_at_bytes = HALF_BYTES
     arrived = asyncio.Event()
     seen: list[int] = []
 
     def on_progress(present_bytes: int) -> None:
         seen.append(present_bytes)
-        if present_bytes >= 100_000:
+        if present_bytes >= 10_000_000:
             arrived.set()
 
     fetching = asyncio.create_task(store.ensure(file, keep=frozenset(), on_progress=on_progress))
@@ -221,7 +229,7 @@ async def test_hub_file_is_gone_on_with_after_an_interruption(tmp_path, hub):
 
     hub.stall_at_bytes = None
     path = await ensured(store, file)
-    assert path.read_bytes() == CONTENT
+    assert path.read_bytes() == HUB_CONTENT
     assert hub.ranges[0] == ""
     assert hub.ranges[-1].startswith("bytes=")
     assert int(hub.ranges[-1].removeprefix("bytes=").split("-")[0]) > 0, "the second try asked for the rest only"
@@ -231,21 +239,21 @@ AGENT = """
 import asyncio, os, sys
 from pathlib import Path
 from potluck_protocol.values import ModelFile, ModelId
-from tests.integration.test_model_store import CONTENT, file_of, store_in
+from tests.integration.test_model_store import HUB_CONTENT, file_of, store_in
 
 async def main(folder, url):
     def on_progress(present_bytes):
-        if present_bytes >= 100_000:
+        if present_bytes >= 10_000_000:
             print("half", flush=True)
     store = store_in(folder, HF_ENDPOINT=url, HF_HOME=str(folder / "hf"))
-    await store.ensure(file_of(CONTENT, "hf:org/tiny@main"), keep=frozenset(), on_progress=on_progress)
+    await store.ensure(file_of(HUB_CONTENT, "hf:org/tiny@main"), keep=frozenset(), on_progress=on_progress)
 
 asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 """
 
 
 async def test_kill_in_the_middle_leaves_nothing_that_would_be_loaded_and_no_downloader(tmp_path, hub):
-    hub.stall_at_bytes = 300_000
+    hub.stall_at_bytes = HALF_BYTES
     agent = await asyncio.create_subprocess_exec(sys.executable, "-c", AGENT, str(tmp_path), hub.url, stdout=asyncio.subprocess.PIPE)
     assert agent.stdout is not None
     async with asyncio.timeout(60):
@@ -259,5 +267,5 @@ async def test_kill_in_the_middle_leaves_nothing_that_would_be_loaded_and_no_dow
             await asyncio.sleep(0.02)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
     hub.stall_at_bytes = None
-    path = await ensured(store_in(tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf")), file_of(CONTENT, "hf:org/tiny@main"))
-    assert path.read_bytes() == CONTENT
+    path = await ensured(store_in(tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf")), file_of(HUB_CONTENT, "hf:org/tiny@main"))
+    assert path.read_bytes() == HUB_CONTENT

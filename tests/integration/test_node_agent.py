@@ -52,7 +52,14 @@ class Box:
 
     async def node(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         return await asyncio.to_thread(
-            subprocess.run, [*COMMAND, *arguments], env=self.environment, input=text, capture_output=True, text=True, timeout=60, check=False
+            subprocess.run,
+            [*COMMAND, *arguments],
+            env=self.environment,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     @asynccontextmanager

@@ -88,9 +88,14 @@ async def test_faults(http):
 
     async with http.post("/v1/chat/completions", json=PROMPT | {"stream": True, "scripted": {"break_after_tokens": 2}}) as response:
         received = b""
-        with pytest.raises(aiohttp.ClientPayloadError):
+
+        async def read() -> None:
+            nonlocal received
             while piece := await response.content.readany():
                 received += piece
+
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await read()
     assert received.count(b'"content": "') == 2
     assert b"[DONE]" not in received
 

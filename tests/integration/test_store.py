@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -19,7 +20,8 @@ from potluck_coordinator.storage.store import Store
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import open_books, open_hold
 
-_SCHEMA = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'alembic%' AND name NOT LIKE 'sqlite_%' AND type <> 'trigger' ORDER BY name"
+_SCHEMA = """SELECT type, name, sql FROM sqlite_master
+WHERE name NOT LIKE 'alembic%' AND name NOT LIKE 'sqlite_%' AND type <> 'trigger' ORDER BY name"""
 
 
 @pytest.fixture
@@ -113,6 +115,26 @@ async def test_a_cancelled_caller_does_not_stop_the_store(books):
     await asyncio.gather(running, waiting, return_exceptions=True)
     leave.set()
     assert await books.store.run(lambda work: work.state.counter(StateName.KEY_GENERATION)) == 0
+
+
+def test_a_full_disk_refuses_whole_groups_and_loses_nothing_acknowledged(books):
+    books.apply_now(open_hold("before", amount=1))
+    execute(books, "PRAGMA max_page_count = 1")  # it cannot shrink: the file is full as it stands
+
+    def pay(number):
+        try:
+            return books.apply_now(open_hold(f"h{number}", amount=1)) and None
+        except PotluckError as error:
+            return error.code
+
+    with ThreadPoolExecutor(8) as threads:
+        outcomes = list(threads.map(pay, range(300)))
+    assert set(outcomes) == {None, ErrorCode.COORDINATOR_UNAVAILABLE}
+    execute(books, "PRAGMA max_page_count = 1000000")
+    books.apply_now(open_hold("after", amount=1))
+    assert books.audit_now().findings == ()
+    kept = books.store.run_now(lambda work: [work.holds.get(f"h{number}") is not None for number in range(300)])
+    assert kept == [outcome is None for outcome in outcomes]
 
 
 def test_a_closed_store_refuses_and_may_be_closed_again(tmp_path):

@@ -77,7 +77,7 @@ def main() -> int:
             balance=arguments.balance,
         )
     attempts = arguments.threads * arguments.spends
-    print(f"{attempts} spends of a balance of {arguments.balance} in {time.monotonic() - started:.1f} s: {outcome}")  # noqa: T201
+    print(f"{attempts} spends of a balance of {arguments.balance} in {time.monotonic() - started:.1f} s: {outcome}")
     expected = min(attempts, arguments.balance)
     exact = outcome.spent == expected == outcome.earned_after and outcome.available_after == arguments.balance - expected
     return 0 if exact and not outcome.findings else 1

@@ -40,8 +40,8 @@ def main() -> int:
             traceback.print_exc()
             broken += 1
     by_outcome = ", ".join(f"{outcome} {count}" for outcome, count in sorted(OPERATIONS.items()))
-    print(f"seed {first_seed}: {OPERATIONS.total()} operations ({by_outcome}) in {time.monotonic() - started:.0f} s")  # noqa: T201
-    print(f"broken invariants: {broken}")  # noqa: T201
+    print(f"seed {first_seed}: {OPERATIONS.total()} operations ({by_outcome}) in {time.monotonic() - started:.0f} s")
+    print(f"broken invariants: {broken}")
     return 1 if broken or OPERATIONS.total() < arguments.operations else 0
 
 

@@ -103,6 +103,6 @@ def open_books(folder: Path | None = None, grant: int = GRANT) -> Iterator[Books
 
 
 def open_hold(
-    hold_id: str, payer: str = "ann", payee: str = "bob", amount: int = 100, expires_in_ms: int = 60_000, epoch: int = 1
+    hold_id: str, *, payer: str = "ann", payee: str = "bob", amount: int = 100, expires_in_ms: int = 60_000, epoch: int = 1
 ) -> OpenHold:
     return OpenHold(hold_id, AccountId(payer), AccountId(payee), amount, START_UNIX_MS + expires_in_ms, epoch)

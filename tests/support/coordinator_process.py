@@ -32,14 +32,14 @@ def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> float:
 class CoordinatorProcess:
     """`potluck coordinator serve` on a folder, on loopback; leave it as a context manager so that it is stopped."""
 
-    def __init__(self, data_dir: Path, *flags: str, ports: tuple[int, int, int] = (0, 0, 0)) -> None:
+    def __init__(self, data_dir: Path, *flags: str, ports: tuple[int, int, int] = (0, 0, 0), wrap: tuple[str, ...] = ()) -> None:
         self.data_dir = data_dir
         self.log_file = data_dir.parent / f"{data_dir.name}.log"
         named = zip(("--http-port", "--grpc-port", "--link-port"), ports, strict=True)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-c", "from potluck_coordinator.command import app; app()", "serve"),
+                    *(*wrap, sys.executable, "-c", "from potluck_coordinator.command import app; app()", "serve"),
                     *("--data-dir", str(data_dir), "--log-format", "json"),
                     *(part for name, port in named for part in (name, str(port))),
                     *flags,

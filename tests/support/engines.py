@@ -36,9 +36,7 @@ class MovedClock:
 def pinned(path: Path, model_id: str = "tiny", source: str = "") -> ModelFile:
     """The file as a catalogue would pin it."""
     content = path.read_bytes()
-    return ModelFile(
-        ModelId(model_id), source or f"path:{path.parent}", path.name, hashlib.sha256(content).hexdigest(), len(content)
-    )
+    return ModelFile(ModelId(model_id), source or f"path:{path.parent}", path.name, hashlib.sha256(content).hexdigest(), len(content))
 
 
 def script_file(folder: Path, **script: object) -> Path:

@@ -154,12 +154,12 @@ class WiredNode:
 
 @asynccontextmanager
 async def wired_node(
-    coordinator: LinkCoordinator, folder: Path, url: str | None, *, clock: Clock | None = None, slot_count: int = 4, **limits: Any
+    coordinator: LinkCoordinator | None, folder: Path, url: str | None, *, clock: Clock | None = None, slot_count: int = 4, **limits: Any
 ) -> AsyncIterator[WiredNode]:
-    """Runs a node's link against the coordinator until the block ends."""
+    """Runs a node's link until the block ends. Without a coordinator to enrol at, the folder's node has joined already."""
     used_clock = clock or SystemClock()
     state = StateFolder(folder / "node")
-    if not state.joined:
+    if coordinator is not None and not state.joined:
         coordinator.enrol(state)
     credentials = Credentials(state, used_clock, lambda: 0.5)
     replicas = FixedReplicas(url, slot_count)

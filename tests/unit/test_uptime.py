@@ -16,7 +16,7 @@ UP, DOWN, UNKNOWN = Verdict.UP, Verdict.DOWN, Verdict.UNKNOWN
 def watch(seconds_by_node_and_minute, minute_count, enrolled_at_ms=None, state=None):
     """Runs minutes in which each node is covered for the seconds given (60 unless told), reported at each minute's end."""
     nodes = sorted({node for node, _ in seconds_by_node_and_minute} | set(enrolled_at_ms or {}))
-    enrolled = {node: 0 for node in nodes} | (enrolled_at_ms or {})
+    enrolled = dict.fromkeys(nodes, 0) | (enrolled_at_ms or {})
     state = state or uptime.start(START)
     judged = []
     first = state.next_minute

@@ -26,6 +26,7 @@ from potluck_coordinator.settings import Settings
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_protocol.clock import Clock
+from potluck_protocol.connection import certificate_hash
 from potluck_protocol.errors import PotluckError
 
 CHORES_SECONDS: Final = 1.0
@@ -74,7 +75,7 @@ class Directory:
             pool = Pool(pool_id=pool_id, store=store, board=board, authority=authority, ledger=ledger, nodes=nodes, clock=clock)
             await nodes.refresh()
             api_key = await operator_key(accounts, known_operator_key(settings.operator_file))
-            write_operator_file(settings.operator_file, local_url(settings), api_key)
+            write_operator_file(settings.operator_file, local_url(settings, certificate_hash(authority.ca_certificate_pem)), api_key)
         except BaseException:
             store.close()
             raise

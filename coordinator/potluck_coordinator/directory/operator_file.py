@@ -10,15 +10,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from potluck_protocol.connection import is_loopback_host, pinned_url
+
 if TYPE_CHECKING:
     from potluck_coordinator.settings import Settings
 
 
-def local_url(settings: Settings) -> str:
-    """Where this machine reaches the HTTP port."""
+def local_url(settings: Settings, ca_hash: str) -> str:
+    """Where this machine reaches the HTTP port; beyond loopback a plain one is pinned, for clients take no other."""
     scheme = "http" if settings.http_tls_certificate is None else "https"
     host = settings.public_host if scheme == "https" and settings.public_host else _loopback(settings.host)
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.http_port}"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.http_port}"
+    return url if scheme == "https" or is_loopback_host(host) else pinned_url(url, ca_hash)
 
 
 def known_operator_key(path: Path) -> str | None:

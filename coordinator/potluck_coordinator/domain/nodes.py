@@ -35,7 +35,7 @@ class LivenessLimits:
     missed_heartbeats_suspect: int = 2
     silent_attempt_seconds: float = 8.0
     """An attempt on a suspect node that sent nothing for so long has failed, so that its client hears of it before the lease ends."""
-    link_grace_seconds: float = 1.5
+    link_grace_seconds: float = 1.0
     """How long a broken link may take to come back before its attempts fail."""
     mass_silence_share: float = 0.3
     """If more of the nodes than this lapse at once, the coordinator is the likelier culprit and waits for another lease."""

@@ -175,16 +175,20 @@ class HttpServer:
 
 
 async def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket; tries again while a dying predecessor holds the port. Both loops set TCP_NODELAY on what it accepts."""
+    """A listening socket; tries again while a dying predecessor holds the port."""
     reason = "another process holds the port"
     for _ in range(round(BIND_SECONDS_MAX / BIND_RETRY_SECONDS)):
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, port), family=family, backlog=BACKLOG)
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 break
+        else:
+            # Accepted connections inherit it; asyncio's own loop would not set it on them, for their sockets name no protocol.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return listener
         await asyncio.sleep(BIND_RETRY_SECONDS)
     message = f"Cannot listen on {host}:{port}: {reason}. Free it or choose another with --http-port."
     raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, message)

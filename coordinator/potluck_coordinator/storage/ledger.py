@@ -6,6 +6,9 @@ does not sum to zero, a line for a sealed one, and any change of what is written
 
 from __future__ import annotations
 
+from typing import Final
+
+from sqlalchemy import bindparam
 from sqlmodel import Session, col, insert, select, update
 
 from potluck_coordinator.domain.ledger import LedgerAccountId, LedgerAccountKind, Transaction, ledger_account_id
@@ -14,7 +17,24 @@ from potluck_coordinator.storage.tables import EarningsClaimRow, LedgerAccountRo
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId
 
-_STATEMENT_WORDS = {LedgerAccountKind.USER: "spending", LedgerAccountKind.NODE_OWNER: "earnings"}
+_STATEMENT_WORDS: Final = {LedgerAccountKind.USER: "spending", LedgerAccountKind.NODE_OWNER: "earnings"}
+
+# Built once and run past the session: putting them together anew was most of what a payment cost.
+_ACCOUNT: Final = LedgerAccountRow
+_POSITION: Final = select(_ACCOUNT.posted, _ACCOUNT.held).where(col(_ACCOUNT.ledger_account_id) == bindparam("account"))
+_HOLD: Final = (
+    update(_ACCOUNT)
+    .where(col(_ACCOUNT.ledger_account_id) == bindparam("account"), col(_ACCOUNT.posted) - col(_ACCOUNT.held) >= bindparam("micro_credits"))
+    .values(held=col(_ACCOUNT.held) + bindparam("micro_credits"))
+)
+_RELEASE: Final = (
+    update(_ACCOUNT)
+    .where(col(_ACCOUNT.ledger_account_id) == bindparam("account"))
+    .values(held=col(_ACCOUNT.held) - bindparam("micro_credits"))
+)
+_FINGERPRINT: Final = select(LedgerTransactionRow.fingerprint).where(col(LedgerTransactionRow.transaction_id) == bindparam("transaction"))
+_ADD_POSTING: Final = insert(PostingRow)
+_ADD_TRANSACTION: Final = insert(LedgerTransactionRow)
 
 
 class LedgerRepository:
@@ -22,6 +42,7 @@ class LedgerRepository:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._connection = session.connection()
 
     def open_account(self, kind: LedgerAccountKind, owner: AccountId | None = None) -> None:
         """Opens the account unless it is open."""
@@ -32,24 +53,16 @@ class LedgerRepository:
 
     def position(self, account_id: LedgerAccountId) -> tuple[int, int] | None:
         """What is posted and what of it is held, in micro-credits; None for no such account."""
-        row = LedgerAccountRow
-        found = self._session.exec(select(row.posted, row.held).where(row.ledger_account_id == account_id)).first()
+        found = self._connection.execute(_POSITION, {"account": account_id}).first()
         return None if found is None else (found[0], found[1])
 
     def hold(self, account_id: LedgerAccountId, amount_micro_credits: int) -> bool:
         """Sets credits aside if there are so many; False, and nothing done, if not. One statement, so that no race can spend twice."""
-        row = LedgerAccountRow
-        statement = (
-            update(row)
-            .where(col(row.ledger_account_id) == account_id, col(row.posted) - col(row.held) >= amount_micro_credits)
-            .values(held=col(row.held) + amount_micro_credits)
-        )
-        return self._session.exec(statement).rowcount == 1
+        return self._connection.execute(_HOLD, {"account": account_id, "micro_credits": amount_micro_credits}).rowcount == 1
 
     def release(self, account_id: LedgerAccountId, amount_micro_credits: int) -> None:
         """Frees credits that `hold` set aside."""
-        row = LedgerAccountRow
-        self._session.exec(update(row).where(col(row.ledger_account_id) == account_id).values(held=col(row.held) - amount_micro_credits))
+        self._connection.execute(_RELEASE, {"account": account_id, "micro_credits": amount_micro_credits})
 
     def post(self, transaction: Transaction, now_unix_ms: int) -> bool:
         """Books a transaction; False for one that is booked already.
@@ -57,32 +70,28 @@ class LedgerRepository:
         Raises:
             PotluckError: ALREADY_EXISTS where the id is booked with other postings.
         """
-        row = LedgerTransactionRow
-        known = self._session.exec(select(row.fingerprint).where(row.transaction_id == transaction.transaction_id)).first()
+        known = self._connection.execute(_FINGERPRINT, {"transaction": transaction.transaction_id}).scalar()
         if known is not None:
             if known != transaction.fingerprint:
                 raise PotluckError(ErrorCode.ALREADY_EXISTS, f"Transaction {transaction.transaction_id} is booked with other postings.")
             return False
-        self._session.exec(
-            insert(PostingRow),
-            params=[
-                {
-                    "transaction_id": transaction.transaction_id,
-                    "line": line,
-                    "ledger_account_id": posting.ledger_account_id,
-                    "amount": posting.amount_micro_credits,
-                }
-                for line, posting in enumerate(transaction.postings)
-            ],
-        )
-        self._session.exec(
-            insert(row).values(
-                transaction_id=transaction.transaction_id,
-                kind=transaction.kind,
-                fingerprint=transaction.fingerprint,
-                created_at_unix_ms=now_unix_ms,
-            )
-        )
+        lines = [
+            {
+                "transaction_id": transaction.transaction_id,
+                "line": line,
+                "ledger_account_id": posting.ledger_account_id,
+                "amount": posting.amount_micro_credits,
+            }
+            for line, posting in enumerate(transaction.postings)
+        ]
+        self._connection.execute(_ADD_POSTING, lines)
+        sealed = {
+            "transaction_id": transaction.transaction_id,
+            "kind": transaction.kind,
+            "fingerprint": transaction.fingerprint,
+            "created_at_unix_ms": now_unix_ms,
+        }
+        self._connection.execute(_ADD_TRANSACTION, sealed)
         return True
 
     def lines_of(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import structlog
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 from sqlmodel import Session
 
@@ -129,7 +129,7 @@ class Store:
                 for unit in group:
                     unit.run(connection)
         except BaseException as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
-            _log.error("store_commit_failed", unit_count=len(group), error_type=type(error).__name__)
+            _log.error("store_commit_failed", unit_count=len(group), error_type=type(error).__name__, cause=str(getattr(error, "orig", "")))
             for unit in group:
                 unit.future.set_exception(_public(error))
             return
@@ -151,7 +151,9 @@ class _Unit:
         try:
             with connection.begin_nested():
                 self._result = self._work(connection)
-        except Exception as error:  # noqa: BLE001 - the caller gets it, whatever it is
+        except Exception as error:
+            if isinstance(error, DBAPIError) and not isinstance(error, IntegrityError):
+                raise  # a full disk or a lost server ends the whole transaction, not this savepoint alone
             self._error = error
 
     def answer(self) -> None:
@@ -170,12 +172,16 @@ def _with_session(connection: Connection, work: Callable[[UnitOfWork], T]) -> T:
 
 
 def _public(error: BaseException) -> BaseException:
-    if isinstance(error, OperationalError) and "locked" in str(error.orig):
+    if not isinstance(error, OperationalError):
+        return error
+    if "locked" in str(error.orig):
         return PotluckError(
             ErrorCode.COORDINATOR_UNAVAILABLE,
             "Another process has this coordinator's database open; stop it, or give this coordinator a data folder of its own.",
         )
-    return error
+    return PotluckError(
+        ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator's database takes no writes now: its disk may be full or its server away."
+    )
 
 
 def _engine(url: str) -> Engine:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 from potluck_node.engines.base import EngineLaunch, EngineProbe
@@ -22,7 +23,7 @@ class LlamaCppEngine:
 
     @property
     def version(self) -> str:
-        return f"xllamacpp {version('xllamacpp')}"
+        return f"xllamacpp {_installed_version()}"
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
         return (
@@ -35,3 +36,8 @@ class LlamaCppEngine:
         # Not a chat: a base model without a chat template must become ready as well.
         body = {"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}
         return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())
+
+
+@cache  # reading the metadata takes a millisecond, and every status names the version
+def _installed_version() -> str:
+    return version("xllamacpp")

@@ -39,19 +39,17 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-async def run_client(
-    module: str, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], on_progress: OnProgress
-) -> None:
-    """Runs `python -m MODULE ARGUMENT…` to its end; raises FetchFailedError."""
+async def run_client(arguments: Sequence[str], *, name: str, folder: Path, environment: Mapping[str, str], on_progress: OnProgress) -> None:
+    """Runs `python ARGUMENT…` to its end; raises FetchFailedError, which speaks of the client by its name."""
     try:
-        child = await ChildProcess.spawn(("-m", "potluck_node.lifeline", module, *arguments), environment)
+        child = await ChildProcess.spawn(arguments, environment)
     except OSError as error:
-        raise FetchFailedError(f"{module} could not be started: {error}") from error
+        raise FetchFailedError(f"{name} could not be started: {error}") from error
     draining = asyncio.create_task(child.drain_stdout())
     try:
         await _watch(child, folder, on_progress)
         if ending := await child.wait():
-            raise FetchFailedError(f"{module} ended with {ending}\n{child.stderr.text(FAILURE_LINES)}".rstrip())
+            raise FetchFailedError(f"{name} ended with {ending}\n{child.stderr.text(FAILURE_LINES)}".rstrip())
     finally:
         draining.cancel()
         await child.stop()

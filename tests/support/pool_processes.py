@@ -1,0 +1,276 @@
+"""A pool as its people start it: `potluck coordinator serve` and `potluck node join/run` as processes, with a scripted engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from potluck import Client
+from potluck_protocol.values import EngineState
+from tests.support.coordinator_process import CoordinatorProcess, wait_until
+
+MODEL = "scripted"
+SLOT_COUNT = 8
+SCRIPT = {"tokens": [f" {number}" for number in range(100)], "token_count": 400, "inter_token_ms": 10}
+"""Four seconds of counting: long enough to break something in the middle."""
+
+
+def write_catalogue(folder: Path, script: dict[str, Any] | None = None) -> Path:
+    """A catalogue whose one model is the script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "scripted.json"
+    model.write_text(json.dumps(SCRIPT if script is None else script))
+    catalogue = folder / "catalogue.toml"
+    catalogue.write_text(
+        f"""
+[[model]]
+model_id = "{MODEL}"
+source = "path:{folder}"
+file_name = "scripted.json"
+sha256 = "{hashlib.sha256(model.read_bytes()).hexdigest()}"
+size_bytes = {model.stat().st_size}
+engine_kind = "scripted"
+context_length_tokens = 4096
+slot_count = {SLOT_COUNT}
+prompt_price_micro_credits = 1
+completion_price_micro_credits = 4
+licence = "Apache-2.0"
+endpoints = ["/v1/chat/completions", "/v1/completions"]
+created_at_unix_seconds = 1
+"""
+    )
+    return catalogue
+
+
+class NodeProcess:
+    """`potluck node join`, then `potluck node run`.
+
+    Args:
+        folder: for its state, cache and log.
+        invite: spent once.
+        wrap: the command that runs a Python module; a namespace's tests put `ip netns exec` before it.
+        module: what `run` is run with; tests of faults bring their own entry.
+    """
+
+    def __init__(self, folder: Path, invite: str, wrap: tuple[str, ...] = (), module: str = "potluck") -> None:
+        self.folder = folder
+        self.log_file = folder / "node.log"
+        self._command = (*wrap, sys.executable, "-m", module, "node")
+        folder.mkdir(parents=True)
+        environment = self._environment()
+        joined = subprocess.run(
+            [*wrap, sys.executable, "-m", "potluck", "node", "join", "-", "--name", folder.name],
+            input=invite,
+            text=True,
+            capture_output=True,
+            env=environment,
+            timeout=60,
+            check=False,
+        )
+        assert joined.returncode == 0, joined.stdout + joined.stderr
+        self.process = self._run(environment)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(5)
+
+    def start_again(self) -> None:
+        """After its process has ended."""
+        self.process.wait(20)
+        self.process = self._run(self._environment())
+
+    @property
+    def node_id(self) -> str:
+        return json.loads((self.folder / "state" / "node.json").read_text())["node_id"]
+
+    def agent(self) -> psutil.Process:
+        """The agent itself, below whatever wraps it."""
+        process = psutil.Process(self.process.pid)
+        while "ip" in process.name():
+            (process,) = process.children()
+        return process
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "POTLUCK_NODE_STATE_DIR": str(self.folder / "state"),
+            "POTLUCK_NODE_CACHE_DIR": str(self.folder / "cache"),
+            "POTLUCK_NODE_MODELS_ALLOWED": MODEL,
+            "POTLUCK_NODE_LOG_FORMAT": "json",
+            "XDG_CONFIG_HOME": str(self.folder / "config"),
+        }
+
+    def _run(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen([*self._command, "run"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+
+class Pool:
+    """A coordinator with its nodes; `url` and `api_key` are the operator's."""
+
+    def __init__(self, folder: Path, coordinator: CoordinatorProcess, nodes: list[NodeProcess]) -> None:
+        self.folder = folder
+        self.coordinator = coordinator
+        self.nodes = nodes
+
+    @property
+    def url(self) -> str:
+        return self.coordinator.operator()["url"]
+
+    @property
+    def api_key(self) -> str:
+        return self.coordinator.operator()["api_key"]
+
+    def client(self) -> Client:
+        return Client(self.url, api_key=self.api_key)
+
+    def connected_count(self) -> int:
+        """Nodes with a link and a ready engine, as the coordinator sees it."""
+        with self.client() as client:
+            return sum(
+                1
+                for node in client.nodes()
+                if node.connection == "connected"
+                and any(engine.model_id == MODEL and engine.state is EngineState.READY for engine in node.engines)
+            )
+
+    def wait_connected(self, seconds_max: float = 60.0) -> float:
+        """Seconds until every node serves."""
+        started = time.monotonic()
+        while time.monotonic() - started < seconds_max:
+            try:
+                if self.connected_count() == len(self.nodes):
+                    return time.monotonic() - started
+            except Exception:  # noqa: BLE001 - a coordinator that restarts refuses in many ways; the time limit is the judge
+                pass
+            time.sleep(0.1)
+        logs = "\n".join(node.log() for node in self.nodes)
+        raise AssertionError(f"not every node serves after {seconds_max} s\n{self.coordinator.log()}\n{logs}")
+
+    def stream(self, max_tokens: int = 400) -> ChatStream:
+        """A chat answer on its way, event by event."""
+        return ChatStream(self.url, self.api_key, max_tokens)
+
+
+class ChatStream:
+    """One streamed chat over HTTP, read line by line, with nothing between the test and the bytes."""
+
+    def __init__(self, url: str, api_key: str, max_tokens: int) -> None:
+        body = {"model": MODEL, "stream": True, "max_tokens": max_tokens, "messages": [{"role": "user", "content": "count"}]}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"authorization": f"Bearer {api_key}", "content-type": "application/json"},
+        )
+        self.response = urllib.request.urlopen(request, timeout=60)
+        self.node_id = self.response.headers["x-potluck-node"]
+        self.token_count = 0
+        self.done = False
+        self.error: dict[str, Any] | None = None
+
+    def events(self) -> Iterator[str]:
+        """The payloads, as they come; what they say is counted on the way."""
+        for line in self.response:
+            if not line.startswith(b"data: "):
+                continue
+            payload = line[6:].strip().decode()
+            self._take(payload)
+            yield payload
+
+    def read_tokens(self, count: int) -> None:
+        """Reads until so many tokens have come."""
+        for _ in self.events():
+            if self.token_count >= count:
+                return
+        raise AssertionError(f"the answer ended after {self.token_count} tokens: {self.error}")
+
+    def read_to_end(self) -> None:
+        for _ in self.events():
+            pass
+
+    def _take(self, payload: str) -> None:
+        if payload == "[DONE]":
+            self.done = True
+            return
+        event = json.loads(payload)
+        self.error = event.get("error", self.error)
+        self.token_count += sum(1 for choice in event.get("choices", ()) if choice.get("delta", {}).get("content"))
+
+
+@contextmanager
+def running_pool(folder: Path, node_count: int = 1, script: dict[str, Any] | None = None, node_module: str = "potluck") -> Iterator[Pool]:
+    """Starts a coordinator and its nodes, waits until all serve, and stops everything."""
+    catalogue = write_catalogue(folder / "models", script)
+    with ExitStack() as stack:
+        coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", "--catalogue", str(catalogue)))
+        coordinator.wait_ready()
+        pool = Pool(folder, coordinator, [])
+        for number in range(node_count):
+            pool.nodes.append(stack.enter_context(NodeProcess(folder / f"node-{number}", new_invite(pool), module=node_module)))
+        pool.wait_connected()
+        yield pool
+
+
+def command(pool: Pool, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`potluck …` as the operator types it on the coordinator's machine."""
+    return subprocess.run(
+        [sys.executable, "-m", "potluck", *arguments],
+        env={**os.environ, "POTLUCK_COORDINATOR_DATA_DIR": str(pool.coordinator.data_dir)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def audit(pool: Pool) -> tuple[str, ...]:
+    """What `potluck audit` finds; nothing when the books balance."""
+    done = command(pool, "audit", "--json")
+    findings: list[str] = json.loads(done.stdout)["findings"]
+    assert (done.returncode == 0) == (not findings), done.stdout + done.stderr
+    return tuple(findings)
+
+
+def new_invite(pool: Pool) -> str:
+    """From the command that operators use."""
+    made = command(pool, "tokens", "create")
+    return next(word for word in made.stdout.split() if word.startswith("potluck1."))
+
+
+__all__ = [
+    "MODEL",
+    "SLOT_COUNT",
+    "ChatStream",
+    "NodeProcess",
+    "Pool",
+    "audit",
+    "command",
+    "new_invite",
+    "running_pool",
+    "wait_until",
+    "write_catalogue",
+]

@@ -1,0 +1,93 @@
+"""Small parts of the agent: the stderr ring, what engines see of the environment, probes that fail."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import structlog.testing
+
+from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, StderrTail
+from potluck_node.engines.process import engine_environment
+from potluck_node.engines.registry import available_engines
+from potluck_node.model_store.sources import client_environment
+from potluck_node.probe import host, inventory
+from potluck_protocol.values import Accelerator, Inventory
+
+
+def test_stderr_tail_keeps_the_last_lines_however_they_are_cut():
+    tail = StderrTail()
+    text = "".join(f"line {index}\n" for index in range(500)).encode()
+    for start in range(0, len(text), 7):
+        tail.add(text[start : start + 7])
+    assert tail.text().splitlines() == [f"line {index}" for index in range(500 - STDERR_LINES_MAX, 500)]
+    assert tail.text(2) == "line 498\nline 499"
+
+
+def test_stderr_tail_is_bounded_whatever_comes():
+    tail = StderrTail()
+    tail.add(b"x" * 1_000_000)
+    tail.add(b"\xff\n\n" + b"y" * 1_000_000 + b"\n")
+    assert len(tail.text()) <= 2 * STDERR_LINE_BYTES_MAX + 1
+    assert tail.text().startswith("xxx")
+
+
+def test_engines_see_no_secret_and_may_fetch_nothing():
+    seen = engine_environment({"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "s", "POTLUCK_API_KEY": "s", "AWS_SECRET": "s"})
+    assert seen == {
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def test_package_clients_keep_their_own_settings_and_see_none_of_ours():
+    assert client_environment({"HF_TOKEN": "t", "PIP_INDEX_URL": "u", "POTLUCK_NODE_X": "s"}) == {"HF_TOKEN": "t", "PIP_INDEX_URL": "u"}
+
+
+def test_every_engine_tells_what_the_plan_and_the_link_need():
+    for kind, engine in available_engines().items():
+        assert engine.kind == kind
+        assert engine.version
+        assert engine.endpoints
+
+
+def test_failing_probe_costs_its_own_fact_and_is_logged_once(monkeypatch, tmp_path):
+    def broken() -> int:
+        raise OSError("no such thing")
+
+    class NoDriverError(Exception):
+        pass
+
+    def no_driver() -> None:
+        raise NoDriverError
+
+    monkeypatch.setattr(host, "memory_bytes", broken)
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=no_driver))
+    monkeypatch.setattr(inventory, "_failed", set())
+    with structlog.testing.capture_logs() as logs:
+        first = inventory.take_inventory(tmp_path / "not" / "yet")
+        inventory.take_inventory(tmp_path)
+    assert (first.memory_bytes, first.accelerators) == (0, ())
+    assert first.cpu_count > 0
+    assert first.disk_free_bytes > 0
+    assert first.operating_system != Inventory().operating_system
+    assert sorted(log["fact"] for log in logs) == ["accelerators", "memory_bytes"]
+
+
+def test_cards_as_the_driver_names_them(monkeypatch):
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda _: "NVIDIA GeForce RTX 3090",
+        nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=25_769_803_776),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    cards = inventory.take_inventory(Path("/")).accelerators
+    assert cards == tuple(Accelerator("NVIDIA GeForce RTX 3090", f"GPU-{index}", 25_769_803_776) for index in range(2))

@@ -1,0 +1,116 @@
+"""The agent's lease rule, its pauses between dials, and when its certificate is due."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potluck_node.domain import session as lease
+from potluck_node.domain.certificates import CertificateDates, Standing, renew_at_unix_ms, standing
+from potluck_node.domain.session import Phase, Session
+
+HOUR_MS = 3_600_000
+
+
+def serving(at_seconds: float = 100.0, ttl_ms: int = 15_000) -> Session:
+    return lease.after_welcome(
+        Session(), epoch=3, lease_ttl_ms=ttl_ms, heartbeat_busy_ms=1000, heartbeat_idle_ms=5000, hello_sent_at_seconds=at_seconds
+    )
+
+
+def test_a_welcome_grants_a_lease_counted_from_the_hello() -> None:
+    session = serving()
+    assert session.phase is Phase.SERVING
+    assert not lease.lease_lapsed(session, 114.9)
+    assert lease.lease_lapsed(session, 115.0)
+    assert lease.lease_left_seconds(session, 110.0) == 5.0
+
+
+def test_a_renewal_counts_from_the_oldest_heartbeat_it_may_answer() -> None:
+    session = lease.after_beat(lease.after_beat(serving(), 105.0), 110.0)
+    session = lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000)
+    assert session.lease_ends_at_seconds == 120.0
+
+
+def test_a_renewal_that_answers_nothing_or_comes_of_another_epoch_changes_nothing() -> None:
+    session = serving()
+    assert lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000) == session
+    beaten = lease.after_beat(session, 105.0)
+    assert lease.after_renewal(beaten, epoch=2, lease_ttl_ms=15_000) == beaten
+
+
+def test_a_lost_link_keeps_its_lease_and_a_lapsed_lease_fences() -> None:
+    lost = lease.after_loss(serving(), lived_seconds=60)
+    assert lost.phase is Phase.CONNECTING
+    assert lease.lease_left_seconds(lost, 101.0) == 14.0
+    fenced = lease.after_lapse(lost)
+    assert fenced.phase is Phase.FENCED
+    assert lease.lease_left_seconds(fenced, 101.0) == 0.0
+    assert not lease.lease_lapsed(fenced, 1e9)
+    assert lease.after_renewal(lease.after_beat(fenced, 102.0), epoch=3, lease_ttl_ms=15_000).lease_ends_at_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("busy", "at_seconds", "due"), [(True, 100.9, False), (True, 101.0, True), (False, 104.9, False), (False, 105.0, True)]
+)
+def test_heartbeats_are_close_while_attempts_run_and_wide_otherwise(busy: bool, at_seconds: float, due: bool) -> None:
+    assert lease.beat_due(serving(), busy=busy, now_seconds=at_seconds) is due
+
+
+def test_nothing_beats_without_a_lease() -> None:
+    assert not lease.beat_due(Session(), busy=True, now_seconds=1e9)
+
+
+def test_the_first_dial_after_a_loss_is_at_once_and_later_ones_back_off_to_two_seconds() -> None:
+    assert [lease.reconnect_delay_seconds(count, 1.0) for count in range(7)] == [0, 0, 0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+@given(count=st.integers(0, 10**9), jitter=st.floats(0, 1))
+def test_a_pause_is_never_longer_than_its_bound(count: int, jitter: float) -> None:
+    assert 0 <= lease.reconnect_delay_seconds(count, jitter) <= lease.RECONNECT_DELAY_MAX_SECONDS
+
+
+def test_a_connection_that_is_lost_at_once_counts_as_a_failed_dial() -> None:
+    session = serving()
+    for _ in range(3):
+        session = lease.after_loss(
+            lease.after_welcome(session, epoch=3, lease_ttl_ms=1, heartbeat_busy_ms=1, heartbeat_idle_ms=1, hello_sent_at_seconds=0),
+            lived_seconds=0.1,
+        )
+    assert session.failure_count == 3
+    assert lease.after_loss(session, lived_seconds=60).failure_count == 0
+
+
+@given(events=st.lists(st.tuples(st.sampled_from(["beat", "renew", "loss", "lapse"]), st.floats(0, 10)), max_size=40))
+def test_no_order_of_events_makes_a_lease_outlast_its_last_answered_heartbeat_by_more_than_its_length(events) -> None:
+    """The lease never ends later than one length after the newest beat or hello that was sent."""
+    now, newest_sent = 100.0, 100.0
+    session = serving(now)
+    for kind, wait_seconds in events:
+        now += wait_seconds
+        if lease.lease_lapsed(session, now) or kind == "lapse":
+            session = lease.after_lapse(session)
+        elif kind == "beat" and session.phase is Phase.SERVING:
+            session, newest_sent = lease.after_beat(session, now), now
+        elif kind == "renew":
+            session = lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000)
+        elif kind == "loss":
+            session = lease.after_loss(session, lived_seconds=wait_seconds)
+        assert lease.lease_left_seconds(session, now) <= max(0.0, newest_sent + 15.0 - now) + 1e-9
+        if session.phase is Phase.FENCED:
+            assert session.lease_ends_at_seconds is None
+
+
+def test_what_a_certificates_dates_say() -> None:
+    dates = CertificateDates(10 * HOUR_MS, 34 * HOUR_MS)
+    assert standing(dates, 10 * HOUR_MS - 1) is Standing.NOT_YET_VALID
+    assert standing(dates, 10 * HOUR_MS) is Standing.VALID
+    assert standing(dates, 34 * HOUR_MS) is Standing.LAPSED
+
+
+def test_a_certificate_is_renewed_two_thirds_into_its_life_spread_by_a_tenth() -> None:
+    dates = CertificateDates(0, 24 * HOUR_MS)
+    assert renew_at_unix_ms(dates, 0.5) == 16 * HOUR_MS
+    assert renew_at_unix_ms(dates, 0.0) == pytest.approx(13.6 * HOUR_MS)
+    assert renew_at_unix_ms(dates, 1.0) == pytest.approx(18.4 * HOUR_MS)

@@ -1,0 +1,103 @@
+"""The gateway's view of a directory in another process: what is asked again after a loss, for how long, and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from potluck_coordinator import ray_runtime
+from potluck_coordinator.ray_runtime import NOT_REPEATABLE, RayDirectory
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId, NodeId
+
+
+class LostError(Exception):
+    """As Ray says that an actor is not there."""
+
+
+class MovedClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic_seconds(self) -> float:
+        return self.now
+
+    def unix_ms(self) -> int:
+        return 0
+
+
+class ScriptedCalls:
+    """Answers with one outcome after another; each failed try costs a second of the clock."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.outcomes = list(outcomes)
+        self.asked: list[tuple[Any, ...]] = []
+        self.clock = MovedClock()
+        self.directory = RayDirectory(self, (LostError,), self.clock)
+
+    async def __call__(self, *call: Any) -> Any:
+        self.asked.append(call)
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if isinstance(outcome, LostError):
+            self.clock.now += 1.0
+            raise outcome
+        return outcome
+
+
+@pytest.fixture(autouse=True)
+def _no_real_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runtime, "RETRY_PAUSE_SECONDS", 0)
+
+
+async def test_a_call_names_its_desk_and_carries_its_arguments() -> None:
+    calls = ScriptedCalls("answer")
+
+    assert await calls.directory.nodes.revoke_node(NodeId("n"), reason="gone") == "answer"  # type: ignore[func-returns-value]
+    assert calls.asked == [("nodes", "revoke_node", ("n",), {"reason": "gone"})]
+
+
+async def test_a_refusal_that_came_as_a_value_is_raised() -> None:
+    calls = ScriptedCalls(PotluckError(ErrorCode.NOT_FOUND, "no such node"))
+
+    with pytest.raises(PotluckError, match="no such node") as caught:
+        await calls.directory.nodes.list_nodes()
+    assert caught.value.code is ErrorCode.NOT_FOUND
+    assert len(calls.asked) == 1
+
+
+async def test_a_lost_call_is_made_again_until_the_directory_is_back() -> None:
+    calls = ScriptedCalls(LostError(), LostError(), ())
+
+    assert await calls.directory.nodes.list_nodes() == ()
+    assert len(calls.asked) == 3
+
+
+async def test_patience_ends() -> None:
+    calls = ScriptedCalls(LostError())
+
+    with pytest.raises(PotluckError) as caught:
+        await calls.directory.ledger.balance(AccountId("a"))
+    assert caught.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+    assert len(calls.asked) == ray_runtime.PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize(("desk", "method"), [("accounts", name) for name in sorted(NOT_REPEATABLE - {"report"})] + [("nodes", "report")])
+async def test_a_call_that_would_work_twice_is_not_made_again(desk: str, method: str) -> None:
+    calls = ScriptedCalls(LostError(), "answer")
+
+    with pytest.raises(PotluckError, match="look whether it took effect") as caught:
+        await getattr(getattr(calls.directory, desk), method)()
+    assert caught.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+    assert len(calls.asked) == 1
+
+
+async def test_a_directory_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runtime, "CALL_SECONDS_MAX", 0.01)
+
+    async def hang(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    with pytest.raises(PotluckError, match="does not answer"):
+        await RayDirectory(hang, (LostError,), MovedClock()).nodes.list_nodes()

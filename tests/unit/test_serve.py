@@ -1,0 +1,72 @@
+"""Ports before anything is started, and the sweep after everything ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from potluck_coordinator.serve import settle_ports
+from potluck_coordinator.settings import Settings
+from potluck_coordinator.warden import RUN_MARK, Warden, sweep
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+
+def _settings(tmp_path: Path, **changes: object) -> Settings:
+    return Settings.model_validate({"data_dir": tmp_path, "http_port": 0, "grpc_port": 0, "link_port": 0, **changes})
+
+
+def test_free_ports_are_found_once_and_differ(tmp_path: Path) -> None:
+    settled = settle_ports(_settings(tmp_path), 0)
+
+    ports = {settled.http_port, settled.grpc_port, settled.link_port}
+    assert len(ports) == 3
+    assert 0 not in ports
+    assert settle_ports(settled, 0) == settled
+
+
+@pytest.mark.parametrize("name", ["http_port", "grpc_port", "link_port"])
+def test_a_taken_port_is_refused_with_its_flag(tmp_path: Path, name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PotluckError, match=f"--{name.replace('_', '-')}") as caught:
+        settle_ports(_settings(tmp_path, **{name: taken.getsockname()[1]}), 0)
+    assert caught.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PotluckError, match="--host"):
+        settle_ports(_settings(tmp_path, host="192.0.2.1"), 0)
+
+
+def _sleeper(run_dir: Path | None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **({RUN_MARK: str(run_dir)} if run_dir else {})}
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment, start_new_session=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_sweep_kills_what_carries_the_mark_and_nothing_else(tmp_path: Path) -> None:
+    run_dir, other_dir = tmp_path / "run", tmp_path / "run-2"
+    run_dir.mkdir()
+    (run_dir / "log").touch()
+    marked, other, bare = _sleeper(run_dir), _sleeper(other_dir), _sleeper(None)
+    try:
+        assert Warden(run_dir).dismiss(10)
+        assert marked.wait(5) < 0
+        assert other.poll() is None
+        assert bare.poll() is None
+        assert not run_dir.exists()
+    finally:
+        for process in (marked, other, bare):
+            process.kill()
+            process.wait(5)
+
+
+def test_a_sweep_of_nothing_removes_the_folder(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    assert sweep(run_dir)
+    assert not run_dir.exists()
