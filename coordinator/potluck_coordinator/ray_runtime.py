@@ -43,6 +43,9 @@ RETRY_PAUSE_SECONDS: Final = 0.1
 FAILED_PAUSE_SECONDS: Final = 1.0
 """Between a failure and the end of its actor's process, so that a lasting cause does not become a busy loop of restarts."""
 CANCEL_CHECK_SECONDS: Final = 0.25
+CHECK_SECONDS_MAX: Final = 1.0
+ABSENCE_SECONDS_MAX: Final = 30.0
+"""An actor that does not answer for so long is not coming back, for Ray itself has failed or the process hangs."""
 GATEWAY_STOP_SECONDS_MAX: Final = 5.0
 DIRECTORY_STOP_SECONDS_MAX: Final = 2.0
 OBJECT_STORE_BYTES: Final = 80 * 1024 * 1024
@@ -234,7 +237,9 @@ class RayRuntime:
         self._settings = settings
         self._run_dir = run_dir
         self._log_pipe = None if log_pipe is None else str(log_pipe)
+        self._clock = SystemClock()
         self._actors: dict[str, Any] = {}
+        self._answered_at: dict[str, float] = {}
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         """Returns once the gateway serves, or early once `cancelled` says so.
@@ -260,6 +265,25 @@ class RayRuntime:
             failure = ray.get(ready)
             if failure is not None:
                 raise failure
+            self._answered_at[name] = self._clock.monotonic_seconds()
+
+    def check(self) -> None:
+        """Asks both actors whether they serve, for a second each.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE once one has not answered for 30 s. Only a new coordinator can help then.
+        """
+        import ray  # noqa: PLC0415
+
+        for name, actor in self._actors.items():
+            try:
+                ray.get(actor.ready.remote(), timeout=CHECK_SECONDS_MAX)
+                self._answered_at[name] = self._clock.monotonic_seconds()
+            except ray.exceptions.RayError as error:
+                absent_seconds = self._clock.monotonic_seconds() - self._answered_at[name]
+                _log.warning("actor_absent", actor=name, absent_seconds=round(absent_seconds, 1), reason=type(error).__name__)
+                if absent_seconds > ABSENCE_SECONDS_MAX:
+                    raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"The {name} has been away for too long.") from error
 
     def stop(self) -> None:
         """Gateway first, so that nodes hear a goodbye and holds are settled; then the directory; then Ray. Bounded, never raises."""

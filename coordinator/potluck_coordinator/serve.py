@@ -35,6 +35,7 @@ STOP_SECONDS_MAX: Final = 9.5
 WARDEN_SECONDS_MAX: Final = 5.0
 PREDECESSOR_SECONDS_MAX: Final = 10.0
 """How long the ports of a coordinator that was killed are waited for."""
+CHECK_PAUSE_SECONDS: Final = 2.0
 TEMPORARY_PATH_LENGTH_MAX: Final = 24
 PORT_FLAGS: Final = {"http_port": "--http-port", "grpc_port": "--grpc-port", "link_port": "--link-port"}
 
@@ -49,7 +50,8 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
         on_ready: called once everything serves, with the settings whose ports are the real ones.
 
     Raises:
-        PotluckError: COORDINATOR_UNAVAILABLE if another coordinator has the data folder or another process a port; else what failed.
+        PotluckError: COORDINATOR_UNAVAILABLE if another coordinator has the data folder or another process a port, or if a part of it stays
+            away; else what failed.
     """
     with _data_folder(settings) as predecessor_died:
         place, prefix = _run_dir_names(settings.data_dir)
@@ -67,7 +69,8 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
                     with _signals_set(stop):
                         _write_endpoints(settings)
                         on_ready(settings)
-                        stop.wait()
+                        while not stop.wait(CHECK_PAUSE_SECONDS):
+                            runtime.check()
                 finally:
                     _stop(runtime, settings)
         finally:

@@ -20,38 +20,45 @@ import psutil
 from potluck import Client
 from potluck_protocol.values import EngineState
 from tests.support.coordinator_process import CoordinatorProcess, wait_until
+from tests.support.tiny_gguf import write_tiny_gguf
 
 MODEL = "scripted"
+LLAMACPP_MODEL = "tiny"
 SLOT_COUNT = 8
 SCRIPT = {"tokens": [f" {number}" for number in range(100)], "token_count": 400, "inter_token_ms": 10}
 """Four seconds of counting: long enough to break something in the middle."""
 
 
-def write_catalogue(folder: Path, script: dict[str, Any] | None = None) -> Path:
-    """A catalogue whose one model is the script."""
+def write_catalogue(folder: Path, script: dict[str, Any] | None = None, *, with_llamacpp: bool = False) -> Path:
+    """A catalogue whose model is the script, and, if asked for, a tiny real one for llama.cpp beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "scripted.json"
     model.write_text(json.dumps(SCRIPT if script is None else script))
+    entries = [_catalogue_entry(MODEL, model, "scripted", 4096, SLOT_COUNT)]
+    if with_llamacpp:
+        entries.append(_catalogue_entry(LLAMACPP_MODEL, write_tiny_gguf(folder / "tiny.gguf"), "llamacpp", 256, 2))
     catalogue = folder / "catalogue.toml"
-    catalogue.write_text(
-        f"""
+    catalogue.write_text("\n".join(entries))
+    return catalogue
+
+
+def _catalogue_entry(model_id: str, model: Path, engine_kind: str, context_length_tokens: int, slot_count: int) -> str:
+    return f"""
 [[model]]
-model_id = "{MODEL}"
-source = "path:{folder}"
-file_name = "scripted.json"
+model_id = "{model_id}"
+source = "path:{model.parent}"
+file_name = "{model.name}"
 sha256 = "{hashlib.sha256(model.read_bytes()).hexdigest()}"
 size_bytes = {model.stat().st_size}
-engine_kind = "scripted"
-context_length_tokens = 4096
-slot_count = {SLOT_COUNT}
+engine_kind = "{engine_kind}"
+context_length_tokens = {context_length_tokens}
+slot_count = {slot_count}
 prompt_price_micro_credits = 1
 completion_price_micro_credits = 4
 licence = "Apache-2.0"
 endpoints = ["/v1/chat/completions", "/v1/completions"]
 created_at_unix_seconds = 1
 """
-    )
-    return catalogue
 
 
 class NodeProcess:
@@ -119,7 +126,7 @@ class NodeProcess:
             **os.environ,
             "POTLUCK_NODE_STATE_DIR": str(self.folder / "state"),
             "POTLUCK_NODE_CACHE_DIR": str(self.folder / "cache"),
-            "POTLUCK_NODE_MODELS_ALLOWED": MODEL,
+            "POTLUCK_NODE_MODELS_ALLOWED": f"{MODEL},{LLAMACPP_MODEL}",
             "POTLUCK_NODE_LOG_FORMAT": "json",
             "XDG_CONFIG_HOME": str(self.folder / "config"),
         }
@@ -148,22 +155,22 @@ class Pool:
     def client(self) -> Client:
         return Client(self.url, api_key=self.api_key)
 
-    def connected_count(self) -> int:
+    def connected_count(self, model_id: str = MODEL) -> int:
         """Nodes with a link and a ready engine, as the coordinator sees it."""
         with self.client() as client:
             return sum(
                 1
                 for node in client.nodes()
                 if node.connection == "connected"
-                and any(engine.model_id == MODEL and engine.state is EngineState.READY for engine in node.engines)
+                and any(engine.model_id == model_id and engine.state is EngineState.READY for engine in node.engines)
             )
 
-    def wait_connected(self, seconds_max: float = 60.0) -> float:
+    def wait_connected(self, model_id: str = MODEL, seconds_max: float = 60.0) -> float:
         """Seconds until every node serves."""
         started = time.monotonic()
         while time.monotonic() - started < seconds_max:
             try:
-                if self.connected_count() == len(self.nodes):
+                if self.connected_count(model_id) == len(self.nodes):
                     return time.monotonic() - started
             except Exception:  # noqa: BLE001 - a coordinator that restarts refuses in many ways; the time limit is the judge
                 pass
@@ -171,16 +178,16 @@ class Pool:
         logs = "\n".join(node.log() for node in self.nodes)
         raise AssertionError(f"not every node serves after {seconds_max} s\n{self.coordinator.log()}\n{logs}")
 
-    def stream(self, max_tokens: int = 400) -> ChatStream:
-        """A chat answer on its way, event by event."""
-        return ChatStream(self.url, self.api_key, max_tokens)
+    def stream(self, **fields: Any) -> ChatStream:
+        """A chat answer on its way, event by event; the fields go into the request's body."""
+        return ChatStream(self.url, self.api_key, fields)
 
 
 class ChatStream:
     """One streamed chat over HTTP, read line by line, with nothing between the test and the bytes."""
 
-    def __init__(self, url: str, api_key: str, max_tokens: int) -> None:
-        body = {"model": MODEL, "stream": True, "max_tokens": max_tokens, "messages": [{"role": "user", "content": "count"}]}
+    def __init__(self, url: str, api_key: str, fields: dict[str, Any]) -> None:
+        body = {"model": MODEL, "stream": True, "max_tokens": 400, "messages": [{"role": "user", "content": "count"}], **fields}
         request = urllib.request.Request(
             f"{url}/v1/chat/completions",
             data=json.dumps(body).encode(),
@@ -222,9 +229,16 @@ class ChatStream:
 
 
 @contextmanager
-def running_pool(folder: Path, node_count: int = 1, script: dict[str, Any] | None = None, node_module: str = "potluck") -> Iterator[Pool]:
+def running_pool(
+    folder: Path,
+    node_count: int = 1,
+    script: dict[str, Any] | None = None,
+    node_module: str = "potluck",
+    *,
+    with_llamacpp: bool = False,
+) -> Iterator[Pool]:
     """Starts a coordinator and its nodes, waits until all serve, and stops everything."""
-    catalogue = write_catalogue(folder / "models", script)
+    catalogue = write_catalogue(folder / "models", script, with_llamacpp=with_llamacpp)
     with ExitStack() as stack:
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", "--catalogue", str(catalogue)))
         coordinator.wait_ready()
@@ -232,6 +246,8 @@ def running_pool(folder: Path, node_count: int = 1, script: dict[str, Any] | Non
         for number in range(node_count):
             pool.nodes.append(stack.enter_context(NodeProcess(folder / f"node-{number}", new_invite(pool), module=node_module)))
         pool.wait_connected()
+        if with_llamacpp:
+            pool.wait_connected(LLAMACPP_MODEL)
         yield pool
 
 

@@ -67,17 +67,23 @@ Potluck is up. Ctrl-C stops it.
 
 Three things to try, in another terminal:
 
-  export POTLUCK_URL={url} POTLUCK_API_KEY={api_key}
+export POTLUCK_URL={url} POTLUCK_API_KEY={api_key}
 
-1. potluck chat "Why do people share food?"
+1. With this command:
 
-2. curl {url}/v1/chat/completions -H "Authorization: Bearer $POTLUCK_API_KEY" -H "Content-Type: application/json" \\
-     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+potluck chat "Why do people share food?"
 
-3. python -c 'import os, openai
-   client = openai.OpenAI(base_url=os.environ["POTLUCK_URL"] + "/v1", api_key=os.environ["POTLUCK_API_KEY"])
-   answer = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello!"}}])
-   print(answer.choices[0].message.content)'
+2. With curl:
+
+curl "$POTLUCK_URL/v1/chat/completions" -H "Authorization: Bearer $POTLUCK_API_KEY" -H "Content-Type: application/json" \\
+  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+3. With the openai package:
+
+python -c 'import os, openai
+client = openai.OpenAI(base_url=os.environ["POTLUCK_URL"] + "/v1", api_key=os.environ["POTLUCK_API_KEY"])
+answer = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello!"}}])
+print(answer.choices[0].message.content)'
 """
 
 
