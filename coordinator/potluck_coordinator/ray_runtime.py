@@ -271,7 +271,7 @@ class RayRuntime:
         """Asks both actors whether they serve, for a second each.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE once one has not answered for 30 s. Only a new coordinator can help then.
+            PotluckError: COORDINATOR_UNAVAILABLE once one is gone for good, or has not answered for 30 s. Only a new coordinator helps then.
         """
         import ray  # noqa: PLC0415
 
@@ -282,7 +282,8 @@ class RayRuntime:
             except ray.exceptions.RayError as error:
                 absent_seconds = self._clock.monotonic_seconds() - self._answered_at[name]
                 _log.warning("actor_absent", actor=name, absent_seconds=round(absent_seconds, 1), reason=type(error).__name__)
-                if absent_seconds > ABSENCE_SECONDS_MAX:
+                # Ray's word for an actor that it will not start again.
+                if absent_seconds > ABSENCE_SECONDS_MAX or isinstance(error, ray.exceptions.ActorDiedError):
                     raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"The {name} has been away for too long.") from error
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ import grpc.aio
 import structlog
 
 from potluck_node import enrolment
-from potluck_node.domain.certificates import CertificateDates, Standing, renew_at_unix_ms, standing
+from potluck_node.domain.certificates import CertificateDates, Standing, renew_again_at_unix_ms, renew_at_unix_ms, standing
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
@@ -72,6 +72,7 @@ class Credentials:
         enrolment.check_certificate(certificate_pem, self.identity.node_id, self._clock)
         self._folder.write_certificate(certificate_pem)
         self._take(certificate_pem.encode())
+        self._ask_at_unix_ms = renew_again_at_unix_ms(self._dates, self._jitter(), self._clock.unix_ms())
 
     async def make_ready(self) -> None:
         """Makes sure that a handshake can succeed: a lapsed certificate is renewed by proof of the key.

@@ -11,9 +11,7 @@ the lease lapses the node is fenced: every attempt is dropped, and the next hell
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import grpc
@@ -25,6 +23,7 @@ from potluck_node.credentials import Credentials
 from potluck_node.domain import session as lease
 from potluck_node.domain.session import Session
 from potluck_node.enrolment import rpc_failure
+from potluck_node.farewell import Farewells, Outcome
 from potluck_node.link_connection import LinkConnection
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
@@ -50,8 +49,6 @@ FIND_AFTER_FAILURE_COUNT: Final = 3
 """After so many failed dials in a row the coordinator's HTTP port is asked where its ports are."""
 MOVE_REPEATED_SECONDS: Final = 10.0
 """How long after a failed move to a new certificate the next is tried."""
-REPLACED_COUNT_MAX: Final = 3
-REPLACED_WINDOW_SECONDS: Final = 600.0
 
 _log = structlog.get_logger()
 
@@ -61,14 +58,6 @@ class SelfReport(Protocol):
 
     def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello: ...
     def heartbeat(self) -> Heartbeat: ...
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """How a connection ended: by a goodbye, or by a failure."""
-
-    goodbye: GoodbyeReason | None = None
-    message: str = ""
 
 
 class Link:
@@ -108,7 +97,7 @@ class Link:
         self._beat_wanted = False
         self._request_wanted = False
         self._move_at_seconds: float | None = None
-        self._replaced_at_seconds: deque[float] = deque(maxlen=REPLACED_COUNT_MAX)
+        self._farewells = Farewells()
         self._stopping = False
         self._goodbye_said = asyncio.Event()
         self._renewed_after_refusal = False
@@ -234,7 +223,7 @@ class Link:
         if frame is None:
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator closed the link before its welcome.")
         if frame.HasField("goodbye"):
-            failure = self._failure_of(_Outcome(goodbye_reason_from_number(frame.goodbye.reason), frame.goodbye.message))
+            failure = self._farewells.failure_of(_outcome_of(frame.goodbye), self._clock.monotonic_seconds())
             raise failure or PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator is stopping.")
         if not frame.HasField("welcome"):
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not begin with a welcome.")
@@ -294,18 +283,18 @@ class Link:
     # Reading.
 
     async def _read(self, connection: LinkConnection) -> None:
-        outcome = _Outcome(message="the coordinator closed the link without a goodbye")
+        outcome = Outcome(message="the coordinator closed the link without a goodbye")
         try:
             while (frame := await connection.read()) is not None:
                 if frame.HasField("goodbye"):
-                    outcome = _Outcome(goodbye_reason_from_number(frame.goodbye.reason), frame.goodbye.message)
+                    outcome = _outcome_of(frame.goodbye)
                 self._take(frame)
         except grpc.aio.AioRpcError as error:
             if outcome.goodbye is None:
                 failure = rpc_failure(error, self._credentials.identity.connection.link_target)
-                outcome = _Outcome(message=failure.message)
+                outcome = Outcome(message=failure.message)
         except PotluckError as error:
-            outcome = _Outcome(message=f"the coordinator sent a frame that cannot be read: {error.message}")
+            outcome = Outcome(message=f"the coordinator sent a frame that cannot be read: {error.message}")
         finally:
             connection.closed = True
             if self._current is connection:
@@ -351,13 +340,11 @@ class Link:
         self._move_at_seconds = self._clock.monotonic_seconds()
         self._changed.set()
 
-    def _after_loss(self, outcome: _Outcome) -> None:
+    def _after_loss(self, outcome: Outcome) -> None:
         lived_seconds = self._lived_seconds()
-        if outcome.goodbye is GoodbyeReason.REPLACED:
-            self._replaced_at_seconds.append(self._clock.monotonic_seconds())
         self.session = lease.after_loss(self.session, lived_seconds=lived_seconds)
         self.trouble = outcome.message or str(outcome.goodbye or "")
-        self._failure = self._failure_of(outcome)
+        self._failure = self._farewells.failure_of(outcome, self._clock.monotonic_seconds())
         self._changed.set()
         _log.warning("link_lost", goodbye=outcome.goodbye, reason=outcome.message, lived_seconds=round(lived_seconds, 1))
 
@@ -366,28 +353,6 @@ class Link:
         if not task.cancelled() and task.exception() is not None:
             self._failure = task.exception()
             self._changed.set()
-
-    def _failure_of(self, outcome: _Outcome) -> PotluckError | None:
-        """What a goodbye means for the agent; None: dial again."""
-        match outcome.goodbye:
-            case GoodbyeReason.REVOKED:
-                reason = f" ({outcome.message})" if outcome.message else ""
-                text = (
-                    f"The pool's operator has revoked this node{reason}. To come back: a new invite, `potluck node leave`, and join again."
-                )
-                return PotluckError(ErrorCode.INVALID_CERTIFICATE, text)
-            case GoodbyeReason.REPLACED if self._replaced_too_often():
-                text = "Another agent with this node's key has taken its place; was the state folder copied to another machine?"
-                return PotluckError(ErrorCode.ALREADY_EXISTS, text)
-            case GoodbyeReason.PROTOCOL_VERSION_UNSUPPORTED:
-                return PotluckError(ErrorCode.PROTOCOL_VERSION_UNSUPPORTED, outcome.message or None)
-            case _:
-                return None
-
-    def _replaced_too_often(self) -> bool:
-        """Once may be our own former link, or a lease that we slept through; again and again is another agent with the same key."""
-        times = self._replaced_at_seconds
-        return len(times) == REPLACED_COUNT_MAX and self._clock.monotonic_seconds() - times[0] < REPLACED_WINDOW_SECONDS
 
     # Beating, renewing, fencing.
 
@@ -437,3 +402,7 @@ class Link:
             frame.certificate_request.certificate_request_der = self._credentials.request_der()
             waiting = True
         return frame if waiting else None
+
+
+def _outcome_of(goodbye: node_pb2.Goodbye) -> Outcome:
+    return Outcome(goodbye_reason_from_number(goodbye.reason), goodbye.message)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_node.domain import session as lease
-from potluck_node.domain.certificates import CertificateDates, Standing, renew_at_unix_ms, standing
+from potluck_node.domain.certificates import CertificateDates, Standing, renew_again_at_unix_ms, renew_at_unix_ms, standing
 from potluck_node.domain.session import Phase, Session
 
 HOUR_MS = 3_600_000
@@ -114,3 +114,9 @@ def test_a_certificate_is_renewed_two_thirds_into_its_life_spread_by_a_tenth() -
     assert renew_at_unix_ms(dates, 0.5) == 16 * HOUR_MS
     assert renew_at_unix_ms(dates, 0.0) == pytest.approx(13.6 * HOUR_MS)
     assert renew_at_unix_ms(dates, 1.0) == pytest.approx(18.4 * HOUR_MS)
+
+
+def test_a_clock_that_runs_far_ahead_does_not_renew_without_end() -> None:
+    dates = CertificateDates(0, 24 * HOUR_MS)
+    assert renew_again_at_unix_ms(dates, 0.5, 1 * HOUR_MS) == 16 * HOUR_MS
+    assert renew_again_at_unix_ms(dates, 0.5, 17 * HOUR_MS) == pytest.approx(19.4 * HOUR_MS)

@@ -40,6 +40,15 @@ def standing(dates: CertificateDates, now_unix_ms: int) -> Standing:
     return Standing.VALID
 
 
+def renew_again_at_unix_ms(dates: CertificateDates, jitter: float, now_unix_ms: int) -> int:
+    """As `renew_at_unix_ms` for a certificate that has just come, but never before a tenth of its life from now.
+
+    To a clock that runs far ahead of the coordinator's every new certificate looks due; without a pause it would renew without end.
+    """
+    pause_ms = int((dates.not_after_unix_ms - dates.not_before_unix_ms) * RENEW_JITTER_LIFE_SHARE)
+    return max(renew_at_unix_ms(dates, jitter), now_unix_ms + pause_ms)
+
+
 def renew_at_unix_ms(dates: CertificateDates, jitter: float) -> int:
     """When to ask for the next certificate: two thirds into this one's life, a tenth of the life earlier or later.
 
