@@ -6,6 +6,7 @@ Decides how a child is ended: asked first, killed after a bound, and never by na
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ STOP_SECONDS_MAX: Final = 15.0
 _TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _PROCESS_CLOCK: Final = 2
+_LIBC: Final = ctypes.CDLL(None)
+_SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def cpu_seconds(process_id: int) -> float | None:
@@ -125,6 +128,7 @@ class Child:
                 stderr=log,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - the harness has one thread
             )
 
     @property
@@ -170,6 +174,11 @@ def _handle(process_id: int) -> int | None:
         return os.pidfd_open(process_id)
     except OSError:
         return None
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send SIGTERM when the harness dies, however it does."""
+    _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 @contextlib.contextmanager

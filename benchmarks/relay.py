@@ -1,7 +1,7 @@
 """`python -m benchmarks.relay`: Potluck's relay beside LiteLLM and sglang-router, in front of the same engine, in one run.
 
 Decides what is run, in which order and for how long, and the exit status: 0 unless a mark is missed, a token lost or the harness itself
-fails. A peer that cannot be run costs only its own row. Nothing it starts outlives it, and it listens on loopback alone.
+fails. A peer that cannot be run costs only its own row. Nothing that it starts outlives it or listens beyond loopback.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ WARM_UP: Final = (
 SETTLE_SECONDS: Final = 0.3
 """Between two runs, so that the end of one is not counted with the next."""
 IDLE_SECONDS: Final = 5.0
-ROUNDS_SECONDS_MAX: Final = 360.0
+ROUNDS_SECONDS_MAX: Final = 330.0
 """No further round begins after so long."""
 
 
@@ -183,6 +184,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A polite end is an ordinary one: everything is stopped on the way out.
+        signal.signal(number, lambda received, _frame: sys.exit(128 + received))
     try:
         with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
             outcome = run_benchmark(options.rounds, Path(folder))

@@ -271,7 +271,7 @@ class RayRuntime:
         """Asks both actors whether they serve, for a second each.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE once one is gone for good, or has not answered for 30 s. Only a new coordinator helps then.
+            PotluckError: COORDINATOR_UNAVAILABLE once one is gone for good or silent for 30 s. Only a new coordinator helps then.
         """
         import ray  # noqa: PLC0415
 

@@ -2,6 +2,9 @@
 
 Decides how a child is spawned and how it is stopped: in a process group of its own, with a stdin that ends when this process dies, stderr
 kept in a bounded ring, terminated and then killed within a bound. It must not know what the child is for.
+
+Children come from `subprocess.Popen`, which goes by vfork and exec here and so runs no fork handlers. uvloop's own spawning forks, and then
+gRPC's handlers, run while its threads are at work, now and then abort the child before it has begun.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import IO, Final
 
 STDERR_LINES_MAX: Final = 50
 STDERR_LINE_BYTES_MAX: Final = 300
@@ -46,29 +50,28 @@ class StderrTail:
 class ChildProcess:
     """A running child. `spawn` makes one; `stop` or the child's own end finishes it."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    def __init__(self, process: subprocess.Popen[bytes], stdout: asyncio.StreamReader, stderr: asyncio.StreamReader) -> None:
         self._process = process
-        self._stdout, self._stderr = process.stdout, process.stderr
+        self._stdout, self._stderr = stdout, stderr
         self.stderr = StderrTail()
         self._listening = asyncio.create_task(self._listen())
+        self._ending = asyncio.create_task(asyncio.to_thread(process.wait))
 
     @classmethod
     async def spawn(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
         """Starts `python ARGUMENT…` with the interpreter of this process; raises OSError when the machine will not."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # modules come from the installation, never from the folder the agent was started in
-            *arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+        process = subprocess.Popen(  # noqa: ASYNC220 - returns once the child runs its program, in a millisecond or two
+            # -P: modules come from the installation, never from the folder the agent was started in.
+            [sys.executable, "-P", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=environment,
             start_new_session=True,
-            limit=OUTPUT_LINE_BYTES_MAX,
         )
-        return cls(process)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        return cls(process, await _reader_of(process.stdout), await _reader_of(process.stderr))
 
     @property
     def pid(self) -> int:
@@ -84,7 +87,7 @@ class ChildProcess:
 
     async def wait(self) -> str:
         """Waits for the end; "" after success, else what ended it: "exit status 1" or "signal SIGKILL"."""
-        status = await self._process.wait()
+        status = await asyncio.shield(self._ending)
         # A grandchild may hold stderr open for ever.
         await asyncio.wait({self._listening}, timeout=1.0)
         if status == 0:
@@ -101,10 +104,12 @@ class ChildProcess:
         for order in (signal.SIGTERM, signal.SIGKILL):
             self._signal_group(order)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), STOP_LIMIT_SECONDS)
+                await asyncio.wait_for(asyncio.shield(self._ending), STOP_LIMIT_SECONDS)
                 break
         # The leader is gone; what it started is not asked twice.
         self._signal_group(signal.SIGKILL)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self._listening.cancel()
         await asyncio.wait({self._listening}, timeout=1.0)
 
@@ -115,3 +120,10 @@ class ChildProcess:
     async def _listen(self) -> None:
         while piece := await self._stderr.read(_READ_BYTES):
             self.stderr.add(piece)
+
+
+async def _reader_of(pipe: IO[bytes]) -> asyncio.StreamReader:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(OUTPUT_LINE_BYTES_MAX, loop)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader, loop=loop), pipe)
+    return reader

@@ -56,12 +56,6 @@ app = typer.Typer(name="node", help=_HELP, no_args_is_help=True, rich_markup_mod
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where the node's key and settings lie.", show_default=False)]
 
 
-@app.callback()
-def _node() -> None:
-    # Engines are spawned beside live gRPC channels; its fork handlers would hang them. Read by gRPC at its first channel.
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-
-
 @app.command()
 def join(
     invite: Annotated[str | None, typer.Argument(help="The invite; - reads it from standard input.", show_default=False)] = None,

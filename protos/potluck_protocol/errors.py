@@ -144,7 +144,5 @@ class PotluckError(Exception):
         return CATALOGUE[self.code]
 
 
-def _rebuild(
-    code: ErrorCode, message: str, param: str | None, request_id: str | None, retry_after_seconds: float | None
-) -> PotluckError:
+def _rebuild(code: ErrorCode, message: str, param: str | None, request_id: str | None, retry_after_seconds: float | None) -> PotluckError:
     return PotluckError(code, message, param=param, request_id=request_id, retry_after_seconds=retry_after_seconds)

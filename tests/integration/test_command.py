@@ -18,6 +18,13 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.scripted_pool import API_KEY, MODEL, NODE, ScriptedPool, answers, breaks, data, finished, scripted_pool
 
 
+class Keyboard(io.StringIO):
+    """Standard input with a person behind it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Terminal:
     """Runs commands in this process and keeps what they print."""
 
@@ -26,9 +33,9 @@ class Terminal:
         self._capsys = capsys
         self.out = self.err = ""
 
-    def run(self, *arguments: str, stdin: str = "") -> int:
+    def run(self, *arguments: str, stdin: str | Keyboard = "") -> int:
         self._monkeypatch.setattr(sys, "argv", ["potluck", *arguments])
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         with pytest.raises(SystemExit) as ended:
             command.main()
         self.out, self.err = self._capsys.readouterr()
@@ -73,6 +80,22 @@ def test_chat_reads_the_question_from_a_pipe(pool: ScriptedPool, terminal: Termi
     assert terminal.run("chat", stdin="From a file") == 0
     assert json.loads(pool.bodies[0])["messages"][0]["content"] == "From a file"
     assert terminal.run("chat", stdin=" \n") == 2
+
+
+def test_a_conversation_remembers_and_survives_a_failed_answer(pool: ScriptedPool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
+    typed = iter(["One?", "", "Two?", "Three?"])
+
+    def ask(_prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    pool.plays.extend([answers(*EVENTS, finished()), breaks(ErrorCode.NODE_LOST), answers(*EVENTS, finished())])
+    assert terminal.run("chat", stdin=Keyboard()) == 0
+    assert [message["content"] for message in json.loads(pool.bodies[2])["messages"]] == ["One?", "Good soup", "Three?"]
+    assert "error:" in terminal.err
 
 
 def test_a_broken_answer_fails_with_its_text_its_cause_and_its_request(pool: ScriptedPool, terminal: Terminal):

@@ -84,6 +84,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
         process.kill()
 
 
+@pytest.mark.timeout(300)
 def test_up_gives_three_things_that_work_and_keeps_its_key_over_a_restart(home: Home):
     up = home.start("up", *FREE_PORTS)
     said = up.wait_for("With the openai package")
@@ -111,6 +112,7 @@ def test_up_gives_three_things_that_work_and_keeps_its_key_over_a_restart(home: 
     assert home.nothing_runs(), marked_processes(home.mark)
 
 
+@pytest.mark.timeout(300)
 def test_up_stops_all_of_it_when_a_part_dies(home: Home):
     up = home.start("up", *FREE_PORTS)
     up.wait_for("With the openai package")
@@ -131,6 +133,7 @@ def test_up_names_a_port_that_is_taken(home: Home):
     assert home.nothing_runs()
 
 
+@pytest.mark.timeout(300)
 def test_demo_answers_pays_audits_and_leaves_nothing(home: Home):
     demo = home.start("demo", "--question", "What is soup?")
     assert demo.process.wait(START_SECONDS_MAX) == 0, demo.said()
@@ -147,6 +150,21 @@ def test_demo_answers_pays_audits_and_leaves_nothing(home: Home):
     assert "audit   the books balance" in said
     assert home.nothing_runs()
     assert not (home.folder / "state").exists()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("phase", "ending"), [("Starting the coordinator", signal.SIGTERM), ("Starting the node", signal.SIGINT)])
+def test_a_demo_that_is_broken_off_early_leaves_nothing(home: Home, phase: str, ending: signal.Signals):
+    home.environment["TMPDIR"] = str(home.folder / "tmp")
+    (home.folder / "tmp").mkdir()
+    demo = home.start("demo")
+    demo.wait_for(phase)
+    demo.process.send_signal(ending)
+    assert demo.process.wait(STOP_SECONDS_MAX) == 1
+    assert "nothing is left running" in demo.said()
+    assert "Traceback" not in demo.said()
+    assert home.nothing_runs(), marked_processes(home.mark)
+    assert list((home.folder / "tmp").glob("potluck*")) == []
 
 
 def test_make_demo_is_this_demo():

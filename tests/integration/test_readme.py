@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DEFAULT_URL = "http://127.0.0.1:8600"
 READY_SECONDS_MAX = 90.0
+STEADY_SECONDS = 2.5
 BLOCK_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 
@@ -52,7 +53,7 @@ class Reader:
             self._start(block)
             return
         if block.mark == "run when a model is ready":
-            assert until(self._ready, READY_SECONDS_MAX), self._logs()
+            assert until(self._ready_for_a_while, READY_SECONDS_MAX), self._logs()
         script = self._folder / f"block.{block.language}"
         text = block.text.replace(DEFAULT_URL, self._operator_url())
         if block.language == "sh":
@@ -92,6 +93,10 @@ class Reader:
 
     def _operator_url(self) -> str:
         return read_operator(self._data_folder).url
+
+    def _ready_for_a_while(self) -> bool:
+        """A node that was just told to pause looks ready until it has read that."""
+        return self._ready() and not until(lambda: not self._ready(), STEADY_SECONDS)
 
     def _ready(self) -> bool:
         operator = read_operator(self._data_folder)

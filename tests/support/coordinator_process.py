@@ -66,7 +66,8 @@ class CoordinatorProcess:
 
         def published() -> bool:
             assert self.process.poll() is None, f"the coordinator ended with {self.process.returncode}:\n{self.log()}"
-            return self.endpoints_file.exists()
+            # A coordinator that was killed leaves its own file behind.
+            return self.endpoints_file.exists() and json.loads(self.endpoints_file.read_text())["pid"] == self.process.pid
 
         wait_until(published, START_SECONDS_MAX, f"endpoints.json of {self.data_dir}\n{self.log()}")
         return json.loads(self.endpoints_file.read_text())
