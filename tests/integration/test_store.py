@@ -35,6 +35,14 @@ def execute(books, statement):
     return books.store.run_now(lambda work: work.audit._connection.execute(text(statement)))
 
 
+def _rows(work, statement):
+    return work.audit._connection.execute(text(statement)).all()
+
+
+def execute_all(books, statement):
+    return books.store.run_now(lambda work: _rows(work, statement))
+
+
 def test_migrated_schema_equals_the_models():
     def schema(build):
         engine = create_engine("sqlite://")
@@ -149,8 +157,8 @@ def test_a_closed_store_refuses_and_may_be_closed_again(tmp_path):
     [
         ("UPDATE posting SET amount = amount + 1", "never changed"),
         ("DELETE FROM posting", "never deleted"),
-        ("REPLACE INTO posting SELECT transaction_id, line, ledger_account_id, amount + 1 FROM posting", "postings"),
-        ("INSERT INTO posting VALUES ('grant:ann', 9, 'user:bob', 5)", "no more postings"),
+        ("REPLACE INTO posting SELECT transaction_id, line, ledger_account_id, amount + 1, 0 FROM posting", "postings"),
+        ("INSERT INTO posting VALUES ('grant:ann', 9, 'user:bob', 5, 0)", "no more postings"),
         ("UPDATE ledger_transaction SET created_at_unix_ms = 0", "never changed"),
         ("DELETE FROM ledger_transaction", "never deleted"),
         ("INSERT INTO ledger_transaction VALUES ('empty', 'grant', '', 0)", "sum to zero"),
@@ -177,7 +185,7 @@ def test_the_database_refuses_what_would_falsify_the_books(books, statement, rea
 def test_the_database_refuses_a_transaction_that_does_not_balance(books):
     def unbalanced(work):
         for line, amount in enumerate((-5, 4)):
-            work.audit._connection.execute(text(f"INSERT INTO posting VALUES ('t', {line}, 'fee', {-amount})"))
+            work.audit._connection.execute(text(f"INSERT INTO posting VALUES ('t', {line}, 'fee', {-amount}, 0)"))
         work.audit._connection.execute(text("INSERT INTO ledger_transaction VALUES ('t', 'grant', '', 0)"))
 
     with pytest.raises(IntegrityError, match="sum to zero"):
@@ -187,7 +195,7 @@ def test_the_database_refuses_a_transaction_that_does_not_balance(books):
 
 def test_the_database_refuses_postings_that_no_transaction_seals(books):
     with pytest.raises(IntegrityError, match="FOREIGN KEY"):
-        execute(books, "INSERT INTO posting VALUES ('unsealed', 0, 'fee', 5)")
+        execute(books, "INSERT INTO posting VALUES ('unsealed', 0, 'fee', 5, 0)")
     assert books.audit_now().findings == ()
 
 
@@ -231,6 +239,25 @@ def test_the_audit_finds_what_was_changed_behind_the_ledgers_back(books, tamperi
 
     books.store.run_now(tamper)
     assert any(finding in found for found in books.audit_now().findings), books.audit_now().findings
+
+
+def test_the_audit_looks_every_partner_up_by_its_key(books):
+    from potluck_coordinator.storage.audit import _RULES
+
+    for sentence, query in _RULES:
+        plan = [step[3] for step in books.store.run_now(lambda work, query=query: _rows(work, f"EXPLAIN QUERY PLAN {query}"))]
+        searches = [step for step in plan if step.startswith("SEARCH p ")]
+        assert all("(transaction_id=?" in step for step in searches), (sentence, plan)
+        assert sum(step.startswith("SCAN") for step in plan) <= 2, (sentence, plan)
+
+
+def test_an_accounts_newest_lines_are_found_without_sorting_all_of_them(books):
+    plan = execute_all(
+        books,
+        "EXPLAIN QUERY PLAN SELECT * FROM posting p JOIN ledger_transaction t ON p.transaction_id = t.transaction_id"
+        " WHERE p.ledger_account_id = 'user:ann' ORDER BY p.created_at_unix_ms DESC LIMIT 5",
+    )
+    assert not any("TEMP B-TREE" in step[3] for step in plan), plan
 
 
 def test_uptime_hours_hold_at_most_sixty_minutes(books):

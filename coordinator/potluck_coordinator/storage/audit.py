@@ -20,7 +20,8 @@ HOLD_OVERDUE_MS: Final = 60_000
 FINDINGS_PER_RULE_MAX: Final = 20
 
 # Each query returns one row for each breach, ready to be filled into its sentence, and finds partners by their keys: comparing every row
-# with every other one would stop the pool for minutes. SUBSTR(…, 8) is what follows "settle:".
+# with every other one would stop the pool for minutes. SUBSTR(…, 8) is what follows "settle:"; || '' keeps the planner from looking
+# through all postings of the payer's account instead of the one transaction's.
 _RULES: Final = (
     (
         "transaction {0} has {2} postings that sum to {1}, not to zero",
@@ -59,7 +60,7 @@ _RULES: Final = (
     (
         "hold {0} settled {1}, its payer's account was charged {2}",
         """SELECT h.hold_id, h.settled, COALESCE(-p.amount, 0) FROM hold h
-        LEFT JOIN posting p ON p.transaction_id = 'settle:' || h.hold_id AND p.ledger_account_id = 'user:' || h.payer_account_id
+        LEFT JOIN posting p ON p.transaction_id = 'settle:' || h.hold_id AND p.ledger_account_id || '' = 'user:' || h.payer_account_id
         WHERE h.settled <> COALESCE(-p.amount, 0) ORDER BY h.hold_id""",
     ),
     (

@@ -81,6 +81,7 @@ class LedgerRepository:
                 "line": line,
                 "ledger_account_id": posting.ledger_account_id,
                 "amount": posting.amount_micro_credits,
+                "created_at_unix_ms": now_unix_ms,
             }
             for line, posting in enumerate(transaction.postings)
         ]
@@ -96,26 +97,29 @@ class LedgerRepository:
 
     def lines_of(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:
         """The newest postings to a person's two accounts, newest first."""
+        lines = [line for kind in _STATEMENT_WORDS for line in self._newest_lines(kind, account_id, limit)]
+        lines.sort(key=lambda line: (line.created_at_unix_ms, line.transaction_id), reverse=True)
+        return tuple(lines[:limit])
+
+    def _newest_lines(self, kind: LedgerAccountKind, owner: AccountId, limit: int) -> list[StatementLine]:
+        # One account at a time: only then does the index give the newest lines without sorting all of them.
         found = self._session.exec(
-            select(PostingRow, LedgerTransactionRow, LedgerAccountRow.kind)
+            select(PostingRow, LedgerTransactionRow.kind)
             .join(LedgerTransactionRow, col(PostingRow.transaction_id) == col(LedgerTransactionRow.transaction_id))
-            .join(LedgerAccountRow, col(PostingRow.ledger_account_id) == col(LedgerAccountRow.ledger_account_id))
-            .where(LedgerAccountRow.owner_account_id == account_id)
-            .order_by(
-                col(LedgerTransactionRow.created_at_unix_ms).desc(), col(PostingRow.transaction_id).desc(), col(PostingRow.line).desc()
-            )
+            .where(PostingRow.ledger_account_id == ledger_account_id(kind, owner))
+            .order_by(col(PostingRow.created_at_unix_ms).desc())
             .limit(limit)
         )
-        return tuple(
+        return [
             StatementLine(
                 transaction_id=posting.transaction_id,
-                kind=transaction.kind,
+                kind=transaction_kind,
                 amount_micro_credits=posting.amount,
-                created_at_unix_ms=transaction.created_at_unix_ms,
-                ledger_account_kind=_STATEMENT_WORDS[LedgerAccountKind(kind)],
+                created_at_unix_ms=posting.created_at_unix_ms,
+                ledger_account_kind=_STATEMENT_WORDS[kind],
             )
-            for posting, transaction, kind in found
-        )
+            for posting, transaction_kind in found
+        ]
 
     def claimed(self, account_id: AccountId, claim_id: str) -> int | None:
         """What that claim moved; None for a claim never made."""

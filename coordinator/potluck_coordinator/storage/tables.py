@@ -106,12 +106,15 @@ class LedgerTransactionRow(SQLModel, table=True):
 
 
 class PostingRow(SQLModel, table=True):
-    """One line of a transaction. The deferred key lets lines come first, so that the transaction's trigger sees them all."""
+    """One line of a transaction. The deferred key lets lines come first, so that the transaction's trigger sees them all.
+
+    The transaction's date stands here too, for an account's newest lines to be found without reading all of them.
+    """
 
     __tablename__ = "posting"
     __table_args__ = (
         CheckConstraint("amount <> 0", name="posting_amount"),
-        Index("ix_posting_ledger_account_id", "ledger_account_id"),
+        Index("ix_posting_ledger_account_id_created_at_unix_ms", "ledger_account_id", "created_at_unix_ms"),
     )
 
     transaction_id: str = Field(
@@ -122,6 +125,7 @@ class PostingRow(SQLModel, table=True):
     line: int = Field(primary_key=True)
     ledger_account_id: str = Field(foreign_key="ledger_account.ledger_account_id")
     amount: int = _big()
+    created_at_unix_ms: int = _big()
 
 
 class HoldRow(SQLModel, table=True):

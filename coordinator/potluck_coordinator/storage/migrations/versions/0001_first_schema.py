@@ -152,12 +152,13 @@ def _create_ledger() -> None:
         _number("line"),
         _text("ledger_account_id"),
         _big("amount"),
+        _big("created_at_unix_ms"),
         sa.PrimaryKeyConstraint("transaction_id", "line"),
         sa.CheckConstraint("amount <> 0", name="posting_amount"),
         sa.ForeignKeyConstraint(["transaction_id"], ["ledger_transaction.transaction_id"], deferrable=True, initially="DEFERRED"),
         sa.ForeignKeyConstraint(["ledger_account_id"], ["ledger_account.ledger_account_id"]),
     )
-    op.create_index("ix_posting_ledger_account_id", "posting", ["ledger_account_id"])
+    op.create_index("ix_posting_ledger_account_id_created_at_unix_ms", "posting", ["ledger_account_id", "created_at_unix_ms"])
 
 
 def _create_holds() -> None:
