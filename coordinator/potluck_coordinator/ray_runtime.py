@@ -1,7 +1,7 @@
-"""Ray, in the one place that imports it: where the coordinator's two actors live and how they reach each other.
+"""Ray, in the one place that imports it: where the coordinator's two actors live.
 
-Decides how Ray is started (on loopback, with a token, without a dashboard), that its actors come back when their process dies, and which
-calls to a directory that just died are made again. It must not know what directory and gateway do.
+Decides how Ray is started (on loopback, with a token, without a dashboard), that its actors run on this machine, where the books are, and
+that they come back when their process dies. It must not know what directory and gateway do, nor how they talk (`desk_socket`).
 
 An actor serves from its constructor on, because Ray runs that constructor again after every restart and nobody else may be there to ask.
 What fails inside an actor ends its process: Ray's restart is the one way back, whatever went wrong.
@@ -12,34 +12,24 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from potluck_coordinator.ports import Accounts, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
+from potluck_coordinator.desk_socket import DeskClient, DeskServer, RemoteDirectory
 from potluck_coordinator.settings import Settings
-from potluck_protocol.clock import Clock, SystemClock
+from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.observe import configure_logging
 
 if TYPE_CHECKING:
-    from potluck_coordinator.directory.directory import Directory
     from potluck_coordinator.gateway.gateway import Gateway
 
 NAMESPACE: Final = "potluck"
 DIRECTORY: Final = "directory"
 GATEWAY: Final = "gateway"
-DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "pool"})
-
-NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "report"})
-"""Calls that would do their work twice if they were made again after a loss."""
-PATIENCE_SECONDS: Final = 10.0
-"""How long a call waits for a directory that is restarting; it takes about half a second."""
-CALL_SECONDS_MAX: Final = 30.0
-"""The longest a call may run: `watch` waits for 20 s by design."""
-RETRY_PAUSE_SECONDS: Final = 0.1
 FAILED_PAUSE_SECONDS: Final = 1.0
 """Between a failure and the end of its actor's process, so that a lasting cause does not become a busy loop of restarts."""
 CANCEL_CHECK_SECONDS: Final = 0.25
@@ -53,89 +43,15 @@ OBJECT_STORE_BYTES: Final = 80 * 1024 * 1024
 
 _log = structlog.get_logger()
 
-Ask = Callable[[str, str, tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
-
-
-class _Desk:
-    """One desk of a directory in another process."""
-
-    def __init__(self, ask: Ask, name: str) -> None:
-        self._ask = ask
-        self._name = name
-
-    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
-        if method.startswith("_"):
-            raise AttributeError(method)
-
-        def call(*arguments: Any, **named: Any) -> Awaitable[Any]:
-            return self._ask(self._name, method, arguments, named)
-
-        return call
-
-
-class RayDirectory:
-    """`DirectoryPort` over an actor.
-
-    Args:
-        call: makes one try of (desk, method, arguments, named arguments); returns the result or a PotluckError as a value.
-        lost: the exceptions of a try whose actor is not there, or went away before it answered.
-        clock: for the bound on waiting.
-    """
-
-    def __init__(self, call: Ask, lost: tuple[type[Exception], ...], clock: Clock) -> None:
-        self._call = call
-        self._lost = lost
-        self._clock = clock
-
-    @property
-    def accounts(self) -> Accounts:
-        return cast("Accounts", _Desk(self._ask, "accounts"))
-
-    @property
-    def ledger(self) -> Ledger:
-        return cast("Ledger", _Desk(self._ask, "ledger"))
-
-    @property
-    def enrolment(self) -> EnrolmentDesk:
-        return cast("EnrolmentDesk", _Desk(self._ask, "enrolment"))
-
-    @property
-    def nodes(self) -> NodeDesk:
-        return cast("NodeDesk", _Desk(self._ask, "nodes"))
-
-    @property
-    def pool(self) -> PoolDesk:
-        return cast("PoolDesk", _Desk(self._ask, "pool"))
-
-    async def _ask(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        give_up_at = self._clock.monotonic_seconds() + PATIENCE_SECONDS
-        while True:
-            try:
-                async with asyncio.timeout(CALL_SECONDS_MAX):
-                    outcome = await self._call(desk, method, arguments, named)
-            except TimeoutError:
-                raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The directory does not answer.") from None
-            except self._lost as error:
-                if method in NOT_REPEATABLE:
-                    raise PotluckError(
-                        ErrorCode.COORDINATOR_UNAVAILABLE, "The directory went away during the call; look whether it took effect."
-                    ) from error
-                if self._clock.monotonic_seconds() >= give_up_at:
-                    raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The directory is restarting.") from error
-                await asyncio.sleep(RETRY_PAUSE_SECONDS)
-                continue
-            if isinstance(outcome, PotluckError):
-                raise outcome
-            return outcome
-
 
 class _Actor:
     """What both actors share: they serve from the start, say when they are ready, and end their process when they fail."""
 
-    def __init__(self, settings: Settings, log_pipe: str | None) -> None:
+    def __init__(self, settings: Settings, desk_socket: Path, log_pipe: str | None) -> None:
         _send_log_lines_to(log_pipe)
         configure_logging(json=settings.log_format == "json", level=settings.log_level)
         self._settings = settings
+        self._desk_socket = desk_socket
         self._ready: asyncio.Future[PotluckError | None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.get_running_loop().create_task(self._guard())
 
@@ -167,36 +83,24 @@ class _Actor:
 class DirectoryActor(_Actor):
     """The directory in a process of its own."""
 
-    _directory: Directory
-
-    async def call(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The desk's answer, or the PotluckError it raised, as a value: Ray would wrap a raised one into a type of its own."""
-        failure = await self.ready()
-        if failure is not None:
-            return failure
-        assert desk in DESKS
-        try:
-            return await getattr(getattr(self._directory, desk), method)(*arguments, **named)
-        except PotluckError as error:
-            return error
-        except Exception:  # noqa: BLE001 - the caller is told that it failed, the log why
-            _log.exception("desk_failed", desk=desk, method=method)
-            return PotluckError(ErrorCode.INTERNAL_ERROR)
-
     async def stop(self) -> None:
-        """Ends the background work and closes the database."""
+        """Ends the desks and the background work, and closes the database."""
         self._task.cancel()
         await asyncio.wait([self._task])
-        if self._ready.done() and self._ready.result() is None:
-            self._directory.close()
 
     async def _serve(self) -> None:
         from potluck_coordinator.directory.directory import Directory  # noqa: PLC0415 - only this process needs SQL
 
-        self._directory = await Directory.open(self._settings, SystemClock())
-        self._opened()
-        await self._directory.run_background()
-        raise RuntimeError("the directory's background work ended by itself")
+        directory = await Directory.open(self._settings, SystemClock())
+        desks = DeskServer(directory, self._desk_socket)
+        try:
+            await desks.start()
+            self._opened()
+            await directory.run_background()
+            raise RuntimeError("the directory's background work ended by itself")
+        finally:
+            await desks.stop()
+            directory.close()
 
 
 class GatewayActor(_Actor):
@@ -212,13 +116,10 @@ class GatewayActor(_Actor):
             await self._gateway.stop()
 
     async def _serve(self) -> None:
-        import ray  # noqa: PLC0415
-
         from potluck_coordinator.gateway.gateway import Gateway  # noqa: PLC0415 - only this process needs servers
 
-        handle = ray.get_actor(DIRECTORY, namespace=NAMESPACE)
-        call: Ask = handle.call.remote
-        self._gateway = Gateway(self._settings, RayDirectory(call, (ray.exceptions.RayActorError,), SystemClock()), SystemClock())
+        directory = RemoteDirectory(DeskClient(self._desk_socket).call, SystemClock())
+        self._gateway = Gateway(self._settings, directory, SystemClock())
         await self._gateway.start()
         self._opened()
         await asyncio.Event().wait()
@@ -229,7 +130,7 @@ class RayRuntime:
 
     Args:
         settings: with all three ports resolved, so that a restarted gateway gets the same again.
-        run_dir: a private folder of this run with a short path; Ray keeps its sockets and logs in it.
+        run_dir: a private folder of this run with a short path; the desks' socket and Ray's own lie in it.
         log_pipe: where the actors' log lines go; None leaves them to Ray's own log files.
     """
 
@@ -255,9 +156,13 @@ class RayRuntime:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = self._settings.ray_address or "on this machine"
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"Ray {where} did not come up: {error}") from error
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        desk_socket = self._run_dir / "desks"
         for name, actor_class in ((DIRECTORY, DirectoryActor), (GATEWAY, GatewayActor)):
-            made = ray.remote(actor_class).options(name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=10_000)
-            actor = self._actors[name] = made.remote(self._settings, self._log_pipe)
+            made = ray.remote(actor_class).options(
+                name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100, scheduling_strategy=here
+            )
+            actor = self._actors[name] = made.remote(self._settings, desk_socket, self._log_pipe)
             ready = actor.ready.remote()
             while not ray.wait([ready], timeout=CANCEL_CHECK_SECONDS)[0]:
                 if cancelled():
@@ -310,7 +215,8 @@ class RayRuntime:
             "num_cpus": 0,
             "num_gpus": 0,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(self._run_dir),
+            # A folder of its own, for Ray opens it to everybody; one letter, for the paths of its sockets are bounded.
+            "_temp_dir": str(self._run_dir / "r"),
         }
 
 

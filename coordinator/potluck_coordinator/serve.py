@@ -6,6 +6,7 @@ requests are served.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -37,6 +38,9 @@ PREDECESSOR_SECONDS_MAX: Final = 10.0
 """How long the ports of a coordinator that was killed are waited for."""
 CHECK_PAUSE_SECONDS: Final = 2.0
 TEMPORARY_PATH_LENGTH_MAX: Final = 24
+FREE_PORTS: Final = range(20_000, 30_000)
+"""Where a port 0 is taken from. The kernel's own choice could be given to one of Ray's sockets before the gateway has bound it."""
+FREE_PORT_TRIES: Final = 20
 PORT_FLAGS: Final = {"http_port": "--http-port", "grpc_port": "--grpc-port", "link_port": "--link-port"}
 
 _log = structlog.get_logger()
@@ -100,12 +104,20 @@ def _settle_ports_now(settings: Settings) -> Settings:
     try:
         for name, flag in PORT_FLAGS.items():
             wanted: int = getattr(settings, name)
-            held.append(_bound_socket(settings.host, wanted, flag))
+            held.append(_bound_socket(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag))
             ports[name] = held[-1].getsockname()[1]
     finally:
         for probe in held:
             probe.close()
     return settings.model_copy(update=ports)
+
+
+def _free_socket(host: str, flag: str) -> socket.socket:
+    for port in random.sample(FREE_PORTS, FREE_PORT_TRIES):
+        with contextlib.suppress(PotluckError):
+            return _bound_socket(host, port, flag)
+    # Not a matter of ports, then: this says what it is.
+    return _bound_socket(host, 0, flag)
 
 
 def _bound_socket(host: str, port: int, flag: str) -> socket.socket:

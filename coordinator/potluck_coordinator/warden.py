@@ -1,8 +1,11 @@
 """The process that outlives a coordinator only to clear up after it.
 
-Decides what is left of a run once its coordinator is gone, however it went: nothing. Every process that carries the run's mark is killed,
-and the run's folder is removed. It must not know what those processes are. Ray ends its own when the driver dies, but some of them take
-their time over it, and nobody removes the folder.
+Decides what is left of a run once its coordinator is gone, however it went: nothing. Every process that belongs to the run is killed, and
+the run's folder is removed. It must not know what those processes are. Ray ends its own when the driver dies, but some of them take their
+time over it, and nobody removes the folder.
+
+A process belongs to the run if it carries the run's mark in its environment or has a file of the run's folder open. Neither is enough by
+itself: one that sets its title, as Ray's do, overwrites what the system shows of its environment, and a young one has nothing open yet.
 
 The coordinator holds the writing end of the warden's standard input; the end of that file is the end of the coordinator.
 """
@@ -51,13 +54,12 @@ class Warden:
 
 
 def sweep(run_dir: Path) -> bool:
-    """Kills what carries the run's mark and removes its folder; False if some process would not die."""
-    mark = f"{RUN_MARK}={run_dir}".encode()
+    """Kills what belongs to the run and removes its folder; False if some process would not die. Spares the caller and its parent."""
     for _ in range(SWEEP_COUNT_MAX):
-        marked = _processes_with(mark)
-        if not marked:
+        left = _processes_of(run_dir)
+        if not left:
             break
-        for process_id in marked:
+        for process_id in left:
             _kill(process_id)
         time.sleep(SWEEP_PAUSE_SECONDS)
     else:
@@ -66,17 +68,28 @@ def sweep(run_dir: Path) -> bool:
     return True
 
 
-def _processes_with(mark: bytes) -> list[int]:
-    """By the environment they were started with. Without /proc there are none to find, and Ray's own watch has to do."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes()
-        except OSError:  # another user's, or gone
-            continue
-        if mark in environment.split(b"\0") and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+def _processes_of(run_dir: Path) -> list[int]:
+    """Found by what /proc tells. Without /proc there are none to find, and Ray's own watch has to do."""
+    mark = f"{RUN_MARK}={run_dir}".encode()
+    inside = f"{run_dir.resolve()}/"
+    spared = {os.getpid(), os.getppid()}
+    folders = (folder for folder in Path("/proc").glob("[0-9]*") if int(folder.name) not in spared)
+    return [int(folder.name) for folder in folders if _is_marked(folder, mark) or _has_open_file(folder, inside)]
+
+
+def _is_marked(folder: Path, mark: bytes) -> bool:
+    with suppress(OSError):  # another user's, or gone
+        return mark in (folder / "environ").read_bytes().split(b"\0")
+    return False
+
+
+def _has_open_file(folder: Path, inside: str) -> bool:
+    with suppress(OSError):
+        for link in (folder / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                if str(link.readlink()).startswith(inside):
+                    return True
+    return False
 
 
 def _kill(process_id: int) -> None:

@@ -108,7 +108,7 @@ def public_key_of_request(certificate_request_der: bytes) -> bytes:
         request = x509.load_der_x509_csr(certificate_request_der)
         signed = request.is_signature_valid
         key = request.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion) as error:
         raise PotluckError(
             ErrorCode.INVALID_CERTIFICATE, "The certificate request cannot be read; make a new key and join again."
         ) from error

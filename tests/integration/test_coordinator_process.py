@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.coordinator_process import CoordinatorProcess, alive, wait_until
+from tests.support.coordinator_process import CoordinatorProcess, alive, wait_gone, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -90,7 +90,7 @@ def test_a_start_that_fails_inside_an_actor_says_why_and_leaves_nothing(tmp_path
         assert process.process.wait(60) == 2
     assert "error: " in process.log()
     assert "catalogue.toml" in process.log().rpartition("error: ")[2]
-    wait_until(lambda: not alive(started), GONE_SECONDS_MAX, "the end of its processes")
+    wait_gone(started, GONE_SECONDS_MAX)
 
 
 @pytest.mark.parametrize("actor", ["GatewayActor", "DirectoryActor"])
@@ -135,7 +135,7 @@ def test_a_coordinator_that_is_killed_leaves_nothing_and_its_successor_serves_th
         first.process.wait(5)
         ports = (endpoints["http"], endpoints["grpc"], endpoints["link"])
         with CoordinatorProcess(tmp_path / "data", ports=ports) as second:
-            wait_until(lambda: not alive(processes), GONE_SECONDS_MAX, "the end of the first one's processes")
+            wait_gone(processes, GONE_SECONDS_MAX)
             wait_until(lambda: second.endpoints_file.exists() and second.wait_ready()["pid"] == second.process.pid, 60, "the second one")
             assert second.operator()["api_key"] == api_key
             assert _authenticated(second)

@@ -191,7 +191,7 @@ async def test_a_node_serves_rests_and_stops_on_ctrl_c_leaving_no_process(box: B
         assert end.reason == node_pb2.END_REASON_COMPLETED
         assert link.data("a1").endswith(b"data: [DONE]\n\n")
 
-        facts = await until_status(box, lambda status: status["engines"][0]["state"] == "ready")
+        facts = await until_status(box, lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
         assert (facts["running"], facts["status"]["pid"], facts["status"]["phase"]) == (True, process.pid, "serving")
         assert "tiny: ready, 2 slots" in (await box.node("status")).stdout
 

@@ -112,3 +112,18 @@ class CoordinatorProcess:
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run; a zombie does not."""
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_gone(processes: list[psutil.Process], seconds: float) -> None:
+    """Waits until none of them runs; names those that still do."""
+    deadline = time.monotonic() + seconds
+    while left := alive(processes):
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {[_described(process) for process in left]}"
+        time.sleep(0.05)
+
+
+def _described(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} of {process.ppid()}, {process.status()}: {' '.join(process.cmdline()).strip()[-120:]}"
+    except psutil.NoSuchProcess:
+        return f"{process.pid}, gone meanwhile"

@@ -41,27 +41,44 @@ def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
         settle_ports(_settings(tmp_path, host="192.0.2.1"), 0)
 
 
-def _sleeper(run_dir: Path | None) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **({RUN_MARK: str(run_dir)} if run_dir else {})}
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment, start_new_session=True)
+def _sleeper(mark: Path | None = None, open_file: Path | None = None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **({RUN_MARK: str(mark)} if mark else {})}
+    with (open_file or Path(os.devnull)).open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(60)"], env=environment, start_new_session=True, stdout=output
+        )
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_a_sweep_kills_what_carries_the_mark_and_nothing_else(tmp_path: Path) -> None:
+def test_a_sweep_kills_what_belongs_to_the_run_and_nothing_else(tmp_path: Path) -> None:
     run_dir, other_dir = tmp_path / "run", tmp_path / "run-2"
     run_dir.mkdir()
-    (run_dir / "log").touch()
-    marked, other, bare = _sleeper(run_dir), _sleeper(other_dir), _sleeper(None)
+    other_dir.mkdir()
+    marked = _sleeper(mark=run_dir)
+    # As a process that set its title, and so overwrote its environment.
+    writing = _sleeper(open_file=run_dir / "agent.err")
+    others = [_sleeper(mark=other_dir), _sleeper(open_file=other_dir / "agent.err"), _sleeper()]
     try:
         assert Warden(run_dir).dismiss(10)
+
         assert marked.wait(5) < 0
-        assert other.poll() is None
-        assert bare.poll() is None
+        assert writing.wait(5) < 0
+        assert [other.poll() for other in others] == [None, None, None]
         assert not run_dir.exists()
+        assert other_dir.exists()
     finally:
-        for process in (marked, other, bare):
+        for process in (marked, writing, *others):
             process.kill()
             process.wait(5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_graceful_sweep_spares_the_coordinator_itself(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / "log").open("wb"):
+        assert Warden(run_dir).dismiss(10)
+    assert not run_dir.exists()
 
 
 def test_a_sweep_of_nothing_removes_the_folder(tmp_path: Path) -> None:

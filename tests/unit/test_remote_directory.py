@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 
-from potluck_coordinator import ray_runtime
-from potluck_coordinator.ray_runtime import NOT_REPEATABLE, RayDirectory
+from potluck_coordinator import desk_socket
+from potluck_coordinator.desk_socket import NOT_REPEATABLE, DirectoryAbsentError, DirectoryLostError, RemoteDirectory
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, NodeId
-
-
-class LostError(Exception):
-    """As Ray says that an actor is not there."""
 
 
 class MovedClock:
@@ -35,12 +31,12 @@ class ScriptedCalls:
         self.outcomes = list(outcomes)
         self.asked: list[tuple[Any, ...]] = []
         self.clock = MovedClock()
-        self.directory = RayDirectory(self, (LostError,), self.clock)
+        self.directory = RemoteDirectory(self, self.clock)
 
     async def __call__(self, *call: Any) -> Any:
         self.asked.append(call)
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
-        if isinstance(outcome, LostError):
+        if isinstance(outcome, DirectoryLostError):
             self.clock.now += 1.0
             raise outcome
         return outcome
@@ -48,7 +44,7 @@ class ScriptedCalls:
 
 @pytest.fixture(autouse=True)
 def _no_real_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_runtime, "RETRY_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(desk_socket, "RETRY_PAUSE_SECONDS", 0)
 
 
 async def test_a_call_names_its_desk_and_carries_its_arguments() -> None:
@@ -68,24 +64,24 @@ async def test_a_refusal_that_came_as_a_value_is_raised() -> None:
 
 
 async def test_a_lost_call_is_made_again_until_the_directory_is_back() -> None:
-    calls = ScriptedCalls(LostError(), LostError(), ())
+    calls = ScriptedCalls(DirectoryLostError(), DirectoryLostError(), ())
 
     assert await calls.directory.nodes.list_nodes() == ()
     assert len(calls.asked) == 3
 
 
 async def test_patience_ends() -> None:
-    calls = ScriptedCalls(LostError())
+    calls = ScriptedCalls(DirectoryLostError())
 
     with pytest.raises(PotluckError) as caught:
         await calls.directory.ledger.balance(AccountId("a"))
     assert caught.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
-    assert len(calls.asked) == ray_runtime.PATIENCE_SECONDS
+    assert len(calls.asked) == desk_socket.PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize(("desk", "method"), [("accounts", name) for name in sorted(NOT_REPEATABLE - {"report"})] + [("nodes", "report")])
 async def test_a_call_that_would_work_twice_is_not_made_again(desk: str, method: str) -> None:
-    calls = ScriptedCalls(LostError(), "answer")
+    calls = ScriptedCalls(DirectoryLostError(), "answer")
 
     with pytest.raises(PotluckError, match="look whether it took effect") as caught:
         await getattr(getattr(calls.directory, desk), method)()
@@ -94,10 +90,17 @@ async def test_a_call_that_would_work_twice_is_not_made_again(desk: str, method:
 
 
 async def test_a_directory_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_runtime, "CALL_SECONDS_MAX", 0.01)
+    monkeypatch.setattr(desk_socket, "CALL_SECONDS_MAX", 0.01)
 
     async def hang(*_: Any) -> Any:
         await asyncio.Event().wait()
 
     with pytest.raises(PotluckError, match="does not answer"):
-        await RayDirectory(hang, (LostError,), MovedClock()).nodes.list_nodes()
+        await RemoteDirectory(hang, MovedClock()).nodes.list_nodes()
+
+
+async def test_a_call_that_never_left_may_always_be_made_again() -> None:
+    calls = ScriptedCalls(DirectoryAbsentError(), "answer")
+
+    assert await calls.directory.accounts.create_account("ana") == "answer"
+    assert len(calls.asked) == 2

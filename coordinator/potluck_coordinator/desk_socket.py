@@ -1,0 +1,251 @@
+"""The directory's desks for a gateway in another process, over a socket file in the run's private folder.
+
+Decides how a call crosses, and which calls to a directory that just went away are made again. It must not know what the desks do, nor who
+starts and restarts the processes.
+
+Calls are many, a payment has two of them, and Ray's own take 2 to 3 ms and 1.7 ms of processor time each; these take a tenth of it. Frames
+are pickles, so a connection is only taken from this user's own processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, cast
+
+import structlog
+
+from potluck_coordinator.ports import Accounts, DirectoryPort, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
+from potluck_protocol.clock import Clock
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "pool"})
+NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "report"})
+"""Calls that would do their work twice if they were made again after a loss."""
+PATIENCE_SECONDS: Final = 10.0
+"""How long a call waits for a directory that is restarting; it takes about two seconds."""
+CALL_SECONDS_MAX: Final = 30.0
+"""The longest a call may run: `watch` waits for 20 s by design."""
+RETRY_PAUSE_SECONDS: Final = 0.1
+FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
+_LENGTH: Final = struct.Struct("!I")
+_PEER: Final = struct.Struct("iII")  # process, user and group, as Linux' SO_PEERCRED gives them
+
+_log = structlog.get_logger()
+
+Ask = Callable[[str, str, tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
+
+
+class DirectoryLostError(Exception):
+    """The directory went away before it answered."""
+
+
+class DirectoryAbsentError(DirectoryLostError):
+    """The directory was not there: the call never left."""
+
+
+class DeskServer:
+    """The directory's end.
+
+    Args:
+        directory: whose desks are called.
+        path: of the socket file; its folder is this user's alone.
+    """
+
+    def __init__(self, directory: DirectoryPort, path: Path) -> None:
+        self._directory = directory
+        self._path = path
+        self._server: asyncio.Server | None = None
+        self._calls: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        """Listens, in the place of a predecessor that may have left its socket file."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        self._path.chmod(0o600)
+
+    async def stop(self) -> None:
+        """Takes no more calls and breaks off those that run."""
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self._connections):
+            connection.close()
+        for call in tuple(self._calls):
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            if not _is_own_user(writer.get_extra_info("socket")):
+                _log.error("desk_socket_refused_a_stranger")
+                return
+            while (frame := await _read_frame(reader)) is not None:
+                task = asyncio.ensure_future(self._answer(frame, writer))
+                self._calls.add(task)
+                task.add_done_callback(self._calls.discard)
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+
+    async def _answer(self, frame: bytes, writer: asyncio.StreamWriter) -> None:
+        number, desk, method, arguments, named = pickle.loads(frame)  # noqa: S301 - from this user's own processes only
+        assert desk in DESKS
+        try:
+            outcome = await getattr(getattr(self._directory, desk), method)(*arguments, **named)
+        except PotluckError as error:
+            outcome = error
+        except Exception:  # noqa: BLE001 - the caller is told that it failed, the log why
+            _log.exception("desk_failed", desk=desk, method=method)
+            outcome = PotluckError(ErrorCode.INTERNAL_ERROR)
+        _write_frame(writer, (number, outcome))
+
+
+class DeskClient:
+    """One try of a call at a time, over one connection that is made anew after a loss.
+
+    Args:
+        path: of the directory's socket file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connecting = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._number = 0
+
+    async def call(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The desk's answer, or its PotluckError as a value; raises DirectoryLostError."""
+        writer = self._writer if self._writer is not None else await self._connect()
+        self._number += 1
+        number = self._number
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            _write_frame(writer, (number, desk, method, arguments, named))
+            return await answer
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _connect(self) -> asyncio.StreamWriter:
+        async with self._connecting:
+            if self._writer is None:
+                try:
+                    reader, self._writer = await asyncio.open_unix_connection(self._path)
+                except OSError as error:
+                    raise DirectoryAbsentError from error
+                self._reading = asyncio.ensure_future(self._read(reader, self._writer))
+            return self._writer
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while (frame := await _read_frame(reader)) is not None:
+                number, outcome = pickle.loads(frame)  # noqa: S301 - from the directory, whose folder nobody else can enter
+                answer = self._waiting.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_result(outcome)
+        finally:
+            self._writer = None
+            writer.close()
+            for answer in self._waiting.values():
+                if not answer.done():
+                    answer.set_exception(DirectoryLostError())
+
+
+class _Desk:
+    """One desk of a directory in another process."""
+
+    def __init__(self, ask: Ask, name: str) -> None:
+        self._ask = ask
+        self._name = name
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+
+        def call(*arguments: Any, **named: Any) -> Awaitable[Any]:
+            return self._ask(self._name, method, arguments, named)
+
+        return call
+
+
+class RemoteDirectory:
+    """`DirectoryPort` in another process.
+
+    Args:
+        call: makes one try of (desk, method, arguments, named arguments), as `DeskClient.call`.
+        clock: for the bound on waiting.
+    """
+
+    def __init__(self, call: Ask, clock: Clock) -> None:
+        self._call = call
+        self._clock = clock
+
+    @property
+    def accounts(self) -> Accounts:
+        return cast("Accounts", _Desk(self._ask, "accounts"))
+
+    @property
+    def ledger(self) -> Ledger:
+        return cast("Ledger", _Desk(self._ask, "ledger"))
+
+    @property
+    def enrolment(self) -> EnrolmentDesk:
+        return cast("EnrolmentDesk", _Desk(self._ask, "enrolment"))
+
+    @property
+    def nodes(self) -> NodeDesk:
+        return cast("NodeDesk", _Desk(self._ask, "nodes"))
+
+    @property
+    def pool(self) -> PoolDesk:
+        return cast("PoolDesk", _Desk(self._ask, "pool"))
+
+    async def _ask(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        give_up_at = self._clock.monotonic_seconds() + PATIENCE_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout(CALL_SECONDS_MAX):
+                    outcome = await self._call(desk, method, arguments, named)
+            except TimeoutError:
+                raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The directory does not answer.") from None
+            except DirectoryLostError as error:
+                if method in NOT_REPEATABLE and not isinstance(error, DirectoryAbsentError):
+                    raise PotluckError(
+                        ErrorCode.COORDINATOR_UNAVAILABLE, "The directory went away during the call; look whether it took effect."
+                    ) from error
+                if self._clock.monotonic_seconds() >= give_up_at:
+                    raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The directory is restarting.") from error
+                await asyncio.sleep(RETRY_PAUSE_SECONDS)
+                continue
+            if isinstance(outcome, PotluckError):
+                raise outcome
+            return outcome
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes | None:
+    """The next frame; None at the end, however it came."""
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        (size_bytes,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        if size_bytes <= FRAME_BYTES_MAX:
+            return await reader.readexactly(size_bytes)
+    return None
+
+
+def _write_frame(writer: asyncio.StreamWriter, content: tuple[Any, ...]) -> None:
+    frame = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+    writer.write(_LENGTH.pack(len(frame)) + frame)
+
+
+def _is_own_user(connection: socket.socket) -> bool:
+    _, user_id, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return bool(user_id == os.getuid())
