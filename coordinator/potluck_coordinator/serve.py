@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
