@@ -15,7 +15,7 @@ demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
 	$(BIN)/potluck demo
 
 test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest -m "not slow and not namespaces"
+	$(BIN)/pytest -m "not slow"
 
 check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows, contract, generated code, style
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows
 	$(BIN)/pytest -q tests/style
 
 bench: $(VENV)/.installed ## compare the relay with its peers; makes environments of their own for them
-	$(BIN)/python -m benchmarks.relay
+	$(BIN)/python -m tests.benchmarks.relay
 
 protos: $(PROTO_VENV)/.installed ## write the generated code beside the .proto files
 	$(PROTO_VENV)/bin/python protos/generate.py

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -259,6 +260,8 @@ def _send_log_lines_to(log_pipe: str | None) -> None:
     os.set_blocking(descriptor, True)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    # Ray has put a wrapper of its own around the old one, which costs more than the line.
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def _as_potluck_error(error: Exception) -> PotluckError:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arithmetic import (
+from potluck_node.engines.script import Script
+from potluck_node.engines.scripted_server import ScriptedServer, serve
+from tests.benchmarks.arithmetic import (
     Estimate,
     Figures,
     Mark,
@@ -24,7 +26,7 @@ from benchmarks.arithmetic import (
     total,
     weighted_mean,
 )
-from benchmarks.load import (
+from tests.benchmarks.load import (
     ANSWER_TOKENS,
     Load,
     LoadFailedError,
@@ -37,11 +39,9 @@ from benchmarks.load import (
     encode_result,
     expected_text,
 )
-from benchmarks.load_client import check_answer, run_load, streamed_text
-from benchmarks.processes import Child, CpuReading, cpu_seconds, descendants, resident_bytes, title
-from benchmarks.report import Outcome, Standing, document, marks, table
-from potluck_node.engines.script import Script
-from potluck_node.engines.scripted_server import ScriptedServer, serve
+from tests.benchmarks.load_client import check_answer, run_load, streamed_text
+from tests.benchmarks.processes import Child, CpuReading, cpu_seconds, descendants, resident_bytes, title
+from tests.benchmarks.report import Outcome, Standing, document, marks, table
 
 SMALL = Load(streamed=True, connection_count=3, requests_per_connection=1, token_count=30, limit_seconds=10)
 

@@ -19,7 +19,7 @@ from typing import Final, cast
 import httptools
 import uvloop
 
-from benchmarks.load import (
+from tests.benchmarks.load import (
     Load,
     LoadFailedError,
     LoadResult,
@@ -31,7 +31,7 @@ from benchmarks.load import (
     encode_result,
     expected_text,
 )
-from benchmarks.processes import Child, CpuReading
+from tests.benchmarks.processes import Child, CpuReading
 
 _PROMPT: Final = "Tell me in plain words why a pot luck dinner feeds more people than any one cook could. " * 6
 _FIRST_TOKEN: Final = re.compile(rb'"content": ?"[^"]')
@@ -223,7 +223,7 @@ class LoadClient:
     """
 
     def __init__(self, log_file: Path, cores: frozenset[int]) -> None:
-        self._child = Child([sys.executable, "-m", "benchmarks.load_client"], log_file, cores=cores, pipe=True)
+        self._child = Child([sys.executable, "-m", "tests.benchmarks.load_client"], log_file, cores=cores, pipe=True)
 
     def run(self, load: Load, target: Target) -> LoadResult:
         """One run against one target; raises LoadFailedError."""

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from benchmarks.load import ANSWER_TOKENS, Target
-from benchmarks.processes import Child, free_port
+from tests.benchmarks.load import ANSWER_TOKENS, Target
+from tests.benchmarks.processes import Child, free_port
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parents[2]
 ENVIRONMENTS: Final = ROOT / ".bench"
 MODEL: Final = "bench"
 SLOT_COUNT: Final = 128

@@ -15,8 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from benchmarks.contenders import CONTEXT_LENGTH_TOKENS, MODEL, READY_SECONDS_MAX, SLOT_COUNT, Contender, wait_until_answers, write_script
-from benchmarks.processes import Child, title
+from tests.benchmarks.contenders import (
+    CONTEXT_LENGTH_TOKENS,
+    MODEL,
+    READY_SECONDS_MAX,
+    SLOT_COUNT,
+    Contender,
+    wait_until_answers,
+    write_script,
+)
+from tests.benchmarks.processes import Child, title
 
 COMMAND_SECONDS_MAX: Final = 60.0
 _POTLUCK: Final = (sys.executable, "-m", "potluck")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.relay`: Potluck's relay beside LiteLLM and sglang-router, in front of the same engine, in one run.
+"""`python -m tests.benchmarks.relay`: Potluck's relay beside LiteLLM and sglang-router, in front of the same engine, in one run.
 
 Decides what is run, in which order and for how long, and the exit status: 0 unless a mark is missed, a token lost or the harness itself
 fails. A peer that cannot be run costs only its own row. Nothing that it starts outlives it or listens beyond loopback.
@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from benchmarks.arithmetic import Figures, micros_per_unit, order_of_round, weighted_mean
-from benchmarks.contenders import Contender, PeerUnavailableError, start_direct, start_litellm, start_sglang_router
-from benchmarks.load import Load, LoadFailedError, LoadResult
-from benchmarks.load_client import LoadClient
-from benchmarks.pool import start_potluck
-from benchmarks.processes import CpuReading, resident_bytes
-from benchmarks.report import Outcome, Standing, document, marks, table
+from tests.benchmarks.arithmetic import Figures, micros_per_unit, order_of_round, weighted_mean
+from tests.benchmarks.contenders import Contender, PeerUnavailableError, start_direct, start_litellm, start_sglang_router
+from tests.benchmarks.load import Load, LoadFailedError, LoadResult
+from tests.benchmarks.load_client import LoadClient
+from tests.benchmarks.pool import start_potluck
+from tests.benchmarks.processes import CpuReading, resident_bytes
+from tests.benchmarks.report import Outcome, Standing, document, marks, table
 
 CROWD: Final = Load(streamed=True, connection_count=64, requests_per_connection=1, token_count=200, stagger_ms=200)
 ALONE: Final = Load(streamed=True, connection_count=1, requests_per_connection=1, token_count=200)
@@ -178,7 +178,7 @@ def run_benchmark(round_count: int, folder: Path) -> Outcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.relay", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay", description=__doc__)
     parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds, each about 40 s (default: 6)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figures there")
     options = parser.parse_args()

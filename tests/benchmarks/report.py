@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Final
 
-from benchmarks.arithmetic import Estimate, Figures, Mark, busy_neighbour_share, differences, estimate, ratios, total
+from tests.benchmarks.arithmetic import Estimate, Figures, Mark, busy_neighbour_share, differences, estimate, ratios, total
 
 BUSY_SHARE_MAX: Final = 0.10
 """Beyond this the machine was not ours alone, and the figures are provisional."""

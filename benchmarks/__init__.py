@@ -1,1 +1,0 @@
-"""What Potluck's relay costs, beside its peers. `python -m benchmarks.relay` runs it; docs/benchmarks.md says how it measures."""
