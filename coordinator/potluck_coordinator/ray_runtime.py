@@ -123,7 +123,7 @@ class GatewayActor(_Actor):
         self._gateway = Gateway(self._settings, directory, SystemClock())
         await self._gateway.start()
         self._opened()
-        await asyncio.Event().wait()
+        await self._gateway.run()
 
 
 class RayRuntime:

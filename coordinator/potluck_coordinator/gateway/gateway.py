@@ -122,6 +122,13 @@ class Gateway:
         _log.info("gateway_serving", epoch=grant.epoch, pool_id=grant.pool_id)
         return endpoints
 
+    async def run(self) -> None:
+        """Waits for as long as everything behind the ports is at work; raises what ended a part of it."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        raise RuntimeError("a part of the gateway ended by itself")
+
     async def stop(self) -> None:
         """Ends answers with an error, says goodbye to the nodes, hands the last settlements over and closes the ports."""
         if self._requests is not None:
