@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urlsplit
 
 from potluck.errors import pool_error
 from potluck_protocol.errors import ErrorCode
@@ -24,17 +25,30 @@ class PoolAddress:
     api_key: str = field(repr=False)
 
 
+def checked_url(url: str) -> str:
+    """The URL itself; raises InvalidRequestError for one that can lead to no pool."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise pool_error(ErrorCode.INVALID_REQUEST, f'"{url}" is no URL of a pool; one looks like http://host:port or https://host.')
+    return url
+
+
 def pool_address(url: str | None = None, api_key: str | None = None) -> PoolAddress:
     """The address from the arguments, else from POTLUCK_URL and POTLUCK_API_KEY.
 
     Raises:
-        InvalidRequestError: there is no URL.
+        InvalidRequestError: there is no URL, or it cannot be one.
         InvalidApiKeyError: there is no key, or it cannot be one.
     """
     found_url = (url or os.environ.get(URL_VARIABLE, "")).strip()
     found_key = (api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()
     if not found_url:
         raise pool_error(ErrorCode.INVALID_REQUEST, f"No pool is named: pass url= or set {URL_VARIABLE}, such as http://127.0.0.1:8600.")
+    checked_url(found_url)
     if not found_key:
         raise pool_error(ErrorCode.INVALID_API_KEY, f"No API key: pass api_key= or set {API_KEY_VARIABLE}.")
     if not (found_key.isascii() and found_key.isprintable()) or " " in found_key:

@@ -6,11 +6,16 @@ not import a role before it is asked for, because each needs an extra that may n
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Final, NoReturn
 
 import typer
+
+# Before the first import of grpc, which reads it then. What grpc has to say of a lost connection is in the errors; its raw log lines are
+# not for people. Child processes inherit it.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from potluck.commands import access, chat, demo, money, pool, up
 from potluck.commands.terminal import EXIT_FAILED, explain, say

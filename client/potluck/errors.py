@@ -54,13 +54,20 @@ class PoolError(PotluckError):
         request_id: the request it happened to, or None if it never became one.
         retry_after_seconds: when trying again makes sense, or None.
         partial_text: what of the answer had arrived.
+        outcome_unknown: the request was sent and the pool did not say what became of it. It may have run, and cost.
     """
 
     partial_text: str = ""
+    outcome_unknown: bool = False
+
+    @property
+    def retry_is_safe(self) -> bool:
+        """Whether nothing was produced or charged, and the same request may well succeed later."""
+        return self.spec.retry_is_safe and not self.outcome_unknown
 
     def __reduce__(self) -> tuple[object, ...]:
         known = {"param": self.param, "request_id": self.request_id, "retry_after_seconds": self.retry_after_seconds}
-        return _rebuild, (type(self), self.code, self.message, self.partial_text, known)
+        return _rebuild, (type(self), self.code, self.message, known, vars(self))
 
 
 class InvalidRequestError(PoolError):
@@ -203,6 +210,9 @@ _CODE_OF_BARE_STATUS: Final[dict[grpc.StatusCode, tuple[ErrorCode, str | None]]]
     grpc.StatusCode.CANCELLED: (ErrorCode.CANCELLED, None),
 }
 
+# How gRPC says that a call found no connection and never left this process. Other words than these count as sent: the safe side.
+_WORDS_FOR_NOT_SENT: Final = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+
 
 class FailedCall(Protocol):
     """What the errors of grpc and grpc.aio have in common."""
@@ -229,6 +239,24 @@ def error_of_protocol(error: PotluckError) -> PoolError:
     return pool_error(
         error.code, error.message, param=error.param, request_id=error.request_id, retry_after_seconds=error.retry_after_seconds
     )
+
+
+def error_of_answer(error: grpc.RpcError, timeout_seconds: float, request_id: str | None = None) -> PoolError:
+    """As `error_of_call`, for a request that costs.
+
+    Only two things say that nothing ran: the coordinator's own word, and gRPC's that it found no connection to send the request over. Any
+    other status that gRPC set leaves it open: the connection may have broken on the way there or on the way back.
+    """
+    failed = cast(FailedCall, error)
+    if _error_detail(failed) is not None or (failed.details() or "").startswith(_WORDS_FOR_NOT_SENT):
+        return error_of_call(error, timeout_seconds, request_id)
+    if failed.code() is grpc.StatusCode.UNAVAILABLE:
+        message = "The connection to the coordinator broke before the answer was complete; the request may have run, and cost."
+        failure = pool_error(ErrorCode.COORDINATOR_UNAVAILABLE, message, request_id=request_id)
+    else:
+        failure = error_of_call(error, timeout_seconds, request_id)
+    failure.outcome_unknown = True
+    return failure
 
 
 def error_of_call(error: grpc.RpcError, timeout_seconds: float, request_id: str | None = None) -> PoolError:
@@ -271,7 +299,7 @@ def _error_detail(failed: FailedCall) -> common_pb2.ErrorDetail | None:
     return None
 
 
-def _rebuild(error_class: type[PoolError], code: ErrorCode, message: str, partial_text: str, known: dict[str, Any]) -> PoolError:
+def _rebuild(error_class: type[PoolError], code: ErrorCode, message: str, known: dict[str, Any], attributes: dict[str, Any]) -> PoolError:
     error = error_class(code, message, **known)
-    error.partial_text = partial_text
+    vars(error).update(attributes)
     return error

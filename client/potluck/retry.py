@@ -32,7 +32,7 @@ def delay_before_retry_seconds(error: PoolError, tries_made: int, remaining_seco
         remaining_seconds: what is left of the caller's limit.
         jitter: uniform in [0, 1), so that many clients do not come back together.
     """
-    if not error.spec.retry_is_safe or tries_made >= TRIES_MAX:
+    if not error.retry_is_safe or tries_made >= TRIES_MAX:
         return None
     if error.retry_after_seconds is not None:
         if error.retry_after_seconds > RETRY_AFTER_MAX_SECONDS:

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, Self
 import grpc
 
 from potluck.answer import AnswerReader
-from potluck.errors import PoolError, error_of_call, pool_error
+from potluck.errors import PoolError, error_of_answer, pool_error
 from potluck.results import ChatResult
 from potluck_protocol.errors import ErrorCode
 from potluck_protocol.v1.inference_pb2 import GenerateResponse
@@ -65,7 +65,7 @@ class _Answer:
         return self._reader.model_id
 
     def _failed(self, error: grpc.RpcError) -> PoolError:
-        self._failure = self._reader.failure(error_of_call(error, self._timeout_seconds, self.request_id))
+        self._failure = self._reader.failure(error_of_answer(error, self._timeout_seconds, self.request_id))
         return self._failure
 
     def _complete(self) -> ChatResult:

@@ -18,7 +18,7 @@ import grpc.aio
 from potluck.address import PoolAddress
 from potluck.answer import AnswerReader
 from potluck.calls import GENERATE_METHOD, Call, Reply, Result, read_reply
-from potluck.errors import PoolError, error_of_call, error_of_protocol, pool_error
+from potluck.errors import PoolError, error_of_answer, error_of_call, error_of_protocol, pool_error
 from potluck.retry import Tries
 from potluck.streams import AsyncChatStream, ChatStream
 from potluck_protocol.channels import CHANNEL_OPTIONS
@@ -122,7 +122,7 @@ class Transport:
         try:
             return ChatStream(call, _reader(next(call, None), stream=stream), self._timeout_seconds)
         except grpc.RpcError as error:
-            raise error_of_call(error, self._timeout_seconds) from error
+            raise error_of_answer(error, self._timeout_seconds) from error
         except BaseException:
             call.cancel()
             raise
@@ -184,7 +184,7 @@ class AsyncTransport:
         try:
             return AsyncChatStream(call, _reader(await call.read(), stream=stream), self._timeout_seconds)
         except grpc.RpcError as error:
-            raise error_of_call(error, self._timeout_seconds) from error
+            raise error_of_answer(error, self._timeout_seconds) from error
         except BaseException:
             call.cancel()
             raise

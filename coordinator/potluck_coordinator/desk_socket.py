@@ -34,7 +34,8 @@ CALL_SECONDS_MAX: Final = 30.0
 """The longest a call may run: `watch` waits for 20 s by design."""
 RETRY_PAUSE_SECONDS: Final = 0.1
 FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
-_LENGTH: Final = struct.Struct("!I")
+_HEAD: Final = struct.Struct("!IQ")
+"""Of a frame: how many bytes follow, and the number of the call, which is known even of a frame that cannot be read."""
 _PEER: Final = struct.Struct("iII")  # process, user and group, as Linux' SO_PEERCRED gives them
 
 _log = structlog.get_logger()
@@ -63,7 +64,7 @@ class DeskServer:
         self._path = path
         self._server: asyncio.Server | None = None
         self._calls: set[asyncio.Task[None]] = set()
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._connections: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listens, in the place of a predecessor that may have left its socket file."""
@@ -76,37 +77,52 @@ class DeskServer:
         if self._server is not None:
             self._server.close()
         for connection in tuple(self._connections):
-            connection.close()
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
         for call in tuple(self._calls):
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
         self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(writer)
-        try:
-            if not _is_own_user(writer.get_extra_info("socket")):
-                _log.error("desk_socket_refused_a_stranger")
-                return
-            while (frame := await _read_frame(reader)) is not None:
-                task = asyncio.ensure_future(self._answer(frame, writer))
-                self._calls.add(task)
-                task.add_done_callback(self._calls.discard)
-        finally:
-            self._connections.discard(writer)
-            writer.close()
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
+        # asyncio's stream server would write a traceback for a handler that ends as cancelled.
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await self._take_calls(reader, writer)
+        self._connections.discard(connection)
+        writer.close()
 
-    async def _answer(self, frame: bytes, writer: asyncio.StreamWriter) -> None:
-        number, desk, method, arguments, named = pickle.loads(frame)  # noqa: S301 - from this user's own processes only
-        assert desk in DESKS
+    async def _take_calls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not _is_own_user(writer.get_extra_info("socket")):
+            _log.error("desk_socket_refused_a_stranger")
+            return
+        while (frame := await _read_frame(reader)) is not None:
+            task = asyncio.ensure_future(self._answer(*frame, writer))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+            # Who does not take its answers may not ask for more.
+            await writer.drain()
+
+    async def _answer(self, number: int, content: bytes, writer: asyncio.StreamWriter) -> None:
+        outcome = await self._outcome(content)
         try:
-            outcome = await getattr(getattr(self._directory, desk), method)(*arguments, **named)
+            _write_frame(writer, number, outcome)
         except PotluckError as error:
-            outcome = error
+            _write_frame(writer, number, error)
+
+    async def _outcome(self, content: bytes) -> Any:
+        desk = method = None
+        try:
+            desk, method, arguments, named = pickle.loads(content)  # noqa: S301 - from this user's own processes only
+            assert desk in DESKS
+            return await getattr(getattr(self._directory, desk), method)(*arguments, **named)
+        except PotluckError as error:
+            return error
         except Exception:  # noqa: BLE001 - the caller is told that it failed, the log why
             _log.exception("desk_failed", desk=desk, method=method)
-            outcome = PotluckError(ErrorCode.INTERNAL_ERROR)
-        _write_frame(writer, (number, outcome))
+            return PotluckError(ErrorCode.INTERNAL_ERROR)
 
 
 class DeskClient:
@@ -125,13 +141,18 @@ class DeskClient:
         self._number = 0
 
     async def call(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The desk's answer, or its PotluckError as a value; raises DirectoryLostError."""
+        """The desk's answer, or its PotluckError as a value; INTERNAL_ERROR as a value for an answer that cannot be read.
+
+        Raises:
+            DirectoryLostError: nobody answered.
+            PotluckError: INTERNAL_ERROR for a call that cannot be sent.
+        """
         writer = self._writer if self._writer is not None else await self._connect()
         self._number += 1
         number = self._number
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            _write_frame(writer, (number, desk, method, arguments, named))
+            _write_frame(writer, number, (desk, method, arguments, named))
             return await answer
         finally:
             self._waiting.pop(number, None)
@@ -149,10 +170,10 @@ class DeskClient:
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while (frame := await _read_frame(reader)) is not None:
-                number, outcome = pickle.loads(frame)  # noqa: S301 - from the directory, whose folder nobody else can enter
+                number, content = frame
                 answer = self._waiting.get(number)
                 if answer is not None and not answer.done():
-                    answer.set_result(outcome)
+                    answer.set_result(_read_outcome(content))
         finally:
             self._writer = None
             writer.close()
@@ -232,18 +253,34 @@ class RemoteDirectory:
             return outcome
 
 
-async def _read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next frame; None at the end, however it came."""
+async def _read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes] | None:
+    """The number and content of the next frame; None at the end, however it came."""
     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-        (size_bytes,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        size_bytes, number = _HEAD.unpack(await reader.readexactly(_HEAD.size))
         if size_bytes <= FRAME_BYTES_MAX:
-            return await reader.readexactly(size_bytes)
+            return number, await reader.readexactly(size_bytes)
     return None
 
 
-def _write_frame(writer: asyncio.StreamWriter, content: tuple[Any, ...]) -> None:
-    frame = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
-    writer.write(_LENGTH.pack(len(frame)) + frame)
+def _write_frame(writer: asyncio.StreamWriter, number: int, content: Any) -> None:
+    """Raises PotluckError(INTERNAL_ERROR) for what does not pickle or is too large; nothing has then been written."""
+    try:
+        frame = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        _log.exception("desk_frame_not_written", call=number)
+        raise PotluckError(ErrorCode.INTERNAL_ERROR) from error
+    if len(frame) > FRAME_BYTES_MAX:
+        _log.error("desk_frame_too_large", call=number, frame_bytes=len(frame), frame_bytes_max=FRAME_BYTES_MAX)
+        raise PotluckError(ErrorCode.INTERNAL_ERROR)
+    writer.write(_HEAD.pack(len(frame), number) + frame)
+
+
+def _read_outcome(content: bytes) -> Any:
+    try:
+        return pickle.loads(content)  # noqa: S301 - from the directory, whose folder nobody else can enter
+    except Exception:  # noqa: BLE001 - it fails this one call; the others share the connection
+        _log.exception("desk_answer_unreadable")
+        return PotluckError(ErrorCode.INTERNAL_ERROR)
 
 
 def _is_own_user(connection: socket.socket) -> bool:

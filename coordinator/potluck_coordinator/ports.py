@@ -130,7 +130,6 @@ class SessionGrant:
 
     epoch: int
     owner_account_id: AccountId
-    display_name: str
     desired: DesiredState
 
 
@@ -161,7 +160,6 @@ class NodeReport:
 
     node_id: NodeId
     epoch: int
-    heartbeat_count: int
     covered_seconds: float
     """Time since the last report during which the lease was fresh."""
     suspect: bool
@@ -178,8 +176,10 @@ class Accounts(Protocol):
 
     async def create_account(self, name: str) -> AccountRecord: ...
     async def list_accounts(self) -> tuple[AccountRecord, ...]: ...
-    async def create_key(self, account_id: AccountId, name: str, lifetime_seconds: int) -> tuple[KeyRecord, str]:
-        """The record and the secret, which is not kept; 0 seconds means no end."""
+    async def create_key(
+        self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0
+    ) -> tuple[KeyRecord, str]:
+        """The record and the secret, which is not kept; 0 seconds means no end. Refused if it would last beyond `ends_by_unix_ms`."""
         ...
 
     async def list_keys(self, account_id: AccountId) -> tuple[KeyRecord, ...]: ...

@@ -10,6 +10,8 @@ What fails inside an actor ends its process: Ray's restart is the one way back, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import os
 import secrets
 import sys
@@ -74,7 +76,10 @@ class _Actor:
         except asyncio.CancelledError:
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, the process ends and Ray starts it again
-            _log.exception("actor_failed", actor=type(self).__name__, process_id=os.getpid())
+            if isinstance(error, PotluckError):
+                _log.error("actor_failed", actor=type(self).__name__, code=error.code, reason=error.message)
+            else:
+                _log.exception("actor_failed", actor=type(self).__name__, process_id=os.getpid())
             if not self._ready.done():
                 self._ready.set_result(_as_potluck_error(error))
             await asyncio.sleep(FAILED_PAUSE_SECONDS)
@@ -183,14 +188,18 @@ class RayRuntime:
 
         for name, actor in self._actors.items():
             try:
-                ray.get(actor.ready.remote(), timeout=CHECK_SECONDS_MAX)
-                self._answered_at[name] = self._clock.monotonic_seconds()
+                failure: Exception | None = ray.get(actor.ready.remote(), timeout=CHECK_SECONDS_MAX)
             except ray.exceptions.RayError as error:
-                absent_seconds = self._clock.monotonic_seconds() - self._answered_at[name]
-                _log.warning("actor_absent", actor=name, absent_seconds=round(absent_seconds, 1), reason=type(error).__name__)
-                # Ray's word for an actor that it will not start again.
-                if absent_seconds > ABSENCE_SECONDS_MAX or isinstance(error, ray.exceptions.ActorDiedError):
-                    raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"The {name} has been away for too long.") from error
+                failure = error
+            if failure is None:
+                self._answered_at[name] = self._clock.monotonic_seconds()
+                continue
+            # One that answers that it failed is about to end its process: it is as absent as one that does not answer.
+            absent_seconds = self._clock.monotonic_seconds() - self._answered_at[name]
+            _log.warning("actor_absent", actor=name, absent_seconds=round(absent_seconds, 1), reason=type(failure).__name__)
+            # Ray's word for an actor that it will not start again.
+            if absent_seconds > ABSENCE_SECONDS_MAX or isinstance(failure, ray.exceptions.ActorDiedError):
+                raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, _away_text(name, failure)) from failure
 
     def stop(self) -> None:
         """Gateway first, so that nodes hear a goodbye and holds are settled; then the directory; then Ray. Bounded, never raises."""
@@ -257,11 +266,34 @@ def _send_log_lines_to(log_pipe: str | None) -> None:
         descriptor = os.open(log_pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return
-    os.set_blocking(descriptor, True)
+    # It stays non-blocking: a terminal that is held, or a driver that is busy, costs lines and not the pool's time.
     os.dup2(descriptor, 2)
     os.close(descriptor)
     # Ray has put a wrapper of its own around the old one, which costs more than the line.
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(_LossyDescriptor(2)), errors="backslashreplace", line_buffering=True)
+
+
+class _LossyDescriptor(io.RawIOBase):
+    """A descriptor that loses what nobody takes at once, and never fails whoever writes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, data)
+        return len(data)
+
+
+def _away_text(name: str, failure: Exception) -> str:
+    reason = f" What it says: {failure.message}" if isinstance(failure, PotluckError) else ""
+    return f"The {name} has been away for too long.{reason}"
 
 
 def _as_potluck_error(error: Exception) -> PotluckError:

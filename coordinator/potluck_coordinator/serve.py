@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -42,6 +41,7 @@ TEMPORARY_PATH_LENGTH_MAX: Final = 24
 FREE_PORTS: Final = range(20_000, 30_000)
 """Where a port 0 is taken from. The kernel's own choice could be given to one of Ray's sockets before the gateway has bound it."""
 FREE_PORT_TRIES: Final = 20
+STDERR: Final = 2
 PORT_FLAGS: Final = {"http_port": "--http-port", "grpc_port": "--grpc-port", "link_port": "--link-port"}
 
 _log = structlog.get_logger()
@@ -224,9 +224,12 @@ def _log_pipe(path: Path) -> Iterator[Path]:
 
 
 def _copy_to_stderr(descriptor: int) -> None:
+    """For ever, whatever becomes of standard error: while nobody empties the pipe, the actors' lines are lost."""
     while chunk := os.read(descriptor, 65536):
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
+        # Whoever read it may have gone (`serve 2>&1 | head`), or the disk may be full.
+        with contextlib.suppress(OSError):
+            while chunk:
+                chunk = chunk[os.write(STDERR, chunk) :]
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class Agent:
         self._end_wanted = asyncio.Event()
         self._hurry = asyncio.Event()
         self._rest: asyncio.Task[None] | None = None
+        self._status_written = True
 
     def stop(self, reason: GoodbyeReason) -> None:
         """Asks for the end; asking again means at once."""
@@ -132,9 +133,20 @@ class Agent:
             if control.paused != (self._report.state is NodeState.PAUSED):
                 self._set_paused(control.paused)
             status = self._report.status(self._link.session, self._link.trouble)
-            write_status(self._folder.path, status)
+            self._write_status(status)
             self._show(status)
             await asyncio.sleep(POLL_SECONDS)
+
+    def _write_status(self, status: AgentStatus) -> None:
+        """A full disk costs the owner's view of the node, never the node; it is logged once until it is over."""
+        try:
+            write_status(self._folder.path, status)
+        except OSError as error:
+            if self._status_written:
+                _log.warning("status_not_written", reason=error.strerror or type(error).__name__)
+            self._status_written = False
+        else:
+            self._status_written = True
 
     def _set_paused(self, paused: bool) -> None:
         _log.info("paused" if paused else "resumed")

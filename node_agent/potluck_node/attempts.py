@@ -140,13 +140,17 @@ class Attempts:
             self._end_unknown(attempt_id, EndReason.REFUSED, detail, 0)
 
     def cancel(self, attempt_id: AttemptId) -> None:
-        """Closes the engine's connection at once and ends the attempt; one that is over is forgotten."""
+        """Closes the engine's connection at once and forgets the attempt; only its end is still sent, to be sure that it is over.
+
+        The coordinator has forgotten it as well: it acknowledges nothing more of it, and would not resume it.
+        """
         attempt = self._attempts.get(attempt_id)
         if attempt is None:
             return
         if attempt.delivery.ended:
             self._forget(attempt)
             return
+        del self._attempts[attempt_id]
         attempt.delivery.cancel()
         self._end(attempt, EndReason.CANCELLED)
 
@@ -181,6 +185,8 @@ class Attempts:
         dropped = list(self._attempts.values())
         for attempt in dropped:
             self._forget(attempt)
+        # What is left are the ends of cancelled attempts.
+        self._line.clear()
         return len(dropped)
 
     # What the link does.

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import IO, Final
@@ -55,7 +56,7 @@ class ChildProcess:
         self._stdout, self._stderr = stdout, stderr
         self.stderr = StderrTail()
         self._listening = asyncio.create_task(self._listen())
-        self._ending = asyncio.create_task(asyncio.to_thread(process.wait))
+        self._ending = _ending_of(process)
 
     @classmethod
     async def spawn(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
@@ -120,6 +121,29 @@ class ChildProcess:
     async def _listen(self) -> None:
         while piece := await self._stderr.read(_READ_BYTES):
             self.stderr.add(piece)
+
+
+def _ending_of(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """The child's exit status, as soon as there is one.
+
+    A thread of its own waits for each child: on the loop's few shared threads, living engines would leave none for hashing and downloads.
+    """
+    loop = asyncio.get_running_loop()
+    ending: asyncio.Future[int] = loop.create_future()
+
+    def wait() -> None:
+        status = process.wait()
+        # A child may outlive the loop; then nobody asks any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_settle, ending, status)
+
+    threading.Thread(target=wait, name=f"child {process.pid}", daemon=True).start()
+    return ending
+
+
+def _settle(ending: asyncio.Future[int], status: int) -> None:
+    if not ending.done():
+        ending.set_result(status)
 
 
 async def _reader_of(pipe: IO[bytes]) -> asyncio.StreamReader:

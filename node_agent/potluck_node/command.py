@@ -1,7 +1,7 @@
 """`potluck node`: what a volunteer types.
 
-Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. The only reader of the
-environment.
+Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. Only this module touches
+`os.environ`, and hands it on; settings from `POTLUCK_NODE_*` are read in `settings`.
 """
 
 from __future__ import annotations
@@ -213,19 +213,16 @@ def _invite_text(invite: str | None, invite_file: Path | None) -> str:
 
 
 def _folder(state_dir: Path | None) -> StateFolder:
-
     return StateFolder(load_settings(state_dir=state_dir).state_dir)
 
 
 def _stop_on_signals(agent: Agent) -> None:
-
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, agent.stop, GoodbyeReason.STOPPING)
 
 
 def _set_paused(state_dir: Path | None, *, paused: bool) -> None:
-
     with _explained():
         folder = _folder(state_dir)
         folder.identity()
@@ -236,7 +233,6 @@ def _set_paused(state_dir: Path | None, *, paused: bool) -> None:
 
 
 def _leave_through_agent(folder: StateFolder, limit_seconds: float) -> None:
-
     write_control(folder.path, leaving=True)
     deadline = time.monotonic() + limit_seconds
     while folder.locked:
@@ -250,7 +246,6 @@ def _leave_through_agent(folder: StateFolder, limit_seconds: float) -> None:
 
 
 def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
-
     lines = [
         f"node         {facts['node_id']} ({facts['display_name']})",
         f"earns for    {facts['owner_account_id']}",

@@ -6,6 +6,7 @@ commands read. It must not know what pausing or leaving does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def write_control(folder: Path, *, paused: bool | None = None, leaving: bool | N
 
 
 def write_status(folder: Path, status: AgentStatus) -> None:
-    """Replaces the status in one step."""
+    """Replaces the status in one step; raises OSError, as on a full disk."""
     draft = folder / f".{_STATUS}"
     # Not synced to disk: it is written every second and means nothing after a crash.
     draft.write_text(json.dumps(asdict(status)))
@@ -102,8 +103,9 @@ def read_status(folder: Path) -> AgentStatus | None:
 
 
 def remove_status(folder: Path) -> None:
-    """The agent stopped in order."""
-    (folder / _STATUS).unlink(missing_ok=True)
+    """The agent stopped in order. A file that cannot be removed does no harm: without a running agent nobody reads it."""
+    with contextlib.suppress(OSError):
+        (folder / _STATUS).unlink()
 
 
 def _read(path: Path) -> dict[str, Any]:

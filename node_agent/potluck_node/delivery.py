@@ -111,13 +111,14 @@ class Delivery:
             self._end = _End(self._next_sequence, reason, detail)
 
     def cancel(self) -> None:
-        """Ends the attempt as cancelled and forgets what was not sent: nobody waits for it."""
+        """Ends the attempt as cancelled, after what was sent, and forgets all its bytes: nobody waits for them or resumes them."""
         if self._end is not None:
             return
-        while self._unsent:
-            chunk = self._unsent.pop()
-            self._held_bytes -= len(chunk.data)
-            self._next_sequence = chunk.sequence
+        if self._unsent:
+            self._next_sequence = self._unsent[0].sequence
+        self._unsent.clear()
+        self._sent.clear()
+        self._held_bytes = 0
         self.finish(EndReason.CANCELLED)
 
     def acknowledge(self, next_sequence: int) -> None:

@@ -15,13 +15,14 @@ from potluck_node.attempts import Attempts
 from potluck_node.control import AgentStatus, EngineLine
 from potluck_node.credentials import Credentials
 from potluck_node.domain.session import Session, lease_left_seconds
+from potluck_node.engines.base import FAILURE_CHARACTERS_MAX
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, SessionId
 from potluck_protocol.version import PROTOCOL_VERSION, package_version
 
-FAILURE_CHARACTERS_MAX: Final = 4_000
-"""How much of an engine's last words travels in a heartbeat."""
+ENGINES_MAX: Final = 64
+"""How many replicas a hello or heartbeat names, whatever was wished."""
 
 
 class NodeReport:
@@ -79,8 +80,8 @@ class NodeReport:
         )
 
     def engines(self) -> tuple[EngineStatus, ...]:
-        """Every replica with the slots that attempts take, under the owner's limit."""
-        return tuple(self._with_slots(status) for status in self._replicas.statuses())
+        """The replicas with the slots that attempts take, under the owner's limit; ENGINES_MAX of them at most."""
+        return tuple(self._with_slots(status) for status in self._replicas.statuses()[:ENGINES_MAX])
 
     def status(self, session: Session, trouble: str) -> AgentStatus:
         """What the owner's commands show."""

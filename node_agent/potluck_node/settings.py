@@ -1,7 +1,7 @@
 """The volunteer's own limits and places.
 
-Decides what may be set and where it is read from: flags, then `POTLUCK_NODE_*`, then `node.toml`. Only the command reads the environment,
-and only through this module. These limits win over any wish of the coordinator.
+Decides what may be set and where it is read from: flags, then `POTLUCK_NODE_*`, then `node.toml`. Only the command loads settings.
+These limits win over any wish of the coordinator.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _KEEPALIVE: Final[list[tuple[str, int]]] = [
 SERVER_OPTIONS: Final[list[tuple[str, int]]] = [
     *_KEEPALIVE,
     # The default of 300 s would answer the agents' own pings with GOAWAY too_many_pings.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.max_metadata_size", 4 * 1024),
     # Two processes sharing a port would split the nodes between a live coordinator and a dying one.
     ("grpc.so_reuseport", 0),

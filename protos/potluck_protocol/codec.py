@@ -1,7 +1,8 @@
 """Values to messages and back.
 
 The only place where the words of `potluck_protocol.values` meet generated types. Decoding is total: an unknown enum number or a malformed
-id becomes `PotluckError(INVALID_REQUEST)`, never a wrong value. Chunks are the exception: they are the hot path, and the link reads them
+id becomes `PotluckError(INVALID_REQUEST)`, never a wrong value; so does more than one node can have, for what a node says of itself is kept
+and shown to everyone. Chunks are the exception: they are the hot path, and the link reads them
 straight from the frame.
 """
 
@@ -36,7 +37,7 @@ from potluck_protocol.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from enum import StrEnum
 
 ENDPOINT_NUMBER: Final = {
@@ -70,9 +71,18 @@ GOODBYE_NUMBER: Final = {
     GoodbyeReason.REPLACED: node_pb2.GOODBYE_REASON_REPLACED,
     GoodbyeReason.COORDINATOR_STOPPING: node_pb2.GOODBYE_REASON_COORDINATOR_STOPPING,
     GoodbyeReason.PROTOCOL_VERSION_UNSUPPORTED: node_pb2.GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED,
+    GoodbyeReason.LEASE_ENDED: node_pb2.GOODBYE_REASON_LEASE_ENDED,
 }
 
+ENGINES_MAX: Final = 64
+ACCELERATORS_MAX: Final = 64
+TEXT_CHARACTERS_MAX: Final = 256
+"""Of an id, a name or a version."""
+FAILURE_CHARACTERS_MAX: Final = 2000
+"""Of an engine's last words, of which the end is kept."""
+
 _Word = TypeVar("_Word", bound="StrEnum")
+_Item = TypeVar("_Item")
 
 
 def _word(numbers: Mapping[_Word, int], number: int, field: str) -> _Word:
@@ -80,6 +90,18 @@ def _word(numbers: Mapping[_Word, int], number: int, field: str) -> _Word:
         if known == number:
             return word
     raise PotluckError(ErrorCode.INVALID_REQUEST, f"{field} has the unknown value {number}", param=field)
+
+
+def _text(text: str, field: str) -> str:
+    if len(text) > TEXT_CHARACTERS_MAX:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{field} has more than {TEXT_CHARACTERS_MAX} characters", param=field)
+    return text
+
+
+def _items(items: Sequence[_Item], count_max: int, field: str) -> Sequence[_Item]:
+    if len(items) > count_max:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{field} has more than {count_max} items", param=field)
+    return items
 
 
 def endpoint_from_number(number: int) -> Endpoint:
@@ -131,12 +153,16 @@ def inventory_message(inventory: Inventory) -> node_pb2.Inventory:
 
 
 def inventory_value(message: node_pb2.Inventory) -> Inventory:
+    """What a node has; raises PotluckError(INVALID_REQUEST) for more than a node can have."""
     return Inventory(
-        operating_system=message.operating_system,
+        operating_system=_text(message.operating_system, "inventory.operating_system"),
         cpu_count=message.cpu_count,
         memory_bytes=message.memory_bytes,
         disk_free_bytes=message.disk_free_bytes,
-        accelerators=tuple(Accelerator(card.name, card.uuid, card.memory_bytes) for card in message.accelerators),
+        accelerators=tuple(
+            Accelerator(_text(card.name, "accelerators.name"), _text(card.uuid, "accelerators.uuid"), card.memory_bytes)
+            for card in _items(message.accelerators, ACCELERATORS_MAX, "inventory.accelerators")
+        ),
     )
 
 
@@ -158,20 +184,25 @@ def engine_status_message(status: EngineStatus) -> node_pb2.EngineStatus:
 
 
 def engine_status_value(message: node_pb2.EngineStatus) -> EngineStatus:
+    """One engine as its node reports it; raises PotluckError(INVALID_REQUEST). An overlong failure is cut."""
     return EngineStatus(
-        replica_id=ReplicaId(message.replica_id),
-        model_id=ModelId(message.model_id),
+        replica_id=ReplicaId(_text(message.replica_id, "engines.replica_id")),
+        model_id=ModelId(_text(message.model_id, "engines.model_id")),
         state=_word(ENGINE_STATE_NUMBER, message.state, "engines.state"),
-        engine_kind=message.engine_kind,
-        engine_version=message.engine_version,
+        engine_kind=_text(message.engine_kind, "engines.engine_kind"),
+        engine_version=_text(message.engine_version, "engines.engine_version"),
         slot_count=message.slot_count,
         running_count=message.running_count,
         context_length_tokens=message.context_length_tokens,
         fetched_bytes=message.fetched_bytes,
         fetch_total_bytes=message.fetch_total_bytes,
-        failure=message.failure,
-        endpoints=tuple(endpoint_from_number(number) for number in message.endpoints),
+        failure=message.failure[-FAILURE_CHARACTERS_MAX:],
+        endpoints=tuple(endpoint_from_number(number) for number in _items(message.endpoints, len(Endpoint), "engines.endpoints")),
     )
+
+
+def _engine_statuses(messages: Sequence[node_pb2.EngineStatus]) -> tuple[EngineStatus, ...]:
+    return tuple(engine_status_value(status) for status in _items(messages, ENGINES_MAX, "engines"))
 
 
 def desired_state_message(desired: DesiredState) -> node_pb2.DesiredState:
@@ -236,13 +267,13 @@ def hello_message(hello: Hello) -> node_pb2.Hello:
 def hello_value(message: node_pb2.Hello) -> Hello:
     return Hello(
         protocol_version=message.protocol_version,
-        node_id=NodeId(message.node_id),
-        session_id=SessionId(message.session_id),
-        agent_version=message.agent_version,
+        node_id=NodeId(_text(message.node_id, "node_id")),
+        session_id=SessionId(_text(message.session_id, "session_id")),
+        agent_version=_text(message.agent_version, "agent_version"),
         inventory=inventory_value(message.inventory),
         state=node_state_from_number(message.state),
-        in_flight=tuple(AttemptId(attempt.attempt_id) for attempt in message.in_flight),
-        engines=tuple(engine_status_value(status) for status in message.engines),
+        in_flight=tuple(AttemptId(_text(attempt.attempt_id, "in_flight.attempt_id")) for attempt in message.in_flight),
+        engines=_engine_statuses(message.engines),
     )
 
 
@@ -285,7 +316,7 @@ def heartbeat_value(message: node_pb2.Heartbeat) -> Heartbeat:
     return Heartbeat(
         progress_count=message.progress_count,
         state=node_state_from_number(message.state),
-        engines=tuple(engine_status_value(status) for status in message.engines),
+        engines=_engine_statuses(message.engines),
         disk_free_bytes=message.disk_free_bytes,
     )
 

@@ -28,7 +28,6 @@ from potluck_protocol.values import NodeId
 NODE_URI_PREFIX: Final = "spiffe://potluck/node/"
 REQUEST_BYTES_MAX: Final = 4 * 1024
 _NODE_ID_CHARACTERS: Final = 26
-_RENEWAL_SHARE: Final = 2 / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,6 @@ class CertificateLife:
 
     valid_from_unix_ms: int
     valid_until_unix_ms: int
-
-    @property
-    def renew_at_unix_ms(self) -> int:
-        """Two thirds of its life: early enough to ride out a coordinator that is away for hours."""
-        return self.valid_from_unix_ms + int((self.valid_until_unix_ms - self.valid_from_unix_ms) * _RENEWAL_SHARE)
 
 
 def new_private_key() -> bytes:

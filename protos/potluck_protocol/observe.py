@@ -8,11 +8,12 @@ Imported by the coordinator and the agent only; the SDK logs through the standar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -54,6 +55,22 @@ _SECRET_TEXT: Final = re.compile(
 _DEPTH_MAX: Final = 4
 
 
+class _UnfailingFile:
+    """A file whose failures end nobody: a process must outlive whoever read its log (`… 2>&1 | head`), at the price of lines."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+
 def configure_logging(*, json: bool, level: str = "info") -> None:
     """Sends this process's log lines, its libraries' included, to standard error.
 
@@ -65,6 +82,7 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
         ValueError: the level is none of these.
     """
     level_number = _level_number(level)
+    file = _UnfailingFile(sys.stderr)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -79,10 +97,10 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level_number),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", file)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(cast("TextIO", file))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -71,6 +71,7 @@ class GoodbyeReason(StrEnum):
     REPLACED = "replaced"
     COORDINATOR_STOPPING = "coordinator_stopping"
     PROTOCOL_VERSION_UNSUPPORTED = "protocol_version_unsupported"
+    LEASE_ENDED = "lease_ended"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     python -m tests.chaos.coordinator_loss --rounds 50
 
 prints a line for each round and exits 1 if anything that was promised is broken: nodes back within 10 s of the return, accounts, nodes,
-keys and catalogue as they were, no hold left open, books that balance. A gateway or directory returns by itself, so its time counts from
+keys and catalogue as they were, no hold left open, books that balance, no answer that ends early as if it were whole, and none that breaks
+where only the directory died. A gateway or directory returns by itself, so its time counts from
 the kill; a coordinator returns when somebody has started another and that one serves.
 """
 
@@ -59,6 +60,7 @@ class Load:
         self.complete = 0
         self.broken = 0
         self.silent_ends: list[str] = []
+        """Answers that looked whole and were not: no `[DONE]`, no error, and nothing wrong with the connection."""
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(STREAM_COUNT)]
 
     def __enter__(self) -> Self:
@@ -73,17 +75,25 @@ class Load:
 
     def _ask(self) -> None:
         while not self._stop.is_set():
-            try:
-                stream = self._pool.stream()
-                stream.read_to_end()
-                complete = stream.done
-            except Exception:  # noqa: BLE001 - while something is dead, clients fail in every way there is
-                complete = False
-            with self._lock:
-                self.complete += complete
-                self.broken += not complete
-            if not complete:
+            if not self.ask_once():
                 self._stop.wait(0.1)
+
+    def ask_once(self) -> bool:
+        """Whether a complete answer came."""
+        complete, silent_end = False, ""
+        try:
+            stream = self._pool.stream()
+            stream.read_to_end()
+            complete = stream.done
+            if not complete and stream.error is None:
+                silent_end = f"an answer of {stream.node_id} just ended after {stream.token_count} tokens"
+        except Exception:  # noqa: BLE001 - while something is dead, clients fail in every way there is, but they notice
+            pass
+        with self._lock:
+            self.complete += complete
+            self.broken += not complete
+            self.silent_ends += [silent_end] if silent_end else []
+        return complete
 
 
 def standing(pool: Pool) -> dict[str, Any]:
@@ -154,8 +164,11 @@ def play(pool: Pool, number: int, catalogue: Path, stack: ExitStack) -> Round:
     open_hold_count, findings = wait_without_holds(pool)
     if open_hold_count:
         broken.append(f"{open_hold_count} holds are still open")
+    broken += load.silent_ends
     if load.complete == 0:
         broken.append("no answer was complete: there was no load")
+    if victim == "directory" and load.broken:
+        broken.append(f"{load.broken} answers broke, although only the directory died")
     return Round(number, victim, round(back_after_seconds, 2), load.complete, load.broken, open_hold_count, (*broken, *findings))
 
 

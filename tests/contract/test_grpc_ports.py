@@ -19,6 +19,7 @@ from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor, authenticate_node
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import InferenceRequest, RequestService
+from potluck_coordinator.metrics import Metrics
 from potluck_coordinator.ports import GatewayGrant, KeyIdentity
 from potluck_protocol import identity
 from potluck_protocol.channels import CHANNEL_OPTIONS
@@ -142,7 +143,7 @@ class Served:
             grant(authority),
             interceptor(),
             enrolment=node_pb2_grpc.EnrolmentServiceServicer(),
-            inference=InferenceServicer(cast("RequestService", requests)),
+            inference=InferenceServicer(cast("RequestService", requests), Metrics(), SystemClock()),
             account=account_pb2_grpc.AccountServiceServicer(),
             pool=pool_pb2_grpc.PoolServiceServicer(),
         )

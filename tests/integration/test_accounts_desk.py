@@ -82,6 +82,17 @@ async def test_a_key_speaks_for_its_account_until_it_expires_or_is_revoked(books
     ]
 
 
+async def test_a_key_ends_no_later_than_it_may(books):
+    ann = await books.accounts.create_account("ann")
+    ends_by = books.clock.unix_ms() + 3_600_000
+    for lifetime in (0, 3601):
+        with pytest.raises(PotluckError, match=r"ends in 3600 s.* shorter lifetime") as refused:
+            await books.accounts.create_key(ann.account_id, "k", lifetime, ends_by_unix_ms=ends_by)
+        assert (refused.value.code, refused.value.param) == (ErrorCode.INVALID_REQUEST, "lifetime_seconds")
+    record, _ = await books.accounts.create_key(ann.account_id, "k", 3600, ends_by_unix_ms=ends_by)
+    assert record.expires_at_unix_ms == ends_by
+
+
 async def test_what_is_not_a_key_of_this_pool_is_refused(books):
     ann = await books.accounts.create_account("ann")
     _, key = await books.accounts.create_key(ann.account_id, "laptop", 0)

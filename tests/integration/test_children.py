@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from potluck.commands.children import Child, child_environment
-from potluck.errors import InternalError
+from potluck.commands.local_pool import LocalPool, LocalPoolPlan
+from potluck.commands.progress import LiveLine
+from potluck.errors import AlreadyExistsError, InternalError
 
 DEAF = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
 TIED = "from potluck.tether import tie_to_parent; tie_to_parent(); import time; print('tied', flush=True); time.sleep(60)"
@@ -73,6 +76,17 @@ time.sleep(60)
         finally:
             parent.send_signal(signal.SIGKILL)
     assert until(lambda: not is_running(child_pid))
+
+
+def test_a_second_pool_on_a_folder_is_refused_before_it_touches_the_firsts_logs(tmp_path: Path):
+    plan = LocalPoolPlan(tmp_path, 0, 0, 0, None)
+    log = tmp_path / "coordinator.log"
+    log.write_text("the first one's")
+    with (tmp_path / "lock").open("a") as lock, LiveLine() as line, LocalPool(plan, line) as second:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(AlreadyExistsError, match=r"`potluck up` already runs(?!.*--data-dir)"):
+            second.start()
+    assert log.read_text() == "the first one's"
 
 
 def test_a_child_whose_parent_is_already_gone_does_not_start():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +163,51 @@ def test_an_invite_carries_the_address_the_pin_and_the_token_and_stands_alone(po
     assert terminal.out.count("\n") == 1
     assert "this machine only" in terminal.err
     assert "z" * 43 not in terminal.err
+
+
+def test_an_invite_as_json(pool: ScriptedPool, terminal: Terminal):
+    assert terminal.run("tokens", "create", "--json") == 0
+    made = json.loads(terminal.out)
+    assert Invite.parse(made.pop("invite")).token_id == "t" * 12
+    assert made == {"token_id": "t" * 12, "account_id": "acct_a", "expires_at_unix_ms": 1_000}
+
+
+def test_an_invite_that_never_works_is_not_made(pool: ScriptedPool, terminal: Terminal):
+    assert terminal.run("tokens", "create", "--lifetime", "0s") == 2
+    assert "an invite always ends" in terminal.err
+    assert pool.unary_calls == []
+
+
+@pytest.mark.parametrize(("connection", "state"), [("connected", "serving"), ("offline", "-"), ("revoked", "-")])
+def test_only_a_connected_node_has_a_state(pool: ScriptedPool, terminal: Terminal, connection: str, state: str):
+    pool.node_connection = connection
+    assert terminal.run("nodes") == 0
+    headers, row = (line.split() for line in terminal.out.splitlines())
+    assert row[headers.index("STATE")] == state
+
+
+def test_a_url_that_is_none_is_named_before_the_key(terminal: Terminal):
+    assert terminal.run("models", "--url", "nonsense") == 1
+    assert '"nonsense" is no URL' in terminal.err
+
+
+def test_a_person_who_is_refused_is_told_where_the_operators_key_is(pool: ScriptedPool, terminal: Terminal, tmp_path: Path):
+    folder = tmp_path / "state" / "potluck" / "coordinator"
+    pool.unary_refusals.append(PotluckError(ErrorCode.PERMISSION_DENIED, "Operators only."))
+    assert terminal.run("audit") == 4
+    assert "operator.json" not in terminal.err
+    write_operator(folder, pool.url, "sk-potluck-operator")
+    pool.unary_refusals.append(PotluckError(ErrorCode.PERMISSION_DENIED, "Operators only."))
+    assert terminal.run("audit") == 4
+    assert str(folder / "operator.json") in terminal.err
+    assert "sk-potluck-operator" not in terminal.err
+
+
+def test_grpcs_raw_log_lines_stay_away():
+    script = "import sys, potluck, os; assert 'grpc' not in sys.modules; import potluck.command; print(os.environ['GRPC_VERBOSITY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "NONE\n"
 
 
 def test_a_new_key_stands_alone_on_standard_output(pool: ScriptedPool, terminal: Terminal):

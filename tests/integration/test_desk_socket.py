@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from potluck_coordinator import desk_socket
 from potluck_coordinator.desk_socket import DeskClient, DeskServer, DirectoryAbsentError, DirectoryLostError, RemoteDirectory
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId
+
+
+class Unreadable:
+    """Pickles, and fails where it is read."""
+
+    def __reduce__(self):
+        return int, ("no number",)
 
 
 class Nodes:
@@ -21,9 +31,12 @@ class Nodes:
 
     def __init__(self):
         self.asked = asyncio.Event()
+        self.answer: Any = ("one", "two")
+        self.listed_count = 0
 
     async def list_nodes(self):
-        return ("one", "two")
+        self.listed_count += 1
+        return self.answer
 
     async def revoke_node(self, node_id, reason):
         raise PotluckError(ErrorCode.NOT_FOUND, f"no {node_id}", param="node_id")
@@ -76,6 +89,84 @@ async def test_many_calls_share_a_connection_and_a_hanging_one_holds_up_none(pat
     assert answers == [("one", "two")] * 200
     hanging.cancel()
     await asyncio.gather(hanging, return_exceptions=True)
+
+
+@pytest.fixture
+async def client(path, nodes):
+    """With another call under way on the same connection, which must outlive whatever the test does."""
+    client = DeskClient(path)
+    hanging = asyncio.ensure_future(client.call("nodes", "open_session", (None,), {}))
+    await nodes.asked.wait()
+    yield client
+    assert not hanging.done()
+    hanging.cancel()
+    nodes.answer = "still there"
+    async with asyncio.timeout(5):
+        assert await client.call("nodes", "list_nodes", (), {}) == "still there"
+
+
+@pytest.mark.parametrize("argument", [b"x" * 2000, lambda: None], ids=["too large", "not to be pickled"])
+async def test_a_call_that_cannot_be_sent_fails_alone(client, monkeypatch, argument):
+    monkeypatch.setattr(desk_socket, "FRAME_BYTES_MAX", 1000)
+    async with asyncio.timeout(5):
+        with pytest.raises(PotluckError) as failure:
+            await RemoteDirectory(client.call, SystemClock()).nodes.report(argument)
+    assert failure.value.code is ErrorCode.INTERNAL_ERROR
+
+
+@pytest.mark.parametrize(
+    "outcome", [b"x" * 2000, lambda: None, Unreadable()], ids=["too large", "not to be pickled", "not to be read by the caller"]
+)
+async def test_an_answer_that_cannot_cross_fails_alone(client, nodes, monkeypatch, outcome):
+    monkeypatch.setattr(desk_socket, "FRAME_BYTES_MAX", 1000)
+    nodes.answer = outcome
+    async with asyncio.timeout(5):
+        with pytest.raises(PotluckError) as failure:
+            await RemoteDirectory(client.call, SystemClock()).nodes.list_nodes()
+    assert failure.value.code is ErrorCode.INTERNAL_ERROR
+
+
+@pytest.mark.parametrize(
+    ("desk", "method", "argument"),
+    [("nodes", "report", Unreadable()), ("kitchen", "list_nodes", None), ("nodes", "no_such_method", None)],
+    ids=["arguments that cannot be read", "no such desk", "no such method"],
+)
+async def test_a_call_that_the_directory_cannot_read_fails_alone(client, desk, method, argument):
+    async with asyncio.timeout(5):
+        outcome = await client.call(desk, method, (argument,), {})
+    assert isinstance(outcome, PotluckError)
+    assert outcome.code is ErrorCode.INTERNAL_ERROR
+
+
+async def test_who_takes_no_answers_is_not_asked_for_more_work(path, nodes):
+    nodes.answer = b"x" * 10_000
+    _, writer = await asyncio.open_unix_connection(path, limit=1000)
+    call = pickle.dumps(("nodes", "list_nodes", (), {}))
+    for number in range(5000):
+        writer.write(desk_socket._HEAD.pack(len(call), number) + call)
+    listed_before = -1
+    while nodes.listed_count != listed_before:
+        listed_before = nodes.listed_count
+        await asyncio.sleep(0.05)
+    # As many as are read at one go.
+    assert 0 < nodes.listed_count < 4000
+    writer.transport.abort()
+
+
+def test_a_stop_leaves_no_traceback(path):
+    told: list[dict[str, Any]] = []
+
+    async def run(*, stopped: bool) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+        server = DeskServer(SimpleNamespace(nodes=Nodes()), path)
+        await server.start()
+        assert await DeskClient(path).call("nodes", "list_nodes", (), {}) == ("one", "two")
+        if stopped:
+            await server.stop()
+
+    asyncio.run(run(stopped=True))
+    asyncio.run(run(stopped=False))
+    assert told == []
 
 
 async def test_a_directory_that_goes_away_is_noticed_and_its_successor_found(path, nodes):

@@ -8,9 +8,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import openai
 import pytest
 
 from potluck_node.domain.plan import LocalLimits
@@ -74,6 +78,45 @@ async def test_llamacpp_is_ready_and_answers_whole_and_streamed(tmp_path, tiny_g
 
         code, text = await ask(url, {"prompt": "a b", "max_tokens": 3, "ignore_eos": True}, Endpoint.COMPLETIONS.value)
         assert (code, json.loads(text)["usage"]["completion_tokens"]) == (200, 3)
+
+
+async def test_llamacpp_counts_every_answer_and_every_prompt_once_whole_and_streamed(tmp_path, tiny_gguf):
+    async with running(supervisor_of(tmp_path, SystemClock())) as node:
+        node.wish(wished(pinned(tiny_gguf), kind="llamacpp", slots=4, context=256))
+        await node.until_state(EngineState.READY)
+        async with openai.AsyncOpenAI(base_url=node.url() + "/v1", api_key="none", max_retries=0) as client:
+            chat = partial(client.chat.completions.create, messages=CHAT["messages"])
+            text = client.completions.create
+            for create, more, answer_count, prompt_tokens in (
+                *((chat, {"n": count}, count, 57) for count in (1, 2, 3, 4)),
+                *((text, {"prompt": "a b", "n": count}, count, 5) for count in (1, 2, 3, 4)),
+                (text, {"prompt": ["a b", "a b c"]}, 2, 5 + 7),
+                (text, {"prompt": ["a b", "a b c"], "n": 2}, 4, 5 + 7),
+                (text, {"prompt": ["a", "b", "c", "d", "e", "f"]}, 6, 6 * 3),
+            ):
+                await counted_alike(partial(create, **more), answer_count, prompt_tokens)
+
+
+async def counted_alike(create: Callable[..., Any], answer_count: int, prompt_tokens: int) -> None:
+    """The same request, whole and streamed, with and without asking for usage."""
+    create = partial(create, model="tiny", max_tokens=5, seed=1, extra_body={"ignore_eos": True})
+    whole = await create()
+    assert [choice.index for choice in whole.choices] == list(range(answer_count))
+    assert (whole.usage.completion_tokens, whole.usage.prompt_tokens) == (5 * answer_count, prompt_tokens)
+    assert whole.usage.total_tokens == whole.usage.completion_tokens + whole.usage.prompt_tokens
+    chunks = [chunk async for chunk in await create(stream=True, stream_options={"include_usage": True})]
+    usage = chunks[-1].usage
+    assert (usage.completion_tokens, usage.prompt_tokens, usage.total_tokens) == (
+        whole.usage.completion_tokens,
+        whole.usage.prompt_tokens,
+        whole.usage.total_tokens,
+    )
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason == "length"} == set(range(answer_count))
+    if answer_count > 1:
+        assert chunks[-1].choices == []
+        assert [chunk for chunk in chunks if chunk.usage is not None] == chunks[-1:]
+        assert all(chunk.usage is None for chunk in [chunk async for chunk in await create(stream=True)])
 
 
 async def test_llamacpp_says_what_is_wrong_in_openai_shape(tmp_path, tiny_gguf):
@@ -162,7 +205,7 @@ async def test_flipped_byte_is_never_loaded(tmp_path, tiny_gguf):
         copy.write_bytes(content)
         node.wish(engine)
         status = await node.until_state(EngineState.BACKING_OFF)
-        assert "and the catalogue says" in status.failure
+        assert status.failure == "tiny.gguf does not match the catalogue"
         assert children_of(os.getpid()) == [], "no engine was started on it"
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, SettleHold
+from potluck_coordinator.storage.state import StateName
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import GRANT, open_books, open_hold
 
@@ -79,6 +80,19 @@ async def test_holds_of_earlier_gateways_are_settled_at_their_marks(books):
     assert await books.ledger.settle_orphans(2) == 300
     assert await position(books, "ann") == (GRANT - 1 - 100, 100, 0)
     assert await books.ledger.settle_orphans(2) == 0
+
+
+async def test_a_replaced_gateways_last_commands_open_nothing(books):
+    advance = lambda work: work.state.advance(StateName.GATEWAY_EPOCH)  # noqa: E731
+    assert await books.store.run(advance) == 1
+    await books.ledger.apply([open_hold("before", amount=1, epoch=1)])
+    assert await books.store.run(advance) == 2
+    assert await books.ledger.settle_orphans(2) == 1
+    late = [open_hold("late", epoch=1), MarkDelivered("late", 1), SettleHold("late", 1), open_hold("before", amount=1, epoch=1)]
+    assert await books.ledger.apply([*late, open_hold("new", epoch=2)]) == (CONFLICT, CONFLICT, CONFLICT, APPLIED, APPLIED)
+    assert await position(books, "ann") == (GRANT - 100, 100, 0)
+    await books.ledger.apply([SettleHold("new", 0)])
+    assert (await books.ledger.audit()).open_hold_count == 0
 
 
 async def test_the_audit_asks_why_a_hold_outlives_its_deadline(books):

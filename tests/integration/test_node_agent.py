@@ -246,6 +246,27 @@ async def test_a_failed_engine_shows_its_last_words(box: Box) -> None:
         assert "tokens" in shown
 
 
+async def test_a_status_that_cannot_be_written_costs_the_owners_view_and_not_the_node(box: Box) -> None:
+    await box.node("join", box.invite)
+    # As on a full disk, every write of the file fails until the folder is gone.
+    obstacle = box.state_dir / ".status.json"
+    obstacle.mkdir()
+    async with box.agent() as process:
+        link = await ready_link(box, tokens=["one"])
+        async with asyncio.timeout(20):
+            while "status_not_written" not in box.output():
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(2.5)  # the agent writes every second: two more tries
+        assert box.output().count("status_not_written") == 1
+        await link.start("a1", body=b'{"model":"tiny","stream":true,"messages":[]}', replica_id="replica-1")
+        assert (await link.until_end("a1")).reason == node_pb2.END_REASON_COMPLETED
+        obstacle.rmdir()
+        facts = await until_status(box, lambda status: status["phase"] == "serving")
+        assert facts["status"]["pid"] == process.pid
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
 async def test_leaving_through_the_running_agent_tells_the_coordinator_and_removes_the_key(box: Box) -> None:
     await box.node("join", box.invite)
     async with box.agent() as process:

@@ -58,7 +58,7 @@ def hello(name):
 
 
 def report(name, epoch=1, covered_seconds=1.0):
-    return NodeReport(NodeId(name), epoch, 1, covered_seconds, suspect=False, state=NodeState.SERVING, engines=())
+    return NodeReport(NodeId(name), epoch, covered_seconds, suspect=False, state=NodeState.SERVING, engines=())
 
 
 async def serve(books, nodes, seconds, *names):

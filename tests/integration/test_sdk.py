@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 import potluck
 from potluck import AsyncClient, Client
+from potluck.address import pool_address
+from potluck.calls import generate_request
+from potluck.retry import TRIES_MAX
+from potluck.transport import Transport
+from potluck_protocol.connection import fetch_connection
 from potluck_protocol.errors import CATALOGUE, ErrorCode, PotluckError
-from tests.support.scripted_pool import API_KEY, MODEL, NODE, ScriptedPool, answers, breaks, data, finished, hangs, refuses, scripted_pool
+from potluck_protocol.values import Endpoint, ModelId
+from tests.support.scripted_pool import (
+    API_KEY,
+    MODEL,
+    NODE,
+    ScriptedPool,
+    answers,
+    breaks,
+    data,
+    drops,
+    finished,
+    hangs,
+    refuses,
+    scripted_pool,
+)
 
 
 def events(*texts: str) -> list:
     return data(*(f'data: {{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}}]}}\n\n'.encode() for text in texts))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
 
 
 WHOLE = data(b'{"choices":[{"index":0,"message":{"content":"Hi"},"finish_reason":"stop"}]}')
@@ -108,6 +135,47 @@ def test_every_refusal_raises_its_class_and_only_safe_ones_are_repeated(pool: Sc
     assert (caught.value.code, caught.value.message, caught.value.param) == (code, f"scripted {code}", "model")
     assert (caught.value.request_id, caught.value.retry_after_seconds) == ("req_scripted", 0.01)
     assert len(pool.bodies) == (3 if CATALOGUE[code].retry_is_safe else 1)
+
+
+BARE = {
+    grpc.StatusCode.UNAVAILABLE: potluck.CoordinatorUnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: potluck.QueueFullError,
+}
+
+
+@pytest.mark.parametrize("status", list(BARE))
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_was_sent_is_not_repeated_on_grpcs_word_alone(
+    pool: ScriptedPool, client: Client, status: grpc.StatusCode, stream: bool
+):
+    pool.plays.extend([drops(status)] * 3)
+    with pytest.raises(BARE[status]) as caught:
+        client.chat("x", model=MODEL, stream=stream)
+    assert caught.value.outcome_unknown
+    assert not caught.value.retry_is_safe
+    assert len(pool.bodies) == 1
+
+
+async def test_async_a_request_that_was_sent_is_not_repeated_on_grpcs_word_alone(pool: ScriptedPool):
+    pool.plays.extend([drops(grpc.StatusCode.UNAVAILABLE)] * 3)
+    async with AsyncClient(pool.url, API_KEY, timeout_seconds=20) as client:
+        with pytest.raises(potluck.CoordinatorUnavailableError) as caught:
+            await client.chat("x", model=MODEL)
+    assert caught.value.outcome_unknown
+    assert len(pool.bodies) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nobody.invalid"])
+def test_a_request_that_found_no_connection_is_tried_again(pool: ScriptedPool, host: str):
+    slept: list[float] = []
+    document = dataclasses.replace(fetch_connection(pool.url), grpc_port=free_port(), host=host)
+    transport = Transport(pool_address(pool.url, API_KEY), 20, sleep=slept.append)
+    transport._document = document
+    with pytest.raises(potluck.CoordinatorUnavailableError) as caught:
+        transport.open_answer(generate_request(Endpoint.CHAT_COMPLETIONS, ModelId(MODEL), {}, stream=False), stream=False)
+    transport.close()
+    assert not caught.value.outcome_unknown
+    assert len(slept) == TRIES_MAX - 1
 
 
 def test_a_busy_pool_is_asked_again(pool: ScriptedPool, client: Client):

@@ -287,3 +287,11 @@ def _node(node_id, epoch=0):
 
     inventory = Inventory("Linux", 8, 1 << 34, 1 << 40, (Accelerator("RTX 3090", "GPU-1", 24 << 30),))
     return EnrolledNode(node_id, "ann", "box", b"key", NodeStatus.ACTIVE, "", epoch, inventory, "0.1.0", 5, 6)
+
+
+@pytest.mark.parametrize("url", ["nonsense://joe:secretpw", "postgresql+nodriver://joe:secretpw@h/d", "mysql://joe:secretpw@h:port/d"])
+def test_a_url_that_cannot_be_used_is_explained_without_its_password(url):
+    with pytest.raises(PotluckError) as failure:
+        Store(url)
+    assert failure.value.code is ErrorCode.INVALID_REQUEST
+    assert "secretpw" not in failure.value.message

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold, SettleHold
+from potluck_coordinator.storage.state import StateName
 from potluck_protocol.values import AccountId
 from tests.support.books import FEE_BASIS_POINTS, Books
 
@@ -46,6 +47,7 @@ class Model:
         self.fees = 0
         self.holds: dict[str, ModelHold] = {}
         self.claims: dict[tuple[str, str], int] = {}
+        self.epoch = 0
 
     def held(self, person: str) -> int:
         return sum(hold.amount for hold in self.holds.values() if hold.payer == person and hold.paid is None)
@@ -70,7 +72,7 @@ class Model:
         known = self.holds.get(command.hold_id)
         if known is not None:
             return "applied" if known.opened_as == values else "conflict"
-        if command.payee not in PEOPLE:
+        if command.payee not in PEOPLE or command.gateway_epoch < self.epoch:
             return "conflict"
         if command.payer not in PEOPLE or self.spendable[command.payer] - self.held(command.payer) < command.amount_micro_credits:
             return "insufficient_credits"
@@ -104,7 +106,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.books.add_people(*PEOPLE, grant=GRANT)
         self.model = Model()
         self.hold_count = 0
-        self.epoch = 1
+        self.epoch = 0
+        self.gateway_is_replaced()
 
     def send(self, *commands) -> None:
         outcomes = self.books.apply_now(*commands)
@@ -138,6 +141,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.send(command)
         return command
 
+    @rule(payer=people, payee=people, amount=amounts)
+    def a_replaced_gateway_speaks(self, payer, payee, amount):
+        self.send(replace(self.new_hold(payer, payee, amount, 1_000), gateway_epoch=self.epoch - 1))
+
     @rule(known=commands)
     def repeat(self, known):
         self.send(known)
@@ -167,7 +174,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def gateway_is_replaced(self):
-        self.epoch += 1
+        self.epoch = self.model.epoch = self.books.store.run_now(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
         orphans = [hold for hold in self.model.holds.values() if hold.paid is None and hold.epoch < self.epoch]
         for hold in orphans:
             self.model.pay(hold, hold.mark)

@@ -148,3 +148,4 @@ def test_cancelling_drops_what_was_not_sent_and_ends_after_what_was() -> None:
     delivery.move_into(frame, 1000)
     assert not frame.chunks
     assert (frame.ends[0].sequence, frame.ends[0].reason) == (1, node_pb2.END_REASON_CANCELLED)
+    assert delivery.has_room(1000), "what was sent is not kept either: nobody will acknowledge it"

@@ -184,7 +184,7 @@ class Pool:
 
 
 class ChatStream:
-    """One streamed chat over HTTP, read line by line, with nothing between the test and the bytes."""
+    """One streamed chat over HTTP, with nothing between the test and the bytes."""
 
     def __init__(self, url: str, api_key: str, fields: dict[str, Any]) -> None:
         body = {"model": MODEL, "stream": True, "max_tokens": 400, "messages": [{"role": "user", "content": "count"}], **fields}
@@ -195,18 +195,22 @@ class ChatStream:
         )
         self.response = urllib.request.urlopen(request, timeout=60)
         self.node_id = self.response.headers["x-potluck-node"]
+        self._unread = b""
         self.token_count = 0
         self.done = False
         self.error: dict[str, Any] | None = None
 
     def events(self) -> Iterator[str]:
-        """The payloads, as they come; what they say is counted on the way."""
-        for line in self.response:
-            if not line.startswith(b"data: "):
-                continue
-            payload = line[6:].strip().decode()
-            self._take(payload)
-            yield payload
+        """The payloads, as they come; what they say is counted on the way. Raises IncompleteRead where the connection was cut."""
+        # Not line by line: there `http.client` takes a cut connection for the end.
+        while data := self.response.read1(65536):
+            self._unread += data
+            while b"\n" in self._unread:
+                line, _, self._unread = self._unread.partition(b"\n")
+                if line.startswith(b"data: "):
+                    payload = line[6:].strip().decode()
+                    self._take(payload)
+                    yield payload
 
     def read_tokens(self, count: int) -> None:
         """Reads until so many tokens have come."""

@@ -96,6 +96,16 @@ def breaks(code: ErrorCode, *events: Event) -> Play:
     return play
 
 
+def drops(status: grpc.StatusCode) -> Play:
+    """Takes the request and ends without the coordinator's own word, as a connection that breaks does."""
+
+    def play(_request: inference_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Event]:
+        context.abort(status, "Socket closed")
+        yield placed()  # not reached: abort raises
+
+    return play
+
+
 def hangs(cancelled: threading.Event, *events: Event) -> Play:
     """Sends the events, then nothing until the client has gone, which it marks."""
 
@@ -121,6 +131,7 @@ class ScriptedPool:
     unary_refusals: deque[PotluckError] = field(default_factory=deque)
     unary_calls: list[str] = field(default_factory=list)
     models: list[inference_pb2.Model] = field(default_factory=list)
+    node_connection: str = "connected"
 
     def admit(self, name: str, context: grpc.ServicerContext) -> None:
         self.unary_calls.append(name)
@@ -174,7 +185,12 @@ class _Nodes(pool_pb2_grpc.PoolServiceServicer):
         self._pool.admit("ListNodes", context)
         engine = node_pb2.EngineStatus(replica_id="r1", model_id=MODEL, state=node_pb2.ENGINE_STATE_READY, slot_count=4)
         node = pool_pb2.Node(
-            node_id=NODE, display_name="den", connection="connected", state=node_pb2.NODE_STATE_SERVING, engines=[engine], up_minutes=7
+            node_id=NODE,
+            display_name="den",
+            connection=self._pool.node_connection,
+            state=node_pb2.NODE_STATE_SERVING,
+            engines=[engine],
+            up_minutes=7,
         )
         return pool_pb2.ListNodesResponse(nodes=[node])
 

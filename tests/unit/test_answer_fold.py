@@ -76,5 +76,35 @@ def test_completions_keep_their_object():
     assert answer["choices"] == [{"index": 0, "finish_reason": None, "text": "ab"}]
 
 
-def test_error_in_the_middle_is_kept():
-    assert folded(chunk({"content": "a"}), {"error": {"code": 500, "message": "x"}}).error == {"code": 500, "message": "x"}
+def test_each_choices_own_record_is_summed_and_every_prompt_counts_once():
+    def end(index, prompt_tokens, completion_tokens, cached_tokens):
+        usage = {
+            "completion_tokens": completion_tokens,
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        }
+        return {"choices": [{"index": index, "text": "", "finish_reason": "stop"}], "usage": usage}
+
+    fold = AnswerFold(prompt_count=2)
+    for event in (end(1, 4, 3, 3), end(3, 11, 2, 10), end(2, 11, 7, 5), end(0, 4, 1, 0)):
+        fold.add(event)
+    assert fold.answer()["usage"] == {
+        "completion_tokens": 13,
+        "prompt_tokens": 15,
+        "total_tokens": 28,
+        "prompt_tokens_details": {"cached_tokens": 5},
+    }
+
+
+def test_record_without_choices_is_that_of_the_choice_that_ended_and_a_choice_without_one_is_counted():
+    usage = folded(
+        chunk({"role": "assistant", "content": None}, index=1),
+        chunk({"content": "B"}, index=1),
+        chunk({"content": "A"}, index=0),
+        chunk({"content": "b"}, index=1),
+        chunk(finish_reason="length", index=1),
+        chunk(finish_reason="stop", index=0),
+        {**HEAD, "choices": [], "usage": {"completion_tokens": 9, "prompt_tokens": 5}},
+    ).answer()["usage"]
+    assert (usage["completion_tokens"], usage["prompt_tokens"], usage["total_tokens"]) == (11, 5, 16)

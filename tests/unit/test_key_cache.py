@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from potluck_coordinator.gateway import key_cache
-from potluck_coordinator.gateway.key_cache import KEY_CHARACTERS_MAX, REMEMBERED_SECONDS, KeyCache
+from potluck_coordinator.gateway.key_cache import KEY_CHARACTERS_MAX, REFUSED_SECONDS, REMEMBERED_SECONDS, KeyCache
 from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, KeyPrefix
@@ -74,11 +74,36 @@ async def test_a_good_key_is_asked_for_once_a_minute(cache: KeyCache, directory:
     assert len(directory.asked) == 2
 
 
-async def test_bad_keys_are_never_remembered(cache: KeyCache, directory: Directory) -> None:
-    for number in range(5):
-        await refused(cache, f"Bearer sk-potluck-{number}")
+async def test_a_refused_key_is_asked_for_once_in_a_while(cache: KeyCache, directory: Directory, clock: MovableClock) -> None:
+    for _ in range(5):
+        await refused(cache, "Bearer sk-potluck-bad")
+    assert len(directory.asked) == 1
+    await cache.identify(f"Bearer {GOOD}")
+    await refused(cache, "Bearer sk-potluck-worse")
+    assert len(directory.asked) == 3
+    clock.seconds += REFUSED_SECONDS
+    await refused(cache, "Bearer sk-potluck-bad")
+    assert len(directory.asked) == 4
+    directory.generation += 1
+    await refused(cache, "Bearer sk-potluck-bad")
     assert len(directory.asked) == 5
+
+
+async def test_a_directory_that_is_away_refuses_nobody(clock: MovableClock) -> None:
+    async def away(_secret: str) -> KeyIdentity:
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE)
+
+    cache = KeyCache(away, lambda: 1, clock)
+    with pytest.raises(PotluckError):
+        await cache.identify(f"Bearer {GOOD}")
     assert len(cache) == 0
+
+
+async def test_the_memory_of_refused_keys_is_bounded(cache: KeyCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_cache, "REMEMBERED_MAX", 3)
+    for number in range(10):
+        await refused(cache, f"Bearer sk-potluck-{number}")
+    assert len(cache) == 3
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,12 @@ APPLIED, CONFLICT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT
     ],
 )
 def test_judge(hold, command, expected):
-    assert judge(hold, command) is expected
+    assert judge(hold, command, OPENED.gateway_epoch) is expected
+
+
+@pytest.mark.parametrize(("newest_epoch", "hold", "expected"), [(2, None, CONFLICT), (1, None, None), (0, None, None), (2, HOLD, APPLIED)])
+def test_a_replaced_gateway_opens_nothing(newest_epoch, hold, expected):
+    assert judge(hold, OPENED, newest_epoch) is expected
 
 
 @pytest.mark.parametrize("amount", [-1, AMOUNT_MICRO_CREDITS_MAX + 1])

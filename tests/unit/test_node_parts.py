@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import structlog.testing
 
-from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, StderrTail
-from potluck_node.engines.process import engine_environment
+from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, ChildProcess, StderrTail
+from potluck_node.engines.base import FAILURE_CHARACTERS_MAX
+from potluck_node.engines.process import EngineProcess, engine_environment
 from potluck_node.engines.registry import available_engines
 from potluck_node.model_store.sources import client_environment
-from potluck_node.probe import host, inventory
-from potluck_protocol.values import Accelerator, Inventory
+from potluck_node.probe import host, inventory, nvidia
+from potluck_node.report import ENGINES_MAX, NodeReport
+from potluck_protocol.clock import SystemClock
+from potluck_protocol.values import Accelerator, EngineState, EngineStatus, Inventory, ModelId, ReplicaId, SessionId
 
 
 def test_stderr_tail_keeps_the_last_lines_however_they_are_cut():
@@ -91,3 +95,40 @@ def test_cards_as_the_driver_names_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     cards = inventory.take_inventory(Path("/")).accelerators
     assert cards == tuple(Accelerator("NVIDIA GeForce RTX 3090", f"GPU-{index}", 25_769_803_776) for index in range(2))
+
+
+def test_a_fact_is_a_line_and_not_a_book(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "operating_system", lambda: "L" * 10_000)
+    monkeypatch.setattr(nvidia, "accelerators", lambda: (Accelerator("N" * 10_000, "G" * 10_000, 1),))
+    found = inventory.take_inventory(tmp_path)
+    (card,) = found.accelerators
+    assert {len(found.operating_system), len(card.name), len(card.uuid)} == {inventory.TEXT_CHARACTERS_MAX}
+
+
+async def test_an_engines_last_words_are_bounded_and_keep_what_happened():
+    shouting = ("-c", "import sys; [print(str(n) * 290, file=sys.stderr) for n in range(10, 60)]; raise SystemExit('the reason')")
+    engine = EngineProcess(await ChildProcess.spawn(shouting, os.environ))
+    failure = await engine.wait()
+    await engine.stop()
+    assert failure.startswith("the engine ended: exit status 1\n")
+    assert failure.endswith("the reason")
+    assert len(failure) == FAILURE_CHARACTERS_MAX
+
+
+def test_a_node_says_a_bounded_amount_of_itself(tmp_path):
+    def status(number: int) -> EngineStatus:
+        return EngineStatus(ReplicaId(f"r{number}"), ModelId("tiny"), EngineState.BACKING_OFF, "scripted", failure="x" * 9_999 + "end")
+
+    report = NodeReport(
+        credentials=SimpleNamespace(identity=SimpleNamespace(node_id="n")),
+        session_id=SessionId("s"),
+        inventory=Inventory(),
+        replicas=SimpleNamespace(statuses=lambda: tuple(status(number) for number in range(100))),
+        cache_dir=tmp_path,
+        slot_count_max=None,
+        clock=SystemClock(),
+    )
+    for engines in (report.hello(()).engines, report.heartbeat().engines):
+        assert [engine.replica_id for engine in engines] == [f"r{number}" for number in range(ENGINES_MAX)]
+        assert {(len(engine.failure), engine.failure[-3:]) for engine in engines} == {(FAILURE_CHARACTERS_MAX, "end")}
+    assert (ENGINES_MAX, FAILURE_CHARACTERS_MAX) == (64, 2_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -44,6 +45,25 @@ def test_levels_below_the_wanted_one_are_not_written(written: Callable[[], list[
     structlog.get_logger().warning("loud")
 
     assert [line["event"] for line in written()] == ["loud"]
+
+
+def test_a_log_that_nobody_can_write_to_fails_nobody(
+    written: Callable[[], list[dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BlockingIOError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Broken())
+    configure_logging(json=True)
+    monkeypatch.undo()
+    structlog.get_logger().warning("lost")
+    logging.getLogger("a.library").warning("lost too")
+
+    assert written() == []
 
 
 def test_an_unknown_level_is_refused() -> None:

@@ -24,6 +24,23 @@ def chat(**fields: object) -> dict[str, object]:
     return {"model": "m", "messages": MESSAGES, **fields}
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "content", "prompt_count"),
+    [
+        (CHAT, chat(messages=MESSAGES * 3), 1),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "n": 3}, 1),
+        (COMPLETIONS, {"model": "m", "prompt": ["a", "b"], "n": 2}, 2),
+        (COMPLETIONS, {"model": "m", "prompt": [1, 2, 3, 4, 5]}, 1),
+        (EMBEDDINGS, {"model": "m", "input": "a"}, 1),
+        (EMBEDDINGS, {"model": "m", "input": [1, 2, 3]}, 1),
+        (EMBEDDINGS, {"model": "m", "input": [[1, 2], [3]]}, 2),
+        (EMBEDDINGS, {"model": "m", "input": ["a"] * 2048}, 2048),
+    ],
+)
+def test_prompts_are_counted(endpoint: Endpoint, content: dict[str, object], prompt_count: int) -> None:
+    assert parse(endpoint, content).prompt_count == prompt_count
+
+
 def test_unstreamed_body_goes_through_untouched() -> None:
     body = b' {"model" : "m", "messages":[{"role":"developer","content":"x","odd":1}], "top_k": 3, "chat_template_kwargs":{"a":[1,2]}} '
     request = parse(CHAT, body)

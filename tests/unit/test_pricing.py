@@ -53,6 +53,14 @@ def test_a_request_within_its_limits_never_costs_more_than_its_hold(prompt_bytes
     assert 0 <= charge_for_relayed(ENTRY, completion_tokens) <= charge(ENTRY, Usage(prompt_tokens, completion_tokens)) <= held
 
 
+@pytest.mark.parametrize(
+    ("prompt_bytes", "prompt_count", "expected"),
+    [(10_000, 1, 2048), (10_000, 3, 3 * 2048), (10_000, 32, 10_000 + TEMPLATE_TOKENS_ALLOWANCE), (10_000, 0, 2048)],
+)
+def test_each_of_several_prompts_may_fill_the_context(prompt_bytes, prompt_count, expected):
+    assert hold_amount(ENTRY, prompt_bytes, 0, 1, prompt_count) == expected
+
+
 def test_counts_below_zero_pay_nothing():
     assert charge(ENTRY, Usage(-1, -(2**63))) == 0
     assert charge_for_relayed(ENTRY, -7) == 0

@@ -64,9 +64,11 @@ def test_every_code_has_a_class_of_its_own():
 def test_an_error_survives_pickling_with_everything_it_says():
     error = pool_error(ErrorCode.NODE_LOST, "gone", request_id="req_1", retry_after_seconds=2.0)
     error.partial_text = "half"
+    error.outcome_unknown = True
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is potluck.NodeLostError
     assert (again.message, again.request_id, again.retry_after_seconds, again.partial_text) == ("gone", "req_1", 2.0, "half")
+    assert again.outcome_unknown
 
 
 def test_every_call_names_a_method_of_the_contract_and_its_reply():
@@ -201,6 +203,9 @@ def test_the_address_comes_from_arguments_then_the_environment(monkeypatch: pyte
     monkeypatch.delenv("POTLUCK_API_KEY", raising=False)
     with pytest.raises(potluck.InvalidRequestError, match="POTLUCK_URL"):
         pool_address()
+    for nonsense in ("nonsense", "ftp://pool", "http://", "http://pool:no"):
+        with pytest.raises(potluck.InvalidRequestError, match="no URL of a pool"):
+            pool_address(nonsense)
     monkeypatch.setenv("POTLUCK_URL", "http://127.0.0.1:1")
     with pytest.raises(potluck.InvalidApiKeyError, match="POTLUCK_API_KEY"):
         pool_address()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from potluck_coordinator import serve
 from potluck_coordinator.serve import settle_ports
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.warden import RUN_MARK, Warden, sweep
@@ -39,6 +42,24 @@ def test_a_taken_port_is_refused_with_its_flag(tmp_path: Path, name: str) -> Non
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PotluckError, match="--host"):
         settle_ports(_settings(tmp_path, host="192.0.2.1"), 0)
+
+
+def test_the_actors_lines_are_taken_even_when_nobody_reads_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_read, log_write = os.pipe()
+    reader, broken_stderr = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(serve, "STDERR", broken_stderr)
+    copying = threading.Thread(target=serve._copy_to_stderr, args=(log_read,), daemon=True)
+    copying.start()
+    os.set_blocking(log_write, False)
+    for _ in range(100):
+        assert select.select([], [log_write], [], 5)[1], "the pipe is full: nobody empties it"
+        os.write(log_write, b"x" * 4096)
+    os.close(log_write)
+    copying.join(5)
+    assert not copying.is_alive()
+    for descriptor in (log_read, broken_stderr):
+        os.close(descriptor)
 
 
 def _sleeper(mark: Path | None = None, open_file: Path | None = None) -> subprocess.Popen[bytes]:

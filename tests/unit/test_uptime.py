@@ -111,8 +111,3 @@ def test_a_long_mass_silence_of_some_is_believed_at_last_but_one_of_all_never():
 )
 def test_unknown_minutes(elapsed_ms, up, down, unknown):
     assert uptime.unknown_minutes(START, START + elapsed_ms, up, down) == unknown
-
-
-def test_availability():
-    assert uptime.availability(0, 0) is None
-    assert uptime.availability(3, 1) == 0.75

@@ -5,6 +5,7 @@ Decides how secrets are shown: once, alone on standard output, so that they can 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit, urlunsplit
 
@@ -13,6 +14,7 @@ import typer
 from potluck import calls
 from potluck.commands.session import KeyFileOption, UrlOption, address, connected
 from potluck.commands.terminal import JsonOption, duration_seconds, moment, say, show, show_json, show_table
+from potluck.results import JoinTokenInfo
 from potluck.transport import Transport
 from potluck_protocol.connection import Invite, is_loopback_host
 from potluck_protocol.values import AccountId, KeyPrefix, TokenId
@@ -28,17 +30,28 @@ InviteLifetime = Annotated[str, typer.Option(metavar="DURATION", help="How long 
 KeyLifetime = Annotated[str, typer.Option(metavar="DURATION", help="How long it works: 12h, 30d. 0s: no end.")]
 
 
-def make_invite(transport: Transport, url: str, lifetime_seconds: int, account_id: AccountId | None = None) -> Invite:
+@dataclass(frozen=True, slots=True)
+class MadeInvite:
+    """What `potluck tokens create --json` prints."""
+
+    invite: str
+    token_id: TokenId
+    account_id: AccountId
+    expires_at_unix_ms: int
+
+
+def make_invite(transport: Transport, url: str, lifetime_seconds: int, account_id: AccountId | None = None) -> tuple[Invite, JoinTokenInfo]:
     """A single-use invite to the pool behind the URL, under the name that the pool gives itself where it has one."""
     document = transport.document()
-    _, secret = transport.unary(calls.create_join_token(lifetime_seconds, account_id))
-    return Invite(_reachable_url(url, document.host), document.ca_hash, TokenId(secret.identifier), secret.value)
+    token, secret = transport.unary(calls.create_join_token(lifetime_seconds, account_id))
+    return Invite(_reachable_url(url, document.host), document.ca_hash, token.token_id, secret.value), token
 
 
 @tokens_app.command("create")
 def create_token(
     lifetime: InviteLifetime = "1h",
     account: AccountOption = None,
+    as_json: JsonOption = False,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
 ) -> None:
@@ -47,10 +60,15 @@ def create_token(
     What that node earns goes to the account. Hand the invite over as you would a password, for `potluck node join`.
     """
     lifetime_seconds = duration_seconds(lifetime)
+    if lifetime_seconds == 0:
+        raise typer.BadParameter("an invite always ends; write how long it can be used, such as 30m, 1h or 7d")
     found = address(url, api_key_file)
     with connected(url, api_key_file) as transport:
-        invite = make_invite(transport, found.url, lifetime_seconds, AccountId(account) if account else None)
-    show(invite.encode())
+        invite, token = make_invite(transport, found.url, lifetime_seconds, AccountId(account) if account else None)
+    if as_json:
+        show_json(MadeInvite(invite.encode(), token.token_id, token.account_id, token.expires_at_unix_ms))
+    else:
+        show(invite.encode())
     say(
         f"Good for one node. On its machine: potluck node join, and paste the invite. Take it back: potluck tokens revoke {invite.token_id}"
     )
@@ -62,7 +80,7 @@ def create_token(
 def list_tokens(
     account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None
 ) -> None:
-    """List invites by token id; their secrets are not kept."""
+    """List your invites by token id, as the operator another person's with --account; their secrets are not kept."""
     with connected(url, api_key_file) as transport:
         found = transport.unary(calls.list_join_tokens(AccountId(account) if account else None))
     if as_json:
@@ -111,7 +129,7 @@ def create_key(
 def list_keys(
     account: AccountOption = None, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None
 ) -> None:
-    """List API keys by their prefix."""
+    """List your API keys by their prefix; as the operator, another person's with --account."""
     with connected(url, api_key_file) as transport:
         found = transport.unary(calls.list_keys(AccountId(account) if account else None))
     if as_json:
@@ -135,7 +153,7 @@ def list_keys(
 def revoke_key(
     key_prefix: Annotated[str, typer.Argument(help="From `potluck keys list`.")], url: UrlOption = None, api_key_file: KeyFileOption = None
 ) -> None:
-    """Make an API key worthless, at once and for good."""
+    """Make an API key worthless for good. New requests with it are refused; answers that are running finish."""
     with connected(url, api_key_file) as transport:
         transport.unary(calls.revoke_key(KeyPrefix(key_prefix)))
     say(f"Key {key_prefix} is revoked.")

@@ -6,6 +6,7 @@ any client does: from the coordinator's files and over gRPC.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import IO, Final, Self
 
 from potluck import calls
 from potluck.address import PoolAddress
@@ -72,6 +73,7 @@ class LocalPool:
         self._line = line
         self._children: list[Child] = []
         self._transport: Transport | None = None
+        self._lock: IO[str] | None = None
 
     @property
     def operator(self) -> PoolAddress:
@@ -93,6 +95,8 @@ class LocalPool:
         """
         _check_extras()
         self._plan.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Before anything of the folder is written: the logs in it are those of the pool that runs.
+        self._lock = _held(self._plan.folder)
         self._start_coordinator()
         self._start_node()
         self._wait_until_ready()
@@ -116,6 +120,9 @@ class LocalPool:
             except KeyboardInterrupt:
                 grace_seconds = 0.0
             self._children.pop()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +159,7 @@ class LocalPool:
         self._spawn("node", potluck_command("node", "run", "--url", self.operator.url), environment)
 
     def _join(self, environment: Mapping[str, str]) -> None:
-        invite = make_invite(self.transport, self.operator.url, INVITE_LIFETIME_SECONDS)
+        invite, _ = make_invite(self.transport, self.operator.url, INVITE_LIFETIME_SECONDS)
         try:
             joined = subprocess.run(
                 potluck_command("node", "join", "-", "--name", "local"),
@@ -234,6 +241,18 @@ def _check_extras() -> None:
             ErrorCode.INVALID_REQUEST,
             f"A pool on this machine needs parts that are not installed. Run: pip install 'potluck[{','.join(missing)}]'",
         )
+
+
+def _held(folder: Path) -> IO[str]:
+    """The folder's lock, taken; it is given back when the file is closed or this process ends."""
+    lock = (folder / "lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        message = f"A pool of `potluck up` already runs on {folder}. Use that one, or stop it first with Ctrl-C where it runs."
+        raise pool_error(ErrorCode.ALREADY_EXISTS, message) from error
+    return lock
 
 
 def _announced_pid(data_folder: Path) -> int | None:

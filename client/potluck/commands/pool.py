@@ -52,7 +52,7 @@ def _nodes(context: typer.Context, as_json: JsonOption = False, url: UrlOption =
 
 @nodes_app.command("list")
 def list_nodes(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
-    """List the pool's nodes. UP is the share of minutes, among those known, that a node was there."""
+    """List the pool's nodes. STATE is what a connected node says of itself; UP is its share of the known minutes."""
     with connected(url, api_key_file) as transport:
         found = transport.unary(calls.list_nodes())
     if as_json:
@@ -64,7 +64,7 @@ def list_nodes(as_json: JsonOption = False, url: UrlOption = None, api_key_file:
             node.display_name,
             node.owner_account_id or "-",
             node.connection,
-            node.state,
+            node.state if node.connection == "connected" else "-",
             _engines(node),
             _uptime(node),
             node.agent_version,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from potluck.address import API_KEY_VARIABLE, URL_VARIABLE, PoolAddress, pool_address
-from potluck.errors import pool_error
+from potluck.address import API_KEY_VARIABLE, URL_VARIABLE, PoolAddress, checked_url, pool_address
+from potluck.errors import NotPermittedError, PoolError, pool_error
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
 
@@ -70,6 +70,8 @@ def read_operator(data_folder: Path) -> PoolAddress:
 def address(url: str | None, api_key_file: Path | None) -> PoolAddress:
     """The pool and key for a command; raises a `PoolError` that names what is missing."""
     wanted_url = url or os.environ.get(URL_VARIABLE) or None
+    if wanted_url is not None:
+        checked_url(wanted_url.strip())
     api_key = _file_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
     if wanted_url is None or api_key is None:
         operator = local_operator()
@@ -84,12 +86,27 @@ def address(url: str | None, api_key_file: Path | None) -> PoolAddress:
 
 @contextmanager
 def connected(url: str | None, api_key_file: Path | None) -> Iterator[Transport]:
-    """A transport to the pool, closed at the end."""
-    transport = Transport(address(url, api_key_file))
+    """A transport to the pool, closed at the end. A refusal of the key says where the operator's may be."""
+    found = address(url, api_key_file)
+    transport = Transport(found)
     try:
         yield transport
+    except NotPermittedError as error:
+        if (hint := _operators_key_hint(found)) is None:
+            raise
+        raise pool_error(error.code, f"{error.message} {hint}", param=error.param, request_id=error.request_id) from error
     finally:
         transport.close()
+
+
+def _operators_key_hint(refused: PoolAddress) -> str | None:
+    """Where the operator's key to the same pool lies on this machine; None if it is not here, or is the key that was refused."""
+    for folder in coordinator_folders():
+        with suppress(PoolError):
+            operator = read_operator(folder)
+            if operator.url == refused.url and operator.api_key != refused.api_key:
+                return f"The operator's key is in {folder / 'operator.json'}; without {API_KEY_VARIABLE} and --api-key-file it is used."
+    return None
 
 
 def _file_key(path: Path) -> str:

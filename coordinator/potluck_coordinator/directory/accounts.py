@@ -91,12 +91,22 @@ class Accounts:
     async def list_accounts(self) -> tuple[AccountRecord, ...]:
         return await self._store.run(lambda work: work.accounts.list_all())
 
-    async def create_key(self, account_id: AccountId, name: str, lifetime_seconds: int) -> tuple[KeyRecord, str]:
+    async def create_key(
+        self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0
+    ) -> tuple[KeyRecord, str]:
         """As `ports.Accounts.create_key`; raises NOT_FOUND for an unknown account, INVALID_REQUEST for a bad name or lifetime."""
         name = checked_label(name, "name")
         _check_lifetime(lifetime_seconds)
-        prefix, api_key = new_api_key(self._random_bytes)
         now_ms = self._clock.unix_ms()
+        expires_at_unix_ms = now_ms + lifetime_seconds * 1000 if lifetime_seconds else 0
+        if ends_by_unix_ms and not 0 < expires_at_unix_ms <= ends_by_unix_ms:
+            left_seconds = (ends_by_unix_ms - now_ms) // 1000
+            raise PotluckError(
+                ErrorCode.INVALID_REQUEST,
+                f"Your own key ends in {left_seconds} s, and one made with it must end before it does: ask for a shorter lifetime.",
+                param="lifetime_seconds",
+            )
+        prefix, api_key = new_api_key(self._random_bytes)
 
         def create(work: UnitOfWork) -> KeyRecord:
             account = _existing(work, account_id)
@@ -105,7 +115,7 @@ class Accounts:
                 account_id=account_id,
                 name=name,
                 created_at_unix_ms=now_ms,
-                expires_at_unix_ms=now_ms + lifetime_seconds * 1000 if lifetime_seconds else 0,
+                expires_at_unix_ms=expires_at_unix_ms,
                 revoked=False,
                 operator=account.operator,
             )

@@ -26,6 +26,7 @@ from potluck_coordinator.domain.ledger import (
     ledger_account_id,
 )
 from potluck_coordinator.ports import StatementLine
+from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
@@ -61,7 +62,12 @@ class LedgerDesk:
     def work_for(self, commands: Sequence[LedgerCommand]) -> Callable[[UnitOfWork], tuple[LedgerOutcome, ...]]:
         """The commands as a unit of work, dated now."""
         now_ms = self._clock.unix_ms()
-        return lambda work: tuple(self._apply(work, command, now_ms) for command in commands)
+
+        def apply(work: UnitOfWork) -> tuple[LedgerOutcome, ...]:
+            gateway_epoch = work.state.counter(StateName.GATEWAY_EPOCH)
+            return tuple(self._apply(work, command, gateway_epoch, now_ms) for command in commands)
+
+        return apply
 
     async def balance(self, account_id: AccountId) -> Balance:
         """As `ports.Ledger.balance`; raises NOT_FOUND."""
@@ -81,7 +87,9 @@ class LedgerDesk:
         """As `ports.Ledger.claim_earnings`; raises NOT_FOUND, and INVALID_REQUEST for a claim id that is none."""
         if not 1 <= len(claim_id) <= CLAIM_ID_CHARACTERS_MAX or not claim_id.isprintable():
             raise PotluckError(
-                ErrorCode.INVALID_REQUEST, f"claim_id must have 1 to {CLAIM_ID_CHARACTERS_MAX} printable characters.", param="claim_id"
+                ErrorCode.INVALID_REQUEST,
+                f"A claim needs an id of its own, of 1 to {CLAIM_ID_CHARACTERS_MAX} printable characters.",
+                param="claim_id",
             )
         now_ms = self._clock.unix_ms()
 
@@ -129,9 +137,9 @@ class LedgerDesk:
             _log.info("holds_settled_for_absent_gateway", hold_count=settled_count)
         return settled_count
 
-    def _apply(self, work: UnitOfWork, command: LedgerCommand, now_ms: int) -> LedgerOutcome:
+    def _apply(self, work: UnitOfWork, command: LedgerCommand, gateway_epoch: int, now_ms: int) -> LedgerOutcome:
         hold = work.holds.get(command.hold_id)
-        outcome = ledger.judge(hold, command)
+        outcome = ledger.judge(hold, command, gateway_epoch)
         if outcome is not None:
             return outcome
         match command:

@@ -100,7 +100,7 @@ class Nodes:
         node = await self._store.run(begin)
         self._live[node.node_id] = _LiveNode(node.epoch, hello.state, hello.engines, suspect=False, reported_at_seconds=self._now())
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
-        return SessionGrant(node.epoch, node.owner_account_id, node.display_name, desired)
+        return SessionGrant(node.epoch, node.owner_account_id, desired)
 
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
         """As `NodeDesk.close_session`; a session that a newer one has replaced says nothing about the node."""

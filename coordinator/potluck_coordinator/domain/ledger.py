@@ -94,7 +94,7 @@ class LedgerOutcome(StrEnum):
     INSUFFICIENT_CREDITS = "insufficient_credits"
     """The hold was not opened and left no trace; the same command may be applied once there are credits."""
     CONFLICT = "conflict"
-    """The id is known with other values, the hold is closed with another amount, or there is no such hold."""
+    """The id is known with other values, the hold is closed with another amount, there is no such hold, or its gateway was replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +179,17 @@ class Transaction:
         return hashlib.sha256(f"{self.transaction_id}\n{self.kind}{lines}".encode()).hexdigest()
 
 
-def judge(hold: Hold | None, command: LedgerCommand) -> LedgerOutcome | None:
-    """What becomes of a command by the hold's state alone; None: it is new and is to be carried out.
+def judge(hold: Hold | None, command: LedgerCommand, gateway_epoch: int) -> LedgerOutcome | None:
+    """What becomes of a command by the hold's state and the newest gateway's epoch; None: it is new and is to be carried out.
 
     A mark never falls: a late, smaller one is a repetition. After the end a mark or settlement answers as it did while the hold was open.
+    A replaced gateway opens nothing: its last commands may still arrive, and what it left open has been settled already.
     """
     match command:
         case OpenHold():
-            return None if hold is None else _judge_repeated_open(hold, command)
+            if hold is not None:
+                return _judge_repeated_open(hold, command)
+            return LedgerOutcome.CONFLICT if command.gateway_epoch < gateway_epoch else None
         case MarkDelivered(amount_micro_credits=amount):
             if hold is None or amount > hold.amount_micro_credits:
                 return LedgerOutcome.CONFLICT

@@ -17,17 +17,21 @@ TEMPLATE_TOKENS_ALLOWANCE: Final = 256
 BASIS_POINTS: Final = 10_000
 
 
-def hold_amount(entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max: int | None, answer_count: int) -> int:
+def hold_amount(
+    entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max: int | None, answer_count: int, prompt_count: int = 1
+) -> int:
     """The most that a request can cost, in micro-credits.
 
     Args:
         entry: the model's prices and context.
         prompt_bytes: of the request; no tokenizer makes more tokens than there are bytes.
         completion_tokens_max: as the client asked, for each answer; None asks for as many as fit.
-        answer_count: how many answers one prompt gets.
+        answer_count: how many answers the request gets, over all its prompts.
+        prompt_count: how many prompts, or inputs to embed, it has; each of them may fill the context.
     """
     context = entry.context_length_tokens
-    prompt_tokens = min(max(0, prompt_bytes) + TEMPLATE_TOKENS_ALLOWANCE, context)
+    # What an engine puts around each of several prompts is no more than the quotes and commas around it in the body.
+    prompt_tokens = min(max(0, prompt_bytes) + TEMPLATE_TOKENS_ALLOWANCE, context * max(1, prompt_count))
     completion_tokens = context if completion_tokens_max is None else min(max(0, completion_tokens_max), context)
     return (
         prompt_tokens * entry.prompt_price_micro_credits + completion_tokens * max(1, answer_count) * entry.completion_price_micro_credits

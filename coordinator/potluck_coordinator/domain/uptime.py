@@ -131,9 +131,3 @@ def _is_mass_silence(state: UptimeState, expected: frozenset[NodeId], up: frozen
 def unknown_minutes(enrolled_at_ms: int, until_ms: int, up_minutes: int, down_minutes: int) -> int:
     """Whole minutes since enrolment with no verdict against or for the node: nobody was watching, or the watcher was in doubt."""
     return max(0, (until_ms - enrolled_at_ms) // MINUTE_MS - up_minutes - down_minutes)
-
-
-def availability(up_minutes: int, down_minutes: int) -> float | None:
-    """UP / (UP + DOWN); None for a node of which nothing is known yet."""
-    known = up_minutes + down_minutes
-    return up_minutes / known if known else None

@@ -12,14 +12,11 @@ import grpc
 from potluck_coordinator.gateway.authorisation import account_for
 from potluck_coordinator.gateway.interceptors import caller
 from potluck_coordinator.ports import AccountRecord, Accounts, JoinTokenRecord, KeyRecord, Ledger
-from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2, account_pb2_grpc
 from potluck_protocol.values import AccountId, KeyPrefix, TokenId
 
 KEY_NAME_DEFAULT: Final = "key"
-CLAIM_ID_CHARACTERS_MAX: Final = 64
 STATEMENT_LINES_DEFAULT: Final = 50
-STATEMENT_LINES_MAX: Final = 1000
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,7 +46,7 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
     ) -> account_pb2.ListStatementResponse:
         """The newest postings of an account."""
         del context
-        limit = min(max(request.limit, 0) or STATEMENT_LINES_DEFAULT, STATEMENT_LINES_MAX)
+        limit = max(request.limit, 0) or STATEMENT_LINES_DEFAULT
         lines = await self._ledger.statement(account_for(caller(), request.account_id), limit)
         return account_pb2.ListStatementResponse(
             lines=[
@@ -69,19 +66,22 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
     ) -> account_pb2.ClaimEarningsResponse:
         """Moves what an account's nodes earned to where it can be spent."""
         del context
-        if not 0 < len(request.claim_id) <= CLAIM_ID_CHARACTERS_MAX:
-            message = f"A claim needs an id of 1 to {CLAIM_ID_CHARACTERS_MAX} characters, a new one for each claim."
-            raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="claim_id")
         claimed = await self._ledger.claim_earnings(account_for(caller(), request.account_id), request.claim_id)
         return account_pb2.ClaimEarningsResponse(claimed_micro_credits=claimed)
 
     async def CreateKey(  # noqa: N802
         self, request: account_pb2.CreateKeyRequest, context: _Context
     ) -> account_pb2.CreateKeyResponse:
-        """A new API key; its secret is in this answer only."""
+        """A new API key; its secret is in this answer only. None outlives the key that asks for it, but for the operator's word."""
         del context
-        account_id = account_for(caller(), request.account_id)
-        record, secret = await self._accounts.create_key(account_id, request.name or KEY_NAME_DEFAULT, request.lifetime_seconds)
+        identity = caller()
+        account_id = account_for(identity, request.account_id)
+        record, secret = await self._accounts.create_key(
+            account_id,
+            request.name or KEY_NAME_DEFAULT,
+            request.lifetime_seconds,
+            ends_by_unix_ms=0 if identity.operator else identity.expires_at_unix_ms,
+        )
         return account_pb2.CreateKeyResponse(key=_key_message(record), secret=secret)
 
     async def ListKeys(  # noqa: N802

@@ -31,6 +31,8 @@ _log = structlog.get_logger()
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
 HTTP_ERROR_MIN: Final = 400
+HOLD_SECONDS_MAX: Final = 15.0
+"""How long an answer that has begun waits for its hold, as while the directory restarts."""
 
 
 class Answer:
@@ -70,6 +72,7 @@ class Answer:
         self._document: list[bytes] = []
         self._complete = False
         self._closed = False
+        hold.add_done_callback(self._hold_decided)
         self.node_id = node_id
         self.content_type = ""
         self.usage: Usage | None = None
@@ -93,8 +96,14 @@ class Answer:
             PotluckError: what became of the attempt instead, INSUFFICIENT_CREDITS, or the engine's own refusal.
         """
         head = await self._relay.wait_for_head()
-        if await self._hold is not LedgerOutcome.APPLIED:
-            raise PotluckError(ErrorCode.INSUFFICIENT_CREDITS)
+        try:
+            # Shielded: a client that goes away must not cancel what says whether there is something to settle.
+            async with asyncio.timeout(HOLD_SECONDS_MAX):
+                outcome = await asyncio.shield(self._hold)
+        except TimeoutError:
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2) from None
+        if outcome is not LedgerOutcome.APPLIED:
+            raise _refusal(outcome)
         if head.http_status >= HTTP_ERROR_MIN:
             raise engine_error(head.http_status, await self._error_body())
         self.content_type = head.content_type
@@ -102,11 +111,8 @@ class Answer:
     async def next_data(self) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off."""
         while True:
-            data = await self._relay.next_data()
+            data = await self._next_bytes()
             if data is None:
-                if self._request.stream and not self._watcher.done:
-                    # llama.cpp ends so after an error of its own in the middle of an answer.
-                    raise PotluckError(ErrorCode.ENGINE_FAILED)
                 self._complete = True
                 await self.close()
                 return None
@@ -120,7 +126,7 @@ class Answer:
     def charge_so_far(self) -> int:
         """Micro-credits for what has been relayed."""
         relayed = charge_for_relayed(self._entry, self._watcher.token_count if self._request.stream else 0)
-        if not self._complete or self.usage is None:
+        if self.usage is None or not (self._complete or self._watcher.done):
             return min(relayed, self._hold_micro_credits)
         counted = charge(self._entry, self.usage)
         # For several answers to one prompt, llama.cpp's usage record counts one of them.
@@ -139,8 +145,27 @@ class Answer:
         self._release()
         self.usage = self._watcher.usage if self._request.stream else usage_of_document(b"".join(self._document))
         self.charge_micro_credits = self.charge_so_far()
+        # One that is not decided yet is: the writer keeps the order.
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
             self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits))
+
+    async def _next_bytes(self) -> bytes | None:
+        """As the relay's; after `[DONE]` the answer is complete, whatever becomes of its node."""
+        try:
+            data = await self._relay.next_data()
+        except PotluckError:
+            if self._watcher.done:
+                return None
+            raise
+        if data is None and self._request.stream and not self._watcher.done:
+            # llama.cpp ends so after an error of its own in the middle of an answer.
+            raise PotluckError(ErrorCode.ENGINE_FAILED)
+        return data
+
+    def _hold_decided(self, hold: asyncio.Future[LedgerOutcome]) -> None:
+        """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""
+        if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
+            self._relay.fail(_refusal(hold.result()))
 
     def _keep_document(self, data: bytes) -> None:
         self._document.append(data)
@@ -152,3 +177,10 @@ class Answer:
         while len(body) < ERROR_BODY_BYTES_MAX and (data := await self._relay.next_data()) is not None:
             body += data
         return body
+
+
+def _refusal(outcome: LedgerOutcome) -> PotluckError:
+    if outcome is LedgerOutcome.INSUFFICIENT_CREDITS:
+        return PotluckError(ErrorCode.INSUFFICIENT_CREDITS)
+    # The ledger knows this hold otherwise, or this gateway no longer: another one has taken its place.
+    return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2)

@@ -16,7 +16,7 @@ from potluck_protocol.v1 import node_pb2, node_pb2_grpc
 from potluck_protocol.values import TokenId
 
 JOIN_BYTES_MAX: Final = 64 * 1024
-"""A request, a token and an inventory; anyone may send one, and the inventory is stored."""
+"""A request, a token and an inventory; anyone may send one. What is stored of the inventory has the codec's own bounds."""
 
 
 class EnrolmentServicer(node_pb2_grpc.EnrolmentServiceServicer):

@@ -151,7 +151,7 @@ class Gateway:
             grant,
             interceptor,
             enrolment=EnrolmentServicer(self._directory.enrolment),
-            inference=InferenceServicer(requests),
+            inference=InferenceServicer(requests, self._metrics, self._clock),
             account=AccountServicer(self._directory.accounts, self._directory.ledger),
             pool=PoolServicer(self._directory.nodes),
         )

@@ -6,17 +6,15 @@ Decides how a body is read within bounds and how an answer, a stream or a failur
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final, TypeAlias
 
 from potluck_coordinator.gateway.openai_errors import error_event, http_error
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX, too_large
+from potluck_coordinator.gateway.request_ids import request_id_of
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.metadata import REQUEST_ID
-from potluck_protocol.values import RequestId
 
 BODY_SECONDS_MAX: Final = 30.0
 """How long a body may take to arrive."""
@@ -26,7 +24,6 @@ CLIENT_GONE_STATUS: Final = 499
 ABORT_EXTENSION: Final = "potluck.abort"
 """Where the server leaves a function in the scope that drops the connection."""
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _STREAM_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -65,7 +62,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.started_at = clock.monotonic_seconds()
-        self.request_id = self._read_request_id()
+        self.request_id = request_id_of(self.header(REQUEST_ID.encode()))
         self.status = 0
         """0 until an answer has begun."""
         self.failure: ErrorCode | None = None
@@ -182,9 +179,3 @@ class Exchange:
         self._sending = False
         self._piece_count += 1
         self.sent_bytes += len(data)
-
-    def _read_request_id(self) -> RequestId:
-        offered = self.header(REQUEST_ID.encode())
-        if offered is not None and _REQUEST_ID.match(offered):
-            return RequestId(offered)
-        return RequestId(f"req_{secrets.token_hex(12)}")

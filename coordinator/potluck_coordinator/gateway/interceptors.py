@@ -9,13 +9,11 @@ The work is per call; a stream's messages pass through untouched.
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -23,6 +21,7 @@ import structlog
 
 from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, Audience, require
 from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.request_ids import request_id_of
 from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -33,9 +32,10 @@ from potluck_protocol.values import NodeId, RequestId
 
 _log = structlog.get_logger()
 
+STALL_SECONDS_MAX: Final = 60.0
+"""A client that reads nothing for so long has gone, whatever its connection says; its engine is needed by others."""
 ERROR_TEXT_CHARACTERS_MAX: Final = 1000
 """Trailing metadata is bounded; the text stands in it twice."""
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _METHOD_PREFIX: Final = "/potluck_protocol.v1."
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -51,6 +51,8 @@ class Call:
     identity: KeyIdentity | None = None
     node_id: NodeId | None = None
     outcome: str = "ok"
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the servicer adds to the call's line in the log."""
 
 
 _CALL: ContextVar[Call] = ContextVar("potluck_call")
@@ -124,7 +126,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _serve(self, method: str, inner: Callable[..., Any], request: Any, context: _Context, *, streams: bool) -> Any:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        call = Call(method, _request_id(metadata.get(REQUEST_ID)))
+        call = Call(method, request_id_of(metadata.get(REQUEST_ID)))
         _CALL.set(call)
         started = self._clock.monotonic_seconds()
         try:
@@ -174,9 +176,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             method=call.method.removeprefix(_METHOD_PREFIX),
             request_id=call.request_id,
             account_id=call.identity.account_id if call.identity else None,
-            node_id=call.node_id,
             outcome=call.outcome,
             duration_ms=round((self._clock.monotonic_seconds() - started_seconds) * 1000, 1),
+            **({"node_id": call.node_id} if call.node_id else {}),
+            **call.facts,
         )
 
 
@@ -188,7 +191,11 @@ async def _answer_stream(answer: AsyncIterator[Any] | Awaitable[None], context: 
     # Closed at once when the client goes, not when the garbage collector comes by.
     async with aclosing(answer) as messages:  # type: ignore[type-var]
         async for message in messages:
-            await context.write(message)
+            try:
+                async with asyncio.timeout(STALL_SECONDS_MAX):
+                    await context.write(message)
+            except TimeoutError:
+                raise PotluckError(ErrorCode.CANCELLED, f"The client read nothing for {STALL_SECONDS_MAX:.0f} s.") from None
 
 
 async def _abort(context: _Context, error: PotluckError, request_id: RequestId) -> None:
@@ -202,12 +209,6 @@ async def _abort(context: _Context, error: PotluckError, request_id: RequestId) 
     )
     trailing = ((REQUEST_ID, request_id), (ERROR_DETAIL, detail.SerializeToString()))
     await context.abort(error.spec.grpc_status, message, trailing)
-
-
-def _request_id(offered: str | None) -> RequestId:
-    if offered is not None and _REQUEST_ID.match(offered):
-        return RequestId(offered)
-    return RequestId(f"req_{secrets.token_hex(12)}")
 
 
 def _log_unexpected(call: Call, error: Exception) -> None:

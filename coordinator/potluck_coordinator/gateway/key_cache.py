@@ -1,14 +1,14 @@
 """Which API keys were good a moment ago, so that a request does not wait for the directory.
 
-Decides how long an answer of the directory is believed. It must not know what a key may do (`authorisation`). Only hashes are kept, only of
-good keys, and a revocation anywhere empties the whole memory.
+Decides how long an answer of the directory is believed. It must not know what a key may do (`authorisation`). Only hashes are kept, and a
+revocation anywhere empties the whole memory. A refused key is remembered for a moment, so that a client that goes on with it costs little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
-from typing import Final
+from typing import Final, TypeVar
 
 from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.clock import Clock
@@ -18,7 +18,11 @@ KEY_START: Final = "sk-potluck-"
 KEY_CHARACTERS_MAX: Final = 128
 REMEMBERED_SECONDS: Final = 60.0
 """A key revoked while this gateway is cut off from the directory works no longer than this."""
+REFUSED_SECONDS: Final = 2.0
 REMEMBERED_MAX: Final = 10_000
+"""Of good keys, and of refused ones."""
+
+_Remembered = TypeVar("_Remembered")
 
 
 class KeyCache:
@@ -36,9 +40,10 @@ class KeyCache:
         self._clock = clock
         self._generation = key_generation()
         self._remembered: dict[bytes, tuple[float, KeyIdentity]] = {}
+        self._refused: dict[bytes, tuple[float, str]] = {}
 
     def __len__(self) -> int:
-        return len(self._remembered)
+        return len(self._remembered) + len(self._refused)
 
     async def identify(self, authorization: str | None) -> KeyIdentity:
         """Whose key an `authorization` header or metadata value (`Bearer KEY`) carries.
@@ -51,25 +56,36 @@ class KeyCache:
         generation = self._key_generation()
         if generation != self._generation:
             self._remembered.clear()
+            self._refused.clear()
             self._generation = generation
         now = self._clock.monotonic_seconds()
         known = self._remembered.get(digest)
         if known is not None and now < known[0] and self._is_current(known[1]):
             return known[1]
-        identity = await self._authenticate(secret)
+        refused = self._refused.get(digest)
+        if refused is not None and now < refused[0]:
+            raise PotluckError(ErrorCode.INVALID_API_KEY, refused[1])
+        try:
+            identity = await self._authenticate(secret)
+        except PotluckError as error:
+            if error.code is ErrorCode.INVALID_API_KEY:
+                _remember(self._refused, digest, (now + REFUSED_SECONDS, error.message))
+            raise
         # A revocation may have come by while the directory's answer was on its way.
         if self._key_generation() == generation == self._generation:
-            self._remember(digest, now + REMEMBERED_SECONDS, identity)
+            _remember(self._remembered, digest, (now + REMEMBERED_SECONDS, identity))
         return identity
 
     def _is_current(self, identity: KeyIdentity) -> bool:
         return identity.expires_at_unix_ms == 0 or self._clock.unix_ms() < identity.expires_at_unix_ms
 
-    def _remember(self, digest: bytes, until_seconds: float, identity: KeyIdentity) -> None:
-        self._remembered.pop(digest, None)
-        if len(self._remembered) >= REMEMBERED_MAX:
-            del self._remembered[next(iter(self._remembered))]
-        self._remembered[digest] = (until_seconds, identity)
+
+def _remember(memory: dict[bytes, _Remembered], digest: bytes, remembered: _Remembered) -> None:
+    """In the place of the oldest where the memory is full."""
+    memory.pop(digest, None)
+    if len(memory) >= REMEMBERED_MAX:
+        del memory[next(iter(memory))]
+    memory[digest] = remembered
 
 
 def _bearer(authorization: str | None) -> str:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from potluck_coordinator.domain.ledger import OpenHold
+from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome
+    from potluck_coordinator.domain.ledger import LedgerCommand
     from potluck_coordinator.ports import Ledger
 
 _log = structlog.get_logger()
@@ -66,7 +66,7 @@ class LedgerWriter:
             batch = [self._waiting[index] for index in range(min(len(self._waiting), BATCH_LENGTH_MAX))]
             started_at = loop.time()
             try:
-                outcomes = await self._ledger.apply([command for command, _ in batch])
+                outcomes = await self._apply([command for command, _ in batch])
             except PotluckError as error:
                 # Commands carry stable ids, so sending them again cannot apply them twice.
                 _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._waiting))
@@ -80,6 +80,18 @@ class LedgerWriter:
             if not self._waiting:
                 self._filled.clear()
                 self._idle.set()
+
+    async def _apply(self, commands: list[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
+        """As the desk's; a command that the ledger fails on by itself is given up, so that it does not stop all others for ever."""
+        try:
+            return await self._ledger.apply(commands)
+        except PotluckError as error:
+            if error.code is not ErrorCode.INTERNAL_ERROR:
+                raise
+        if len(commands) == 1:
+            _log.error("ledger_command_given_up", command=type(commands[0]).__name__, hold_id=commands[0].hold_id)
+            return (LedgerOutcome.CONFLICT,)
+        return tuple([(await self._apply([command]))[0] for command in commands])
 
     async def drain(self, seconds_max: float) -> bool:
         """Waits until nothing waits any more; False if that took too long."""

@@ -50,6 +50,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         self._directory = directory
         self._authenticate = authenticate
         self._clock = clock
+        self._renewals: set[asyncio.Task[None]] = set()
 
     async def Link(  # type: ignore[override]  # noqa: N802 - the stub wants an iterator; read/write cost less per frame
         self, request_iterator: AsyncIterator[node_pb2.NodeFrame], context: _LinkContext
@@ -57,7 +58,10 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         """One link, from hello to its end."""
         del request_iterator
         node_id = self._authenticate(context)
-        first = await asyncio.wait_for(context.read(), HELLO_SECONDS_MAX)
+        try:
+            first = await asyncio.wait_for(context.read(), HELLO_SECONDS_MAX)
+        except TimeoutError:
+            raise PotluckError(ErrorCode.INVALID_REQUEST, "The link said no hello in time.") from None
         if not isinstance(first, node_pb2.NodeFrame) or not first.HasField("hello"):
             raise PotluckError(ErrorCode.INVALID_REQUEST, "The first frame of a link must be a hello.")
         if not PROTOCOL_VERSION - 1 <= first.hello.protocol_version <= PROTOCOL_VERSION:
@@ -71,17 +75,16 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         if hello.node_id != node_id:
             raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The hello names another node than the certificate.")
         session, outbox, welcome = await self._links.connect(hello)
-        await context.write(node_pb2.CoordinatorFrame(welcome=codec.welcome_message(welcome)))
-        await self._carry(context, session, outbox)
+        await self._carry(context, session, outbox, node_pb2.CoordinatorFrame(welcome=codec.welcome_message(welcome)))
 
-    async def _carry(self, context: _LinkContext, session: NodeSession, outbox: Outbox) -> None:
-        """Moves frames both ways until either side ends."""
+    async def _carry(self, context: _LinkContext, session: NodeSession, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:
+        """Moves frames both ways until either side ends; raises what was wrong with the node's frames."""
         goodbye: GoodbyeReason | None = None
-        writer = asyncio.ensure_future(self._write(context, outbox))
+        writer = asyncio.ensure_future(self._write(context, outbox, first))
         reader = asyncio.ensure_future(self._read(context, session, outbox))
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done() and not reader.cancelled() and reader.exception() is None:
+            if reader.done():
                 goodbye = reader.result()
         finally:
             for task in (reader, writer):
@@ -90,7 +93,8 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
             self._links.disconnect(session, outbox, goodbye)
 
     @staticmethod
-    async def _write(context: _LinkContext, outbox: Outbox) -> None:
+    async def _write(context: _LinkContext, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:
+        await context.write(first)
         while True:
             frame = await outbox.take()
             await context.write(frame)
@@ -113,7 +117,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
             if frame.HasField("heartbeat"):
                 self._take_heartbeat(frame.heartbeat, session, outbox, now)
             if frame.HasField("certificate_request"):
-                await self._renew(frame.certificate_request, session, outbox)
+                self._renew_beside(frame.certificate_request.certificate_request_der, session, outbox)
             if frame.HasField("goodbye"):
                 return codec.goodbye_reason_from_number(frame.goodbye.reason)
 
@@ -141,9 +145,21 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
             lease.epoch, lease.lease_ttl_ms = session.epoch, self._links.lease_ttl_ms
         self._links.node_changed()
 
-    async def _renew(self, message: node_pb2.CertificateRequest, session: NodeSession, outbox: Outbox) -> None:
-        node_id, certificate_pem = await self._directory.enrolment.renew(message.certificate_request_der)
+    def _renew_beside(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
+        """Beside the reading loop: a directory that restarts must not keep heartbeats from being read."""
+        task = asyncio.ensure_future(self._renew(certificate_request_der, session, outbox))
+        self._renewals.add(task)
+        task.add_done_callback(self._renewals.discard)
+
+    async def _renew(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
+        try:
+            node_id, certificate_pem = await self._directory.enrolment.renew(certificate_request_der)
+        except PotluckError as error:
+            # The node asks again.
+            _log.warning("certificate_not_renewed", node_id=session.node_id, code=error.code)
+            return
         if node_id != session.node_id:
-            raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate request names another node's key.")
+            _log.error("certificate_asked_for_another_key", node_id=session.node_id, other_node_id=node_id)
+            return
         outbox.edit().certificate.certificate_pem = certificate_pem
         _log.info("certificate_renewed", node_id=node_id)

@@ -7,7 +7,7 @@ is told through `on_change`, what was running hears of its end through its relay
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from potluck_protocol.values import Hello, ModelId
 
 _log = structlog.get_logger()
+
+ABSENCE_SECONDS_MIN: Final = 2.0
+"""Ticks are a quarter of a second apart; one that comes so late says that this process could not run."""
 
 
 class Links:
@@ -48,6 +51,7 @@ class Links:
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._revoked: frozenset[NodeId] = frozenset()
         self._closings: set[asyncio.Task[None]] = set()
+        self._ticked_at = clock.monotonic_seconds()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -94,6 +98,9 @@ class Links:
                 session = None
             if session is None:
                 grant = await self._directory.nodes.open_session(hello)
+                if hello.node_id in self._revoked:
+                    # The snapshot that says so came while the directory's answer was on its way.
+                    raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
             elif session.outbox is not None:
@@ -128,17 +135,28 @@ class Links:
     def tick(self) -> None:
         """Judges every node by the clock: called a few times a second."""
         now = self._clock.monotonic_seconds()
+        self._forgive_own_absence(now)
         lapsed = lapsed_nodes(((session.node_id, session.signs) for session in self._sessions.values()), now, self._limits)
         for session in self.sessions:
             grace_over = session.link_lost_at is not None and now - session.link_lost_at >= self._limits.link_grace_seconds
             if session.node_id in lapsed or grace_over:
-                _log.warning("lease_ended", node_id=session.node_id, silence_seconds=round(now - session.heartbeat_at, 3))
-                self.close(session, None, GoodbyeReason.REPLACED)
+                reason = "silence" if session.node_id in lapsed else "link_lost"
+                _log.warning("session_ended", node_id=session.node_id, reason=reason, silence_seconds=round(now - session.heartbeat_at, 3))
+                self.close(session, None, GoodbyeReason.LEASE_ENDED)
                 continue
             session.judge(now, self._limits)
             for relay in session.attempts.values():
                 if not relay.over and attempt_is_silent(session.signs, relay.last_chunk_at, now, self._limits):
                     relay.fail(PotluckError(ErrorCode.NODE_LOST, "The node that was answering fell silent."))
+
+    def _forgive_own_absence(self, now: float) -> None:
+        """Time in which this process itself stood still is nobody's silence: what the nodes sent meanwhile is still to be read."""
+        absence_seconds = now - self._ticked_at
+        self._ticked_at = now
+        if absence_seconds > ABSENCE_SECONDS_MIN:
+            _log.warning("gateway_stood_still", seconds=round(absence_seconds, 1))
+            for session in self._sessions.values():
+                session.heartbeat_at += absence_seconds
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""

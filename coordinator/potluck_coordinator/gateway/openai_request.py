@@ -131,7 +131,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
     model_id = ModelId(parsed.model)
     prompt_bytes = len(body)
     if isinstance(parsed, _EmbeddingBody):
-        _check_inputs(parsed.input, "input")
+        input_count = _check_inputs(parsed.input, "input")
         return InferenceRequest(
             request_id,
             account_id,
@@ -143,6 +143,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
             prompt_bytes=prompt_bytes,
             completion_tokens_max=0,
             answer_count=1,
+            prompt_count=input_count,
         )
     stream = parsed.stream is True
     return InferenceRequest(
@@ -156,6 +157,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
         prompt_bytes=prompt_bytes,
         completion_tokens_max=_completion_tokens_max(parsed),
         answer_count=_answer_count(parsed),
+        prompt_count=_check_inputs(parsed.prompt, "prompt") if isinstance(parsed, _CompletionBody) else 1,
     )
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+DETAIL_CHARACTERS_MAX: Final = 200
+"""Of a node's own words that a client gets to see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Relay:
         "_acknowledged_bytes",
         "_buffer",
         "_end",
+        "_ended_by_node",
         "_error",
         "_taken_bytes",
         "_taken_sequence",
@@ -63,6 +68,7 @@ class Relay:
         self._acknowledge = acknowledge
         self._buffer: list[bytes] = []
         self._end: EndReason | None = None
+        self._ended_by_node = False
         self._error: PotluckError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._taken_sequence = 0
@@ -73,6 +79,11 @@ class Relay:
     def over(self) -> bool:
         """Nothing more will arrive."""
         return self._end is not None or self._error is not None
+
+    @property
+    def ended_by_node(self) -> bool:
+        """The node has said that the attempt is over; otherwise it may still be at work on it."""
+        return self._ended_by_node
 
     def receive(self, sequence: int, data: bytes, now: float) -> None:
         """Takes one chunk. A sequence seen before is a resumed link's repetition; one too high means that bytes are missing."""
@@ -91,6 +102,9 @@ class Relay:
 
     def end(self, sequence: int, reason: EndReason, detail: str) -> None:
         """Takes the node's word that the attempt is over after `sequence` chunks."""
+        self._ended_by_node = True
+        # One past the end tells the node that its word has arrived.
+        self._acknowledge(self.attempt_id, sequence + 1)
         if self.over:
             return
         if sequence != self.next_sequence:
@@ -99,11 +113,13 @@ class Relay:
             self._end = reason
             self._wake()
         elif reason is EndReason.REFUSED:
-            self.fail(PotluckError(ErrorCode.NO_CAPACITY, f"The node would not take the request: {detail}", retry_after_seconds=1))
+            self.fail(
+                PotluckError(
+                    ErrorCode.NO_CAPACITY, f"The node would not take the request: {detail[:DETAIL_CHARACTERS_MAX]}", retry_after_seconds=1
+                )
+            )
         else:
             self.fail(PotluckError(ErrorCode.ENGINE_FAILED))
-        # One past the end tells the node that its word has arrived.
-        self._acknowledge(self.attempt_id, sequence + 1)
 
     def fail(self, error: PotluckError) -> None:
         """Ends the answer with an error, behind whatever has already arrived."""

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from potluck_coordinator.domain.admission import AdmissionLimits, Dispatch, ModelLoad, Refuse, admit, retry_after_seconds
+from potluck_coordinator.domain.admission import AdmissionLimits, Dispatch, ModelLoad, Refuse, Wait, admit, retry_after_seconds
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
 from potluck_coordinator.domain.placement import place, rejection
 from potluck_coordinator.domain.pricing import hold_amount
@@ -53,6 +53,7 @@ class InferenceRequest:
     """An upper bound on the prompt's tokens."""
     completion_tokens_max: int | None
     answer_count: int
+    prompt_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +76,13 @@ class RequestLimits:
 class _Waiting:
     """One queued request."""
 
-    __slots__ = ("entry", "excluded", "request", "turn")
+    __slots__ = ("entry", "excluded", "request", "seconds_max", "turn")
 
-    def __init__(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId]) -> None:
+    def __init__(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId], seconds_max: float) -> None:
         self.request = request
         self.entry = entry
         self.excluded = excluded
+        self.seconds_max = seconds_max
         self.turn: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
 
@@ -172,46 +174,47 @@ class RequestService:
         match admit(load, self._limits.admission):
             case Refuse(code, retry_after):
                 raise self._refusal(code, request, excluded, retry_after)
+            case Wait(wait_seconds_max):
+                return await self._wait_in_queue(_Waiting(request, entry, excluded, wait_seconds_max))
             case Dispatch():
                 placement = place(self._links.replicas(request.model_id), request.endpoint, excluded, self._draw())
                 if placement.chosen is not None:
                     return self._dispatch(request, entry, placement.chosen)
-        return await self._wait_in_queue(_Waiting(request, entry, excluded))
+        # Admission counted a free slot that placement did not find.
+        raise self._refusal(ErrorCode.NO_CAPACITY, request, excluded, self._limits.admission.retry_after_seconds_min)
 
     async def _wait_in_queue(self, waiting: _Waiting) -> Answer:
         queue = self._queues.setdefault(waiting.request.model_id, deque())
         queue.append(waiting)
+        answer: Answer | None = None
         try:
-            async with asyncio.timeout(self._limits.admission.queue_wait_seconds_max):
-                return await waiting.turn
+            async with asyncio.timeout(waiting.seconds_max):
+                answer = await waiting.turn
         except TimeoutError:
             retry_after = retry_after_seconds(self._load(waiting.request, waiting.excluded), self._limits.admission)
             raise self._refusal(ErrorCode.QUEUE_TIMEOUT, waiting.request, waiting.excluded, retry_after) from None
-        except asyncio.CancelledError:
-            if waiting.turn.done() and not waiting.turn.cancelled():
-                # Its turn came in the same moment as its client went.
-                await waiting.turn.result().close()
-            raise
         finally:
             if waiting in queue:
                 queue.remove(waiting)
+            if answer is None and waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
+                # Its turn came in the same moment as its deadline, or as its client went.
+                await waiting.turn.result().close()
+        return answer
 
     def serve_queues(self) -> None:
         """Gives free slots to whoever waits longest: called whenever a slot may have become free."""
         for model_id, queue in self._queues.items():
-            while queue:
-                waiting = queue[0]
+            for waiting in tuple(queue):
                 if waiting.turn.done():
-                    queue.popleft()
                     continue
                 request = waiting.request
                 placement = place(self._links.replicas(model_id), request.endpoint, waiting.excluded, self._draw())
                 if placement.chosen is None:
-                    break
-                queue.popleft()
+                    # One that no free replica suits does not hold up those behind it.
+                    continue
                 try:
                     waiting.turn.set_result(self._dispatch(request, waiting.entry, placement.chosen))
-                except PotluckError as error:
+                except Exception as error:  # noqa: BLE001 - it is this request's failure, and its client is told
                     waiting.turn.set_exception(error)
 
     def _dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView) -> Answer:
@@ -222,23 +225,20 @@ class RequestService:
         now = self._clock.monotonic_seconds()
         amount = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count)
         relay = Relay(attempt_id, self._limits.window_bytes, now, session.acknowledge)
-        session.start(
-            StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, self._limits.window_bytes),
-            relay,
-            now,
+        command = OpenHold(
+            hold_id=attempt_id,
+            payer=request.account_id,
+            payee=session.owner_account_id,
+            amount_micro_credits=amount,
+            expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
+            gateway_epoch=self._gateway_epoch,
         )
+        window_bytes = self._limits.window_bytes
+        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, window_bytes)
+        session.start(start, relay, now)
         try:
-            hold = self._ledger.submit(
-                OpenHold(
-                    hold_id=attempt_id,
-                    payer=request.account_id,
-                    payee=session.owner_account_id,
-                    amount_micro_credits=amount,
-                    expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
-                    gateway_epoch=self._gateway_epoch,
-                )
-            )
-        except PotluckError:
+            hold = self._ledger.submit(command)
+        except BaseException:
             session.finish(attempt_id, replica.replica_id)
             raise
         timeout = PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s.")

@@ -74,7 +74,6 @@ class NodeSession:
         self.session_id = hello.session_id
         self.epoch = grant.epoch
         self.owner_account_id = grant.owner_account_id
-        self.display_name = grant.display_name
         self.desired = grant.desired
         self.state = hello.state
         self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
@@ -88,7 +87,6 @@ class NodeSession:
         """None while the link is down."""
         self.link_lost_at: float | None = None
         self._reported_at = now
-        self._heartbeat_count = 0
 
     @property
     def signs(self) -> SignsOfLife:
@@ -109,7 +107,6 @@ class NodeSession:
         self.suspect = False
         self.state = heartbeat.state
         self.engines = {status.replica_id: status for status in heartbeat.engines}
-        self._heartbeat_count += 1
 
     def start(self, start: StartAttempt, relay: Relay, now: float) -> None:
         """Sends an attempt to the node; raises NO_CAPACITY if the link has just gone."""
@@ -122,7 +119,7 @@ class NodeSession:
         self.outbox.edit().starts.append(codec.start_attempt_message(start))
 
     def finish(self, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
-        """Forgets an attempt; one that is not over is cancelled at the node."""
+        """Forgets an attempt; one that the node has not ended itself is cancelled there, whatever ended it here."""
         relay = self.attempts.pop(attempt_id, None)
         if relay is None:
             return
@@ -130,7 +127,7 @@ class NodeSession:
         self.attempts_by_replica[replica_id] -= 1
         if not self.attempts:
             self.busy_since = None
-        if not relay.over and self.outbox is not None:
+        if not relay.ended_by_node and self.outbox is not None:
             self.outbox.edit().cancels.add(attempt_id=attempt_id)
 
     def restart_missing(self, in_flight: frozenset[AttemptId]) -> None:
@@ -169,28 +166,29 @@ class NodeSession:
         report = NodeReport(
             node_id=self.node_id,
             epoch=self.epoch,
-            heartbeat_count=self._heartbeat_count,
             covered_seconds=0.0 if self.suspect or self.outbox is None else now - self._reported_at,
             suspect=self.suspect,
             state=self.state,
             engines=tuple(self.engines.values()),
         )
-        self._reported_at, self._heartbeat_count = now, 0
+        self._reported_at = now
         return report
 
     def replica_views(self, model_id: ModelId) -> Iterator[ReplicaView]:
-        """Its replicas of a model as placement sees them."""
-        for status in self.engines.values():
-            if status.model_id == model_id:
-                yield ReplicaView(
-                    replica_id=status.replica_id,
-                    node_id=self.node_id,
-                    model_id=model_id,
-                    ready=status.state is EngineState.READY and status.slot_count > 0,
-                    slot_count=status.slot_count,
-                    in_flight_count=self.attempts_by_replica.get(status.replica_id, 0),
-                    node_paused=self.state is not NodeState.SERVING,
-                    node_suspect=self.suspect,
-                    link_up=self.outbox is not None and not self.outbox.closed,
-                    endpoints=status.endpoints,
-                )
+        """Its replicas of a model as placement sees them: what was wished of it, as far as it says that it is there."""
+        for wish in self.desired.engines:
+            if wish.model.model_id != model_id:
+                continue
+            status = self.engines.get(wish.replica_id)
+            yield ReplicaView(
+                replica_id=wish.replica_id,
+                node_id=self.node_id,
+                model_id=model_id,
+                ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
+                slot_count=min(status.slot_count, wish.slot_count) if status is not None else 0,
+                in_flight_count=self.attempts_by_replica.get(wish.replica_id, 0),
+                node_paused=self.state is not NodeState.SERVING,
+                node_suspect=self.suspect,
+                link_up=self.outbox is not None and not self.outbox.closed,
+                endpoints=status.endpoints if status is not None else (),
+            )

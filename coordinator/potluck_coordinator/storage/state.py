@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
+from sqlalchemy import bindparam
 from sqlmodel import Session, col, select, update
 
 from potluck_coordinator.storage.tables import CoordinatorStateRow
+
+# Built once and run past the session, as in `holds`: every payment looks at the gateway's epoch.
+_GET: Final = select(CoordinatorStateRow.value).where(col(CoordinatorStateRow.name) == bindparam("fact"))
 
 
 class StateName(StrEnum):
@@ -26,7 +31,8 @@ class StateRepository:
         self._session = session
 
     def get(self, name: StateName) -> str | None:
-        return self._session.exec(select(CoordinatorStateRow.value).where(CoordinatorStateRow.name == name)).first()
+        value: str | None = self._session.connection().execute(_GET, {"fact": name}).scalar()
+        return value
 
     def put(self, name: StateName, value: str) -> None:
         statement = update(CoordinatorStateRow).where(col(CoordinatorStateRow.name) == name).values(value=value)

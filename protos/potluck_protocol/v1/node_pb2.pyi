@@ -133,6 +133,8 @@ class _GoodbyeReasonEnumTypeWrapper(_EnumTypeWrapper[_GoodbyeReason.ValueType], 
     GOODBYE_REASON_COORDINATOR_STOPPING: _GoodbyeReason.ValueType  # 5
     """The coordinator stops; dial again."""
     GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED: _GoodbyeReason.ValueType  # 6
+    GOODBYE_REASON_LEASE_ENDED: _GoodbyeReason.ValueType  # 7
+    """The node was silent for too long, or its link was: dial again."""
 
 class GoodbyeReason(_GoodbyeReason, metaclass=_GoodbyeReasonEnumTypeWrapper): ...
 
@@ -148,6 +150,8 @@ GOODBYE_REASON_REPLACED: GoodbyeReason.ValueType  # 4
 GOODBYE_REASON_COORDINATOR_STOPPING: GoodbyeReason.ValueType  # 5
 """The coordinator stops; dial again."""
 GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED: GoodbyeReason.ValueType  # 6
+GOODBYE_REASON_LEASE_ENDED: GoodbyeReason.ValueType  # 7
+"""The node was silent for too long, or its link was: dial again."""
 
 @final
 class JoinRequest(Message):
@@ -439,7 +443,7 @@ class Heartbeat(Message):
     ENGINES_FIELD_NUMBER: int
     DISK_FREE_BYTES_FIELD_NUMBER: int
     progress_count: int
-    """Grows with every chunk any engine of the node produced: a node that beats without progress is seen."""
+    """Grows with every chunk any engine of the node produced."""
     state: NodeState.ValueType
     disk_free_bytes: int
     @property

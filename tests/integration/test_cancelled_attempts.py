@@ -1,0 +1,103 @@
+"""Attempts that the coordinator cancels: ended once, and then nothing of them stays with the node."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+
+import pytest
+
+from potluck_node.attempts import Attempts, engine_session
+from potluck_node.delivery import Delivery
+from potluck_protocol.clock import SystemClock
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import AttemptId, Endpoint, NodeState, StartAttempt
+from tests.support.link_coordinator import link_coordinator
+from tests.support.node_engine import REPLICA, DirectedEngine, FixedReplicas, directed_engine, wired_node
+
+EVENT = b"data: " + b"x" * 50_000 + b"\n\n"
+CANCEL_COUNT = 100
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[DirectedEngine]:
+    async with directed_engine() as running:
+        yield running
+
+
+@pytest.fixture
+async def attempts(engine: DirectedEngine) -> AsyncIterator[Attempts]:
+    async with engine_session() as http:
+        made = Attempts(
+            replicas=FixedReplicas(engine.url, slot_count=4),
+            http=http,
+            clock=SystemClock(),
+            node_state=lambda: NodeState.SERVING,
+            slot_count_max=None,
+        )
+        yield made
+        await made.close()
+
+
+async def streaming(attempts: Attempts, engine: DirectedEngine, name: str) -> AttemptId:
+    """An attempt whose first chunk was sent and not acknowledged."""
+    attempt_id = AttemptId(name)
+    attempts.start(StartAttempt(attempt_id, REPLICA, Endpoint.CHAT_COMPLETIONS, b"{}", stream=True, window_bytes=2 * len(EVENT)))
+    (await engine.next_conversation()).say(EVENT)
+    async with asyncio.timeout(5):
+        frame = node_pb2.NodeFrame()
+        while not frame.chunks:
+            await asyncio.sleep(0.001)
+            attempts.move_into(frame, 10 * len(EVENT))
+    return attempt_id
+
+
+async def test_cancelled_attempts_leave_nothing_behind(attempts, engine) -> None:
+    for number in range(CANCEL_COUNT):
+        attempt_id = await streaming(attempts, engine, f"a{number}")
+        attempts.cancel(attempt_id)
+        assert attempts.in_flight == (), "nobody will acknowledge it, so nothing may wait for that"
+        frame = node_pb2.NodeFrame()
+        assert attempts.move_into(frame, 1000)
+        assert [(end.attempt_id, end.sequence, end.reason) for end in frame.ends] == [(attempt_id, 1, node_pb2.END_REASON_CANCELLED)]
+        assert not frame.chunks
+    assert not attempts.busy
+    assert attempts.running_count(REPLICA) == 0
+    await asyncio.sleep(0)  # the last attempt's task ends
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, Delivery)]
+
+
+async def test_cancelling_again_or_what_is_not_there_does_nothing(attempts, engine) -> None:
+    attempt_id = await streaming(attempts, engine, "a1")
+    for _ in range(2):
+        attempts.cancel(attempt_id)
+    attempts.cancel(AttemptId("never heard of"))
+    attempts.acknowledge(attempt_id, 2)
+    frame = node_pb2.NodeFrame()
+    attempts.move_into(frame, 1000)
+    assert len(frame.ends) == 1
+
+
+async def test_a_fenced_node_sends_no_end_of_the_former_lease(attempts, engine) -> None:
+    attempts.cancel(await streaming(attempts, engine, "a1"))
+    attempts.abandon_all()
+    assert not attempts.busy
+    assert not attempts.move_into(node_pb2.NodeFrame(), 1000)
+
+
+async def test_the_next_hello_does_not_name_a_cancelled_attempt(engine, tmp_path) -> None:
+    async with link_coordinator(tmp_path) as coordinator, wired_node(coordinator, tmp_path, engine.url):
+        link = await coordinator.next_link()
+        await link.welcome()
+        await link.start("a1")
+        await link.start("a2")
+        for _ in range(2):
+            (await engine.next_conversation()).say(EVENT)
+        await link.until(lambda: link.data("a1") and link.data("a2"))
+        await link.send(cancels=[node_pb2.CancelAttempt(attempt_id="a1")])
+        assert (await link.until_end("a1")).reason == node_pb2.END_REASON_CANCELLED
+        link.close()
+        again = await coordinator.next_link()
+        assert [attempt.attempt_id for attempt in again.hello.in_flight] == ["a2"]

@@ -1,0 +1,69 @@
+"""Children of the agent: heard and ended without a thread that the rest of the agent needs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import pytest
+
+from potluck_node.child_process import ChildProcess
+
+SLEEPS = ("-c", "import time; time.sleep(60)")
+
+
+@asynccontextmanager
+async def children(count: int) -> AsyncIterator[list[ChildProcess]]:
+    spawned = [await ChildProcess.spawn(SLEEPS, os.environ) for _ in range(count)]
+    try:
+        yield spawned
+    finally:
+        for child in spawned:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        await asyncio.gather(*(child.stop() for child in spawned))
+
+
+async def test_living_children_leave_the_loops_threads_to_others():
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=2))
+    async with children(3):
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 5) == "done"
+
+
+async def test_each_end_is_heard_however_often_it_is_asked_for():
+    async with children(3) as spawned:
+        os.kill(spawned[1].pid, signal.SIGTERM)
+        assert await asyncio.wait_for(spawned[1].wait(), 5) == "signal SIGTERM"
+        assert await spawned[1].wait() == "signal SIGTERM"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(spawned[0].wait(), 0.05)
+        await asyncio.wait_for(spawned[0].stop(), 5)
+        assert await spawned[0].wait() == "signal SIGTERM"
+    short = await ChildProcess.spawn(("-c", "raise SystemExit(3)"), os.environ)
+    assert await asyncio.wait_for(short.wait(), 10) == "exit status 3"
+    await short.stop()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_child_that_outlives_its_loop_disturbs_nobody(monkeypatch):
+    faults: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+
+    async def spawn_and_go() -> int:
+        return (await ChildProcess.spawn(SLEEPS, os.environ)).pid
+
+    pid = asyncio.run(spawn_and_go())
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == f"child {pid}"]
+    assert thread.daemon, "the agent's own end waits for no child"
+    os.killpg(pid, signal.SIGKILL)
+    thread.join(10)
+    gc.collect()
+    assert not thread.is_alive()
+    assert faults == []

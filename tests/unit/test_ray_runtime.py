@@ -1,0 +1,143 @@
+"""What the driver makes of its actors' answers, and what an actor's log costs it. No Ray: that is for the integration tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from potluck_coordinator import ray_runtime
+from potluck_coordinator.ray_runtime import ABSENCE_SECONDS_MAX, DIRECTORY, GATEWAY, RayRuntime
+from potluck_coordinator.settings import Settings
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+
+class RayError(Exception):
+    pass
+
+
+class ActorDiedError(RayError):
+    pass
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic_seconds(self) -> float:
+        return self.now
+
+    def unix_ms(self) -> int:
+        return 0
+
+
+class Actors:
+    """Two actors, and the few words of Ray by which they are asked."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers: dict[str, Any] = {DIRECTORY: None, GATEWAY: None}
+        self.clock = Clock()
+        ray = SimpleNamespace(get=self._get, exceptions=SimpleNamespace(RayError=RayError, ActorDiedError=ActorDiedError))
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        self.runtime = RayRuntime(Settings(data_dir=folder), folder, None)
+        self.runtime._clock = self.clock
+        self.runtime._actors = {name: SimpleNamespace(ready=SimpleNamespace(remote=lambda name=name: name)) for name in self.answers}
+        self.runtime._answered_at = dict.fromkeys(self.answers, self.clock.now)
+
+    def _get(self, name: str, timeout: float) -> Any:
+        del timeout
+        answer = self.answers[name]
+        if isinstance(answer, RayError):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Actors:
+    return Actors(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("answer", [RayError(), PotluckError(ErrorCode.INTERNAL_ERROR, "the disk is full")], ids=["silence", "a failure"])
+def test_an_actor_that_does_not_serve_is_absent_whatever_it_answers(actors: Actors, answer: Exception) -> None:
+    actors.answers[GATEWAY] = answer
+    actors.clock.now += ABSENCE_SECONDS_MAX
+    actors.runtime.check()
+    actors.clock.now += 0.1
+    with pytest.raises(PotluckError, match="gateway has been away") as gone:
+        actors.runtime.check()
+    assert gone.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+    assert ("the disk is full" in gone.value.message) == isinstance(answer, PotluckError)
+
+
+def test_an_actor_that_came_back_has_all_its_time_again(actors: Actors) -> None:
+    for answer in (RayError(), None) * 3:
+        actors.answers[DIRECTORY] = answer
+        actors.clock.now += ABSENCE_SECONDS_MAX - 1
+        actors.runtime.check()
+
+
+def test_what_ray_gave_up_is_not_waited_for(actors: Actors) -> None:
+    actors.answers[DIRECTORY] = ActorDiedError()
+    with pytest.raises(PotluckError, match="directory has been away"):
+        actors.runtime.check()
+
+
+ACTOR = """
+import os, sys, structlog
+from potluck_coordinator.ray_runtime import _send_log_lines_to
+from potluck_protocol.observe import configure_logging
+_send_log_lines_to(sys.argv[1])
+configure_logging(json=True)
+for number in range(2000):
+    structlog.get_logger().info("a_line", number=number, padding="x" * 200)
+    print("so does", "this", file=sys.stderr)
+os.write(1, b"it goes on")
+"""
+
+
+@pytest.mark.parametrize("reader", ["nobody empties the pipe", "the reader has gone"])
+def test_a_log_that_nobody_takes_does_not_hold_up_an_actor(tmp_path: Path, reader: str) -> None:
+    pipe = tmp_path / "log"
+    os.mkfifo(pipe)
+    descriptor = os.open(pipe, os.O_RDWR if reader.startswith("nobody") else os.O_RDONLY | os.O_NONBLOCK)
+    actor = subprocess.Popen([sys.executable, "-c", ACTOR, str(pipe)], stdout=subprocess.PIPE)
+    try:
+        assert actor.stdout is not None
+        if reader.startswith("nobody"):
+            assert actor.stdout.read() == b"it goes on"
+            lines = os.read(descriptor, 1 << 20).decode().splitlines()
+            assert json.loads(lines[0])["event"] == "a_line"
+            assert all(line == "so does this" or json.loads(line)["number"] >= 0 for line in lines), "lines are lost whole"
+        else:
+            while not select_readable(descriptor):
+                assert actor.poll() is None
+            os.close(descriptor)
+            descriptor = -1
+            assert actor.stdout.read() == b"it goes on"
+        assert actor.wait(10) == 0
+    finally:
+        actor.kill()
+        actor.wait(5)
+        assert actor.stdout is not None
+        actor.stdout.close()
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def select_readable(descriptor: int) -> bool:
+    import select
+
+    return bool(select.select([descriptor], [], [], 10)[0])
+
+
+def test_without_a_reader_the_old_standard_error_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    before = sys.stderr
+    ray_runtime._send_log_lines_to(str(tmp_path / "log"))
+    assert sys.stderr is before
