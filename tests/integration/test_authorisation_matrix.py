@@ -438,26 +438,6 @@ async def test_an_operators_key_cannot_be_made_by_a_user(people: People) -> None
     assert response.key.account_id == people.user
 
 
-async def test_a_key_makes_none_that_outlives_it_unless_it_is_the_operators(people: People) -> None:
-    accounts = people.pool.directory.accounts
-    for account_id, ends in ((people.user, True), (OPERATOR_ACCOUNT_ID, False)):
-        _, key = await accounts.create_key(account_id, "for an hour", 3600)
-        metadata = (("authorization", f"Bearer {key}"),)
-        async with people.pool.grpc_channel() as channel:
-            stub = account_pb2_grpc.AccountServiceStub(channel)
-            for lifetime_seconds in (0, 7200):
-                asked = stub.CreateKey(account_pb2.CreateKeyRequest(lifetime_seconds=lifetime_seconds), metadata=metadata)
-                if not ends:
-                    await asked
-                    continue
-                with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await asked
-                assert detail_of(refused.value).code == "invalid_request"
-                assert detail_of(refused.value).param == "lifetime_seconds"
-            shorter = await stub.CreateKey(account_pb2.CreateKeyRequest(lifetime_seconds=60), metadata=metadata)
-            assert shorter.key.expires_at_unix_ms > 0
-
-
 async def test_whose_node_it_is_is_for_its_owner_and_the_operator(people: People) -> None:
     _, stranger = await people.pool.user_key("stranger")
     seen: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import socket
 import subprocess
@@ -99,9 +100,12 @@ def test_an_actor_that_is_killed_comes_back_with_the_same_ports(coordinator: Coo
     victim = coordinator.actor(actor)
 
     victim.kill()
-    # A key that no gateway remembers: only gateway and directory together can refuse it.
-    unknown_key = "sk-potluck-aaaaaaaa-" + "b" * 43
-    wait_until(lambda: coordinator.get("/v1/models", unknown_key)[0] == 401, BACK_SECONDS_MAX, f"an answer after the death of {actor}")
+    # A key that no gateway remembers, each time another: only gateway and directory together can refuse it.
+    wait_until(
+        lambda: coordinator.get("/v1/models", f"sk-potluck-aaaaaaaa-{secrets.token_hex(21)}b")[0] == 401,
+        BACK_SECONDS_MAX,
+        f"an answer after the death of {actor}",
+    )
 
     assert _authenticated(coordinator)
     assert coordinator.actor(actor).pid != victim.pid

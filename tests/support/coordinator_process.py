@@ -100,13 +100,23 @@ class CoordinatorProcess:
 
     def actor(self, name: str) -> psutil.Process:
         """The process of "DirectoryActor" or "GatewayActor"."""
-        found = [process for process in self.processes() if "".join(process.cmdline()).startswith(f"ray::{name}")]
+        # While it starts, Ray titles it "ray::directory:DirectoryActor.__init__", later "ray::DirectoryActor".
+        titles = [(process, _title(process)) for process in self.processes()]
+        found = [process for process, title in titles if title.startswith("ray::") and name in title]
         assert len(found) == 1, [process.cmdline() for process in self.processes()]
         return found[0]
 
     def signal_group(self, number: int) -> None:
         """As a terminal does with Ctrl-C: every process of the group gets it."""
         os.killpg(self.process.pid, number)
+
+
+def _title(process: psutil.Process) -> str:
+    """Empty for one that has just ended."""
+    try:
+        return "".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -116,17 +116,27 @@ class FixedReplicas:
         self._callbacks: list[Callable[[], None]] = []
 
     def set_desired(self, desired: DesiredState) -> None:
+        before = self.replica_id
         self.desired.append(desired)
+        if self.replica_id != before:
+            for callback in self._callbacks:
+                callback()
 
     def set_paused(self, paused: bool) -> None:
         self.paused.append(paused)
 
     def statuses(self) -> tuple[EngineStatus, ...]:
         endpoints = (Endpoint.CHAT_COMPLETIONS,)
-        return (EngineStatus(REPLICA, ModelId("tiny"), self.state, "scripted", slot_count=self.slot_count, endpoints=endpoints),)
+        return (EngineStatus(self.replica_id, ModelId("tiny"), self.state, "scripted", slot_count=self.slot_count, endpoints=endpoints),)
+
+    @property
+    def replica_id(self) -> ReplicaId:
+        """The one wished for, or a name of its own where nobody wishes."""
+        wished = [engine.replica_id for engine in self.desired[-1].engines if engine.model.model_id == "tiny"] if self.desired else []
+        return wished[0] if wished else REPLICA
 
     def ready_url(self, replica_id: ReplicaId) -> str | None:
-        return self.url if replica_id == REPLICA else None
+        return self.url if replica_id == self.replica_id else None
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)

@@ -101,7 +101,8 @@ class Answer:
             async with asyncio.timeout(HOLD_SECONDS_MAX):
                 outcome = await asyncio.shield(self._hold)
         except TimeoutError:
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2) from None
+            # Not COORDINATOR_UNAVAILABLE: the request has run, and must not look like one that can safely be made again.
+            raise PotluckError(ErrorCode.INTERNAL_ERROR, "The ledger did not answer in time.") from None
         if outcome is not LedgerOutcome.APPLIED:
             raise _refusal(outcome)
         if head.http_status >= HTTP_ERROR_MIN:

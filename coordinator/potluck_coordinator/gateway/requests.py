@@ -279,8 +279,9 @@ class RequestService:
             for waiting in queue:
                 if not waiting.turn.done():
                     waiting.turn.set_exception(gone)
+        # These may have been worked on, so they must not look like requests that can safely be made again.
         for answer in tuple(self._answers.values()):
-            answer.fail(gone)
+            answer.fail(PotluckError(ErrorCode.NODE_LOST, "The coordinator is stopping; the answer broke off."))
 
     def _load(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> ModelLoad:
         usable = free = 0

@@ -1,0 +1,69 @@
+"""A pool of one node whose every frame the test writes, and requests on their way through it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+
+from potluck_coordinator.gateway.requests import InferenceRequest
+from potluck_protocol.values import Endpoint, RequestId
+from tests.support.coordinator import TINY, running_coordinator
+from tests.support.raw_node import enrol, raw_link
+
+USAGE_EVENT = b'data: {"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def token(text: str) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}]}).encode() + b"\n\n"
+
+
+@asynccontextmanager
+async def pool(folder, **changes):
+    async with running_coordinator(folder, **changes) as coordinator:
+        credentials = await enrol(coordinator)
+        async with raw_link(coordinator, credentials) as node:
+            await node.hello()
+            yield coordinator, node
+
+
+async def request_of(coordinator, *, stream=True, completion_tokens_max=100):
+    accounts = await coordinator.directory.accounts.list_accounts()
+    return InferenceRequest(
+        request_id=RequestId("request"),
+        account_id=accounts[0].account_id,
+        model_id=TINY,
+        endpoint=Endpoint.CHAT_COMPLETIONS,
+        body=b"{}",
+        stream=stream,
+        include_usage=False,
+        prompt_bytes=20,
+        completion_tokens_max=completion_tokens_max,
+        answer_count=1,
+    )
+
+
+async def begin(coordinator, node, number=0, **fields):
+    """A request on its way, with the attempt that the node got and its head already sent."""
+    work = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator, **fields)))
+    start = await node.next_start(number)
+    await node.chunk(start.attempt_id, 0, token("one"))
+    return await asyncio.wait_for(work, 5), start
+
+
+async def read_all(answer) -> bytes:
+    data = b""
+    while (piece := await asyncio.wait_for(answer.next_data(), 5)) is not None:
+        data += piece
+    return data
+
+
+async def settled_balance(coordinator):
+    """The operator's balance once nothing is held; the operator also owns the node."""
+    account_id = (await coordinator.directory.accounts.list_accounts())[0].account_id
+    async with asyncio.timeout(5):
+        while (balance := await coordinator.directory.ledger.balance(account_id)).held_micro_credits:
+            await asyncio.sleep(0.01)
+    assert (await coordinator.directory.ledger.audit()).findings == ()
+    return balance
