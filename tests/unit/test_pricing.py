@@ -36,7 +36,7 @@ ENTRY = CatalogueEntry(
     ],
 )
 def test_hold_amount(prompt_bytes, completion_tokens_max, answer_count, expected):
-    assert hold_amount(ENTRY, prompt_bytes, completion_tokens_max, answer_count) == expected
+    assert hold_amount(ENTRY, prompt_bytes, completion_tokens_max, answer_count, 1) == expected
 
 
 @given(
@@ -49,7 +49,7 @@ def test_a_request_within_its_limits_never_costs_more_than_its_hold(prompt_bytes
     context = ENTRY.context_length_tokens
     prompt_tokens = int(shares[0] * min(prompt_bytes + TEMPLATE_TOKENS_ALLOWANCE, context))
     completion_tokens = int(shares[1] * min(context if wanted is None else wanted, context)) * answer_count
-    held = hold_amount(ENTRY, prompt_bytes, wanted, answer_count)
+    held = hold_amount(ENTRY, prompt_bytes, wanted, answer_count, 1)
     assert 0 <= charge_for_relayed(ENTRY, completion_tokens) <= charge(ENTRY, Usage(prompt_tokens, completion_tokens)) <= held
 
 

@@ -17,9 +17,7 @@ TEMPLATE_TOKENS_ALLOWANCE: Final = 256
 BASIS_POINTS: Final = 10_000
 
 
-def hold_amount(
-    entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max: int | None, answer_count: int, prompt_count: int = 1
-) -> int:
+def hold_amount(entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max: int | None, answer_count: int, prompt_count: int) -> int:
     """The most that a request can cost, in micro-credits.
 
     Args:

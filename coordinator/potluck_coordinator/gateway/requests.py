@@ -223,7 +223,7 @@ class RequestService:
         assert session is not None, "placement saw the session in this same turn of the loop"
         attempt_id = self._new_attempt_id()
         now = self._clock.monotonic_seconds()
-        amount = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count)
+        amount = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count, request.prompt_count)
         relay = Relay(attempt_id, self._limits.window_bytes, now, session.acknowledge)
         command = OpenHold(
             hold_id=attempt_id,
