@@ -112,10 +112,14 @@ def hangs(cancelled: threading.Event, *events: Event) -> Play:
     def play(_request: inference_pb2.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Event]:
         gone = threading.Event()
         context.add_callback(gone.set)
-        yield placed()
-        yield from events
-        if gone.wait(30):
-            cancelled.set()
+        try:
+            yield placed()
+            yield from events
+            gone.wait(30)
+        finally:
+            # Also where gRPC closes the generator between two events.
+            if gone.wait(5):
+                cancelled.set()
 
     return play
 

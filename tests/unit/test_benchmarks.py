@@ -220,7 +220,11 @@ async def test_the_client_refuses_an_error_and_a_broken_connection() -> None:
 
 
 def test_cpu_time_counts_all_threads_of_another_process(tmp_path: Path) -> None:
-    burn = "import threading as t; x = t.Thread(target=lambda: sum(range(10**7))); x.start(); x.join(); print(flush=True); input()"
+    # Enough memory to be seen: the kernel counts small amounts only now and then.
+    burn = (
+        "import threading as t; kept = b'x' * (50 << 20); "
+        "x = t.Thread(target=lambda: sum(range(10**7))); x.start(); x.join(); print(flush=True); input()"
+    )
     child = Child([sys.executable, "-c", burn], tmp_path / "log", pipe=True)
     try:
         assert child.process.stdout is not None

@@ -34,8 +34,8 @@ _log = structlog.get_logger()
 
 STALL_SECONDS_MAX: Final = 60.0
 """A client that reads nothing for so long has gone, whatever its connection says; its engine is needed by others."""
-ERROR_TEXT_CHARACTERS_MAX: Final = 1000
-"""Trailing metadata is bounded; the text stands in it twice."""
+ERROR_TEXT_CHARACTERS_MAX: Final = 400
+"""It stands twice in the trailing metadata, at up to 17 bytes a character, and gRPC refuses some of what is over 8 KiB, by chance."""
 _METHOD_PREFIX: Final = "/potluck_protocol.v1."
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
