@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
 
 from potluck_node.engines.llamacpp_front import Front
-from tests.support.node_engine import Conversation, directed_engine
+from tests.support.node_engine import directed_engine
 
 PATH = "/v1/chat/completions"
 PROGRESS = b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}],"prompt_progress":{"total":9,"processed":4}}\n\n'
-TEXT = b'data: {"choices":[{"index":0,"finish_reason":null,"delta":{"content":"a \\"prompt_progress\\":{ \xc3\xa9"}}]}\n\n'
-END = b'data: {"choices":[{"index":0,"finish_reason":"stop","delta":{}}]}\n\ndata: [DONE]\n\n'
+TEXT = b'data: {"choices":[ {"index":0,"finish_reason":null,"delta":{"content":"\\"prompt_progress\\":{ \xc3\xa9"}}]}\n\n'
+END = b'data: {"choices":[{"index":0,"finish_reason":"stop","delta":{}}]}\n\n'
+RECORD = b'data: {"choices":[],"id":"x","usage":{"completion_tokens":3,"prompt_tokens":9,"total_tokens":12}}\n\n'
+DONE = b"data: [DONE]\n\n"
 FAILURE = b'error: {"code":503,"message":"no room","type":"unavailable_error"}\n\n'
 
 
-@asynccontextmanager
-async def asked(**body: object) -> AsyncIterator[tuple[Conversation, aiohttp.ClientResponse | None, object]]:
-    """One request through the door: what llama.cpp sees of it, and the way to the answer."""
-    async with directed_engine() as engine, aiohttp.ClientSession() as session:
-        url = await Front(engine.url).serve()
-        response = session.post(url + PATH, data=json.dumps(body))
-        yield engine, response
-
-
-async def answer_to(*said: bytes, break_off: bool = False, **body: object) -> tuple[int, bytes, dict[str, object]]:
+async def answer_to(said: bytes, *, break_off: bool = False, **body: object) -> tuple[int, bytes, dict[str, object]]:
     """Status and body that a client gets when llama.cpp says this, and what llama.cpp was asked."""
-    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url) as url:
-        import asyncio
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url).serve() as url:
 
         async def client() -> tuple[int, bytes]:
             async with session.post(url + PATH, data=json.dumps(body)) as response:
@@ -39,8 +30,44 @@ async def answer_to(*said: bytes, break_off: bool = False, **body: object) -> tu
 
         asking = asyncio.create_task(client())
         conversation = await engine.next_conversation()
-        for piece in said:
-            conversation.say(piece)
-        conversation.break_off() if break_off else conversation.finish()
-        status, content = await asking
+        conversation.say(said)
+        if break_off:
+            conversation.break_off()
+        else:
+            conversation.finish()
+        async with asyncio.timeout(5):
+            status, content = await asking
         return status, content, json.loads(conversation.body)
+
+
+async def test_streamed_answer_passes_byte_for_byte_without_the_progress_before_it():
+    status, content, asked = await answer_to(PROGRESS * 3 + TEXT + TEXT + END + RECORD + DONE, stream=True, top_k=3)
+    assert (status, content) == (200, TEXT + TEXT + END + RECORD + DONE)
+    assert asked == {"stream": True, "top_k": 3, "return_progress": True}
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+async def test_several_choices_leave_with_one_record_or_none(include_usage):
+    other_end = END.replace(b'"index":0', b'"index":1')
+    said = b"data: null\n\n" + TEXT + PROGRESS + TEXT + END + RECORD + other_end + RECORD + DONE
+    status, content, _ = await answer_to(said, stream=True, n=2, stream_options={"include_usage": include_usage})
+    *events, done = content.removesuffix(b"\n\n").split(b"\n\n")
+    assert (status, done) == (200, b"data: [DONE]")
+    assert b"".join(event + b"\n\n" for event in events[:4]) == TEXT + TEXT + END + other_end
+    usage = {"completion_tokens": 6, "prompt_tokens": 9, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 0}}
+    records = [{"id": "x", "choices": [], "usage": usage}] if include_usage else []
+    assert [json.loads(event[6:]) for event in events[4:]] == records
+
+
+@pytest.mark.parametrize("body", [{"stream": True}, {"stream": True, "n": 2}, {"stream": False}, {"stream": None}, {}])
+async def test_failure_while_the_prompt_is_read_is_told_by_the_status(body):
+    status, content, _ = await answer_to(PROGRESS + FAILURE, **body)
+    assert (status, json.loads(content)["error"]["message"]) == (503, "no room")
+    status, content, _ = await answer_to(PROGRESS, break_off=True, **body)
+    assert (status, json.loads(content)["error"]["message"]) == (502, "llama.cpp broke the answer off")
+
+
+async def test_failure_in_the_middle_reaches_the_client_as_an_event():
+    for more in ({}, {"n": 2}):
+        status, content, _ = await answer_to(TEXT + FAILURE, stream=True, **more)
+        assert (status, content) == (200, TEXT + FAILURE)

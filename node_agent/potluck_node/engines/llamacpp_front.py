@@ -14,7 +14,7 @@ Only the paths of `potluck_protocol.values.Endpoint` pass.
 from __future__ import annotations
 
 import json
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
@@ -24,7 +24,7 @@ from potluck_node.engines.usage_sum import UsageSum
 from potluck_protocol.values import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
 BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -41,8 +41,9 @@ class Front:
         self._engine_url = engine_url
         self._session: ClientSession | None = None
 
-    async def serve(self) -> str:
-        """Opens the door on a free loopback port and returns its URL."""
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[str]:
+        """Keeps the door open on a free loopback port, whose URL this is, until the block ends."""
         self._session = ClientSession(
             # llama.cpp closes a kept connection after its hundredth request, at times under the next one.
             connector=TCPConnector(limit=0, force_close=True),
@@ -56,10 +57,14 @@ class Front:
         application.router.add_post(Endpoint.COMPLETIONS.value, self._generate)
         application.router.add_post(Endpoint.EMBEDDINGS.value, self._pass_whole)
         # Without handler_cancellation a handler would outlive its client.
-        runner = web.AppRunner(application, handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+            await self._session.close()
 
     async def _post(self, path: str, body: bytes) -> ClientResponse:
         assert self._session is not None

@@ -20,8 +20,8 @@ from potluck_node.lifeline import exit_with_parent
 PROMPT_CACHE_MIB: Final = 256
 """Prompts kept for slots that were reused; llama.cpp's own default of 8 GiB is not ours to take from a volunteer."""
 CPU_BATCH_TOKENS: Final = 64
-"""A cancelled prompt goes on to the end of its batch. After a hang-up in a prompt of 1,500 words, SmolLM2 135M on two busy CPU cores was free
-within 0.98 s (median 0.27 s); with 128 within 2.0 s (0.9 s). Reading the prompt takes about a sixth longer than with 128.
+"""A cancelled prompt goes on to the end of its batch. After a hang-up in a prompt of 1,500 words, SmolLM2 135M on two busy CPU cores was
+free within 0.98 s (median 0.27 s); with 128 within 2.0 s (0.9 s). Reading the prompt takes about a sixth longer than with 128.
 """
 GPU_BATCH_TOKENS: Final = 2048
 ERRORS_ONLY: Final = 1
@@ -64,9 +64,9 @@ def start_engine(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 async def _run(engine_url: str) -> None:
-    url = await Front(engine_url).serve()
-    print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
-    await asyncio.Event().wait()
+    async with Front(engine_url).serve() as url:
+        print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
+        await asyncio.Event().wait()
 
 
 def main() -> None:
