@@ -129,10 +129,7 @@ class Answer:
         relayed = charge_for_relayed(self._entry, self._watcher.token_count if self._request.stream else 0)
         if self.usage is None or not (self._complete or self._watcher.done):
             return min(relayed, self._hold_micro_credits)
-        counted = charge(self._entry, self.usage)
-        # For several answers to one prompt, llama.cpp's usage record counts one of them.
-        due = max(counted, relayed) if self._request.answer_count > 1 else counted
-        return min(due, self._hold_micro_credits)
+        return min(charge(self._entry, self.usage), self._hold_micro_credits)
 
     def fail(self, error: PotluckError) -> None:
         """Breaks the answer off from this side."""

@@ -21,7 +21,7 @@ PROMPT_CACHE_MIB: Final = 256
 """Prompts kept for slots that were reused; llama.cpp's own default of 8 GiB is not ours to take from a volunteer."""
 CPU_BATCH_TOKENS: Final = 64
 """A cancelled prompt goes on to the end of its batch. After a hang-up in a prompt of 1,500 words, SmolLM2 135M on two busy CPU cores was
-free within 0.98 s (median 0.27 s); with 128 within 2.0 s (0.9 s). Reading the prompt takes about a sixth longer than with 128.
+free within 0.98 s (median 0.27 s); with 128 within 2.0 s (0.9 s). How fast prompts are read differed less than it did from run to run.
 """
 GPU_BATCH_TOKENS: Final = 2048
 ERRORS_ONLY: Final = 1
