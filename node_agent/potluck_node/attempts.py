@@ -29,6 +29,8 @@ PIECE_BYTES_MAX: Final = 64 * 1024
 """How much of an answer is read at once; a quarter of the window where that is less, so that a window holds several pieces."""
 EVENT_BYTES_MAX: Final = 1024 * 1024
 """An engine whose event grows beyond this is broken."""
+URGENT_PIECE_COUNT: Final = 2
+"""Pieces of a new answer that wait for no company on the link: engines name the role in the first, the first token is in the second."""
 CONNECT_LIMIT_SECONDS: Final = 5.0
 CONNECTION_KEPT_SECONDS: Final = 2.0
 """Less than engines keep an idle connection (5 s): one that the engine closes while we write would fail a good request."""
@@ -268,7 +270,7 @@ class Attempts:
                             raise _EventTooLargeError
                     if whole:
                         await self._send(attempt, whole, head)
-                if remainder or not attempt.delivery.begun:
+                if remainder or attempt.delivery.next_sequence == 0:
                     await self._send(attempt, remainder, head)
             finally:
                 if not response.content.at_eof():
@@ -280,10 +282,10 @@ class Attempts:
         while not delivery.has_room(len(data)):
             attempt.room.clear()
             await attempt.room.wait()
-        first = not delivery.begun
-        delivery.push(data, head if first else None)
+        piece_number = delivery.next_sequence
+        delivery.push(data, head if piece_number == 0 else None)
         self.progress_count += 1
-        self._stand_in_line(attempt, urgent=first)
+        self._stand_in_line(attempt, urgent=piece_number < URGENT_PIECE_COUNT)
 
     def _end_unknown(self, attempt_id: AttemptId, reason: EndReason, detail: str, sequence: int) -> None:
         attempt = _Attempt(ReplicaId(""), Delivery(attempt_id, 0, sequence))

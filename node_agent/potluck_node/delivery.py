@@ -74,9 +74,9 @@ class Delivery:
         return self._end is not None
 
     @property
-    def begun(self) -> bool:
-        """At least one chunk exists."""
-        return self._next_sequence > 0
+    def next_sequence(self) -> int:
+        """The number that the next chunk will have."""
+        return self._next_sequence
 
     @property
     def waiting(self) -> bool:

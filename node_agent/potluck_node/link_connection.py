@@ -2,8 +2,8 @@
 
 Decides when a frame is flushed. It must not know what frames mean, nor why a connection is opened or given up.
 
-One task writes. It takes everything that waits into one frame; while that frame is on its way, more gathers for the next. The first bytes
-of a stream, ends and control go at once; later bytes wait up to 2 ms after the last flush, which costs a lone stream nothing and lets many
+One task writes. It takes everything that waits into one frame; while that frame is on its way, more gathers for the next. The first pieces
+of a stream, ends and control go at once; later ones wait up to 2 ms after the last flush, which costs a lone stream nothing and lets many
 streams share frames.
 """
 

@@ -50,7 +50,7 @@ class Delivered(RuleBasedStateMachine):
     @rule(data=st.binary(min_size=1, max_size=60))
     def say(self, data: bytes) -> None:
         if self.delivery.has_room(len(data)):
-            self.delivery.push(data, None if self.delivery.begun else ResponseHead(200, "text/plain"))
+            self.delivery.push(data, None if self.delivery.next_sequence else ResponseHead(200, "text/plain"))
             self.said += data
 
     @precondition(lambda self: not self.ended)

@@ -17,6 +17,7 @@ from potluck_protocol.values import AccountId
 class Ledger:
     def __init__(self):
         self.batches = []
+        self.kinds = []
         self.unavailable_times = 0
         self.poison = None
 
@@ -28,7 +29,12 @@ class Ledger:
         if any(command.hold_id == self.poison for command in commands):
             raise PotluckError(ErrorCode.INTERNAL_ERROR)
         self.batches.append([command.hold_id for command in commands])
+        self.kinds.append([type(command) for command in commands])
         return tuple(LedgerOutcome.APPLIED for _ in commands)
+
+
+def hold(hold_id):
+    return OpenHold(hold_id, AccountId("payer"), AccountId("payee"), 1, 1, 1)
 
 
 @asynccontextmanager
@@ -54,6 +60,38 @@ async def test_what_gathers_during_a_commit_leaves_together_and_in_order():
         assert await writer.drain(1)
 
 
+async def test_a_hold_leaves_at_once_and_settlements_wait_for_company(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        settled = [writer.submit(SettleHold(f"{number}", 1)) for number in range(3)]
+        assert await writer.submit(hold("new")) is LedgerOutcome.APPLIED
+        assert ledger.batches == [["new"]]
+        assert not any(future.done() for future in settled)
+        assert not await writer.drain(0.01)
+
+
+@pytest.mark.parametrize("batch_length_max", [1, 2, 3, 256])
+@pytest.mark.parametrize("away_times", [0, 1])
+async def test_no_settlement_overtakes_its_own_hold(monkeypatch, batch_length_max, away_times):
+    monkeypatch.setattr(ledger_writer, "BATCH_LENGTH_MAX", batch_length_max)
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 0)
+    monkeypatch.setattr(ledger_writer, "RETRY_SECONDS", 0)
+    async with writing() as (ledger, writer):
+        ledger.unavailable_times = away_times
+        futures = []
+        for number in range(7):
+            futures += [writer.submit(hold(f"{number}")), writer.submit(SettleHold(f"{number}", 1))]
+            await asyncio.sleep(0)
+        await asyncio.gather(*futures)
+        sent = [hold_id for batch in ledger.batches for hold_id in batch]
+        assert sorted(sent) == sorted(2 * [f"{number}" for number in range(7)])
+        kinds = [kind for batch in ledger.kinds for kind in batch]
+        for number in range(7):
+            of_one = [kind for kind, hold_id in zip(kinds, sent, strict=True) if hold_id == f"{number}"]
+            assert of_one == [OpenHold, SettleHold]
+        assert await writer.drain(1)
+
+
 async def test_a_ledger_that_is_away_delays_and_loses_nothing(monkeypatch):
     monkeypatch.setattr(ledger_writer, "RETRY_SECONDS", 0)
     async with writing() as (ledger, writer):
@@ -72,10 +110,9 @@ async def test_one_command_that_cannot_be_applied_does_not_stop_the_others():
 async def test_new_holds_are_refused_once_too_much_waits_and_settlements_never(monkeypatch):
     monkeypatch.setattr(ledger_writer, "QUEUE_LENGTH_MAX", 1)
     writer = LedgerWriter(Ledger(), lambda _: None)  # not running: nothing leaves
-    hold = OpenHold("a", AccountId("payer"), AccountId("payee"), 1, 1, 1)
-    writer.submit(hold)
+    writer.submit(hold("a"))
     with pytest.raises(PotluckError) as failure:
-        writer.submit(hold)
+        writer.submit(hold("a"))
     assert failure.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
     writer.submit(SettleHold("a", 1))
     assert not await writer.drain(0.01)

@@ -1,14 +1,17 @@
 """Carries ledger commands from the data plane to the directory, in order, many to a commit.
 
-Decides only when to send: at once if nothing is on its way, else together with whatever else has come by then. A command leaves the queue
-when the directory has answered, so a directory that restarts delays settlements and loses none. It must not know what the commands come to.
+Decides only when to send. A hold has a client waiting for it and leaves at once; marks and settlements have nobody and wait a moment for
+company, so that they are not in the way of the next request's hold. Of what comes while a commit is on its way, all leaves with the next. A
+command leaves the queue when the directory has answered, so a directory that restarts delays settlements and loses none. It must not know
+what the commands come to.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
@@ -21,11 +24,15 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.ledger import LedgerCommand
     from potluck_coordinator.ports import Ledger
 
+    _Queue: TypeAlias = deque[tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]]
+
 _log = structlog.get_logger()
 
 BATCH_LENGTH_MAX: Final = 256
 QUEUE_LENGTH_MAX: Final = 50_000
 RETRY_SECONDS: Final = 0.5
+COMPANY_SECONDS: Final = 0.02
+"""How long marks and settlements wait for company."""
 
 
 class LedgerWriter:
@@ -39,8 +46,11 @@ class LedgerWriter:
     def __init__(self, ledger: Ledger, observe_commit_seconds: Callable[[float], None]) -> None:
         self._ledger = ledger
         self._observe = observe_commit_seconds
-        self._waiting: deque[tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]] = deque()
-        self._filled = asyncio.Event()
+        self._holds: _Queue = deque()
+        self._others: _Queue = deque()
+        self._others_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -50,36 +60,49 @@ class LedgerWriter:
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE for a new hold if the directory has been away for so long that the queue is full.
         """
-        if isinstance(command, OpenHold) and len(self._waiting) >= QUEUE_LENGTH_MAX:
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
-        outcome: asyncio.Future[LedgerOutcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((command, outcome))
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[LedgerOutcome] = loop.create_future()
+        if isinstance(command, OpenHold):
+            if len(self._holds) + len(self._others) >= QUEUE_LENGTH_MAX:
+                raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
+            self._holds.append((command, outcome))
+            self._wanted.set()
+        else:
+            self._others.append((command, outcome))
+            if not self._others_due and self._timer is None:
+                self._timer = loop.call_later(COMPANY_SECONDS, self._others_are_due)
         self._idle.clear()
-        self._filled.set()
         return outcome
+
+    def _others_are_due(self) -> None:
+        self._timer = None
+        self._others_due = True
+        self._wanted.set()
 
     async def run(self) -> None:
         """Sends until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._filled.wait()
-            batch = [self._waiting[index] for index in range(min(len(self._waiting), BATCH_LENGTH_MAX))]
+            await self._wanted.wait()
+            # All holds before anything else: a settlement must not overtake its own hold.
+            holds = tuple(islice(self._holds, BATCH_LENGTH_MAX))
+            others = tuple(islice(self._others, BATCH_LENGTH_MAX - len(holds))) if self._others_due else ()
             started_at = loop.time()
             try:
-                outcomes = await self._apply([command for command, _ in batch])
+                outcomes = await self._apply([command for command, _ in (*holds, *others)])
             except PotluckError as error:
                 # Commands carry stable ids, so sending them again cannot apply them twice.
-                _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._waiting))
+                _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._holds) + len(self._others))
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             self._observe(loop.time() - started_at)
-            for (_, future), outcome in zip(batch, outcomes, strict=True):
-                self._waiting.popleft()
-                if not future.done():
-                    future.set_result(outcome)
-            if not self._waiting:
-                self._filled.clear()
-                self._idle.set()
+            _answer(self._holds, outcomes[: len(holds)])
+            _answer(self._others, outcomes[len(holds) :])
+            self._others_due = self._others_due and bool(self._others)
+            if not self._holds and not self._others_due:
+                self._wanted.clear()
+                if not self._others:
+                    self._idle.set()
 
     async def _apply(self, commands: list[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
         """As the desk's; a command that the ledger fails on by itself is given up, so that it does not stop all others for ever."""
@@ -100,3 +123,10 @@ class LedgerWriter:
         except TimeoutError:
             return False
         return True
+
+
+def _answer(queue: _Queue, outcomes: tuple[LedgerOutcome, ...]) -> None:
+    for outcome in outcomes:
+        _, future = queue.popleft()
+        if not future.done():
+            future.set_result(outcome)
