@@ -11,6 +11,7 @@ import json
 import grpc
 import pytest
 
+from potluck_coordinator.gateway import answer as answer_module
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import EndReason, GoodbyeReason, NodeState, Usage
 from tests.support.coordinator import TINY, running_coordinator
@@ -29,6 +30,28 @@ async def test_a_complete_stream_is_paid_by_the_engines_count(tmp_path):
         balance = await settled_balance(coordinator)
         assert balance.available_micro_credits == 1000 * 1_000_000 - 18
         assert balance.earned_micro_credits == 18  # the fee of 5 % of 18 rounds down to nothing
+
+
+async def test_an_unstreamed_answer_is_kept_whole_and_paid_by_its_own_usage_record(tmp_path):
+    document = json.dumps({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}).encode()
+    async with pool(tmp_path) as (coordinator, node):
+        answer, start = await begin(coordinator, node, stream=False, first=document[:7])
+        await node.chunk(start.attempt_id, 1, document[7:])
+        await node.end(start.attempt_id, 2)
+        assert await read_all(answer) == answer.document == document
+        assert (answer.usage, answer.charge_micro_credits) == (Usage(10, 2, 0), 10 * 1 + 2 * 4)
+
+
+async def test_an_unstreamed_answer_beyond_its_bound_is_broken_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(answer_module, "DOCUMENT_BYTES_MAX", 10)
+    async with pool(tmp_path) as (coordinator, node):
+        answer, start = await begin(coordinator, node, stream=False, first=b"12345")
+        await node.chunk(start.attempt_id, 1, b"123456")
+        with pytest.raises(PotluckError) as failure:
+            await read_all(answer)
+        assert failure.value.code is ErrorCode.ENGINE_FAILED
+        await answer.close()
+        await node.wait_for(lambda frame: any(cancel.attempt_id == start.attempt_id for cancel in frame.cancels), 1)
 
 
 async def test_a_link_that_comes_back_within_its_grace_costs_nothing(tmp_path):

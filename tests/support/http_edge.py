@@ -89,6 +89,10 @@ class ScriptedAnswer:
         self.taken_count = 0
         self.closed = asyncio.Event()
 
+    @property
+    def document(self) -> bytes:
+        return b"".join(piece for piece in self._pieces[: self.taken_count] if isinstance(piece, bytes))
+
     async def next_data(self) -> bytes | None:
         if self.taken_count < len(self._pieces):
             piece = self._pieces[self.taken_count]

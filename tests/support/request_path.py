@@ -41,14 +41,15 @@ async def request_of(coordinator, *, stream=True, completion_tokens_max=100):
         prompt_bytes=20,
         completion_tokens_max=completion_tokens_max,
         answer_count=1,
+        prompt_count=1,
     )
 
 
-async def begin(coordinator, node, number=0, **fields):
+async def begin(coordinator, node, number=0, first=None, **fields):
     """A request on its way, with the attempt that the node got and its head already sent."""
     work = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator, **fields)))
     start = await node.next_start(number)
-    await node.chunk(start.attempt_id, 0, token("one"))
+    await node.chunk(start.attempt_id, 0, token("one") if first is None else first)
     return await asyncio.wait_for(work, 5), start
 
 

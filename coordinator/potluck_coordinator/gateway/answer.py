@@ -30,6 +30,7 @@ _log = structlog.get_logger()
 
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
+"""The largest unstreamed answer; it is kept whole, for the usage record in it."""
 HTTP_ERROR_MIN: Final = 400
 HOLD_SECONDS_MAX: Final = 15.0
 """How long an answer that has begun waits for its hold, as while the directory restarts."""
@@ -69,12 +70,13 @@ class Answer:
         self._ledger = ledger
         self._release = release
         self._watcher = UsageWatcher(keep_usage_event=request.include_usage)
-        self._document: list[bytes] = []
+        self._pieces: list[bytes] = []
         self._complete = False
         self._closed = False
         hold.add_done_callback(self._hold_decided)
         self.node_id = node_id
-        self.content_type = ""
+        self.document = b""
+        """An unstreamed answer, once it is complete."""
         self.usage: Usage | None = None
         self.charge_micro_credits = 0
         self.marked_micro_credits = 0
@@ -107,7 +109,6 @@ class Answer:
             raise _refusal(outcome)
         if head.http_status >= HTTP_ERROR_MIN:
             raise engine_error(head.http_status, await self._error_body())
-        self.content_type = head.content_type
 
     async def next_data(self) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off."""
@@ -118,7 +119,7 @@ class Answer:
                 await self.close()
                 return None
             if not self._request.stream:
-                self._keep_document(data)
+                self._keep(data)
                 return data
             passed = self._watcher.feed(data)
             if passed:
@@ -141,7 +142,8 @@ class Answer:
             return
         self._closed = True
         self._release()
-        self.usage = self._watcher.usage if self._request.stream else usage_of_document(b"".join(self._document))
+        self.document = b"".join(self._pieces)
+        self.usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
         self.charge_micro_credits = self.charge_so_far()
         # One that is not decided yet is: the writer keeps the order.
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
@@ -165,8 +167,8 @@ class Answer:
         if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
             self._relay.fail(_refusal(hold.result()))
 
-    def _keep_document(self, data: bytes) -> None:
-        self._document.append(data)
+    def _keep(self, data: bytes) -> None:
+        self._pieces.append(data)
         if self._relay.received_bytes > DOCUMENT_BYTES_MAX:
             raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine's answer is too large.")
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Protocol
 
 from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Header
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_coordinator.ports import KeyIdentity
-from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.errors import PotluckError
 from potluck_protocol.metadata import COST_HEADER, NODE_HEADER
 from potluck_protocol.values import Endpoint, ModelId, NodeId, Usage
-
-DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
-"""The largest unstreamed answer; it is collected before its head goes out."""
 
 
 class InferenceAnswer(Protocol):
@@ -32,6 +29,8 @@ class InferenceAnswer(Protocol):
     def usage(self) -> Usage | None: ...
     @property
     def charge_micro_credits(self) -> int: ...
+    @property
+    def document(self) -> bytes: ...
     async def next_data(self) -> bytes | None: ...
     async def close(self) -> None: ...
 
@@ -115,16 +114,11 @@ class InferenceExchange:
         await self._exchange.end_stream()
 
     async def _collect(self, answer: InferenceAnswer) -> None:
-        pieces: list[bytes] = []
-        size_bytes = 0
-        while (data := await answer.next_data()) is not None:
-            pieces.append(data)
-            size_bytes += len(data)
-            if size_bytes > DOCUMENT_BYTES_MAX:
-                raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine's answer is too large.")
-        await answer.close()
+        """Waits for the end before the head goes out, which says what the whole answer cost."""
+        while await answer.next_data() is not None:
+            pass
         cost = (COST_HEADER.encode(), b"%d" % answer.charge_micro_credits)
-        await self._exchange.reply_json(b"".join(pieces), (*self._node_header(answer), cost))
+        await self._exchange.reply_json(answer.document, (*self._node_header(answer), cost))
 
     async def _fail_if_broken(self, work: asyncio.Future[None]) -> None:
         """Writes the failure of an answer, knowing whether it cost something."""

@@ -53,7 +53,7 @@ class InferenceRequest:
     """An upper bound on the prompt's tokens."""
     completion_tokens_max: int | None
     answer_count: int
-    prompt_count: int = 1
+    prompt_count: int
 
 
 @dataclass(frozen=True, slots=True)
