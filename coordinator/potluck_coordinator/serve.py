@@ -7,7 +7,6 @@ requests are served.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -26,6 +25,7 @@ from typing import Final
 
 import structlog
 
+from potluck_coordinator.listening import PREDECESSOR_SECONDS_MAX, RETRY_SECONDS, bind
 from potluck_coordinator.ray_runtime import RayRuntime
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.warden import Warden, sweep
@@ -34,8 +34,6 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 STOP_SECONDS_MAX: Final = 9.5
 """After a signal, whatever has not stopped by then is killed."""
 WARDEN_SECONDS_MAX: Final = 5.0
-PREDECESSOR_SECONDS_MAX: Final = 10.0
-"""How long the ports of a coordinator that was killed are waited for."""
 CHECK_PAUSE_SECONDS: Final = 2.0
 TEMPORARY_PATH_LENGTH_MAX: Final = 24
 FREE_PORTS: Final = range(20_000, 30_000)
@@ -96,7 +94,7 @@ def settle_ports(settings: Settings, patience_seconds: float) -> Settings:
         except PotluckError:
             if time.monotonic() >= give_up_at:
                 raise
-        time.sleep(0.2)
+        time.sleep(RETRY_SECONDS)
 
 
 def _settle_ports_now(settings: Settings) -> Settings:
@@ -105,7 +103,7 @@ def _settle_ports_now(settings: Settings) -> Settings:
     try:
         for name, flag in PORT_FLAGS.items():
             wanted: int = getattr(settings, name)
-            held.append(_bound_socket(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag))
+            held.append(bind(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag))
             ports[name] = held[-1].getsockname()[1]
     finally:
         for probe in held:
@@ -116,27 +114,9 @@ def _settle_ports_now(settings: Settings) -> Settings:
 def _free_socket(host: str, flag: str) -> socket.socket:
     for port in random.sample(FREE_PORTS, FREE_PORT_TRIES):
         with contextlib.suppress(PotluckError):
-            return _bound_socket(host, port, flag)
+            return bind(host, port, flag)
     # Not a matter of ports, then: this says what it is.
-    return _bound_socket(host, 0, flag)
-
-
-def _bound_socket(host: str, port: int, flag: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    probe = socket.socket(family, socket.SOCK_STREAM)
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind((host, port))
-    except OSError as error:
-        probe.close()
-        if error.errno == errno.EADDRINUSE:
-            text = f"Port {port} of {host} is taken by another process; stop that, or choose another with {flag} (0: any free one)."
-        elif error.errno == errno.EACCES:
-            text = f"Port {port} needs privileges that this user lacks; choose one above 1023 with {flag}."
-        else:
-            text = f"Cannot listen on {host}: {error.strerror or error}; --host takes an address of this machine, or 0.0.0.0 for all."
-        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text) from error
-    return probe
+    return bind(host, 0, flag)
 
 
 def _start(runtime: RayRuntime) -> None:

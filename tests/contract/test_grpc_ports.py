@@ -12,11 +12,11 @@ from typing import Any, Self, cast
 import grpc
 import pytest
 
+from potluck_coordinator import listening
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
-from potluck_coordinator.gateway import grpc_server
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
-from potluck_coordinator.gateway.interceptors import CallInterceptor, authenticate_node
+from potluck_coordinator.gateway.interceptors import CallInterceptor, calling_node
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import InferenceRequest, RequestService
 from potluck_coordinator.metrics import Metrics
@@ -62,7 +62,7 @@ class Welcoming(node_pb2_grpc.NodeServiceServicer):
     async def Link(  # noqa: N802
         self, requests: AsyncIterator[node_pb2.NodeFrame], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[node_pb2.CoordinatorFrame]:
-        yield node_pb2.CoordinatorFrame(goodbye=node_pb2.Goodbye(message=authenticate_node(context)))
+        yield node_pb2.CoordinatorFrame(goodbye=node_pb2.Goodbye(message=calling_node()))
 
 
 async def met(authority: CertificateAuthority, key_pem: bytes, revoked: frozenset[NodeId]) -> str:
@@ -221,8 +221,8 @@ def link_server(authority: CertificateAuthority) -> GrpcServer:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_server, "BIND_SECONDS_MAX", 0.4)
-    monkeypatch.setattr(grpc_server, "BIND_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(listening, "PREDECESSOR_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(listening, "RETRY_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("hurry")
@@ -244,17 +244,16 @@ async def test_a_port_that_stays_taken_is_named(authority: CertificateAuthority)
         with pytest.raises(PotluckError) as caught:
             await link_server(authority).start("127.0.0.1", port)
     assert caught.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
-    assert f"127.0.0.1:{port}" in caught.value.message
+    assert f"Port {port} of 127.0.0.1" in caught.value.message
     assert "--link-port" in caught.value.message
 
 
-async def test_two_coordinators_never_share_a_port(authority: CertificateAuthority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_server, "BIND_SECONDS_MAX", 0.05)
-    monkeypatch.setattr(grpc_server, "BIND_RETRY_SECONDS", 0.02)
+@pytest.mark.usefixtures("hurry")
+async def test_two_coordinators_never_share_a_port(authority: CertificateAuthority) -> None:
     first = link_server(authority)
     port = await first.start("127.0.0.1", 0)
     try:
-        with pytest.raises(PotluckError, match="holds the port"):
+        with pytest.raises(PotluckError, match="is taken by another process"):
             await link_server(authority).start("127.0.0.1", port)
     finally:
         await first.stop(0)

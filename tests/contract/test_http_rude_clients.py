@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from potluck_coordinator import listening
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.gateway import http_exchange, http_server
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
@@ -214,9 +215,8 @@ async def test_tls(tmp_path: Path) -> None:
 
 
 async def test_port_that_is_taken_is_named(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "BIND_RETRY_SECONDS", 5.0)
-    monkeypatch.setattr(asyncio, "sleep", lambda _seconds, sleep=asyncio.sleep: sleep(0))
-    with pytest.raises(PotluckError, match=rf"127\.0\.0\.1:{edge.port}.*--http-port"):
-        await http_server._bind("127.0.0.1", edge.port)
+    monkeypatch.setattr(listening, "PREDECESSOR_SECONDS_MAX", 0)
+    with pytest.raises(PotluckError, match=rf"Port {edge.port} of 127\.0\.0\.1 .*--http-port"):
+        await edge.server.start("127.0.0.1", edge.port)
     with pytest.raises(PotluckError, match="Cannot listen on 192"):
-        await http_server._bind("192.0.2.1", 0)
+        await edge.server.start("192.0.2.1", 0)

@@ -155,6 +155,7 @@ async def authenticate(secret: str) -> KeyIdentity:
 class HttpEdge:
     """A running http port."""
 
+    server: HttpServer
     port: int
     requests: ScriptedRequests
     metrics: Metrics
@@ -171,7 +172,7 @@ async def http_edge(**settings: Path) -> AsyncIterator[HttpEdge]:
     server = HttpServer(requests, KeyCache(authenticate, lambda: 1, clock), CONNECTION_DOCUMENT, metrics, clock, **settings)
     port = await server.start("127.0.0.1", 0)
     try:
-        yield HttpEdge(port, requests, metrics)
+        yield HttpEdge(server, port, requests, metrics)
     finally:
         await server.stop(grace_seconds=1)
 

@@ -22,7 +22,7 @@ from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
-from potluck_coordinator.gateway.interceptors import CallInterceptor, authenticate_node
+from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
 from potluck_coordinator.gateway.link_server import LinkServicer
@@ -155,7 +155,7 @@ class Gateway:
             account=AccountServicer(self._directory.accounts, self._directory.ledger),
             pool=PoolServicer(self._directory.nodes),
         )
-        nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, authenticate_node, self._clock))
+        nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock))
         self._ports = [people, nodes]
         grpc_port = await people.start(settings.host, settings.grpc_port)
         link_port = await nodes.start(settings.host, settings.link_port)

@@ -5,16 +5,14 @@ Decides how they are secured and bounded. It must not know what the services do.
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import os
-import socket
+import contextlib
 from typing import Final
 
 import grpc
 
 from potluck_coordinator.gateway.authorisation import check_table
 from potluck_coordinator.gateway.interceptors import CallInterceptor
+from potluck_coordinator.listening import bind_patiently
 from potluck_coordinator.ports import GatewayGrant
 from potluck_protocol.channels import SERVER_OPTIONS
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -23,9 +21,8 @@ from potluck_protocol.v1 import account_pb2_grpc, inference_pb2_grpc, node_pb2_g
 CALLS_MAX: Final = 1024
 """Calls that the grpc port serves at a time; more are refused with RESOURCE_EXHAUSTED."""
 LINKS_MAX: Final = 4096
-BIND_SECONDS_MAX: Final = 10.0
-"""A gateway that was killed may hold its ports for as long as its successor needs to start."""
-BIND_RETRY_SECONDS: Final = 0.2
+BIND_TRIES: Final = 3
+"""Another process may take a port in the moment in which it was seen to be free."""
 
 
 class GrpcServer:
@@ -34,13 +31,13 @@ class GrpcServer:
     Args:
         server: with its services added.
         credentials: of this port.
-        port_setting: what an operator changes if the port is taken, such as "--grpc-port".
+        port_flag: what an operator changes if the port cannot be had, such as "--grpc-port".
     """
 
-    def __init__(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, port_setting: str) -> None:
+    def __init__(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, port_flag: str) -> None:
         self._server = server
         self._credentials = credentials
-        self._port_setting = port_setting
+        self._port_flag = port_flag
 
     async def start(self, host: str, port: int) -> int:
         """Serves on the port (0: any free one) and returns its number.
@@ -58,21 +55,12 @@ class GrpcServer:
 
     async def _bind(self, host: str, port: int) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        for _ in range(round(BIND_SECONDS_MAX / BIND_RETRY_SECONDS)):
-            try:
+        for _ in range(BIND_TRIES):
+            # gRPC takes no socket and says nothing of what was wrong with an address: this one waits for it, or says it.
+            (await bind_patiently(host, port, self._port_flag)).close()
+            with contextlib.suppress(RuntimeError):
                 return self._server.add_secure_port(address, self._credentials)
-            except RuntimeError:
-                # gRPC gives no errno, so the socket is asked why.
-                reason = _why_not_bound(host, port)
-                if reason not in {errno.EADDRINUSE, 0}:
-                    raise self._cannot_listen(address, os.strerror(reason)) from None
-            await asyncio.sleep(BIND_RETRY_SECONDS)
-        raise self._cannot_listen(address, "another process holds the port")
-
-    def _cannot_listen(self, address: str, reason: str) -> PotluckError:
-        return PotluckError(
-            ErrorCode.COORDINATOR_UNAVAILABLE, f"Cannot listen on {address}: {reason}. Free it or choose another with {self._port_setting}."
-        )
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"gRPC cannot listen on {address}; choose another with {self._port_flag}.")
 
 
 def build_grpc_server(
@@ -106,15 +94,3 @@ def build_link_server(grant: GatewayGrant, interceptor: CallInterceptor, node: n
         require_client_auth=True,
     )
     return GrpcServer(server, credentials, "--link-port")
-
-
-def _why_not_bound(host: str, port: int) -> int:
-    """The errno of binding the address, or 0 if it went well (the port was freed in between)."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.errno or errno.EADDRNOTAVAIL
-    return 0

@@ -6,8 +6,6 @@ Decides how the port is bound, secured and bounded. It must not know what the ro
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,13 +20,11 @@ from potluck_coordinator.gateway.http_inference import Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.openai_errors import error_body
+from potluck_coordinator.listening import bind_patiently
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
-BIND_SECONDS_MAX: Final = 10.0
-"""A gateway that was killed may hold its port for as long as its successor needs to start."""
-BIND_RETRY_SECONDS: Final = 0.2
 CONNECTIONS_MAX: Final = 4096
 HEAD_BYTES_MAX: Final = 64 * 1024
 HEAD_SECONDS_MAX: Final = 15.0
@@ -135,7 +131,10 @@ class HttpServer:
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE if the address cannot be had within 10 s, naming the reason.
         """
-        listener = await _bind(host, port)
+        listener = await bind_patiently(host, port, "--http-port")
+        listener.listen(BACKLOG)
+        # Accepted connections inherit it; asyncio's own loop would not set it on them, for their sockets name no protocol.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = _EmbeddedServer(self._config())
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
         while not self._server.started:
@@ -172,23 +171,3 @@ class HttpServer:
             ssl_certfile=self._tls_certificate,
             ssl_keyfile=self._tls_key,
         )
-
-
-async def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket; tries again while a dying predecessor holds the port."""
-    reason = "another process holds the port"
-    for _ in range(round(BIND_SECONDS_MAX / BIND_RETRY_SECONDS)):
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                reason = os.strerror(error.errno) if error.errno else str(error)
-                break
-        else:
-            # Accepted connections inherit it; asyncio's own loop would not set it on them, for their sockets name no protocol.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return listener
-        await asyncio.sleep(BIND_RETRY_SECONDS)
-    message = f"Cannot listen on {host}:{port}: {reason}. Free it or choose another with --http-port."
-    raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, message)

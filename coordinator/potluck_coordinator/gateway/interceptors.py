@@ -71,13 +71,8 @@ def caller() -> KeyIdentity:
     return identity
 
 
-def authenticate_node(context: _Context) -> NodeId:
-    """The node whose certificate the link's connection showed, as the interceptor found it.
-
-    Raises:
-        PotluckError: INVALID_CERTIFICATE for a call that is no node's.
-    """
-    del context
+def calling_node() -> NodeId:
+    """Whose certificate the link's connection showed; raises PotluckError(INVALID_CERTIFICATE) for a call that is no node's."""
     node_id = current_call().node_id
     if node_id is None:
         raise PotluckError(ErrorCode.INVALID_CERTIFICATE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 import structlog
 
+from potluck_coordinator.gateway.interceptors import calling_node
 from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -19,13 +20,12 @@ from potluck_protocol.values import GoodbyeReason
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from potluck_coordinator.gateway.links import Links
     from potluck_coordinator.gateway.sessions import NodeSession, Outbox
     from potluck_coordinator.ports import DirectoryPort
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import NodeId
 
 _log = structlog.get_logger()
 
@@ -41,14 +41,12 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
     Args:
         links: the sessions.
         directory: signs renewed certificates.
-        authenticate: the node that a call's certificate speaks for; raises PotluckError(INVALID_CERTIFICATE).
         clock: whose seconds chunks are stamped with.
     """
 
-    def __init__(self, links: Links, directory: DirectoryPort, authenticate: Callable[[_LinkContext], NodeId], clock: Clock) -> None:
+    def __init__(self, links: Links, directory: DirectoryPort, clock: Clock) -> None:
         self._links = links
         self._directory = directory
-        self._authenticate = authenticate
         self._clock = clock
         self._renewals: set[asyncio.Task[None]] = set()
 
@@ -57,7 +55,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
     ) -> None:
         """One link, from hello to its end."""
         del request_iterator
-        node_id = self._authenticate(context)
+        node_id = calling_node()
         try:
             first = await asyncio.wait_for(context.read(), HELLO_SECONDS_MAX)
         except TimeoutError:
