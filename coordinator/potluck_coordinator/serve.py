@@ -30,6 +30,7 @@ from potluck_coordinator.ray_runtime import RayRuntime
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.warden import Warden, sweep
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.private_files import write_private
 
 STOP_SECONDS_MAX: Final = 9.5
 """After a signal, whatever has not stopped by then is killed."""
@@ -142,9 +143,7 @@ def _stop(runtime: RayRuntime, settings: Settings) -> None:
 def _write_endpoints(settings: Settings) -> None:
     """Whole or not at all: whoever sees the file may connect."""
     endpoints = {"http": settings.http_port, "grpc": settings.grpc_port, "link": settings.link_port, "pid": os.getpid()}
-    draft = settings.endpoints_file.with_suffix(".draft")
-    draft.write_text(json.dumps(endpoints) + "\n")
-    draft.replace(settings.endpoints_file)
+    write_private(settings.endpoints_file, json.dumps(endpoints).encode() + b"\n", durable=False)
 
 
 @contextmanager

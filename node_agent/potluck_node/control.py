@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from potluck_protocol.identity import write_private
+from potluck_protocol.private_files import write_private
 
 POLL_SECONDS: Final = 1.0
 """How often the agent reads the one file and writes the other."""
@@ -85,11 +85,8 @@ def write_control(folder: Path, *, paused: bool | None = None, leaving: bool | N
 
 def write_status(folder: Path, status: AgentStatus) -> None:
     """Replaces the status in one step; raises OSError, as on a full disk."""
-    draft = folder / f".{_STATUS}"
-    # Not synced to disk: it is written every second and means nothing after a crash.
-    draft.write_text(json.dumps(asdict(status)))
-    draft.chmod(0o600)
-    draft.replace(folder / _STATUS)
+    # Written every second, and meaningless after a crash.
+    write_private(folder / _STATUS, json.dumps(asdict(status)).encode(), durable=False)
 
 
 def read_status(folder: Path) -> AgentStatus | None:

@@ -20,7 +20,8 @@ from typing import Final
 
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.identity import new_private_key, write_private
+from potluck_protocol.identity import new_private_key
+from potluck_protocol.private_files import write_private
 from potluck_protocol.values import AccountId, NodeId
 
 _KEY: Final = "node.key"

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import secrets
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from cryptography import x509
@@ -39,30 +36,10 @@ class CertificateLife:
 
 
 def new_private_key() -> bytes:
-    """A new P-256 key as PKCS#8 PEM. Hand it to `write_private`; it leaves the machine never."""
+    """A new P-256 key as PKCS#8 PEM. Keep it by `private_files.write_private`; it leaves the machine never."""
     return ec.generate_private_key(ec.SECP256R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner may read (0600), whole or not at all, and durable when this returns."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def public_key_der(private_key_pem: bytes) -> bytes:

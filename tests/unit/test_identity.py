@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -156,17 +154,3 @@ REQUEST = identity.certificate_request(identity.new_private_key())
 @pytest.mark.parametrize("pem", [b"", b"junk", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
 def test_text_that_is_no_certificate_names_nobody(pem: bytes) -> None:
     refused(lambda: identity.node_id_of_certificate(pem, NOW))
-
-
-def test_private_files_are_private_and_whole(tmp_path: Path) -> None:
-    path = tmp_path / "node.key"
-    path.write_text("old")
-    path.chmod(0o644)
-    previous = os.umask(0)
-    try:
-        identity.write_private(path, b"secret")
-    finally:
-        os.umask(previous)
-    assert path.read_bytes() == b"secret"
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert [entry.name for entry in tmp_path.iterdir()] == ["node.key"]

@@ -5,7 +5,6 @@ Decides what a newcomer is told once it runs. It must not know how it is started
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -19,6 +18,7 @@ from potluck.commands.session import state_home
 from potluck.commands.terminal import say, show
 from potluck.errors import CredentialError
 from potluck.transport import Transport
+from potluck_protocol.private_files import write_private
 
 PERSON: Final = "you"
 KEY_NAME: Final = "potluck up"
@@ -101,7 +101,5 @@ def _kept_key(pool: LocalPool, key_file: Path) -> str:
         finally:
             kept.close()
     _, api_key = person_key(pool.transport, PERSON, KEY_NAME)
-    descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(api_key + "\n")
+    write_private(key_file, api_key.encode() + b"\n")
     return api_key

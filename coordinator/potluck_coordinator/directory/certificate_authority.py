@@ -22,7 +22,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from potluck_coordinator.ports import ServerIdentity
 from potluck_protocol.channels import SERVER_NAME
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.identity import new_private_key, node_id_of_public_key, node_uri, public_key_der, write_private
+from potluck_protocol.identity import new_private_key, node_id_of_public_key, node_uri, public_key_der
+from potluck_protocol.private_files import write_private
 
 NODE_LIFE: Final = timedelta(hours=24)
 NODE_BACKDATE: Final = timedelta(minutes=5)

@@ -6,11 +6,11 @@ Decides its form and its permissions. It must not know whether the key in it is 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potluck_protocol.connection import is_loopback_host, pinned_url
+from potluck_protocol.private_files import write_private
 
 if TYPE_CHECKING:
     from potluck_coordinator.settings import Settings
@@ -36,13 +36,7 @@ def known_operator_key(path: Path) -> str | None:
 
 def write_operator_file(path: Path, url: str, api_key: str) -> None:
     """Writes the file whole or not at all, readable by its owner only."""
-    draft = path.with_suffix(".draft")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"url": url, "api_key": api_key}, file)
-        file.write("\n")
-    draft.replace(path)
+    write_private(path, json.dumps({"url": url, "api_key": api_key}).encode() + b"\n")
 
 
 def _loopback(host: str) -> str:

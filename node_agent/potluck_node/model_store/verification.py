@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import Event
 from typing import Final
 
+from potluck_protocol.private_files import write_private
+
 PIECE_BYTES: Final = 1024 * 1024
 
 
@@ -87,9 +89,7 @@ class Stamps:
 
     def _write(self, sha256: str, mark: list[object]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        written = self._folder / f".{sha256}.json.new"
-        written.write_text(json.dumps(mark))
-        written.replace(self._folder / f"{sha256}.json")
+        write_private(self._folder / f"{sha256}.json", json.dumps(mark).encode(), durable=False)
 
 
 def _mark(path: Path) -> list[object]:

@@ -1,0 +1,45 @@
+"""Writes the small files that both sides keep: keys, certificates, states.
+
+Decides that a reader finds such a file whole or not at all, and that only its owner is one. It must not know what is in it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Puts a file (0600) in the place of whatever was there, in one step.
+
+    Args:
+        path: where; its folder exists.
+        content: all of it.
+        durable: the file outlives a power cut once this returns. False for what means nothing after a crash.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; what was there still is.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
