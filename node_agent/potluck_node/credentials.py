@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -70,7 +70,8 @@ class Credentials:
     def accept(self, certificate_pem: str) -> None:
         """Keeps a new certificate; raises PotluckError(INVALID_CERTIFICATE) for one that is not ours."""
         enrolment.check_certificate(certificate_pem, self.identity.node_id, self._clock)
-        self._folder.write_certificate(certificate_pem)
+        with self._kept_in_memory_at_least():
+            self._folder.write_certificate(certificate_pem)
         self._take(certificate_pem.encode())
         self._ask_at_unix_ms = renew_again_at_unix_ms(self._dates, self._jitter(), self._clock.unix_ms())
 
@@ -114,7 +115,8 @@ class Credentials:
         moved = replace(self.identity, url=pinned_url(url, ca_hash), connection=connection)
         if moved != self.identity:
             self.identity = moved
-            self._folder.write_identity(moved)
+            with self._kept_in_memory_at_least():
+                self._folder.write_identity(moved)
             _log.info("coordinator_moved", link_target=connection.link_target)
 
     def open_channel(self) -> grpc.aio.Channel:
@@ -128,6 +130,14 @@ class Credentials:
         # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         return grpc.aio.secure_channel(connection.link_target, credentials, options=options)
+
+    @contextlib.contextmanager
+    def _kept_in_memory_at_least(self) -> Iterator[None]:
+        """A full disk does not end an agent that serves: what could not be written is asked for again after a restart."""
+        try:
+            yield
+        except OSError as error:
+            _log.error("state_folder_not_written", folder=str(self._folder.path), reason=error.strerror)
 
     def _take(self, certificate_pem: bytes) -> None:
         life = certificate_life(certificate_pem)

@@ -17,8 +17,6 @@ from potluck_protocol.values import DesiredEngine, DesiredState, EngineState, Go
 from tests.support.link_coordinator import LinkCoordinator, link_coordinator
 from tests.support.node_engine import DirectedEngine, directed_engine, wired_node
 
-HOUR_MS = 3_600_000
-
 
 @pytest.fixture
 async def coordinator(tmp_path: Path) -> AsyncIterator[LinkCoordinator]:
@@ -325,14 +323,6 @@ async def test_a_revoked_node_stops_and_says_why(coordinator, tmp_path) -> None:
         assert raised.value.code is ErrorCode.INVALID_CERTIFICATE
 
 
-async def test_a_node_refused_at_the_door_asks_once_for_a_new_certificate_and_then_stops(coordinator, tmp_path) -> None:
-    coordinator.refuse_links = coordinator.refuse_renewals = True
-    async with wired_node(coordinator, tmp_path, None) as node:
-        with pytest.raises(PotluckError) as raised:
-            await asyncio.wait_for(node.task, 5)
-        assert raised.value.code is ErrorCode.INVALID_CERTIFICATE
-
-
 async def test_a_stopping_coordinator_is_dialled_again(coordinator, tmp_path) -> None:
     async with wired_node(coordinator, tmp_path, None) as node:
         link = await coordinator.next_link()
@@ -355,54 +345,6 @@ async def test_a_node_replaced_again_and_again_gives_way(coordinator, tmp_path) 
         with pytest.raises(PotluckError) as raised:
             await asyncio.wait_for(node.task, 3)
         assert raised.value.code is ErrorCode.ALREADY_EXISTS
-
-
-async def test_a_renewed_certificate_moves_the_link_and_the_attempt_goes_on(coordinator, engine, tmp_path) -> None:
-    from potluck_node.identity_store import StateFolder
-
-    state = StateFolder(tmp_path / "node")
-    # Seventeen of its twenty-four hours are over: a new one is due.
-    coordinator.enrol(state, issued_at_unix_ms=coordinator.clock.unix_ms() - 17 * HOUR_MS)
-    former_certificate = state.certificate()
-    async with wired_node(coordinator, tmp_path, engine.url) as node:
-        link = await coordinator.next_link()
-        await link.welcome(epoch=5)
-        await link.start("a1")
-        talk = await engine.next_conversation()
-        talk.say(event(0))
-        asked = await link.until(lambda: next((f for f in link.frames if f.HasField("certificate_request")), None))
-        renewed = await coordinator.Renew(
-            node_pb2.RenewRequest(certificate_request_der=asked.certificate_request.certificate_request_der), None
-        )
-        await link.until(lambda: link.data("a1"))
-        await link.send(certificate=node_pb2.Certificate(certificate_pem=renewed.certificate_pem))
-        moved = await coordinator.next_link()
-        assert [attempt.attempt_id for attempt in moved.hello.in_flight] == ["a1"]
-        talk.say(event(1))
-        # The coordinator closes the former link first: that must not look like another agent.
-        await link.send(goodbye=goodbye_message(GoodbyeReason.REPLACED))
-        link.close()
-        await moved.welcome(epoch=5, resume={"a1": len(link.chunks("a1"))})
-        talk.say(event(2))
-        talk.finish()
-        end = await moved.until_end("a1")
-        chunks = link.chunks("a1") + moved.chunks("a1")
-        assert [chunk.sequence for chunk in chunks] == list(range(end.sequence))
-        assert b"".join(chunk.data for chunk in chunks) == event(0) + event(1) + event(2)
-        assert state.certificate() == renewed.certificate_pem.encode() != former_certificate
-        assert not node.task.done()
-
-
-async def test_a_lapsed_certificate_is_renewed_by_proof_of_the_key_before_dialling(coordinator, tmp_path) -> None:
-    from potluck_node.identity_store import StateFolder
-
-    state = StateFolder(tmp_path / "node")
-    coordinator.enrol(state, issued_at_unix_ms=coordinator.clock.unix_ms() - 30 * HOUR_MS)
-    async with wired_node(coordinator, tmp_path, None) as node:
-        link = await coordinator.next_link()
-        await link.welcome()
-        await link.until(lambda: link.frames)
-        assert node.link.session.phase is Phase.SERVING
 
 
 async def test_a_coordinator_that_is_away_is_dialled_until_it_is_back(coordinator, tmp_path) -> None:
