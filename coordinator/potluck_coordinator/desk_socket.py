@@ -21,7 +21,7 @@ from typing import Any, Final, cast
 
 import structlog
 
-from potluck_coordinator.ports import Accounts, DirectoryPort, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
+from potluck_coordinator.desks import Accounts, DirectoryPort, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 

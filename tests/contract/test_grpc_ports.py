@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from potluck_coordinator import listening
+from potluck_coordinator.desks import GatewayGrant, KeyIdentity
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
@@ -20,7 +21,6 @@ from potluck_coordinator.gateway.interceptors import CallInterceptor, calling_no
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import InferenceRequest, RequestService
 from potluck_coordinator.metrics import Metrics
-from potluck_coordinator.ports import GatewayGrant, KeyIdentity
 from potluck_protocol import identity
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock

@@ -10,11 +10,11 @@ import grpc
 import pytest
 import structlog
 
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway import authorisation
 from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, Audience
 from potluck_coordinator.gateway.interceptors import CallInterceptor, caller, current_call
 from potluck_coordinator.gateway.key_cache import KeyCache
-from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import CATALOGUE, ErrorCode, PotluckError
 from potluck_protocol.metadata import ERROR_DETAIL, REQUEST_ID

@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer
 from potluck_coordinator.directory.nodes import Nodes
-from potluck_coordinator.ports import NodeReport
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, SessionId

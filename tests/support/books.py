@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from potluck_coordinator.desks import AccountRecord
 from potluck_coordinator.directory.accounts import Accounts, open_account
 from potluck_coordinator.directory.bootstrap import found_pool
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
-from potluck_coordinator.ports import AccountRecord
 from potluck_coordinator.storage.store import Store
 from potluck_protocol.values import AccountId
 

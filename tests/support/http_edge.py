@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
 from potluck_coordinator.metrics import Metrics
-from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelFile, ModelId, NodeId, Usage

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway import authorisation
 from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, Audience, account_for, check_table, contract_methods, require
-from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, KeyPrefix
 

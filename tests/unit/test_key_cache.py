@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway import key_cache
 from potluck_coordinator.gateway.key_cache import KEY_CHARACTERS_MAX, REFUSED_SECONDS, REMEMBERED_SECONDS, KeyCache
-from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, KeyPrefix
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from potluck_coordinator.domain.nodes import Liveness, LivenessLimits, SignsOfLife, attempt_is_silent, lapsed_nodes, liveness
+from potluck_coordinator.domain.nodes import (
+    Liveness,
+    LivenessLimits,
+    SignsOfLife,
+    attempt_is_silent,
+    lapsed_nodes,
+    link_grace_is_over,
+    liveness,
+)
 from potluck_protocol.values import NodeId
 
 LIMITS = LivenessLimits()
@@ -44,6 +52,11 @@ def test_a_silent_attempt_needs_a_suspect_node(heartbeat_at, chunk_at, now, sile
 
 def signs(count, heartbeat_at):
     return [(NodeId(f"{heartbeat_at}-{index}"), SignsOfLife(heartbeat_at, None)) for index in range(count)]
+
+
+@pytest.mark.parametrize(("link_lost_at", "now", "over"), [(None, 99.0, False), (5.0, 5.9, False), (5.0, 6.0, True), (5.0, 9.0, True)])
+def test_a_broken_link_has_a_second_to_come_back(link_lost_at, now, over):
+    assert link_grace_is_over(link_lost_at, now, LIMITS) is over
 
 
 def test_single_nodes_lapse_on_time():

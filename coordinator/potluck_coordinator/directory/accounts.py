@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from potluck_coordinator.desks import AccountRecord, JoinTokenRecord, KeyIdentity, KeyRecord
 from potluck_coordinator.directory.credentials import (
     RandomBytes,
     checked_label,
@@ -23,7 +24,6 @@ from potluck_coordinator.directory.credentials import (
 )
 from potluck_coordinator.domain import ledger
 from potluck_coordinator.domain.ledger import LedgerAccountKind
-from potluck_coordinator.ports import AccountRecord, JoinTokenRecord, KeyIdentity, KeyRecord
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
@@ -38,7 +38,7 @@ _log = structlog.get_logger()
 
 
 class Accounts:
-    """The desk `ports.Accounts`.
+    """The desk `desks.Accounts`.
 
     Args:
         store: the books.
@@ -58,7 +58,7 @@ class Accounts:
         self._key_was_revoked = key_was_revoked
 
     async def authenticate(self, secret: str) -> KeyIdentity:
-        """As `ports.Accounts.authenticate`. The reason for a refusal is told only to who holds the key."""
+        """As `desks.Accounts.authenticate`. The reason for a refusal is told only to who holds the key."""
         prefix = prefix_of_api_key(secret)
         stored = None if prefix is None else await self._store.run(lambda work: work.keys.get(prefix))
         if stored is None or not proves(secret, stored.secret_sha256):
@@ -94,7 +94,7 @@ class Accounts:
     async def create_key(
         self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0
     ) -> tuple[KeyRecord, str]:
-        """As `ports.Accounts.create_key`; raises NOT_FOUND for an unknown account, INVALID_REQUEST for a bad name or lifetime."""
+        """As `desks.Accounts.create_key`; raises NOT_FOUND for an unknown account, INVALID_REQUEST for a bad name or lifetime."""
         name = checked_label(name, "name")
         _check_lifetime(lifetime_seconds)
         now_ms = self._clock.unix_ms()
@@ -130,7 +130,7 @@ class Accounts:
         return await self._store.run(lambda work: work.keys.list_of(_existing(work, account_id).account_id))
 
     async def revoke_key(self, key_prefix: KeyPrefix, account_id: AccountId | None) -> None:
-        """As `ports.Accounts.revoke_key`; a key revoked before stays so."""
+        """As `desks.Accounts.revoke_key`; a key revoked before stays so."""
 
         def revoke(work: UnitOfWork) -> None:
             stored = work.keys.get(key_prefix)

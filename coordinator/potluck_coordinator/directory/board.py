@@ -10,7 +10,7 @@ import contextlib
 from dataclasses import replace
 from typing import Any, Final
 
-from potluck_coordinator.ports import PoolSnapshot
+from potluck_coordinator.desks import PoolSnapshot
 
 WATCH_SECONDS_MAX: Final = 20.0
 """A gateway asks again so often, so that no answer hangs for ever on a connection that died."""

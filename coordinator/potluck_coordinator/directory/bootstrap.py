@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from potluck_coordinator.desks import AccountRecord
 from potluck_coordinator.directory.accounts import Accounts, open_account
 from potluck_coordinator.directory.credentials import RandomBytes, new_pool_id
 from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
 from potluck_coordinator.domain.ledger import LedgerAccountKind
-from potluck_coordinator.ports import AccountRecord
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import structlog
 
+from potluck_coordinator.desks import Enrolment
 from potluck_coordinator.directory.credentials import checked_label, proves
-from potluck_coordinator.ports import Enrolment
 from potluck_coordinator.storage.join_tokens import StoredJoinToken
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.store import Store
@@ -31,7 +31,7 @@ class NodeCertificates(Protocol):
 
 
 class Enrolments:
-    """The desk `ports.EnrolmentDesk`.
+    """The desk `desks.EnrolmentDesk`.
 
     Args:
         store: the books.
@@ -49,7 +49,7 @@ class Enrolments:
     async def join(
         self, certificate_request_der: bytes, token_id: TokenId, token_secret: str, display_name: str, inventory: Inventory
     ) -> Enrolment:
-        """As `ports.EnrolmentDesk.join`.
+        """As `desks.EnrolmentDesk.join`.
 
         A node that left may come back with a new token, under the owner of that token; a revoked key never does.
 
@@ -87,7 +87,7 @@ class Enrolments:
         return Enrolment(node_id, owner, certificate)
 
     async def renew(self, certificate_request_der: bytes) -> tuple[NodeId, str]:
-        """As `ports.EnrolmentDesk.renew`: the proof of the key is enough, however long its last certificate has run out."""
+        """As `desks.EnrolmentDesk.renew`: the proof of the key is enough, however long its last certificate has run out."""
         public_key = public_key_of_request(certificate_request_der)
         node_id = node_id_of_public_key(public_key)
         node = await self._store.run(lambda work: work.nodes.get(node_id))

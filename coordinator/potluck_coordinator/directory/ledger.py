@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from potluck_coordinator.desks import StatementLine
 from potluck_coordinator.domain import ledger, pricing
 from potluck_coordinator.domain.ledger import (
     AuditReport,
@@ -25,7 +26,6 @@ from potluck_coordinator.domain.ledger import (
     SettleHold,
     ledger_account_id,
 )
-from potluck_coordinator.ports import StatementLine
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
@@ -42,7 +42,7 @@ _log = structlog.get_logger()
 
 
 class LedgerDesk:
-    """The desk `ports.Ledger`, and the reaper behind it.
+    """The desk `desks.Ledger`, and the reaper behind it.
 
     Args:
         store: the books.
@@ -56,7 +56,7 @@ class LedgerDesk:
         self._fee_basis_points = fee_basis_points
 
     async def apply(self, commands: Sequence[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
-        """As `ports.Ledger.apply`."""
+        """As `desks.Ledger.apply`."""
         return await self._store.run(self.work_for(commands))
 
     def work_for(self, commands: Sequence[LedgerCommand]) -> Callable[[UnitOfWork], tuple[LedgerOutcome, ...]]:
@@ -70,7 +70,7 @@ class LedgerDesk:
         return apply
 
     async def balance(self, account_id: AccountId) -> Balance:
-        """As `ports.Ledger.balance`; raises NOT_FOUND."""
+        """As `desks.Ledger.balance`; raises NOT_FOUND."""
         return await self._store.run(lambda work: _balance(work, account_id))
 
     async def statement(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:
@@ -84,7 +84,7 @@ class LedgerDesk:
         return await self._store.run(read)
 
     async def claim_earnings(self, account_id: AccountId, claim_id: str) -> int:
-        """As `ports.Ledger.claim_earnings`; raises NOT_FOUND, and INVALID_REQUEST for a claim id that is none."""
+        """As `desks.Ledger.claim_earnings`; raises NOT_FOUND, and INVALID_REQUEST for a claim id that is none."""
         if not 1 <= len(claim_id) <= CLAIM_ID_CHARACTERS_MAX or not claim_id.isprintable():
             raise PotluckError(
                 ErrorCode.INVALID_REQUEST,

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import structlog
 
+from potluck_coordinator.desks import NodeRecord, NodeReport, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.domain.planning import plan
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
-from potluck_coordinator.ports import NodeRecord, NodeReport, SessionGrant
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store

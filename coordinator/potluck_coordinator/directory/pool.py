@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from potluck_coordinator.ports import GatewayGrant
+from potluck_coordinator.desks import GatewayGrant
 from potluck_coordinator.storage.state import StateName
 
 if TYPE_CHECKING:
+    from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.directory.board import SnapshotBoard
     from potluck_coordinator.directory.certificate_authority import CertificateAuthority
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
-    from potluck_coordinator.ports import PoolSnapshot
     from potluck_coordinator.storage.store import Store
     from potluck_protocol.clock import Clock
 

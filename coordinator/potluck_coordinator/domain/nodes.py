@@ -1,6 +1,7 @@
-"""When a node counts as alive, suspect or gone.
+"""When a node counts as alive, suspect or gone, and when one of its attempts is given up.
 
-Decides from the times of its signs of life, all taken on the coordinator's own monotonic clock. It must not know links, frames or tables.
+Decides from the times of its signs of life, all taken on the coordinator's own monotonic clock. Where too many nodes fall silent at once,
+the coordinator waits for a second lease time before it believes it. It must not know links, frames or tables.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Liveness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LivenessLimits:
-    """The numbers of DESIGN §9; both sides of the link hold the same lease."""
+    """How long silence may last. Both sides of the link hold the same lease: whoever grants it and whoever stops when it ends."""
 
     lease_ttl_seconds: float = 15.0
     heartbeat_busy_seconds: float = 1.0
@@ -69,6 +70,11 @@ def liveness(signs: SignsOfLife, now: float, limits: LivenessLimits) -> Liveness
 def attempt_is_silent(signs: SignsOfLife, chunk_at: float, now: float, limits: LivenessLimits) -> bool:
     """Whether an attempt whose last chunk (or start) was at `chunk_at` is to be given up although the lease still stands."""
     return now - chunk_at >= limits.silent_attempt_seconds and liveness(signs, now, limits) is not Liveness.FRESH
+
+
+def link_grace_is_over(link_lost_at: float | None, now: float, limits: LivenessLimits) -> bool:
+    """Whether a link that broke at `link_lost_at` (None: it stands) has been away for so long that its attempts have failed."""
+    return link_lost_at is not None and now - link_lost_at >= limits.link_grace_seconds
 
 
 def lapsed_nodes(nodes: Iterable[tuple[NodeId, SignsOfLife]], now: float, limits: LivenessLimits) -> frozenset[NodeId]:

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import grpc
 
+from potluck_coordinator.desks import AccountRecord, Accounts, JoinTokenRecord, KeyRecord, Ledger
 from potluck_coordinator.gateway.authorisation import account_for
 from potluck_coordinator.gateway.interceptors import caller
-from potluck_coordinator.ports import AccountRecord, Accounts, JoinTokenRecord, KeyRecord, Ledger
 from potluck_protocol.v1 import account_pb2, account_pb2_grpc
 from potluck_protocol.values import AccountId, KeyPrefix, TokenId
 

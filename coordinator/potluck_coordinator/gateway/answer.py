@@ -1,7 +1,8 @@
-"""One answer: the relayed bytes of an attempt, metered, and paid for exactly once.
+"""One answer: the relayed bytes of an attempt, metered by `sse`, and paid for exactly once through the `ledger_writer`.
 
-Decides when the attempt is over and what it came to, by the engine's own usage record where the answer is complete and by what was relayed
-where it is not. It must not know who reads it.
+Decides when the attempt is over and what it came to: by the engine's own usage record where the answer is complete and has one, else by
+what was relayed. Nothing reaches the client before the hold stands. It must not know who reads it: `http_inference` or
+`inference_servicer`.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class Answer:
         self.document = b"".join(self._pieces)
         self.usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
         self.charge_micro_credits = self.charge_so_far()
-        # One that is not decided yet is: the writer keeps the order.
+        # An undecided hold is settled too: the writer sends its opening first.
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
             self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits))
 

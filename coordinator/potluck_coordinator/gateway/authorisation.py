@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from potluck_coordinator.ports import KeyIdentity
+from potluck_coordinator.desks import KeyIdentity
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2, inference_pb2, node_pb2, pool_pb2
 from potluck_protocol.values import AccountId

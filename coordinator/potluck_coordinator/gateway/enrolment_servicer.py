@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import grpc
 
-from potluck_coordinator.ports import EnrolmentDesk
+from potluck_coordinator.desks import EnrolmentDesk
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc

@@ -1,7 +1,8 @@
-"""The gateway's composition root: three ports, the links and the request path, wired together and kept going.
+"""The gateway's composition root: three ports, `links` and `requests`, wired together and kept going.
 
-Decides the order of starting and stopping, and nothing else. Everything it needs to know of the pool comes from the directory: leave to
-serve when it starts, then one snapshot after another.
+Decides the order of starting and stopping, how often nodes are judged and reported, and how often queues are served. Leave to serve,
+catalogue, later wishes and revocations come from the directory as one snapshot after another; keys, sessions and money are asked of its
+desks by those who need them. It must not know what any of it is for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 import structlog
 
+from potluck_coordinator.desks import DirectoryPort, GatewayGrant, PoolSnapshot
 from potluck_coordinator.domain.admission import AdmissionLimits
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
@@ -25,12 +27,11 @@ from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
-from potluck_coordinator.gateway.link_server import LinkServicer
+from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_coordinator.gateway.requests import RequestLimits, RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
-from potluck_coordinator.ports import DirectoryPort, GatewayGrant, PoolSnapshot
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import ConnectionDocument

@@ -15,13 +15,13 @@ from typing import Final, TypeAlias
 import msgspec
 import structlog
 
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.authorisation import HTTP_ROUTES, Audience, require
 from potluck_coordinator.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGoneError, Exchange, Message, Receive, Send
 from potluck_coordinator.gateway.http_inference import InferenceExchange, Requests
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import CONTENT_TYPE, Metrics
-from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.metadata import AUTHORIZATION, CONNECTION_PATH

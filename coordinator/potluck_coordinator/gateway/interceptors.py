@@ -19,10 +19,10 @@ from typing import Any, Final, TypeAlias
 import grpc
 import structlog
 
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, Audience, require
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.request_ids import request_id_of
-from potluck_coordinator.ports import KeyIdentity
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import node_id_of_certificate

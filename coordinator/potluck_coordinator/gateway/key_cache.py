@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from typing import Final, TypeVar
 
-from potluck_coordinator.ports import KeyIdentity
+from potluck_coordinator.desks import KeyIdentity
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 

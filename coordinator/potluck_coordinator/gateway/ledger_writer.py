@@ -1,9 +1,9 @@
-"""Carries ledger commands from the data plane to the directory, in order, many to a commit.
+"""Carries ledger commands from the data plane to the directory, many to a commit, and never a settlement before its own hold.
 
-Decides only when to send. A hold has a client waiting for it and leaves at once; marks and settlements have nobody and wait a moment for
-company, so that they are not in the way of the next request's hold. Of what comes while a commit is on its way, all leaves with the next. A
-command leaves the queue when the directory has answered, so a directory that restarts delays settlements and loses none. It must not know
-what the commands come to.
+Decides when to send. A hold has a client waiting for it and leaves at once, or with the commit after the one that is on its way; marks and
+settlements have nobody, and wait 20 ms for company, so as not to be in the way of the next request's hold. A command leaves the queue when
+the directory has answered, so a directory that restarts delays settlements and loses none; one that the ledger fails on by itself is given
+up. It must not know what the commands come to.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from potluck_coordinator.desks import Ledger
     from potluck_coordinator.domain.ledger import LedgerCommand
-    from potluck_coordinator.ports import Ledger
 
     _Queue: TypeAlias = deque[tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]]
 

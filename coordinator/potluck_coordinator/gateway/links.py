@@ -1,7 +1,8 @@
-"""All sessions of this gateway: who is in, who resumes, whose lease has ended.
+"""Every node that is connected to this gateway, one `node_session` each.
 
-Decides when a session begins, goes on over a new link, and ends, by asking `domain.nodes`. It must not know requests: what waits for a slot
-is told through `on_change`, what was running hears of its end through its relay.
+Decides whether a hello begins a session or goes on with one, by the agent's session id; `domain.nodes` says which sessions end. The
+directory grants each session its epoch (`desks.NodeDesk.open_session`), and with it the node's first wish; later ones come with snapshots.
+It must not know requests: who waits for a slot is told through `on_change`, what was running hears of its end through its relay.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from potluck_coordinator.domain.nodes import attempt_is_silent, lapsed_nodes
-from potluck_coordinator.gateway.sessions import NodeSession, Outbox
+from potluck_coordinator.domain.nodes import attempt_is_silent, lapsed_nodes, link_grace_is_over
+from potluck_coordinator.gateway.node_session import NodeSession
+from potluck_coordinator.gateway.outbox import Outbox
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import GoodbyeReason, NodeId, Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
@@ -20,9 +22,9 @@ from potluck_protocol.version import PROTOCOL_VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.domain.placement import ReplicaView
-    from potluck_coordinator.ports import DirectoryPort, PoolSnapshot
     from potluck_protocol.clock import Clock
     from potluck_protocol.values import Hello, ModelId
 
@@ -138,8 +140,7 @@ class Links:
         self._forgive_own_absence(now)
         lapsed = lapsed_nodes(((session.node_id, session.signs) for session in self._sessions.values()), now, self._limits)
         for session in self.sessions:
-            grace_over = session.link_lost_at is not None and now - session.link_lost_at >= self._limits.link_grace_seconds
-            if session.node_id in lapsed or grace_over:
+            if session.node_id in lapsed or link_grace_is_over(session.link_lost_at, now, self._limits):
                 reason = "silence" if session.node_id in lapsed else "link_lost"
                 _log.warning("session_ended", node_id=session.node_id, reason=reason, silence_seconds=round(now - session.heartbeat_at, 3))
                 self.close(session, None, GoodbyeReason.LEASE_ENDED)

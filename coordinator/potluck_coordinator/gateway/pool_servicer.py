@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import grpc
 
+from potluck_coordinator.desks import KeyIdentity, NodeDesk, NodeRecord
 from potluck_coordinator.gateway.interceptors import caller
-from potluck_coordinator.ports import KeyIdentity, NodeDesk, NodeRecord
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc

@@ -1,8 +1,8 @@
-"""One attempt's answer on its way from the link to the client.
+"""One attempt's bytes on their way from the link to its `answer`.
 
-The link writes (`receive`, `end`, `fail`: plain calls, nothing awaited), one edge reads (`next_data`). Whatever has arrived between two
-reads leaves as one piece. A full buffer is not acknowledged, so a slow client pauses its own attempt at the node and never the link. It
-must not know HTTP, gRPC or money.
+Decides what a repeated, missing or surplus chunk means, and when the node may send more. `link_servicer` writes (`receive`, `end`: plain
+calls, nothing awaited), `answer` reads (`next_data`), and whatever has arrived between two reads leaves as one piece. A full buffer is not
+acknowledged, so a slow client pauses its own attempt at the node and never the link. It must not know HTTP, gRPC or money.
 """
 
 from __future__ import annotations

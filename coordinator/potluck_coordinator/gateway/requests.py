@@ -1,7 +1,9 @@
-"""The one path that a request takes: admit, place, dispatch, relay, settle.
+"""The one path of a request up to its answer: admit, queue, place, dispatch, with its hold (`ledger_writer`) beside the dispatch.
 
-Both edges (HTTP and gRPC) come through here and read the `Answer` they get. The decisions are `domain.admission`, `domain.placement` and
-`domain.pricing`; this module carries them out. It must not know HTTP, gRPC or tables.
+Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which relays and settles. Decides
+whose turn it is in a queue, how long a request may run, and that only a node that would not take an attempt is replaced by another: one
+that has begun to answer is never moved. Whether to wait, where to run and what to hold are `domain.admission`, `domain.placement` and
+`domain.pricing`; nodes are reached through `links`. It must not know HTTP, gRPC or tables.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlmodel import Session, col, select
 
-from potluck_coordinator.ports import AccountRecord
+from potluck_coordinator.desks import AccountRecord
 from potluck_coordinator.storage.tables import AccountRow
 from potluck_protocol.values import AccountId
 

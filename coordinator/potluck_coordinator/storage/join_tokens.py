@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlmodel import Session, col, select, update
 
-from potluck_coordinator.ports import JoinTokenRecord
+from potluck_coordinator.desks import JoinTokenRecord
 from potluck_coordinator.storage.tables import JoinTokenRow
 from potluck_protocol.values import AccountId, NodeId, TokenId
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlmodel import Session, col, select, update
 
-from potluck_coordinator.ports import KeyRecord
+from potluck_coordinator.desks import KeyRecord
 from potluck_coordinator.storage.tables import AccountRow, ApiKeyRow
 from potluck_protocol.values import AccountId, KeyPrefix
 

@@ -11,8 +11,8 @@ from typing import Final
 from sqlalchemy import bindparam
 from sqlmodel import Session, col, insert, select, update
 
+from potluck_coordinator.desks import StatementLine
 from potluck_coordinator.domain.ledger import LedgerAccountId, LedgerAccountKind, Transaction, ledger_account_id
-from potluck_coordinator.ports import StatementLine
 from potluck_coordinator.storage.tables import EarningsClaimRow, LedgerAccountRow, LedgerTransactionRow, PostingRow
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId

@@ -1,6 +1,8 @@
 """The link port's servicer: moves frames between the gRPC stream of one node and its session.
 
-Decides nothing. Its reading loop is the hot path of every token: no task, future, log line or metric per chunk.
+Decides which hello is taken, and drops frames of another epoch. `links` opens the session; chunks and ends go to their attempt's `relay`,
+heartbeats to the `node_session`. The reading loop is the hot path of every token: no task, future, log line or metric per chunk. It must
+not know requests or money.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from potluck_protocol.version import PROTOCOL_VERSION
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from potluck_coordinator.desks import DirectoryPort
     from potluck_coordinator.gateway.links import Links
-    from potluck_coordinator.gateway.sessions import NodeSession, Outbox
-    from potluck_coordinator.ports import DirectoryPort
+    from potluck_coordinator.gateway.node_session import NodeSession
+    from potluck_coordinator.gateway.outbox import Outbox
     from potluck_protocol.clock import Clock
 
 _log = structlog.get_logger()
@@ -139,8 +142,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
     def _take_heartbeat(self, message: node_pb2.Heartbeat, session: NodeSession, outbox: Outbox, now: float) -> None:
         session.beat(codec.heartbeat_value(message), now)
         if session.outbox is outbox:
-            lease = outbox.edit().lease
-            lease.epoch, lease.lease_ttl_ms = session.epoch, self._links.lease_ttl_ms
+            outbox.renew_lease(session.epoch, self._links.lease_ttl_ms)
         self._links.node_changed()
 
     def _renew_beside(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
@@ -159,5 +161,5 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         if node_id != session.node_id:
             _log.error("certificate_asked_for_another_key", node_id=session.node_id, other_node_id=node_id)
             return
-        outbox.edit().certificate.certificate_pem = certificate_pem
+        outbox.hand_over_certificate(certificate_pem)
         _log.info("certificate_renewed", node_id=node_id)

@@ -1,32 +1,30 @@
-"""The nodes that are connected, each with its lease, its attempts and what waits to be sent to it.
+"""One connected node: its lease, its attempts, and what placement sees of its replicas.
 
-Decides nothing by itself: `domain.nodes` says what silence means, `domain.placement` chooses. A session outlives its link by a short grace,
-so that a broken connection that comes back costs a pause and no attempt. It must not know gRPC calls; `link_server` moves the frames.
+Decides which attempts are started again after a broken link, and that a replica is ready when the node's last heartbeat said so. A session
+outlives its link by a short grace, so that a broken connection that comes back costs a pause and no attempt. It must not know frames:
+`link_servicer` feeds it values, and what it says goes into the link's `outbox`.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Final
 
+from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, liveness
 from potluck_coordinator.domain.placement import ReplicaView
-from potluck_coordinator.ports import NodeReport
-from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, EngineState, NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from potluck_coordinator.desks import SessionGrant
     from potluck_coordinator.domain.nodes import LivenessLimits
+    from potluck_coordinator.gateway.outbox import Outbox
     from potluck_coordinator.gateway.relay import Relay
-    from potluck_coordinator.ports import SessionGrant
     from potluck_protocol.values import (
         DesiredState,
         EngineStatus,
-        GoodbyeReason,
         Heartbeat,
         Hello,
         ModelId,
@@ -36,34 +34,6 @@ if TYPE_CHECKING:
     )
 
 ATTEMPTS_PER_NODE_MAX: Final = 1024
-
-
-class Outbox:
-    """The next frame to one node: everything that waits goes out together."""
-
-    __slots__ = ("_filled", "_frame", "closed")
-
-    def __init__(self) -> None:
-        self._frame = node_pb2.CoordinatorFrame()
-        self._filled = asyncio.Event()
-        self.closed = False
-
-    def edit(self) -> node_pb2.CoordinatorFrame:
-        """The frame under construction, which leaves at the loop's next turn."""
-        self._filled.set()
-        return self._frame
-
-    def close(self, reason: GoodbyeReason, message: str = "") -> None:
-        """Says goodbye; the link ends once the frame is out."""
-        self.edit().goodbye.CopyFrom(codec.goodbye_message(reason, message))
-        self.closed = True
-
-    async def take(self) -> node_pb2.CoordinatorFrame:
-        """The frame, as soon as anything is in it."""
-        await self._filled.wait()
-        self._filled.clear()
-        frame, self._frame = self._frame, node_pb2.CoordinatorFrame()
-        return frame
 
 
 class NodeSession:
@@ -116,7 +86,7 @@ class NodeSession:
         self.attempts[start.attempt_id] = relay
         self._starts[start.attempt_id] = start
         self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
-        self.outbox.edit().starts.append(codec.start_attempt_message(start))
+        self.outbox.start(start)
 
     def finish(self, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
         """Forgets an attempt; one that the node has not ended itself is cancelled there, whatever ended it here."""
@@ -128,7 +98,7 @@ class NodeSession:
         if not self.attempts:
             self.busy_since = None
         if not relay.ended_by_node and self.outbox is not None:
-            self.outbox.edit().cancels.add(attempt_id=attempt_id)
+            self.outbox.cancel(attempt_id)
 
     def restart_missing(self, in_flight: frozenset[AttemptId]) -> None:
         """After a new link's hello: an attempt unknown to the node was lost on its way; it starts again if nothing came of it."""
@@ -136,21 +106,21 @@ class NodeSession:
             if attempt_id in in_flight or relay.over:
                 continue
             if relay.next_sequence == 0 and self.outbox is not None:
-                self.outbox.edit().starts.append(codec.start_attempt_message(self._starts[attempt_id]))
+                self.outbox.start(self._starts[attempt_id])
             else:
                 relay.fail(PotluckError(ErrorCode.NODE_LOST))
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """Tells the node what it may forget, and by how much it may go on."""
         if self.outbox is not None:
-            self.outbox.edit().acknowledgements.add(attempt_id=attempt_id, next_sequence=next_sequence)
+            self.outbox.acknowledge(attempt_id, next_sequence)
 
     def wish(self, desired: DesiredState) -> None:
         """Hands on the directory's wish if it is new."""
         if desired.revision > self.desired.revision:
             self.desired = desired
             if self.outbox is not None:
-                self.outbox.edit().desired.CopyFrom(codec.desired_state_message(desired))
+                self.outbox.wish(desired)
 
     def fail_attempts(self, error: PotluckError) -> None:
         """Every answer on its way from this node ends with the error."""

@@ -1,8 +1,8 @@
-"""What the gateway asks of the directory.
+"""What the gateway asks of the directory: five desks and their values.
 
-The directory is one actor with five desks. The gateway holds a `DirectoryPort`: the directory itself where both run in one process (tests),
-or a stand-in whose desks call the actor (`ray_runtime`). Every argument and answer is a frozen value, so that it may cross processes; every
-refusal is a `PotluckError`.
+Decides the calls between the two. The gateway holds a `DirectoryPort`: the directory itself (`directory.directory`) where both run in one
+process, as in tests, or `desk_socket.RemoteDirectory`. Every argument and answer is a frozen value, so that it may cross processes; every
+refusal is a `PotluckError`. It must not know how a call crosses.
 """
 
 from __future__ import annotations
