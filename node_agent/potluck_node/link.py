@@ -1,7 +1,8 @@
 """The node's one link to its coordinator, kept alive for as long as the agent runs.
 
-Decides when to dial, when to beat, when the node is fenced, and what each frame of the coordinator does to attempts and engines. It must
-not know how engines are run or where files lie.
+Carries out what the lease decides (`domain.session`: when to dial, to beat, to be fenced) and what goodbyes mean (`farewell`). Decides when
+the link moves to another connection. What the coordinator says goes to `orders`; what is sent comes from `attempts` and `report`, through a
+`link_connection` that `credentials` opens. It must not know how engines are run or where files lie.
 
 There is at most one current connection. A lost one is dialled again under the same session, and its attempts go on where the coordinator
 says; a new certificate moves the link to a new connection the same way, with the old one still read until the coordinator closes it. When
@@ -25,20 +26,19 @@ from potluck_node.domain.session import Session
 from potluck_node.enrolment import rpc_failure
 from potluck_node.farewell import Farewells, Outcome
 from potluck_node.link_connection import LinkConnection
+from potluck_node.orders import Orders
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.codec import (
-    desired_state_value,
     goodbye_message,
     goodbye_reason_from_number,
     heartbeat_message,
     hello_message,
-    start_attempt_value,
     welcome_value,
 )
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, DesiredState, GoodbyeReason, Heartbeat, Hello, Welcome
+from potluck_protocol.values import AttemptId, GoodbyeReason, Heartbeat, Hello, Welcome
 
 GREETING_LIMIT_SECONDS: Final = 10.0
 FRAME_BYTES_MAX: Final = 1024 * 1024
@@ -84,13 +84,12 @@ class Link:
     ) -> None:
         self._credentials = credentials
         self._attempts = attempts
-        self._replicas = replicas
+        self._orders = Orders(attempts, replicas)
         self._report = report
         self._clock = clock
         self._jitter = jitter
         self.session = Session()
         self.trouble = ""
-        self._desired = DesiredState()
         self._current: LinkConnection | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
@@ -240,7 +239,7 @@ class Link:
             hello_sent_at_seconds=hello_at_seconds,
         )
         self._attempts.resume(in_flight, welcome.resume_points)
-        self._take_desired(welcome.desired, outright=new_epoch)
+        self._orders.wish(welcome.desired, outright=new_epoch)
         self._current = connection
         self._connected_at_seconds = self._clock.monotonic_seconds()
         self._renewed_after_refusal = False
@@ -305,30 +304,9 @@ class Link:
     def _take(self, frame: node_pb2.CoordinatorFrame) -> None:
         if frame.HasField("lease"):
             self.session = lease.after_renewal(self.session, epoch=frame.lease.epoch, lease_ttl_ms=frame.lease.lease_ttl_ms)
-        # Cancels go before starts: they free the slots that the starts were given.
-        for cancel in frame.cancels:
-            self._attempts.cancel(AttemptId(cancel.attempt_id))
-        for acknowledgement in frame.acknowledgements:
-            self._attempts.acknowledge(AttemptId(acknowledgement.attempt_id), acknowledgement.next_sequence)
-        for start in frame.starts:
-            self._start(start)
-        if frame.HasField("desired"):
-            self._take_desired(desired_state_value(frame.desired), outright=False)
+        self._orders.take(frame)
         if frame.HasField("certificate"):
             self._take_certificate(frame.certificate.certificate_pem)
-
-    def _start(self, message: node_pb2.StartAttempt) -> None:
-        try:
-            start = start_attempt_value(message)
-        except PotluckError as error:
-            self._attempts.refuse(AttemptId(message.attempt_id), error.message)
-            return
-        self._attempts.start(start)
-
-    def _take_desired(self, desired: DesiredState, *, outright: bool) -> None:
-        if outright or desired.revision > self._desired.revision:
-            self._desired = desired
-            self._replicas.set_desired(desired)
 
     def _take_certificate(self, certificate_pem: str) -> None:
         try:

@@ -22,8 +22,6 @@ FUNCTION_LINES_MAX = 70
 FUNCTION_LINES_WANTED = 50
 
 LONG_FILES: dict[str, int] = {
-    "node_agent/potluck_node/link.py": 440,
-    "tests/contract/test_node_link.py": 420,
     "tests/integration/test_authorisation_matrix.py": 490,
 }
 """Files over 400 lines, with the length they may have: an entry may shrink or go, and none may come."""

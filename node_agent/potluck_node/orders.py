@@ -1,0 +1,54 @@
+"""What a frame of the coordinator asks of attempts and engines.
+
+Decides the order in which a frame's parts are carried out, and that an older wish never undoes a newer one. It must not know connections
+or leases.
+"""
+
+from __future__ import annotations
+
+from potluck_node.attempts import Attempts
+from potluck_node.replicas import Replicas
+from potluck_protocol.codec import desired_state_value, start_attempt_value
+from potluck_protocol.errors import PotluckError
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import AttemptId, DesiredState
+
+
+class Orders:
+    """Carries out what the coordinator says.
+
+    Args:
+        attempts: where attempts run.
+        replicas: who takes the coordinator's wishes.
+    """
+
+    def __init__(self, attempts: Attempts, replicas: Replicas) -> None:
+        self._attempts = attempts
+        self._replicas = replicas
+        self._desired = DesiredState()
+
+    def take(self, frame: node_pb2.CoordinatorFrame) -> None:
+        """Carries out one frame; raises PotluckError for a wish that cannot be read."""
+        # Cancels go before starts: they free the slots that the starts were given.
+        for cancel in frame.cancels:
+            self._attempts.cancel(AttemptId(cancel.attempt_id))
+        for acknowledgement in frame.acknowledgements:
+            self._attempts.acknowledge(AttemptId(acknowledgement.attempt_id), acknowledgement.next_sequence)
+        for start in frame.starts:
+            self._start(start)
+        if frame.HasField("desired"):
+            self.wish(desired_state_value(frame.desired), outright=False)
+
+    def wish(self, desired: DesiredState, *, outright: bool) -> None:
+        """Hands a wish on if it is newer than the last; `outright`: even if it is not, for revisions of another epoch do not compare."""
+        if outright or desired.revision > self._desired.revision:
+            self._desired = desired
+            self._replicas.set_desired(desired)
+
+    def _start(self, message: node_pb2.StartAttempt) -> None:
+        try:
+            start = start_attempt_value(message)
+        except PotluckError as error:
+            self._attempts.refuse(AttemptId(message.attempt_id), error.message)
+            return
+        self._attempts.start(start)
