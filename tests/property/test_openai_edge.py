@@ -8,7 +8,7 @@ from contextlib import suppress
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potluck_coordinator.gateway.openai_errors import engine_error
+from potluck_coordinator.gateway.engine_errors import engine_error
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
 from potluck_protocol.errors import PotluckError
@@ -114,4 +114,4 @@ def test_a_body_is_refused_in_order_or_understood(endpoint: Endpoint, body: byte
 
 @given(st.integers(min_value=400, max_value=599), st.binary(max_size=200) | JSON.map(lambda value: json.dumps({"error": value}).encode()))
 def test_any_engine_answer_is_some_error(status: int, body: bytes) -> None:
-    assert engine_error(status, body).message
+    assert engine_error(Endpoint.COMPLETIONS, status, body).message

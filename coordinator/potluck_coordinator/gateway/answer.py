@@ -14,7 +14,7 @@ import structlog
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
 from potluck_coordinator.domain.pricing import charge, charge_for_relayed
-from potluck_coordinator.gateway.openai_errors import engine_error
+from potluck_coordinator.gateway.engine_errors import engine_error
 from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -109,7 +109,7 @@ class Answer:
         if outcome is not LedgerOutcome.APPLIED:
             raise _refusal(outcome)
         if head.http_status >= HTTP_ERROR_MIN:
-            raise engine_error(head.http_status, await self._error_body())
+            raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
 
     async def next_data(self) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off."""

@@ -1,13 +1,11 @@
-"""How a failure looks in OpenAI's words, and what an engine's failure means in ours.
+"""How a failure looks in OpenAI's words.
 
-Decides status, headers and body of every error answer, and which `PotluckError` an engine's error answer becomes. It must not know
-sockets or requests. An engine's text reaches the caller only in part: what might quote a prompt is cut out of it.
+Decides status, headers and body of every error answer. It must not know sockets or requests.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,17 +17,7 @@ RETRY_AFTER_SECONDS_DEFAULT: Final = 1.0
 RETRY_AFTER_SECONDS_MAX: Final = 120.0
 """The openai package takes a longer wait for "never"."""
 
-_ENGINE_MESSAGE_LENGTH_MAX: Final = 300
 _NEVER_RETRY: Final = frozenset({ErrorCode.INSUFFICIENT_CREDITS})
-_RETRY_ENGINE_STATUS: Final = frozenset({429, 503})
-_CALLER_FAULT_STATUS: Final = frozenset({400, 413, 415, 422, 501})
-# What engines answer 500 to although only another request can help. llama.cpp: images to a text model, tools of a wrong shape.
-_CALLER_FAULT_TEXT: Final = ("not supported", "Failed to parse ", "template")
-_CONTEXT_TEXT: Final = ("context length", "context size", "maximum context", "context window")
-_CONTEXT_TYPE: Final = "exceed_context_size_error"
-# From here on engines quote their input: nlohmann's "last read", pydantic's 'input', llama.cpp's dump of a field.
-_QUOTING_STARTS: Final = re.compile(r"last read|'input'|\"input\"|[:=]\s*[\[{]|\[\{")
-_QUOTED: Final = re.compile(r"'[^']{33,}'|\"[^\"]{33,}\"|`[^`]{33,}`")
 
 
 class _ErrorBody(msgspec.Struct):
@@ -43,19 +31,7 @@ class _Envelope(msgspec.Struct):
     error: _ErrorBody
 
 
-class _EngineError(msgspec.Struct):
-    message: str = ""
-    type: str | None = None
-
-
-class _EngineEnvelope(msgspec.Struct):
-    error: _EngineError | None = None
-    message: str | None = None
-    type: str | None = None
-
-
 _encoder: Final = msgspec.json.Encoder()
-_engine_decoder: Final = msgspec.json.Decoder(_EngineEnvelope, strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,40 +72,3 @@ def http_error(error: PotluckError, *, billed: bool = False) -> HttpError:
         headers.append((b"retry-after", b"%d" % max(math.ceil(seconds), 1)))
         headers.append((b"retry-after-ms", b"%d" % max(math.ceil(seconds * 1000), 1)))
     return HttpError(error.spec.http_status, tuple(headers), error_body(error))
-
-
-def engine_error(status: int, body: bytes) -> PotluckError:
-    """What an engine's error answer means to the caller.
-
-    Args:
-        status: the engine's HTTP status, 400 or above.
-        body: its document, in the shape of llama.cpp, vLLM or SGLang; anything else counts as a failure of the engine.
-    """
-    message, kind = _engine_words(body)
-    if kind == _CONTEXT_TYPE or (status in {400, 413} and any(text in message for text in _CONTEXT_TEXT)):
-        return PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, _safe_text(message), param="messages")
-    if status in _RETRY_ENGINE_STATUS:
-        return PotluckError(ErrorCode.NO_CAPACITY, "The engine takes no requests right now.", retry_after_seconds=1.0)
-    if status in _CALLER_FAULT_STATUS or (status >= 500 and any(text in message for text in _CALLER_FAULT_TEXT)):
-        text = _safe_text(message)
-        return PotluckError(ErrorCode.INVALID_REQUEST, f"The engine refused the request: {text}" if text else None)
-    return PotluckError(ErrorCode.ENGINE_FAILED, "The engine failed before it answered.")
-
-
-def _engine_words(body: bytes) -> tuple[str, str | None]:
-    try:
-        envelope = _engine_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return "", None
-    if envelope.error is not None:
-        return envelope.error.message, envelope.error.type
-    return envelope.message or "", envelope.type
-
-
-def _safe_text(message: str) -> str | None:
-    """The engine's sentence without what could be a piece of the prompt; None if nothing is left."""
-    quoting = _QUOTING_STARTS.search(message)
-    text = message[: quoting.start()] if quoting is not None else message
-    text = _QUOTED.sub("(left out)", text)
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text[:_ENGINE_MESSAGE_LENGTH_MAX].rstrip(" :;,-=") or None
