@@ -1,4 +1,4 @@
-"""`potluck coordinator …`: the operator's command line, and the one place of the coordinator that reads its environment.
+"""`potluck coordinator …`: the operator's command line, and the only caller of `load_settings`, which reads the environment for it.
 
 Decides the flags and what an operator is told. It must not know how a coordinator starts; `serve` does.
 """

@@ -1,7 +1,8 @@
-"""What the coordinator counts, and under which names it shows it at `/metrics`.
+"""What the gateway counts, and under which names it shows it at `/metrics`.
 
-Decides names, labels and buckets. Every call is per request or per scrape, never per token, and no label carries an account, a key or a
-request. It must not know who counts.
+Decides names, labels and buckets. Calls are per HTTP request, answer, ledger commit or scrape, never per token, and no label carries an
+account, a key or a request. Calls over gRPC are not counted as requests; their answers are counted, and each call has its line in the log.
+It must not know who counts.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._read_pool: Callable[[], PoolReading] | None = None
         registry = self._registry
-        self._requests = Counter("potluck_requests", "Requests by route and status.", ("endpoint", "status"), registry=registry)
+        self._requests = Counter("potluck_requests", "HTTP requests by route and status.", ("endpoint", "status"), registry=registry)
         self._duration = Histogram(
             "potluck_request_duration_seconds",
-            "From a request's arrival to its last byte.",
+            "From an HTTP request's arrival to its last byte.",
             ("endpoint",),
             registry=registry,
             buckets=_DURATION_SECONDS,
@@ -70,7 +71,7 @@ class Metrics:
         self._read_pool = read
 
     def observe_request(self, endpoint: str, status: int, duration_seconds: float) -> None:
-        """Counts one request that is over. `endpoint` is a route's pattern, never a path as it came."""
+        """Counts one HTTP request that is over. `endpoint` is a route's pattern, never a path as it came."""
         self._requests.labels(endpoint, str(status)).inc()
         self._duration.labels(endpoint).observe(duration_seconds)
 

@@ -116,7 +116,7 @@ def _free_socket(host: str, flag: str) -> socket.socket:
     for port in random.sample(FREE_PORTS, FREE_PORT_TRIES):
         with contextlib.suppress(PotluckError):
             return bind(host, port, flag)
-    # Not a matter of ports, then: this says what it is.
+    # None of so many could be had, so it is hardly a matter of ports: binding any free one says what is wrong with the address.
     return bind(host, 0, flag)
 
 

@@ -1,7 +1,7 @@
 """People: their accounts, API keys and join tokens.
 
-Decides who a key speaks for, and what each of these may be asked to do. It must not know how a caller presented its key, or whether it may
-name another's account: the edges judge that.
+Decides who a key speaks for, how long keys and tokens may live, and what a new person starts with. It must not know how a caller presented
+its key, or whether it may name another's account: the edges judge that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Whether a request is dispatched, waits, or is refused, and what a refused client is told.
 
-Decides from slots and the length of the model's queue. It must not know tasks or sockets.
+Decides from counts: the slots that could take the request, those of them that are free, and the requests in the model's queue. How long a
+request has held a slot in the mean lately says only when a refused client should come back. `gateway.requests` counts and measures. It must
+not know tasks or sockets.
 """
 
 from __future__ import annotations

@@ -42,9 +42,13 @@ from potluck_protocol.version import PROTOCOL_VERSION
 _log = structlog.get_logger()
 
 TICK_SECONDS: Final = 0.25
+"""Between two looks at nodes and queues: a lease that lapsed is noticed so much late at most."""
 REPORT_SECONDS: Final = 1.0
+"""Between two reports of nodes, and two marks of what answers have earned: so much of an answer is unpaid if this process dies."""
 RETRY_SECONDS: Final = 0.5
+"""Between two tries to hear of a directory that is away; the last snapshot holds meanwhile."""
 DRAIN_SECONDS_MAX: Final = 3.0
+"""How long a stop waits for the last settlements; what is left then is settled at its last mark by the next start."""
 
 
 def liveness_limits(settings: Settings) -> LivenessLimits:

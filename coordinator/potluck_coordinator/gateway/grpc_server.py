@@ -21,6 +21,7 @@ from potluck_protocol.v1 import account_pb2_grpc, inference_pb2_grpc, node_pb2_g
 CALLS_MAX: Final = 1024
 """Calls that the grpc port serves at a time; more are refused with RESOURCE_EXHAUSTED."""
 LINKS_MAX: Final = 4096
+"""Links at a time, as a node has one, and for a moment two while it moves; more are refused with RESOURCE_EXHAUSTED."""
 BIND_TRIES: Final = 3
 """Another process may take a port in the moment in which it was seen to be free."""
 
@@ -56,7 +57,8 @@ class GrpcServer:
     async def _bind(self, host: str, port: int) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         for _ in range(BIND_TRIES):
-            # gRPC takes no socket and says nothing of what was wrong with an address: this one waits for it, or says it.
+            # gRPC takes no socket and does not say what is wrong with an address. So the address is tried before: this probe waits for it,
+            # or says why it cannot be had, and lets go of it again.
             (await bind_patiently(host, port, self._port_flag)).close()
             with contextlib.suppress(RuntimeError):
                 return self._server.add_secure_port(address, self._credentials)

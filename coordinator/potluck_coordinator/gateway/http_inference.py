@@ -1,7 +1,8 @@
 """The HTTP edge of one inference request: body in, answer out, and an eye on whether anyone still waits for it.
 
 Decides when the head of an answer goes out (with its first bytes, so that a failure before them still has its own status) and what a client
-sees when an answer breaks off. It must not know nodes, queues or prices; those are behind `Requests`.
+sees when an answer breaks off. `openai_request` reads the body; `requests.RequestService`, which is `Requests` here, begins the `answer`,
+and this edge reads it to its end. It must not know nodes, queues or prices; those are behind the two.
 """
 
 from __future__ import annotations

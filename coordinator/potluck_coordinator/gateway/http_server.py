@@ -1,6 +1,6 @@
 """The http port: uvicorn inside a loop that belongs to somebody else, with bounds on what a connection may do before it is a request.
 
-Decides how the port is bound, secured and bounded. It must not know what the routes do.
+Decides how the port is bound, secured and bounded. Its requests go to `http_routes`; it must not know what the routes do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 CONNECTIONS_MAX: Final = 4096
+"""One more is closed as soon as it opens: each costs an open file and its buffers, whether it asks anything or not."""
 HEAD_BYTES_MAX: Final = 64 * 1024
 HEAD_SECONDS_MAX: Final = 15.0
 """From a connection's start, or a request's first byte, to the end of its headers."""

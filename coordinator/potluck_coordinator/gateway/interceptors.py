@@ -3,7 +3,8 @@
 Decides nothing about who may call what (`authorisation` does) and nothing about a call's content. No exception's own text leaves here: a
 `PotluckError` becomes its catalogue status with an `ErrorDetail`, and anything else becomes `internal_error` with an id that the log knows.
 
-The work is per call; a stream's messages pass through untouched.
+The work is per call, but for one thing: each message of a server stream is written under a 60 s limit, since a client that reads nothing
+for so long has gone. The link writes for itself, without it.
 """
 
 from __future__ import annotations

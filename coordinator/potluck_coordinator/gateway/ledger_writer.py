@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 
 BATCH_LENGTH_MAX: Final = 256
+"""Commands in one commit; more wait for the next, so that no client's hold waits behind a commit of any length."""
 QUEUE_LENGTH_MAX: Final = 50_000
+"""Commands that may wait for a directory that is away. Beyond it new holds are refused; marks and settlements are taken all the same."""
 RETRY_SECONDS: Final = 0.5
 COMPANY_SECONDS: Final = 0.02
 """How long marks and settlements wait for company."""

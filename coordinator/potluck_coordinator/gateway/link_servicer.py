@@ -155,7 +155,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         try:
             node_id, certificate_pem = await self._directory.enrolment.renew(certificate_request_der)
         except PotluckError as error:
-            # The node asks again.
+            # The node asks again after a minute.
             _log.warning("certificate_not_renewed", node_id=session.node_id, code=error.code)
             return
         if node_id != session.node_id:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
 
 ATTEMPTS_PER_NODE_MAX: Final = 1024
+"""Over all its replicas, whatever slots they have; a request beyond it is refused with `no_capacity`."""
 
 
 class NodeSession:

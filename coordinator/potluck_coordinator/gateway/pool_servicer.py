@@ -1,7 +1,7 @@
 """The pool as people see it: the gRPC side of the directory's node desk.
 
-Decides what of a node is shown to whom: its owner and the operator see everything, others not whose it is, nor what identifies or
-troubles its hardware.
+Decides what of a node is shown to whom: its owner and the operator see everything; others see neither whose it is, nor its cards' uuids,
+nor why an engine failed. It must not know links.
 """
 
 from __future__ import annotations
