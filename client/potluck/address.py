@@ -1,6 +1,6 @@
 """Where the pool is and who asks: arguments, else the environment.
 
-Decides what a client starts with, and is the only part of the SDK that reads the environment. It must not know how a pool is reached.
+Decides what a client starts with, and is the only part of `Client` that reads Potluck's variables. It must not know how a pool is reached.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every call the SDK makes, as a value: the method, the message, and how its reply is read.
 
-Decides how arguments become messages and messages become results, once, for the synchronous and the asynchronous client. It must not know
-channels, threads or loops: `transport` carries the calls out.
+Decides how arguments become messages and messages become results, and which model answers who named none (`choose_model`): once, for the
+synchronous and the asynchronous client. It must not know channels, threads or loops: `transport` carries the calls out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The SDK's exceptions: one class per code of the catalogue, under one root.
 
     PotluckError                      potluck_protocol.errors; also what the coordinator's own code raises
-    └── PoolError                     code, message, param, request_id, retry_after_seconds, partial_text
+    └── PoolError                     code, message, param, request_id, retry_after_seconds, partial_text, outcome_unknown
         ├── InvalidRequestError
         │   ├── ContextLengthExceededError
         │   ├── RequestTooLargeError

@@ -1,7 +1,7 @@
 """How calls reach a pool: the connection document, one gRPC channel, time limits, tries.
 
-Decides when to connect and when to try again. The only part of the SDK that does I/O. It must not know what any call means: `calls` builds
-and reads them.
+Decides when to connect, and how long a call may take; `retry` says when it is made again. Connects and opens calls; `streams` reads them.
+It must not know what any call means: `calls` builds them and reads their replies.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every attempt of this node: asked of an engine on loopback, relayed byte by byte, ended exactly once.
 
-Decides which attempts are taken, when an engine's answer is read on, and when an attempt may be forgotten. It must not know gRPC: the link
-feeds it values and lets it fill frames.
+Decides which attempts are taken, when an engine's answer is read on, and when an attempt may be forgotten. It must not know the link's
+streams or channels: `orders` feeds it values, and `delivery` writes its chunks into the link's frames.
 
 Reading stops while an attempt's window is full, so a slow client slows its own engine answer by TCP's back-pressure and nothing else.
 Cancelling closes the engine's connection at once, which frees its slot.

@@ -1,7 +1,8 @@
 """`potluck node`: what a volunteer types.
 
-Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. Only this module touches
-`os.environ`, and hands it on; settings from `POTLUCK_NODE_*` are read in `settings`.
+Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. `join` calls `enrolment` and
+ends; `run` hands over to `agent`; the others reach a running agent through `control`. Only this module touches `os.environ`, and hands it
+on; settings from `POTLUCK_NODE_*` are read in `settings`. It must not know how a node works.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def run(
     console = Console()
     with _explained(), ProgressLine(console) as line:
         if log_level is None and "POTLUCK_NODE_LOG_LEVEL" not in os.environ and console.is_terminal:
-            # The line says the rest.
+            # On a terminal the progress line tells how things go; log lines beside it are for what goes wrong.
             log_level = "warning"
         settings = load_settings(
             state_dir=state_dir,

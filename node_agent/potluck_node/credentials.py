@@ -1,6 +1,8 @@
-"""What the node shows at the link port: its key and its present certificate.
+"""What the node shows at the link port, and where that port is.
 
-Decides when a new certificate is due and whether the present one can work at all. It must not know the link's frames.
+Keeps key and certificate, says when the next one is due by `domain.certificates`, renews a lapsed one through `enrolment`, and opens the
+channel to wherever the coordinator is now. Decides how long a request may stay unanswered, and that a full disk does not end an agent that
+serves. It must not know the link's frames.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Becoming a node, and the way back for one whose certificate lapsed.
 
 Decides the order of joining: the CA is checked before anything secret leaves the machine, and the folder counts as joined only when all of
-it is there. It must not know the link.
+it is there. The key is made by `identity_store`, the request by `potluck_protocol.identity`. It must not know the link.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, GoodbyeReason, Heartbeat, Hello, Welcome
 
 GREETING_LIMIT_SECONDS: Final = 10.0
+"""From the dial to the coordinator's welcome; beyond it the dial has failed, and another follows."""
 FRAME_BYTES_MAX: Final = 1024 * 1024
 """How many bytes of answers go into one frame, so that one frame never holds up the heartbeat behind it."""
 BEAT_GAP_SECONDS: Final = 0.2

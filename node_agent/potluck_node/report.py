@@ -1,6 +1,7 @@
 """What the node says of itself, to its coordinator and to its owner.
 
-Decides nothing but the words: state, engines with the slots really taken, disk left. It must not know how either listener is reached.
+Decides the words: state, disk left, and engines with the slots really taken, under the owner's limit and no more of them than a frame may
+name. It must not know how either listener is reached: `link` carries it to the coordinator, `control` to the owner.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Runs the engines that the directory wishes and the owner allows: observe, plan, act, and again after every change.
 
-Decides nothing by itself: `domain.plan` does. It keeps one object for each replica, which owns at most one piece of work at a time: a
-fetch, a start, a running engine, or a stop. It must not know the link; it implements `replicas.Replicas` for it.
+`domain.plan` says what to do; files come from `model_store.store`, engines run as `engines.process`. Decides that a replica has at most one
+piece of work at a time (a fetch, a start, a running engine, or a stop), and which failures are costly to repeat. It must not know the link;
+it implements `replicas.Replicas` for it.
 """
 
 from __future__ import annotations

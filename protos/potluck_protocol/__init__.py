@@ -1,1 +1,1 @@
-"""What both ends of the wire must agree on, and nothing else."""
+"""The wire contract, and the little that the roles would otherwise each write again."""

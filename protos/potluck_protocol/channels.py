@@ -1,6 +1,8 @@
-"""Channel and server options that both ends must hold alike, with the reason for each.
+"""gRPC's options for both ends: those that must be alike, and each end's own.
 
-Liveness is decided by heartbeats, not here: gRPC answers keepalive pings even while the peer's event loop is blocked.
+Decides when a connection counts as dead, how large a message may be, and how soon a lost coordinator is dialled again. It must not know
+what is called over a channel. Whether a node is alive is decided by heartbeats, not here: gRPC answers keepalive pings even while the
+peer's event loop is blocked.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 """One frame at most; request bodies are bounded well below it."""
 
 _KEEPALIVE: Final[list[tuple[str, int]]] = [
+    # A peer that vanished without a word is noticed within about 15 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # Without it a frozen peer is noticed after about 69 s whatever keepalive_timeout_ms says.
     ("grpc.http2.ping_timeout_ms", 5_000),
+    # Also between calls, and however long nothing but pings is sent.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -29,6 +33,7 @@ SERVER_OPTIONS: Final[list[tuple[str, int]]] = [
     *_KEEPALIVE,
     # The default of 300 s would answer the agents' own pings with GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # A call carries a key and a request id.
     ("grpc.max_metadata_size", 4 * 1024),
     # Two processes sharing a port would split the nodes between a live coordinator and a dying one.
     ("grpc.so_reuseport", 0),
@@ -38,6 +43,7 @@ CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
     *_KEEPALIVE,
     ("grpc.ssl_target_name_override", SERVER_NAME),
     ("grpc.default_authority", SERVER_NAME),
+    # A coordinator that comes back is found within seconds; by default the pauses grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -1,4 +1,7 @@
-"""Time as something handed in, so that tests move it."""
+"""Time as something handed in, so that tests move it.
+
+Decides that durations and dates come from two clocks, for a machine's date may jump.
+"""
 
 from __future__ import annotations
 

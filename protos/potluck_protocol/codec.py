@@ -1,9 +1,9 @@
 """Values to messages and back.
 
-The only place where the words of `potluck_protocol.values` meet generated types. Decoding is total: an unknown enum number or a malformed
-id becomes `PotluckError(INVALID_REQUEST)`, never a wrong value; so does more than one node can have, for what a node says of itself is kept
-and shown to everyone. Chunks are the exception: they are the hot path, and the link reads them
-straight from the frame.
+Decides what a peer may say: an unknown word of an enum becomes `PotluckError(INVALID_REQUEST)`, never a wrong value. So does a name, a list
+of engines or of cards that is longer than one node needs, for what a node says of itself is kept and shown to everyone; the text of a
+failure is cut instead. It must not know what becomes of a value. Chunks, ends, acknowledgements, cancels, leases and certificates are read
+straight from the frame, and of them only an end's reason comes here.
 """
 
 from __future__ import annotations

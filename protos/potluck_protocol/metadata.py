@@ -1,4 +1,7 @@
-"""Names of gRPC metadata keys and HTTP headers."""
+"""Names of gRPC metadata keys and HTTP headers.
+
+Decides how they are spelt, once for all who write or read them.
+"""
 
 from __future__ import annotations
 

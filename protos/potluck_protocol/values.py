@@ -1,7 +1,6 @@
 """The nouns of the contract as frozen values: ids, endpoints, engines, models, usage.
 
-Decides what these words mean on both sides. It must not know protobuf: `potluck_protocol.codec` turns messages into these and back, and
-nothing behind the codec ever sees a generated type.
+Decides what these words mean on both sides. It must not know protobuf: `potluck_protocol.codec` turns messages into these and back.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ KeyPrefix = NewType("KeyPrefix", str)
 """The public part of an API key, by which it is listed and revoked."""
 TokenId = NewType("TokenId", str)
 """The public part of a join token."""
-MicroCredits = NewType("MicroCredits", int)
 
 
 class Endpoint(StrEnum):

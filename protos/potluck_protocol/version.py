@@ -1,4 +1,7 @@
-"""Versions that peers compare when they meet."""
+"""The protocol version that peers compare, and the package version that they show.
+
+Decides the protocol's number. How far apart two peers may be is judged where they meet.
+"""
 
 from __future__ import annotations
 

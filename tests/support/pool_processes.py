@@ -156,14 +156,16 @@ class Pool:
         return Client(self.url, api_key=self.api_key)
 
     def connected_count(self, model_id: str = MODEL) -> int:
-        """Nodes with a link and a ready engine, as the coordinator sees it."""
+        """Nodes with a link and a ready engine, as both see it: the gateway, which could place a request there, and the directory."""
         with self.client() as client:
-            return sum(
+            placeable = sum(model.ready_replica_count for model in client.models() if model.model_id == model_id)
+            listed = sum(
                 1
                 for node in client.nodes()
                 if node.connection == "connected"
                 and any(engine.model_id == model_id and engine.state is EngineState.READY for engine in node.engines)
             )
+            return min(placeable, listed)
 
     def wait_connected(self, model_id: str = MODEL, seconds_max: float = 60.0) -> float:
         """Seconds until every node serves."""

@@ -1,6 +1,7 @@
 """`potluck demo`: the whole of Potluck once, from nothing to an answered and paid question, and back to nothing.
 
-Decides what is shown of it.
+Decides what is asked, what is shown of it, and that books which do not balance are a failure. It must not know how the pool is started;
+`local_pool` does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`potluck credits`, `potluck audit`: what is owned and whether the books balance.
+"""`potluck credits`, `potluck audit`: what is owned, claiming what nodes earned, and whether the books balance.
 
 Decides how amounts are shown: in credits, exact. It must not do arithmetic on balances; the ledger does.
 """

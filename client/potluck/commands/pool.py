@@ -1,6 +1,6 @@
-"""`potluck models`, `potluck nodes`: what the pool has.
+"""`potluck models`, `potluck nodes`: what the pool has, and taking a node out of it.
 
-Decides the columns. It must not know how the pool chooses among them.
+Decides the columns. It must not know how the pool chooses among models and nodes.
 """
 
 from __future__ import annotations

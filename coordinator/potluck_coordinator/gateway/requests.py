@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PLACEMENTS_MAX: Final = 3
 """How often a request is placed anew because its node would not take it after all (it paused a moment ago, say)."""
 REQUEST_SECONDS_MAX: Final = 600.0
-"""From its dispatch. An answer that is not whole by then fails, and its slot is free again; the SDK waits no longer by itself."""
+"""From its dispatch. An answer that is not whole by then fails, and its slot is free again; by default the SDK waits no longer."""
 HOLD_SLACK_SECONDS: Final = 60.0
 """A hold outlives its request by so much, for its settlement to be committed."""
 MEAN_WEIGHT: Final = 0.2

@@ -1,4 +1,7 @@
-"""People, as rows."""
+"""People, as rows.
+
+Decides in which order they are listed. It must not know their keys or credits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The operator's models and wishes, as rows."""
+"""The operator's models and wishes, as rows.
+
+Decides that a model which is taken away takes the wish for it along. It must not know what a wish leads to.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Holds, as rows. A trigger lets a hold leave `open` once and keeps everything else of it as it was opened."""
+"""Holds, as rows.
+
+Decides that of all who would close a hold one does. A trigger lets a hold leave `open` once, keeps what it was opened with, and lets its
+mark only grow. It must not know whose credits are moved.
+"""
 
 from __future__ import annotations
 

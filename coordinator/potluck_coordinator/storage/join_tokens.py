@@ -1,4 +1,7 @@
-"""Join tokens, as rows: hashes, never secrets."""
+"""Join tokens, as rows: hashes, never secrets.
+
+Decides, in one statement, that a good token is spent once, on one node. It must not know how a secret is proved.
+"""
 
 from __future__ import annotations
 

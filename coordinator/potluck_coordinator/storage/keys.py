@@ -1,4 +1,7 @@
-"""People's API keys, as rows: hashes, never secrets."""
+"""People's API keys, as rows: hashes, never secrets.
+
+Decides that a key is an operator's while its account is. It must not know how a secret is proved.
+"""
 
 from __future__ import annotations
 

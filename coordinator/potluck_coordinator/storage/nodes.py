@@ -1,4 +1,8 @@
-"""Enrolled nodes, as rows."""
+"""Enrolled nodes, as rows.
+
+Decides which status may follow which: a node leaves and comes back, and is revoked from either, for good. Epochs only grow. It must not
+know who may enrol or revoke.
+"""
 
 from __future__ import annotations
 

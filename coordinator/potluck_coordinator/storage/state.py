@@ -1,4 +1,7 @@
-"""The pool's named facts, as rows: its id and its counters."""
+"""The pool's named facts, as rows: its id and its counters.
+
+Decides which facts there are, and that a counter gives no number twice. It must not know what is counted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Nodes' judged minutes, as rows: one for each node and hour of unix time."""
+"""Nodes' judged minutes, as rows: one for each node and hour of unix time.
+
+Decides that an hour holds 60 minutes at most. It must not know how a minute was judged.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """What to do next about the engines of this node: wish and observation in, actions out.
 
 Decides which engines are fetched, started, stopped and refused, and when a failed one is tried again. The owner's limits win over the
-coordinator's wish. It must not know processes, files or time: the supervisor observes, acts, and asks again after every change.
+coordinator's wish. It must not know processes, files or clocks: `supervisor` observes, acts, and asks again after every change.
 
-A replica's life: (absent) → FETCHING → FETCHED → STARTING → READY; from anywhere → FAILED, and after a pause FETCHING again; STOPPING →
-(absent).
+A replica's life: (absent) → FETCHING → FETCHED → STARTING → READY; a fetch, start or run that fails → FAILED, and after a pause FETCHING
+again; what is no longer wished, or wished otherwise, → STOPPING → (absent). REFUSED while the owner's limits, or what this node would ever
+run, forbid it; from READY and the phases before by way of STOPPING. Of what is FAILED or REFUSED nothing lives: → (absent) at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The agent's half of the lease: when it may serve, when it must stop, when to beat and when to dial again.
+"""The agent's half of the lease: how long it may serve, when a heartbeat is due, and how long to wait before the next dial.
 
-Decides from values and a given `now`; seconds are monotonic ones. It must not know frames, channels or clocks: the link reads the clock and
-feeds what happened.
+Decides from values and a given `now`; seconds are monotonic ones. It must not know frames, channels or clocks: `link` reads the clock,
+feeds what happened, and carries out what is decided.
 
 The lease counts from the moment the oldest unanswered sign of life was *sent*, the coordinator's from the moment it arrived. So the agent
 stops no later than the coordinator gives it up, give or take one heartbeat that crossed its answer.

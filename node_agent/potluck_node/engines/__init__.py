@@ -1,1 +1,1 @@
-"""Inference servers as subprocesses behind one protocol: one module per engine."""
+"""Inference servers as subprocesses. Each kind has an `Engine` here, and may have a server process of its own beside it."""

@@ -1,6 +1,7 @@
 """What an engine is to the supervisor: a command to run, and a question that proves it answers.
 
-Decides what a kind of engine must tell; each kind is one module here. It must not know when an engine is started or stopped.
+Decides what a kind of engine must tell. Each kind has an `Engine` here, named in `registry`, and may have a server process of its own
+beside it. It must not know when an engine is started or stopped.
 """
 
 from __future__ import annotations

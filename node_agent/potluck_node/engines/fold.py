@@ -1,4 +1,4 @@
-"""Folds the events of a streamed answer into the whole answer that an OpenAI server gives without streaming.
+"""For `llamacpp_front` only: folds the events of a streamed answer into the whole one that an OpenAI server gives without streaming.
 
 Decides how chunks add up: texts and tool arguments are joined, lists of log probabilities are put end to end, usage is summed, the last of
 everything else wins. It must not know where the events come from.

@@ -1,6 +1,7 @@
 """The engine kind `llamacpp`: llama.cpp by the xllamacpp wheel, for GGUF files.
 
-It answers chats and completions. Embeddings are left out: switching them on makes llama.cpp compute them for every generated token too.
+Decides what this kind can be asked: chats and completions. Embeddings are left out: switching them on makes llama.cpp compute them for
+every generated token too. It must not import llama.cpp; `llamacpp_server`, the process that it names, does.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ closes llama.cpp's, and the slot is free at its next batch or token.
 
 Of several choices llama.cpp counts each by itself. Such answers are read event by event, and leave with one usage record for them all.
 
-Only the paths of `potluck_protocol.values.Endpoint` pass.
+Decides when llama.cpp learns that nobody waits any more, and what clients see of its events; `fold` and `usage_sum` do the adding up. It
+must not know the link or the pool. Only the paths of `potluck_protocol.values.Endpoint` pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Kinds of engines by name. An engine's own libraries are imported by its process, so knowing them all costs nothing."""
+"""Kinds of engines by name. An engine's own libraries are imported by its process, so knowing them all costs nothing.
+
+Decides which kinds this node offers: `scripted`, the engine of tests and benchmarks, on every node; any other where its software is
+installed. It must not know which of them the pool will ask for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engine kind `scripted`: says what a JSON script says, for tests and benchmarks of everything around an engine."""
+"""The engine kind `scripted`: says what a JSON script says, for tests and benchmarks of everything around an engine.
+
+Decides that the first answer, which proves readiness, is free of the script's faults. `scripted_server` is the process.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 `python -m potluck_node.engines.scripted_server --model SCRIPT.json --alias NAME --context TOKENS --slots COUNT` prints one line of JSON
 with its URL and serves on loopback. It is the engine of tests and benchmarks, so a token costs it little: the event of each token is made
-once for an answer, and sending it is one write. A prompt's words are its tokens.
+once for an answer, and sending it is one write.
+
+Decides how tokens are counted: a prompt's words are its tokens. What is said, when, and with which fault is for `script` to say.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Adds up the usage of an answer of several choices: llama.cpp gives every choice a record of its own, and its totals count one choice.
+"""For `llamacpp_front` only, and its `fold`: adds up the usage of an answer of several choices.
 
-Decides what the one record says. It must not know whether the answer is streamed.
+llama.cpp gives every choice a record of its own, and its totals count one choice. Decides what the one record says. It must not know
+whether the answer is streamed.
 """
 
 from __future__ import annotations

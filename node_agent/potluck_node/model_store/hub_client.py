@@ -1,8 +1,8 @@
 """Downloads one file from a hub, as a process of its own that can be watched and ended.
 
-`python -m potluck_node.model_store.hub_client REPOSITORY REVISION FILE TARGET`. It goes on where TARGET ends. huggingface_hub is imported
-here and nowhere else: its addresses, credentials, retries and ranges are used, and not its `hf_hub_download`, which since version 2 begins
-every file anew.
+`python -m potluck_node.model_store.hub_client REPOSITORY REVISION FILE TARGET`. Decides that a download goes on where TARGET ends. It must
+not know whether the file is the right one; `store` verifies it. huggingface_hub is imported here and nowhere else: its addresses,
+credentials, retries and ranges are used, and not its `hf_hub_download`, which since version 2 begins every file anew.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What this machine has: one module per fact. A failing probe costs its own fact and nothing else."""
+"""What this machine has: one module for each source of facts. A failing probe costs its own fact and nothing else."""

@@ -1,4 +1,4 @@
-"""NVIDIA cards, by the driver's own library; none where there is no driver."""
+"""NVIDIA cards, by the driver's own library; where there is no driver it raises, and `inventory` has none."""
 
 from __future__ import annotations
 
