@@ -60,7 +60,9 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
     with _data_folder(settings) as predecessor_died:
         place, prefix = _run_dir_names(settings.data_dir)
         for left_behind in place.glob(f"{prefix}*"):
-            sweep(left_behind)
+            # The place is everybody's: another user could have laid a link there, to have what it points at swept.
+            if not left_behind.is_symlink() and left_behind.stat().st_uid == os.getuid():
+                sweep(left_behind)
         settings = settle_ports(settings, PREDECESSOR_SECONDS_MAX if predecessor_died else 0.0)
         run_dir = _make_run_dir(place, prefix)
         warden = Warden(run_dir)

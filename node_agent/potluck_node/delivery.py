@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from potluck_protocol.codec import END_REASON_NUMBER
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, EndReason
+from potluck_protocol.window import has_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ class Delivery:
         return self._end_sent and self._end is not None and self._acknowledged_sequence > self._end.sequence
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether a chunk of this size fits the window. One that could never fit goes alone."""
-        return self._held_bytes == 0 or self._held_bytes + size_bytes <= self._window_bytes
+        """Whether a chunk of this size may be added."""
+        return has_room(self._held_bytes, size_bytes, self._window_bytes)
 
     def push(self, data: bytes, head: ResponseHead | None = None) -> None:
         """Adds the next chunk; after the end it is dropped, because the attempt was cancelled meanwhile."""

@@ -12,8 +12,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,9 @@ _KEY: Final = "node.key"
 _CERTIFICATE: Final = "node.crt"
 _IDENTITY: Final = "node.json"
 _LOCK: Final = "lock"
+LOCK_TRIES: Final = 10
+LOCK_PAUSE_SECONDS: Final = 0.02
+"""Who only looks whether an agent runs has the lock for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +129,10 @@ class StateFolder:
         self.create()
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _taken(descriptor, LOCK_TRIES):
                 raise PotluckError(
                     ErrorCode.ALREADY_EXISTS, f"Another agent is running on {self.path}; stop it, or use another folder with --state-dir."
-                ) from None
+                )
             yield
         finally:
             os.close(descriptor)
@@ -140,14 +142,25 @@ class StateFolder:
         """Whether an agent is running on this folder."""
         if not (self.path / _LOCK).exists():
             return False
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR)
         try:
-            with self.lock():
-                return False
-        except PotluckError:
-            return True
+            return not _taken(descriptor, 1)
+        finally:
+            os.close(descriptor)
 
     def _read(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError:
             raise PotluckError(ErrorCode.NOT_FOUND, f"{self.path} holds no {name}; run `potluck node join INVITE` again.") from None
+
+
+def _taken(descriptor: int, try_count: int) -> bool:
+    """Whether this process has the lock now; it lets go of it by closing the file."""
+    for attempt in range(try_count):
+        if attempt:
+            time.sleep(LOCK_PAUSE_SECONDS)
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False

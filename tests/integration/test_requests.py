@@ -37,8 +37,11 @@ async def test_an_unstreamed_answer_is_kept_whole_and_paid_by_its_own_usage_reco
     async with pool(tmp_path) as (coordinator, node):
         answer, start = await begin(coordinator, node, stream=False, first=document[:7])
         await node.chunk(start.attempt_id, 1, document[7:])
+        reading = asyncio.ensure_future(answer.next_data())
+        await asyncio.sleep(0.1)
+        assert not reading.done()  # all of it is there, and whoever hung up now would have it for nothing
         await node.end(start.attempt_id, 2)
-        assert await read_all(answer) == answer.document == document
+        assert await reading + await read_all(answer) == answer.document == document
         assert (answer.usage, answer.charge_micro_credits) == (Usage(10, 2, 0), 10 * 1 + 2 * 4)
 
 

@@ -92,3 +92,10 @@ async def test_the_head_is_there_before_the_first_byte(relay):
     relay.head = AnswerHead(200, "text/event-stream")
     relay.receive(0, b"", 1.0)
     assert (await relay.wait_for_head()).http_status == 200
+
+
+async def test_empty_chunks_take_their_number_and_no_memory(relay):
+    for sequence in range(1000):
+        relay.receive(sequence, b"", 1.0)
+    assert relay.next_sequence == 1000
+    assert relay._buffer == []

@@ -8,6 +8,7 @@ what was relayed. Nothing reaches the client before the hold stands. It must not
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -71,7 +72,7 @@ class Answer:
         self._ledger = ledger
         self._release = release
         self._watcher = UsageWatcher(keep_usage_event=request.include_usage)
-        self._pieces: list[bytes] = []
+        self._pieces: deque[bytes] = deque()
         self._complete = False
         self._closed = False
         hold.add_done_callback(self._hold_decided)
@@ -112,19 +113,18 @@ class Answer:
             raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
 
     async def next_data(self) -> bytes | None:
-        """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off."""
-        while True:
-            data = await self._next_bytes()
-            if data is None:
-                self._complete = True
-                await self.close()
-                return None
-            if not self._request.stream:
-                self._keep(data)
-                return data
+        """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.
+
+        An unstreamed answer gives nothing before it is complete: its price stands at its end, and half of it would be free.
+        """
+        if not self._request.stream:
+            return await self._next_of_document()
+        while (data := await self._next_bytes()) is not None:
             passed = self._watcher.feed(data)
             if passed:
                 return passed
+        await self._finish()
+        return None
 
     def charge_so_far(self) -> int:
         """Micro-credits for what has been relayed."""
@@ -149,6 +149,17 @@ class Answer:
         # An undecided hold is settled too: the writer sends its opening first.
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
             self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits))
+
+    async def _next_of_document(self) -> bytes | None:
+        if not self._complete:
+            while (data := await self._next_bytes()) is not None:
+                self._keep(data)
+            await self._finish()
+        return self._pieces.popleft() if self._pieces else None
+
+    async def _finish(self) -> None:
+        self._complete = True
+        await self.close()
 
     async def _next_bytes(self) -> bytes | None:
         """As the relay's; after `[DONE]` the answer is complete, whatever becomes of its node."""

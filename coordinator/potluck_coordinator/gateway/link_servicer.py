@@ -51,7 +51,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         self._links = links
         self._directory = directory
         self._clock = clock
-        self._renewals: set[asyncio.Task[None]] = set()
+        self._renewals: dict[Outbox, asyncio.Task[None]] = {}
 
     async def Link(  # type: ignore[override]  # noqa: N802 - the stub wants an iterator; read/write cost less per frame
         self, request_iterator: AsyncIterator[node_pb2.NodeFrame], context: _LinkContext
@@ -146,10 +146,11 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         self._links.node_changed()
 
     def _renew_beside(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
-        """Beside the reading loop: a directory that restarts must not keep heartbeats from being read."""
-        task = asyncio.ensure_future(self._renew(certificate_request_der, session, outbox))
-        self._renewals.add(task)
-        task.add_done_callback(self._renewals.discard)
+        """Beside the reading loop: a directory that restarts must not keep heartbeats from being read. One at a time."""
+        if outbox in self._renewals:
+            return
+        task = self._renewals[outbox] = asyncio.ensure_future(self._renew(certificate_request_der, session, outbox))
+        task.add_done_callback(lambda _: self._renewals.pop(outbox))
 
     async def _renew(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
         try:

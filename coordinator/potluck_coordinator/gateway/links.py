@@ -157,7 +157,8 @@ class Links:
         if absence_seconds > ABSENCE_SECONDS_MIN:
             _log.warning("gateway_stood_still", seconds=round(absence_seconds, 1))
             for session in self._sessions.values():
-                session.heartbeat_at += absence_seconds
+                # One that was read already, after the pause, is not moved into the future.
+                session.heartbeat_at = min(now, session.heartbeat_at + absence_seconds)
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""

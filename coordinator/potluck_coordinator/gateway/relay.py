@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EndReason
+from potluck_protocol.window import acknowledged_step_bytes, has_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,12 +93,14 @@ class Relay:
                 self.fail(PotluckError(ErrorCode.NODE_LOST, "The node skipped a part of the answer."))
             return
         self.next_sequence = sequence + 1
-        self.received_bytes += len(data)
-        if self.received_bytes - self._acknowledged_bytes > 2 * self.window_bytes:
+        # What the node knows to be acknowledged is never more than this.
+        if not has_room(self.received_bytes - self._acknowledged_bytes, len(data), self.window_bytes):
             self.fail(PotluckError(ErrorCode.NODE_LOST, "The node sent more than its window allows."))
             return
+        self.received_bytes += len(data)
         self.last_chunk_at = now
-        self._buffer.append(data)
+        if data:
+            self._buffer.append(data)
         self._wake()
 
     def end(self, sequence: int, reason: EndReason, detail: str) -> None:
@@ -156,7 +159,7 @@ class Relay:
         return data
 
     def _acknowledge_taken(self) -> None:
-        if self._taken_bytes - self._acknowledged_bytes >= self.window_bytes // 4 and not self.over:
+        if self._taken_bytes - self._acknowledged_bytes >= acknowledged_step_bytes(self.window_bytes) and not self.over:
             self._acknowledged_bytes = self._taken_bytes
             self._acknowledge(self.attempt_id, self._taken_sequence)
 

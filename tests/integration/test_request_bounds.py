@@ -1,0 +1,176 @@
+"""The bounds of the request path: what a node claims, how long things may take, how often a request is placed, what waits at the end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from potluck_coordinator.gateway import answer as answer_module
+from potluck_coordinator.gateway import node_session, requests
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.identity import certificate_request
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import EndReason
+from tests.support.coordinator import running_coordinator
+from tests.support.raw_node import enrol, raw_link
+from tests.support.request_path import DONE, begin, pool, read_all, request_of, settled_balance, token
+
+
+async def test_no_claim_of_a_node_costs_more_than_was_held(tmp_path):
+    claim = b'data: {"choices":[],"usage":{"prompt_tokens":999999999,"completion_tokens":999999999}}\n\n'
+    async with pool(tmp_path) as (coordinator, node):
+        answer, start = await begin(coordinator, node, completion_tokens_max=10)
+        await node.chunk(start.attempt_id, 1, claim + DONE)
+        await node.end(start.attempt_id, 2)
+        await read_all(answer)
+        held = 1000 * 1_000_000 - (await settled_balance(coordinator)).available_micro_credits
+        assert answer.charge_micro_credits == held < 999_999_999
+
+
+async def test_no_number_of_relayed_events_costs_more_than_was_held(tmp_path):
+    async with pool(tmp_path) as (coordinator, node):
+        answer, start = await begin(coordinator, node, completion_tokens_max=1)
+        await node.chunk(start.attempt_id, 1, token("x") * 5000)
+        received = b""
+        while received.count(b"\n\n") < 5001:
+            received += await asyncio.wait_for(answer.next_data(), 5)
+        await answer.close()
+        paid = 1000 * 1_000_000 - (await settled_balance(coordinator)).available_micro_credits
+        assert 0 < paid == answer.charge_micro_credits < 5000 * 4
+
+
+async def test_an_answer_that_takes_too_long_fails_and_frees_its_slot(tmp_path, monkeypatch):
+    monkeypatch.setattr(requests, "REQUEST_SECONDS_MAX", 0.3)
+    async with pool(tmp_path) as (coordinator, node):
+        answer, start = await begin(coordinator, node)
+        with pytest.raises(PotluckError) as failure:
+            await read_all(answer)
+        assert failure.value.code is ErrorCode.ENGINE_FAILED
+        await answer.close()
+        await node.wait_for(lambda frame: any(cancel.attempt_id == start.attempt_id for cancel in frame.cancels), 1)
+        assert coordinator.gateway.requests.in_flight_count == 0
+
+
+async def test_an_answer_does_not_wait_for_its_hold_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(answer_module, "HOLD_SECONDS_MAX", 0.2)
+    async with pool(tmp_path) as (coordinator, node):
+        real, released = coordinator.directory.ledger.apply, asyncio.Event()
+
+        async def late(commands):
+            await released.wait()
+            return await real(commands)
+
+        monkeypatch.setattr(coordinator.directory.ledger, "apply", late)
+        work = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
+        start = await node.next_start()
+        await node.chunk(start.attempt_id, 0, token("one"))
+        with pytest.raises(PotluckError) as failure:
+            await asyncio.wait_for(work, 5)
+        assert failure.value.code is ErrorCode.INTERNAL_ERROR  # not one that clients repeat: the engine has worked
+        released.set()
+        assert (await settled_balance(coordinator)).earned_micro_credits == 0
+
+
+async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_session, "ATTEMPTS_PER_NODE_MAX", 1)
+    async with pool(tmp_path) as (coordinator, node):
+        first, _ = await begin(coordinator, node)
+        with pytest.raises(PotluckError) as failure:
+            await coordinator.gateway.requests.begin(await request_of(coordinator))
+        assert failure.value.code is ErrorCode.NO_CAPACITY
+        await first.close()
+
+
+async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator:
+        nodes = []
+        async with asyncio.TaskGroup() as refusing:
+            links = [raw_link(coordinator, await enrol(coordinator)) for _ in range(4)]
+            for link in links:
+                node = await link.__aenter__()
+                await node.hello()
+                nodes.append(node)
+
+            async def refuse(node):
+                start = await node.next_start()
+                await node.end(start.attempt_id, 0, EndReason.REFUSED)
+
+            refusals = [refusing.create_task(refuse(node)) for node in nodes]
+            with pytest.raises(PotluckError) as failure:
+                await asyncio.wait_for(coordinator.gateway.requests.begin(await request_of(coordinator)), 5)
+            await asyncio.sleep(0.1)
+            for refusal in refusals:
+                refusal.cancel()
+        assert failure.value.code is ErrorCode.NO_CAPACITY
+        assert sum(len(node.starts()) for node in nodes) == requests.PLACEMENTS_MAX == 3
+        for link in links:
+            await link.__aexit__(None, None, None)
+
+
+async def test_an_attempt_that_its_node_forgot_is_only_started_again_if_nothing_came_of_it(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator:
+        credentials = await enrol(coordinator)
+        async with raw_link(coordinator, credentials) as node:
+            await node.hello()
+            begun, _ = await begin(coordinator, node)
+            waiting = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
+            lost = await node.next_start(1)
+        async with raw_link(coordinator, credentials) as again:
+            await again.hello(in_flight=())
+            start = await again.next_start()
+            assert start == lost
+            assert len(again.starts()) == 1
+            with pytest.raises(PotluckError) as failure:
+                await read_all(begun)
+            assert failure.value.code is ErrorCode.NODE_LOST
+            await again.chunk(start.attempt_id, 0, token("one") + DONE)
+            await again.end(start.attempt_id, 1)
+            answer = await asyncio.wait_for(waiting, 5)
+            assert await read_all(answer) == token("one") + DONE
+        await begun.close()
+
+
+async def test_answers_of_a_stopping_coordinator_do_not_look_repeatable(tmp_path):
+    async with pool(tmp_path) as (coordinator, node):
+        answer, _ = await begin(coordinator, node)
+        await coordinator.gateway.requests.stop()
+        with pytest.raises(PotluckError) as failure:
+            await read_all(answer)
+        assert failure.value.code is ErrorCode.NODE_LOST
+        await answer.close()
+
+
+async def test_a_node_that_asks_for_certificates_without_end_has_one_request_at_work(tmp_path):
+    async with pool(tmp_path) as (coordinator, node):
+        asked, answered = 0, asyncio.Event()
+
+        async def renew(_):
+            nonlocal asked
+            asked += 1
+            await answered.wait()
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE)
+
+        coordinator.directory.enrolment.renew = renew
+        request = node_pb2.CertificateRequest(certificate_request_der=certificate_request(node.credentials.key_pem))
+        for _ in range(50):
+            await node.send(certificate_request=request)
+        await node.beat()
+        await node.wait_for(lambda frame: frame.HasField("lease"))
+        assert asked == 1
+        answered.set()
+        while asked == 1:
+            await node.send(certificate_request=request)
+            await asyncio.sleep(0.01)
+        assert asked == 2
+
+
+async def test_time_without_a_link_is_not_counted_as_served(tmp_path):
+    async with running_coordinator(tmp_path, link_grace_ms=60_000) as coordinator:
+        async with raw_link(coordinator, await enrol(coordinator)) as node:
+            await node.hello()
+            session = coordinator.gateway._links.session(node.credentials.node_id)
+        async with asyncio.timeout(5):
+            while session.outbox is not None:
+                await asyncio.sleep(0.01)
+        assert session.report(session.heartbeat_at + 10).covered_seconds == 0

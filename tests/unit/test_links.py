@@ -1,0 +1,52 @@
+"""Sessions by the clock: a gateway that stood still blames nobody for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from potluck_coordinator.desks import SessionGrant
+from potluck_coordinator.domain.nodes import LivenessLimits
+from potluck_coordinator.gateway.links import Links
+from potluck_coordinator.gateway.node_session import NodeSession
+from potluck_protocol.values import AccountId, DesiredState, Hello, Inventory, NodeId, NodeState, SessionId
+
+NODE = NodeId("node")
+
+
+class HandClock:
+    def __init__(self):
+        self.seconds = 100.0
+
+    def monotonic_seconds(self):
+        return self.seconds
+
+    def unix_ms(self):
+        return int(self.seconds * 1000)
+
+
+@pytest.fixture
+def clock():
+    return HandClock()
+
+
+@pytest.fixture
+def links(clock):
+    links = Links(None, LivenessLimits(), clock, lambda: None)
+    hello = Hello(1, NODE, SessionId("session"), "test", Inventory(), NodeState.SERVING)
+    links._sessions[NODE] = NodeSession(hello, SessionGrant(1, AccountId("owner"), DesiredState()), clock.seconds)
+    return links
+
+
+def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(links, clock):
+    clock.seconds += 60
+    links.tick()
+    (session,) = links.sessions
+    assert session.heartbeat_at == clock.seconds
+
+
+def test_a_heartbeat_read_after_the_pause_and_before_the_tick_prolongs_no_lease_into_the_future(links, clock):
+    (session,) = links.sessions
+    clock.seconds += 60
+    session.heartbeat_at = clock.seconds
+    links.tick()
+    assert session.heartbeat_at == clock.seconds
