@@ -93,9 +93,8 @@ class LinkConnection:
                 async with asyncio.timeout(CLOSE_LIMIT_SECONDS), self._writing:
                     await self._call.write(last)
                     await self._call.done_writing()
-                    # The coordinator ends its half once it has read ours.
-                    await self._call.code()
-                    noticed = True
+                    # The coordinator ends its half once it has read ours; badly, if it could not write it down.
+                    noticed = await self._call.code() is grpc.StatusCode.OK
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                 noticed = False
         if self._writer is not None:

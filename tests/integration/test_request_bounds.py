@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
+import grpc
 import pytest
 
+from potluck_coordinator.domain import ledger
+from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway import answer as answer_module
 from potluck_coordinator.gateway import node_session, requests
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import EndReason
+from potluck_protocol.values import EndReason, GoodbyeReason
 from tests.support.coordinator import running_coordinator
 from tests.support.raw_node import enrol, raw_link
-from tests.support.request_path import DONE, begin, pool, read_all, request_of, settled_balance, token
+from tests.support.request_path import DONE, USAGE_EVENT, begin, pool, read_all, request_of, settled_balance, token
 
 
 async def test_no_claim_of_a_node_costs_more_than_was_held(tmp_path):
@@ -134,11 +138,13 @@ async def test_an_attempt_that_its_node_forgot_is_only_started_again_if_nothing_
 async def test_answers_of_a_stopping_coordinator_do_not_look_repeatable(tmp_path):
     async with pool(tmp_path) as (coordinator, node):
         answer, _ = await begin(coordinator, node)
+        assert await answer.next_data() == token("one")
         await coordinator.gateway.requests.stop()
+        # Settled before anybody reads on: a client that does not read must not cost the node its pay.
+        assert (await settled_balance(coordinator)).earned_micro_credits == 4
         with pytest.raises(PotluckError) as failure:
             await read_all(answer)
         assert failure.value.code is ErrorCode.NODE_LOST
-        await answer.close()
 
 
 async def test_a_node_that_asks_for_certificates_without_end_has_one_request_at_work(tmp_path):
@@ -174,3 +180,45 @@ async def test_time_without_a_link_is_not_counted_as_served(tmp_path):
             while session.outbox is not None:
                 await asyncio.sleep(0.01)
         assert session.report(session.heartbeat_at + 10).covered_seconds == 0
+
+
+async def test_credits_for_one_hold_are_enough_for_one_request_after_the_other(tmp_path):
+    async with pool(tmp_path, grant_credits=0) as (coordinator, node):
+        account = (await coordinator.directory.accounts.list_accounts())[0].account_id
+        entry = coordinator.gateway.requests.models()[0].entry
+        request = await request_of(coordinator)
+        needed = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count, request.prompt_count)
+        given = ledger.grant(account, needed * 3 // 2)
+        await coordinator.directory._store.run(lambda work: work.ledger.post(given, 1))
+        for number in range(5):
+            answer, start = await begin(coordinator, node, number)
+            await node.chunk(start.attempt_id, 1, USAGE_EVENT + DONE)
+            await node.end(start.attempt_id, 2)
+            await read_all(answer)
+        assert (await settled_balance(coordinator)).available_micro_credits == needed * 3 // 2 - 5 * 18
+
+
+async def test_a_node_that_leaves_hears_whether_that_was_written_down(tmp_path, monkeypatch):
+    async with running_coordinator(tmp_path) as coordinator:
+        credentials = await enrol(coordinator)
+        desk, real = coordinator.directory.nodes, coordinator.directory.nodes.close_session
+
+        async def away(*_):
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE)
+
+        for close_session, expected in ((away, grpc.StatusCode.UNAVAILABLE), (real, grpc.StatusCode.OK)):
+            monkeypatch.setattr(desk, "close_session", close_session)
+            async with raw_link(coordinator, credentials) as node:
+                await node.hello()
+                await node.goodbye(GoodbyeReason.LEAVING)
+                await node.call.done_writing()
+                assert await asyncio.wait_for(node.call.code(), 5) is expected
+
+
+async def test_a_nodes_words_do_nothing_to_the_terminal_that_shows_them(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator, raw_link(coordinator, await enrol(coordinator)) as node:
+        status = dataclasses.replace(node.status, engine_version="1\x1b]0;mine\x07\n2", failure="one\ntwo\x1b[2J")
+        await node.hello(engines=(status,))
+        session = coordinator.gateway._links.session(node.credentials.node_id)
+        (shown,) = session.engines.values()
+        assert (shown.engine_version, shown.failure) == ("1 ]0;mine  2", "one\ntwo [2J")

@@ -60,14 +60,16 @@ async def test_what_gathers_during_a_commit_leaves_together_and_in_order():
         assert await writer.drain(1)
 
 
-async def test_a_hold_leaves_at_once_and_settlements_wait_for_company(monkeypatch):
+async def test_a_hold_leaves_at_once_with_what_waits_before_it_and_settlements_wait_for_company(monkeypatch):
     monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
     async with writing() as (ledger, writer):
         settled = [writer.submit(SettleHold(f"{number}", 1)) for number in range(3)]
-        assert await writer.submit(hold("new")) is LedgerOutcome.APPLIED
-        assert ledger.batches == [["new"]]
-        assert not any(future.done() for future in settled)
         assert not await writer.drain(0.01)
+        assert ledger.batches == []
+        assert await writer.submit(hold("new")) is LedgerOutcome.APPLIED
+        assert ledger.batches == [["0", "1", "2", "new"]]  # what they free may be what the hold needs
+        assert all(future.done() for future in settled)
+        assert await writer.drain(1)
 
 
 @pytest.mark.parametrize("batch_length_max", [1, 2, 3, 256])

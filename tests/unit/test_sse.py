@@ -99,3 +99,12 @@ def test_usage_of_a_document() -> None:
         b'{"usage":' + b"[" * 9999,
     ):
         assert usage_of_document(body) is None
+
+
+def test_pings_and_bare_newlines_are_no_tokens() -> None:
+    watcher = UsageWatcher(keep_usage_event=False)
+    watcher.feed(ROLE + TOKEN)
+    watcher.feed(b": ping\n\n" * 10)
+    watcher.feed(b"\n\n" * 1000)
+    watcher.feed(TOKEN + b": ping\n\n" + TOKEN)
+    assert watcher.token_count == 3

@@ -148,7 +148,7 @@ class Answer:
         self.charge_micro_credits = self.charge_so_far()
         # An undecided hold is settled too: the writer sends its opening first.
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
-            self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits))
+            self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
 
     async def _next_of_document(self) -> bytes | None:
         if not self._complete:
@@ -178,6 +178,12 @@ class Answer:
         """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""
         if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
             self._relay.fail(_refusal(hold.result()))
+
+    def _settled(self, settlement: asyncio.Future[LedgerOutcome]) -> None:
+        """The client was shown a price; the books must not silently say another."""
+        refused_hold = self._hold.done() and not self._hold.cancelled() and self._hold.result() is not LedgerOutcome.APPLIED
+        if not settlement.cancelled() and settlement.result() is not LedgerOutcome.APPLIED and not refused_hold:
+            _log.error("settlement_refused", attempt_id=self.attempt_id, charge_micro_credits=self.charge_micro_credits)
 
     def _keep(self, data: bytes) -> None:
         self._pieces.append(data)

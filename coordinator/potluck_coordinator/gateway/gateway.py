@@ -47,6 +47,8 @@ REPORT_SECONDS: Final = 1.0
 """Between two reports of nodes, and two marks of what answers have earned: so much of an answer is unpaid if this process dies."""
 RETRY_SECONDS: Final = 0.5
 """Between two tries to hear of a directory that is away; the last snapshot holds meanwhile."""
+HTTP_GRACE_SECONDS: Final = 1.0
+"""For the last words of answers that were ended."""
 DRAIN_SECONDS_MAX: Final = 3.0
 """How long a stop waits for the last settlements; what is left then is settled at its last mark by the next start."""
 
@@ -139,12 +141,13 @@ class Gateway:
         if self._requests is not None:
             await self._requests.stop()
         await self._links.stop()
-        if self._http is not None:
-            await self._http.stop()
-        for port in self._ports:
-            await port.stop(grace_seconds=0.5)
+        # Before the ports: nothing new is dispatched without links, and closing them may take as long as a client cares to.
         if not await self._ledger.drain(DRAIN_SECONDS_MAX):
             _log.error("ledger_not_drained", meaning="open holds are settled at their last mark by the next start")
+        if self._http is not None:
+            await self._http.stop(HTTP_GRACE_SECONDS)
+        for port in self._ports:
+            await port.stop(grace_seconds=0.5)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

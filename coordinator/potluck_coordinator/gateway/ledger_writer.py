@@ -1,9 +1,9 @@
-"""Carries ledger commands from the data plane to the directory, many to a commit, and never a settlement before its own hold.
+"""Carries ledger commands from the data plane to the directory, in order, many to a commit.
 
-Decides when to send. A hold has a client waiting for it and leaves at once, or with the commit after the one that is on its way; marks and
-settlements have nobody, and wait 20 ms for company, so as not to be in the way of the next request's hold. A command leaves the queue when
-the directory has answered, so a directory that restarts delays settlements and loses none; one that the ledger fails on by itself is given
-up. It must not know what the commands come to.
+Decides when to send. A hold has a client waiting for it and leaves at once, together with everything that waits before it: what an earlier
+settlement frees may be what this hold needs. Marks and settlements have nobody waiting, and stay up to 20 ms for company. What comes while
+a commit is on its way leaves with the next. A command leaves the queue when the directory has answered, so a directory that restarts delays
+settlements and loses none; one that the ledger fails on by itself is given up. It must not know what the commands come to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.desks import Ledger
     from potluck_coordinator.domain.ledger import LedgerCommand
-
-    _Queue: TypeAlias = deque[tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]]
 
 _log = structlog.get_logger()
 
@@ -48,11 +46,9 @@ class LedgerWriter:
     def __init__(self, ledger: Ledger, observe_commit_seconds: Callable[[float], None]) -> None:
         self._ledger = ledger
         self._observe = observe_commit_seconds
-        self._holds: _Queue = deque()
-        self._others: _Queue = deque()
-        self._others_due = False
+        self._waiting: deque[tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]] = deque()
+        self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -63,51 +59,53 @@ class LedgerWriter:
             PotluckError: COORDINATOR_UNAVAILABLE for a new hold if the directory has been away for so long that the queue is full.
         """
         loop = asyncio.get_running_loop()
+        urgent = isinstance(command, OpenHold)
+        if urgent and len(self._waiting) >= QUEUE_LENGTH_MAX:
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
         outcome: asyncio.Future[LedgerOutcome] = loop.create_future()
-        if isinstance(command, OpenHold):
-            if len(self._holds) + len(self._others) >= QUEUE_LENGTH_MAX:
-                raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
-            self._holds.append((command, outcome))
-            self._wanted.set()
-        else:
-            self._others.append((command, outcome))
-            if not self._others_due and self._timer is None:
-                self._timer = loop.call_later(COMPANY_SECONDS, self._others_are_due)
+        self._waiting.append((command, outcome))
         self._idle.clear()
+        if urgent:
+            self._due.set()
+        elif self._timer is None:
+            self._timer = loop.call_later(COMPANY_SECONDS, self._company_is_over)
         return outcome
 
-    def _others_are_due(self) -> None:
+    def _company_is_over(self) -> None:
         self._timer = None
-        self._others_due = True
-        self._wanted.set()
+        self._due.set()
 
     async def run(self) -> None:
         """Sends until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._wanted.wait()
-            # All holds before anything else: a settlement must not overtake its own hold.
-            holds = tuple(islice(self._holds, BATCH_LENGTH_MAX))
-            others = tuple(islice(self._others, BATCH_LENGTH_MAX - len(holds))) if self._others_due else ()
+            await self._due.wait()
+            self._due.clear()
+            batch = tuple(islice(self._waiting, BATCH_LENGTH_MAX))
             started_at = loop.time()
             try:
-                outcomes = await self._apply([command for command, _ in (*holds, *others)])
+                outcomes = await self._apply([command for command, _ in batch])
             except PotluckError as error:
                 # Commands carry stable ids, so sending them again cannot apply them twice.
-                _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._holds) + len(self._others))
+                _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._waiting))
                 await asyncio.sleep(RETRY_SECONDS)
+                self._due.set()
                 continue
-            self._observe(loop.time() - started_at)
-            _answer(self._holds, outcomes[: len(holds)])
-            _answer(self._others, outcomes[len(holds) :])
-            self._others_due = self._others_due and bool(self._others)
-            if not self._holds and not self._others_due:
-                self._wanted.clear()
-                if not self._others:
-                    self._idle.set()
+            if batch:
+                self._observe(loop.time() - started_at)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                self._waiting.popleft()
+                if not future.done():
+                    future.set_result(outcome)
+            if len(batch) == BATCH_LENGTH_MAX:
+                self._due.set()
+            if not self._waiting:
+                self._idle.set()
 
     async def _apply(self, commands: list[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
         """As the desk's; a command that the ledger fails on by itself is given up, so that it does not stop all others for ever."""
+        if not commands:
+            return ()
         try:
             return await self._ledger.apply(commands)
         except PotluckError as error:
@@ -125,10 +123,3 @@ class LedgerWriter:
         except TimeoutError:
             return False
         return True
-
-
-def _answer(queue: _Queue, outcomes: tuple[LedgerOutcome, ...]) -> None:
-    for outcome in outcomes:
-        _, future = queue.popleft()
-        if not future.done():
-            future.set_result(outcome)

@@ -91,7 +91,10 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            self._links.disconnect(session, outbox, goodbye)
+            recorded = self._links.disconnect(session, outbox, goodbye)
+        # A node that leaves throws its key away once the link ends well.
+        if goodbye is GoodbyeReason.LEAVING and recorded is not None and not await asyncio.shield(recorded):
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE)
 
     @staticmethod
     async def _write(context: _LinkContext, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:

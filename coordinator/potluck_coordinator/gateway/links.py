@@ -52,7 +52,7 @@ class Links:
         self._sessions: dict[NodeId, NodeSession] = {}
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._revoked: frozenset[NodeId] = frozenset()
-        self._closings: set[asyncio.Task[None]] = set()
+        self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
 
     def __len__(self) -> int:
@@ -113,16 +113,15 @@ class Links:
         self._on_change()
         return session, outbox, self._welcome(session)
 
-    def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> None:
-        """A link has ended; without a goodbye the session waits out its grace."""
+    def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> asyncio.Task[bool] | None:
+        """A link has ended; without a goodbye the session waits out its grace. With one: whether the directory knows of it."""
         if session.outbox is not outbox or self._sessions.get(session.node_id) is not session:
-            return
+            return None
         session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
-        if goodbye is not None:
-            self.close(session, goodbye)
+        return None if goodbye is None else self.close(session, goodbye)
 
-    def close(self, session: NodeSession, goodbye: GoodbyeReason | None, farewell: GoodbyeReason | None = None) -> None:
-        """Ends a session and every attempt in it; `farewell` is what the node is told, if it still listens."""
+    def close(self, session: NodeSession, goodbye: GoodbyeReason | None, farewell: GoodbyeReason | None = None) -> asyncio.Task[bool]:
+        """Ends a session and every attempt in it; `farewell` is what the node is told, if it still listens. Whether the directory knows."""
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
         if farewell is not None and session.outbox is not None:
@@ -133,6 +132,7 @@ class Links:
         task = asyncio.ensure_future(self._tell_directory(session, goodbye))
         self._closings.add(task)
         task.add_done_callback(self._closings.discard)
+        return task
 
     def tick(self) -> None:
         """Judges every node by the clock: called a few times a second."""
@@ -192,9 +192,11 @@ class Links:
             resume_points={attempt_id: relay.next_sequence for attempt_id, relay in session.attempts.items() if not relay.over},
         )
 
-    async def _tell_directory(self, session: NodeSession, goodbye: GoodbyeReason | None) -> None:
+    async def _tell_directory(self, session: NodeSession, goodbye: GoodbyeReason | None) -> bool:
         try:
             await self._directory.nodes.close_session(session.node_id, session.epoch, goodbye)
         except PotluckError as error:
-            # The directory also learns of it by silence: a node that no gateway reports is not up.
+            # It learns of an end by silence too: a node that no gateway reports is not up. It does not learn that the node leaves for good.
             _log.warning("close_session_failed", node_id=session.node_id, code=error.code)
+            return False
+        return True

@@ -286,6 +286,8 @@ class RequestService:
         # These may have been worked on, so they must not look like requests that can safely be made again.
         for answer in tuple(self._answers.values()):
             answer.fail(PotluckError(ErrorCode.NODE_LOST, "The coordinator is stopping; the answer broke off."))
+            # Settled here and now: a client that does not read would keep its edge from it for longer than a stop may take.
+            await answer.close()
 
     def _load(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> ModelLoad:
         usable = free = 0

@@ -74,7 +74,8 @@ class UsageWatcher:
             and b'"finish_reason": "' not in data
             and not data.endswith(_DONE_EVENT)
         ):
-            self.token_count += data.count(_EVENT_END)
+            # Only events that carry data: pings and bare newlines are no tokens. Inside a JSON string a newline is escaped.
+            self.token_count += data.count(b"\ndata:") + data.startswith(b"data:")
             return data
         return self._examine(data)
 
