@@ -248,8 +248,8 @@ async def test_a_failed_engine_shows_its_last_words(box: Box) -> None:
 
 async def test_a_status_that_cannot_be_written_costs_the_owners_view_and_not_the_node(box: Box) -> None:
     await box.node("join", box.invite)
-    # As on a full disk, every write of the file fails until the folder is gone.
-    obstacle = box.state_dir / ".status.json"
+    # As on a full disk, every write of the file fails until the folder in its place is gone.
+    obstacle = box.state_dir / "status.json"
     obstacle.mkdir()
     async with box.agent() as process:
         link = await ready_link(box, tokens=["one"])

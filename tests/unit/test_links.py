@@ -8,7 +8,22 @@ from potluck_coordinator.desks import SessionGrant
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
-from potluck_protocol.values import AccountId, DesiredState, Hello, Inventory, NodeId, NodeState, SessionId
+from potluck_coordinator.gateway.outbox import Outbox
+from potluck_coordinator.gateway.relay import Relay
+from potluck_protocol.values import (
+    AccountId,
+    AttemptId,
+    DesiredState,
+    Endpoint,
+    Heartbeat,
+    Hello,
+    Inventory,
+    NodeId,
+    NodeState,
+    ReplicaId,
+    SessionId,
+    StartAttempt,
+)
 
 NODE = NodeId("node")
 
@@ -50,3 +65,21 @@ def test_a_heartbeat_read_after_the_pause_and_before_the_tick_prolongs_no_lease_
     session.heartbeat_at = clock.seconds
     links.tick()
     assert session.heartbeat_at == clock.seconds
+
+
+async def test_a_node_stays_suspect_after_its_silent_attempts_are_given_up(links, clock):
+    (session,) = links.sessions
+    session.outbox = Outbox()
+    relay = Relay(AttemptId("a"), 100, clock.seconds, lambda *_: None)
+    session.start(StartAttempt(AttemptId("a"), ReplicaId("r"), Endpoint.COMPLETIONS, b"", True, 100), relay, clock.seconds)
+    for _ in range(9):
+        clock.seconds += 1
+        links.tick()
+    assert relay.over
+    session.finish(AttemptId("a"), ReplicaId("r"))
+    links.tick()
+    assert session.suspect
+    session.beat(Heartbeat(1, NodeState.SERVING, (), 0), clock.seconds)
+    clock.seconds += 4
+    links.tick()
+    assert not session.suspect

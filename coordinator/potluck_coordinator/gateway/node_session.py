@@ -74,6 +74,8 @@ class NodeSession:
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
         """A sign of life."""
+        if not self.attempts:
+            self.busy_since = None
         self.heartbeat_at = now
         self.suspect = False
         self.state = heartbeat.state
@@ -96,7 +98,8 @@ class NodeSession:
             return
         del self._starts[attempt_id]
         self.attempts_by_replica[replica_id] -= 1
-        if not self.attempts:
+        if not self.attempts and not self.suspect:
+            # Of a suspect node only its next sign of life says so: its silence would else look like an idle node's.
             self.busy_since = None
         if not relay.ended_by_node and self.outbox is not None:
             self.outbox.cancel(attempt_id)
