@@ -24,6 +24,7 @@ PROBE_LIMIT_SECONDS: Final = 120.0
 ENDING_LIMIT_SECONDS: Final = 5.0
 """For a process that closed its stdout to end."""
 FAILURE_LINES: Final = 12
+KNOWN_CAUSES: Final = ("CUDA error", "out of memory", "bad_alloc", "MemoryError", "GGML_ASSERT", "Segmentation fault", "No space left")
 
 _PASSED_VARIABLES: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
 _PASSED_PREFIXES: Final = ("LC_", "CUDA_", "NVIDIA_", "GGML_", "OMP_")
@@ -74,8 +75,11 @@ class EngineProcess:
         return self._child.pid
 
     async def wait(self) -> str:
-        """Waits for the engine's end; what happened, with the last lines of stderr."""
-        return self._failure(f"the engine ended: {await self._child.wait() or 'exit status 0'}")
+        """Waits for the engine's end; what happened. Never its last lines: once it serves, an engine may quote requests in them."""
+        what = f"the engine ended: {await self._child.wait() or 'exit status 0'}"
+        tail = self._child.stderr.text()
+        causes = [cause for cause in KNOWN_CAUSES if cause in tail]
+        return f"{what}; its last lines speak of {', '.join(causes)}" if causes else what
 
     async def stop(self) -> None:
         """Stops the engine and everything it started, within a bound."""
