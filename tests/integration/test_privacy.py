@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from potluck import PoolError
@@ -82,6 +84,18 @@ def ask_in_every_way(pool):
             client.chat(PROMPT_CANARY, model=MODEL, scripted={"fail_status": 400})
 
 
+def kill_engine(pool, module):
+    """Ends an engine, whose last words are then those that quoted a request; returns once the node has told of it."""
+    for process in psutil.Process(pool.nodes[0].process.pid).children(recursive=True):
+        if any(module in argument for argument in process.cmdline()):
+            process.kill()
+    give_up_at = time.monotonic() + 30
+    while "the engine ended: signal SIGKILL" not in pool.nodes[0].log():
+        assert time.monotonic() < give_up_at, pool.nodes[0].log()
+        time.sleep(0.05)
+    pool.wait_connected(LLAMACPP_MODEL)
+
+
 def traces(*folders):
     """Files in which either canary can be read."""
     found = []
@@ -98,6 +112,7 @@ def traces(*folders):
 def test_prompts_and_answers_leave_no_trace(tmp_path, own_temporary_folder):
     with running_pool(tmp_path, with_llamacpp=True) as pool:
         ask_in_every_way(pool)
+        kill_engine(pool, "llamacpp_server")
         stream = pool.stream(**{**scripted(token_count=400, inter_token_ms=10), "max_tokens": 400})
         stream.read_tokens(20)
         kill(pool.nodes[0])
