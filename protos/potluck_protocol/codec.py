@@ -95,12 +95,12 @@ def _word(numbers: Mapping[_Word, int], number: int, field: str) -> _Word:
 def _text(text: str, field: str) -> str:
     if len(text) > TEXT_CHARACTERS_MAX:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"{field} has more than {TEXT_CHARACTERS_MAX} characters", param=field)
-    return _printable(text).replace("\n", " ")
+    return _printable(text)
 
 
-def _printable(text: str) -> str:
+def _printable(text: str, kept: str = "") -> str:
     """A peer's words are shown on other people's terminals: what would act there becomes a blank."""
-    return text if text.isprintable() else "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+    return text if text.isprintable() else "".join(letter if letter.isprintable() or letter in kept else " " for letter in text)
 
 
 def _items(items: Sequence[_Item], count_max: int, field: str) -> Sequence[_Item]:
@@ -201,7 +201,7 @@ def engine_status_value(message: node_pb2.EngineStatus) -> EngineStatus:
         context_length_tokens=message.context_length_tokens,
         fetched_bytes=message.fetched_bytes,
         fetch_total_bytes=message.fetch_total_bytes,
-        failure=_printable(message.failure[-FAILURE_CHARACTERS_MAX:]),
+        failure=_printable(message.failure[-FAILURE_CHARACTERS_MAX:], kept="\n"),
         endpoints=tuple(endpoint_from_number(number) for number in _items(message.endpoints, len(Endpoint), "engines.endpoints")),
     )
 

@@ -34,10 +34,11 @@ def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
         draft.unlink(missing_ok=True)
         raise
     if durable:
-        _sync_folder(path.parent)
+        sync_to_disk(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Makes a file, or a folder's list of names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

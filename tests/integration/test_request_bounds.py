@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
@@ -87,29 +88,22 @@ async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch)
 
 
 async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path):
-    async with running_coordinator(tmp_path) as coordinator:
-        nodes = []
-        async with asyncio.TaskGroup() as refusing:
-            links = [raw_link(coordinator, await enrol(coordinator)) for _ in range(4)]
-            for link in links:
-                node = await link.__aenter__()
-                await node.hello()
-                nodes.append(node)
+    async def refuse(node):
+        start = await node.next_start()
+        await node.end(start.attempt_id, 0, EndReason.REFUSED)
 
-            async def refuse(node):
-                start = await node.next_start()
-                await node.end(start.attempt_id, 0, EndReason.REFUSED)
-
-            refusals = [refusing.create_task(refuse(node)) for node in nodes]
-            with pytest.raises(PotluckError) as failure:
-                await asyncio.wait_for(coordinator.gateway.requests.begin(await request_of(coordinator)), 5)
-            await asyncio.sleep(0.1)
-            for refusal in refusals:
-                refusal.cancel()
+    async with running_coordinator(tmp_path) as coordinator, AsyncExitStack() as links:
+        nodes = [await links.enter_async_context(raw_link(coordinator, await enrol(coordinator))) for _ in range(4)]
+        for node in nodes:
+            await node.hello()
+        refusals = [asyncio.ensure_future(refuse(node)) for node in nodes]
+        with pytest.raises(PotluckError) as failure:
+            await asyncio.wait_for(coordinator.gateway.requests.begin(await request_of(coordinator)), 5)
+        await asyncio.sleep(0.1)
+        for refusal in refusals:
+            refusal.cancel()
         assert failure.value.code is ErrorCode.NO_CAPACITY
         assert sum(len(node.starts()) for node in nodes) == requests.PLACEMENTS_MAX == 3
-        for link in links:
-            await link.__aexit__(None, None, None)
 
 
 async def test_an_attempt_that_its_node_forgot_is_only_started_again_if_nothing_came_of_it(tmp_path):

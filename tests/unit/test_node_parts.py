@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
+import pytest
 import structlog.testing
 
 from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, ChildProcess, StderrTail
-from potluck_node.engines.base import FAILURE_CHARACTERS_MAX
-from potluck_node.engines.process import EngineProcess, engine_environment
+from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, EngineLaunch
+from potluck_node.engines.process import EngineFailedError, EngineProcess, engine_environment
 from potluck_node.engines.registry import available_engines
 from potluck_node.model_store.sources import client_environment
 from potluck_node.probe import host, inventory, nvidia
@@ -105,14 +107,25 @@ def test_a_fact_is_a_line_and_not_a_book(monkeypatch, tmp_path):
     assert {len(found.operating_system), len(card.name), len(card.uuid)} == {inventory.TEXT_CHARACTERS_MAX}
 
 
-async def test_an_engines_last_words_are_bounded_and_keep_what_happened():
-    shouting = ("-c", "import sys; [print(str(n) * 290, file=sys.stderr) for n in range(10, 60)]; raise SystemExit('the reason')")
-    engine = EngineProcess(await ChildProcess.spawn(shouting, os.environ))
+SHOUTING = ("-c", "import sys; [print(str(n) * 290, file=sys.stderr) for n in range(10, 60)]; raise SystemExit('the reason: bad_alloc')")
+
+
+async def test_the_last_words_of_an_engine_that_did_not_start_are_bounded_and_keep_what_happened(tmp_path):
+    launch = EngineLaunch(ModelId("tiny"), tmp_path, slot_count=1, context_length_tokens=64)
+    shouting = SimpleNamespace(kind="shouting", arguments=lambda _: SHOUTING)
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(EngineFailedError) as failure:
+            await EngineProcess.start(shouting, launch, os.environ, session)
+    assert str(failure.value).startswith("the engine did not start: exit status 1\n")
+    assert str(failure.value).endswith("the reason: bad_alloc")
+    assert len(str(failure.value)) == FAILURE_CHARACTERS_MAX
+
+
+async def test_of_an_engine_that_ended_only_known_causes_are_told():
+    engine = EngineProcess(await ChildProcess.spawn(SHOUTING, os.environ))
     failure = await engine.wait()
     await engine.stop()
-    assert failure.startswith("the engine ended: exit status 1\n")
-    assert failure.endswith("the reason")
-    assert len(failure) == FAILURE_CHARACTERS_MAX
+    assert failure == "the engine ended: exit status 1; its last lines speak of bad_alloc"
 
 
 def test_a_node_says_a_bounded_amount_of_itself(tmp_path):

@@ -181,8 +181,10 @@ class Answer:
 
     def _settled(self, settlement: asyncio.Future[LedgerOutcome]) -> None:
         """The client was shown a price; the books must not silently say another."""
-        refused_hold = self._hold.done() and not self._hold.cancelled() and self._hold.result() is not LedgerOutcome.APPLIED
-        if not settlement.cancelled() and settlement.result() is not LedgerOutcome.APPLIED and not refused_hold:
+        if settlement.cancelled() or self._hold.cancelled():
+            return
+        # Decided before: the writer keeps the order. Of a hold that was refused there is nothing to settle.
+        if self._hold.result() is LedgerOutcome.APPLIED and settlement.result() is not LedgerOutcome.APPLIED:
             _log.error("settlement_refused", attempt_id=self.attempt_id, charge_micro_credits=self.charge_micro_credits)
 
     def _keep(self, data: bytes) -> None:

@@ -82,6 +82,8 @@ class LedgerWriter:
             await self._due.wait()
             self._due.clear()
             batch = tuple(islice(self._waiting, BATCH_LENGTH_MAX))
+            if not batch:
+                continue  # a hold took along what the timer was for
             started_at = loop.time()
             try:
                 outcomes = await self._apply([command for command, _ in batch])
@@ -91,8 +93,7 @@ class LedgerWriter:
                 await asyncio.sleep(RETRY_SECONDS)
                 self._due.set()
                 continue
-            if batch:
-                self._observe(loop.time() - started_at)
+            self._observe(loop.time() - started_at)
             for (_, future), outcome in zip(batch, outcomes, strict=True):
                 self._waiting.popleft()
                 if not future.done():
@@ -104,8 +105,6 @@ class LedgerWriter:
 
     async def _apply(self, commands: list[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
         """As the desk's; a command that the ledger fails on by itself is given up, so that it does not stop all others for ever."""
-        if not commands:
-            return ()
         try:
             return await self._ledger.apply(commands)
         except PotluckError as error:

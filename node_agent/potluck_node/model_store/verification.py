@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from threading import Event
 from typing import Final
@@ -37,15 +36,6 @@ def sha256_of(path: Path, stop: Event) -> str:
                 raise StoppedError
             digest.update(piece)
     return digest.hexdigest()
-
-
-def sync_to_disk(path: Path) -> None:
-    """Makes a file, or a folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Stamps:
