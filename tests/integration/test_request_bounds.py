@@ -17,7 +17,7 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import EndReason, GoodbyeReason
-from tests.support.coordinator import running_coordinator
+from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link
 from tests.support.request_path import DONE, USAGE_EVENT, begin, pool, read_all, request_of, settled_balance, token
 
@@ -81,10 +81,29 @@ async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch)
     monkeypatch.setattr(node_session, "ATTEMPTS_PER_NODE_MAX", 1)
     async with pool(tmp_path) as (coordinator, node):
         first, _ = await begin(coordinator, node)
-        with pytest.raises(PotluckError) as failure:
-            await coordinator.gateway.requests.begin(await request_of(coordinator))
-        assert failure.value.code is ErrorCode.NO_CAPACITY
+        second = asyncio.ensure_future(begin(coordinator, node, number=1))
+        while not coordinator.gateway.requests.queued_count(TINY):
+            await asyncio.sleep(0.01)
+        assert len(node.starts()) == 1
         await first.close()
+        answer, _ = await second
+        await answer.close()
+
+
+async def test_what_cannot_fit_reaches_no_node(tmp_path):
+    async with pool(tmp_path) as (coordinator, node):
+        requests_ = coordinator.gateway.requests
+        context = next(model.entry.context_length_tokens for model in requests_.models() if model.entry.model_id == TINY)
+        with pytest.raises(PotluckError) as failure:
+            await requests_.begin(await request_of(coordinator, prompt_tokens_min=context + 1))
+        assert (failure.value.code, failure.value.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "messages")
+        assert str(context) in failure.value.message
+        fitting = asyncio.ensure_future(requests_.begin(await request_of(coordinator, prompt_tokens_min=context)))
+        start = await node.next_start()
+        await node.end(start.attempt_id, 0, EndReason.ENGINE_FAILED)
+        with pytest.raises(PotluckError):
+            await fitting
+        assert len(node.starts()) == 1
 
 
 async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path):

@@ -28,7 +28,7 @@ async def pool(folder, **changes):
             yield coordinator, node
 
 
-async def request_of(coordinator, *, stream=True, completion_tokens_max=100):
+async def request_of(coordinator, *, stream=True, completion_tokens_max=100, prompt_tokens_min=1):
     accounts = await coordinator.directory.accounts.list_accounts()
     return InferenceRequest(
         request_id=RequestId("request"),
@@ -42,6 +42,7 @@ async def request_of(coordinator, *, stream=True, completion_tokens_max=100):
         completion_tokens_max=completion_tokens_max,
         answer_count=1,
         prompt_count=1,
+        prompt_tokens_min=prompt_tokens_min,
     )
 
 

@@ -27,6 +27,12 @@ def test_the_table(load, expected):
     assert admit(load, LIMITS) == expected
 
 
+def test_a_request_that_a_node_gave_back_has_no_second_deadline():
+    full = ModelLoad(4, 0, 3, 1.0)
+    assert [admit(full, AdmissionLimits(), waited) for waited in (12.0, 30.0, 45.0)] == [Wait(18), Wait(0), Wait(0)]
+    assert admit(ModelLoad(4, 1, 0, 1.0), AdmissionLimits(), 45.0) == Dispatch()
+
+
 loads = st.builds(ModelLoad, st.integers(0, 100), st.integers(0, 100), st.integers(0, 100), st.floats(0, 1e6))
 
 

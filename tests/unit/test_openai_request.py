@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX, parse_request
+from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX, MESSAGE_COUNT_MAX, TOKEN_CHARACTERS_MAX, parse_request
 from potluck_coordinator.gateway.requests import InferenceRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, Endpoint, RequestId
@@ -95,6 +95,44 @@ def test_prompts(prompt: object, answer_count: int) -> None:
     assert parse(COMPLETIONS, {"model": "m", "prompt": prompt}).answer_count == answer_count
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "content", "tokens_min"),
+    [
+        (CHAT, chat(), 1),
+        (CHAT, chat(messages=MESSAGES * MESSAGE_COUNT_MAX), MESSAGE_COUNT_MAX + MESSAGE_COUNT_MAX * len("Hello") // TOKEN_CHARACTERS_MAX),
+        (CHAT, chat(messages=[{"role": "user", "content": "é" * 1280}]), 11),
+        (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a" * 640}, {"type": "image_url"}] * 2}]), 11),
+        (CHAT, chat(messages=[{"role": "assistant", "tool_calls": []}]), 1),
+        (COMPLETIONS, {"model": "m", "prompt": "a" * 1280}, 10),
+        (COMPLETIONS, {"model": "m", "prompt": [5] * 3000}, 3000),
+        (COMPLETIONS, {"model": "m", "prompt": ["a" * 1280, "b" * 12800]}, 100),
+        (EMBEDDINGS, {"model": "m", "input": [[1, 2], [3] * 77]}, 77),
+    ],
+)
+def test_no_engine_works_on_what_cannot_fit(endpoint: Endpoint, content: dict[str, object], tokens_min: int) -> None:
+    assert parse(endpoint, content).prompt_tokens_min == tokens_min
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+        {"logit_bias": {"50256": -100}},
+        {"logprobs": True, "top_logprobs": 20},
+        {"response_format": None, "logit_bias": None, "n_probs": None},
+    ],
+)
+def test_what_openai_allows_passes(fields: dict[str, object]) -> None:
+    assert json.loads(parse(CHAT, chat(**fields)).body) == chat(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"echo": False}, {"suffix": ""}, {"suffix": None}, {"best_of": 1}, {"n": 2, "best_of": 2}, {"logprobs": 5}]
+)
+def test_what_changes_nothing_passes(fields: dict[str, object]) -> None:
+    assert parse(COMPLETIONS, {"model": "m", "prompt": "a", **fields})
+
+
 def test_embeddings() -> None:
     request = parse(EMBEDDINGS, {"model": "m", "input": ["a", "b"], "encoding_format": "base64", "stream": True})
     assert (request.stream, request.completion_tokens_max, request.answer_count) == (False, 0, 1)
@@ -140,6 +178,16 @@ BAD_CHAT = [
     (chat(stream_options=[]), "stream_options"),
     (chat(stream_options={"include_usage": 1}), "stream_options.include_usage"),
     (chat(tools=[{"x": 1}]), "tools[0].type"),
+    (chat(messages=MESSAGES * (MESSAGE_COUNT_MAX + 1)), "messages"),
+    (chat(messages=[*MESSAGES, {"role": "user", "content": None}]), "messages[1].content"),
+    (chat(messages=[{"role": "tool"}]), "messages[0].content"),
+    (chat(n_probs=1000), "n_probs"),
+    (chat(logprobs=5), "logprobs"),
+    (chat(top_logprobs=21), "top_logprobs"),
+    (chat(response_format="json"), "response_format"),
+    (chat(response_format={"type": "xml"}), "response_format.type"),
+    (chat(logit_bias={"x": 1}), "logit_bias"),
+    (chat(logit_bias={"1": 101}), "logit_bias[...]"),
     (chat(tools=[{"type": "function", "function": {}}]), "tools[0].function.name"),
 ]
 
@@ -161,7 +209,13 @@ def test_bad_chat_bodies(content: object, param: str | None) -> None:
         (COMPLETIONS, {"model": "m", "prompt": ["a", 1]}, "prompt"),
         (COMPLETIONS, {"model": "m", "prompt": ["a"] * 5}, "prompt"),
         (COMPLETIONS, {"model": "m", "prompt": ["a"] * 3, "n": 2}, "prompt"),
-        (COMPLETIONS, {"model": "m", "prompt": "a", "best_of": 9}, "best_of"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "best_of": 2}, "best_of"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "echo": True}, "echo"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "suffix": "b"}, "suffix"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "logprobs": 6}, "logprobs"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "logprobs": -1}, "logprobs"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "logprobs": True}, "logprobs"),
+        (COMPLETIONS, {"model": "m", "prompt": "a", "n_probs": 21}, "n_probs"),
         (EMBEDDINGS, {"model": "m", "input": {}}, "input"),
         (EMBEDDINGS, {"model": "m", "input": ["a"] * 2049}, "input"),
         (EMBEDDINGS, {"model": "m", "input": "a", "encoding_format": "hex"}, "encoding_format"),

@@ -70,12 +70,18 @@ def retry_after_seconds(load: ModelLoad, limits: AdmissionLimits) -> float:
     return min(max(drain_seconds(load), limits.retry_after_seconds_min), limits.retry_after_seconds_max)
 
 
-def admit(load: ModelLoad, limits: AdmissionLimits) -> Admission:
-    """Decides over one arriving request. Nobody overtakes the queue: a free slot belongs to whoever waits already."""
+def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0) -> Admission:
+    """Decides over one request, new or given back by a node. Nobody overtakes the queue: a free slot belongs to whoever waits already.
+
+    Args:
+        load: the model's position now.
+        limits: the queue's bounds.
+        waited_seconds: since the request arrived; a request that a node gave back has no second deadline.
+    """
     if load.usable_slot_count == 0:
         return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
     if load.free_slot_count > 0 and load.queued_count == 0:
         return Dispatch()
     if load.queued_count >= limits.queue_length_max:
         return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(load, limits))
-    return Wait(limits.queue_wait_seconds_max)
+    return Wait(max(0.0, limits.queue_wait_seconds_max - waited_seconds))

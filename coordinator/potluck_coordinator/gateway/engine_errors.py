@@ -14,7 +14,8 @@ import msgspec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import Endpoint
 
-_INPUT_PARAM: Final = {Endpoint.CHAT_COMPLETIONS: "messages", Endpoint.COMPLETIONS: "prompt", Endpoint.EMBEDDINGS: "input"}
+INPUT_PARAM: Final = {Endpoint.CHAT_COMPLETIONS: "messages", Endpoint.COMPLETIONS: "prompt", Endpoint.EMBEDDINGS: "input"}
+"""What an endpoint's body calls its input."""
 _ENGINE_MESSAGE_LENGTH_MAX: Final = 300
 _RETRY_ENGINE_STATUS: Final = frozenset({429, 503})
 _CALLER_FAULT_STATUS: Final = frozenset({400, 413, 415, 422, 501})
@@ -51,7 +52,7 @@ def engine_error(endpoint: Endpoint, status: int, body: bytes) -> PotluckError:
     """
     message, kind = _engine_words(body)
     if kind == _CONTEXT_TYPE or (status in {400, 413} and any(text in message for text in _CONTEXT_TEXT)):
-        return PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, _safe_text(message), param=_INPUT_PARAM[endpoint])
+        return PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, _safe_text(message), param=INPUT_PARAM[endpoint])
     if status in _RETRY_ENGINE_STATUS:
         return PotluckError(ErrorCode.NO_CAPACITY, "The engine takes no requests right now.", retry_after_seconds=1.0)
     if status in _CALLER_FAULT_STATUS or (status >= 500 and any(text in message for text in _CALLER_FAULT_TEXT)):

@@ -154,13 +154,16 @@ class NodeSession:
             if wish.model.model_id != model_id:
                 continue
             status = self.engines.get(wish.replica_id)
+            in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
+            # A node at its bound of attempts has no slot left, whatever its replicas offer.
+            room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
             yield ReplicaView(
                 replica_id=wish.replica_id,
                 node_id=self.node_id,
                 model_id=model_id,
                 ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
-                slot_count=min(status.slot_count, wish.slot_count) if status is not None else 0,
-                in_flight_count=self.attempts_by_replica.get(wish.replica_id, 0),
+                slot_count=min(status.slot_count, wish.slot_count, room_count) if status is not None else 0,
+                in_flight_count=in_flight_count,
                 node_paused=self.state is not NodeState.SERVING,
                 node_suspect=self.suspect,
                 link_up=self.outbox is not None and not self.outbox.closed,

@@ -8,7 +8,7 @@ the few named beside OpenAI's own are names by which engines let a caller ask fo
 from __future__ import annotations
 
 import re
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -21,9 +21,15 @@ BODY_BYTES_MAX: Final = 4 * 1024 * 1024
 ANSWER_COUNT_MAX: Final = 4
 STOP_COUNT_MAX: Final = 20
 INPUT_COUNT_MAX: Final = 2048
+MESSAGE_COUNT_MAX: Final = 2048
+"""OpenAI's own bound. A template's time grows faster than its messages: for 4,000 of them llama.cpp needed 0.85 s, for 100,000 minutes."""
+LOGIT_BIAS_COUNT_MAX: Final = 1024
+TOKEN_CHARACTERS_MAX: Final = 128
+"""No vocabulary in use has a longer token; the longest are runs of blanks."""
 
-_PATH: Final = re.compile(r"^(?P<text>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_PATH: Final = re.compile(r"^(?P<text>.*) - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 _QUOTED_VALUE: Final = re.compile(r"Invalid enum value .*", re.DOTALL)
+_MAY_BE_EMPTY: Final = frozenset({"assistant", "function"})
 _MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
 
 
@@ -53,6 +59,11 @@ class _Tool(Struct):
     function: _Function | None = None
 
 
+class _ResponseFormat(Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Raw] | None = None
+
+
 class _StreamOptions(Struct):
     include_usage: bool | None = None
 
@@ -78,16 +89,18 @@ class _Generation(_Body, kw_only=True):
     n: _Count | None = None
     n_cmpl: _Count | None = None
     """llama.cpp's name for `n`, which wins there."""
-    best_of: _Count | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Meta(max_length=STOP_COUNT_MAX)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=LOGIT_BIAS_COUNT_MAX)] | None = None
+    n_probs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """llama.cpp's name for `top_logprobs`."""
+    response_format: _ResponseFormat | None = None
 
 
 class _ChatBody(_Generation, kw_only=True):
-    messages: Annotated[list[_Message], Meta(min_length=1)]
+    messages: Annotated[list[_Message], Meta(min_length=1, max_length=MESSAGE_COUNT_MAX)]
     tools: list[_Tool] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -96,8 +109,11 @@ class _ChatBody(_Generation, kw_only=True):
 
 class _CompletionBody(_Generation, kw_only=True):
     prompt: _Inputs
-    suffix: str | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    suffix: Literal[""] | None = None
+    """This one and the next two are refused: the engines would leave them out in silence."""
     echo: bool | None = None
+    best_of: int | None = None
 
 
 class _EmbeddingBody(_Body, kw_only=True):
@@ -128,6 +144,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
     if len(body) > BODY_BYTES_MAX:
         raise too_large()
     parsed = _decode(endpoint, body)
+    _check_meaning(parsed)
     model_id = ModelId(parsed.model)
     prompt_bytes = len(body)
     if isinstance(parsed, _EmbeddingBody):
@@ -144,6 +161,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
             completion_tokens_max=0,
             answer_count=1,
             prompt_count=input_count,
+            prompt_tokens_min=_prompt_tokens_min(parsed),
         )
     stream = parsed.stream is True
     return InferenceRequest(
@@ -158,6 +176,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
         completion_tokens_max=_completion_tokens_max(parsed),
         answer_count=_answer_count(parsed),
         prompt_count=_check_inputs(parsed.prompt, "prompt") if isinstance(parsed, _CompletionBody) else 1,
+        prompt_tokens_min=_prompt_tokens_min(parsed),
     )
 
 
@@ -192,6 +211,42 @@ def _invalid_field(explanation: str) -> PotluckError:
     return PotluckError(ErrorCode.INVALID_REQUEST, f"Wrong value{place}: {text}.", param=path or None)
 
 
+def _check_meaning(parsed: _Parsed) -> None:
+    """What types cannot say."""
+    if isinstance(parsed, _ChatBody):
+        for index, message in enumerate(parsed.messages):
+            if message.content is None and message.role not in _MAY_BE_EMPTY:
+                param = f"messages[{index}].content"
+                raise PotluckError(ErrorCode.INVALID_REQUEST, f"`{param}` is missing.", param=param)
+    elif isinstance(parsed, _CompletionBody):
+        if parsed.echo:
+            raise PotluckError(
+                ErrorCode.INVALID_REQUEST, "`echo` is not supported: put the prompt before the answer yourself.", param="echo"
+            )
+        if (parsed.best_of or 1) > (parsed.n or 1):
+            raise PotluckError(ErrorCode.INVALID_REQUEST, "`best_of` above `n` is not supported.", param="best_of")
+
+
+def _prompt_tokens_min(parsed: _Parsed) -> int:
+    """The fewest tokens that the longest prompt can have."""
+    if isinstance(parsed, _ChatBody):
+        return len(parsed.messages) + sum(_characters(message.content) for message in parsed.messages) // TOKEN_CHARACTERS_MAX
+    inputs = parsed.input if isinstance(parsed, _EmbeddingBody) else parsed.prompt
+    if isinstance(inputs, str) or all(isinstance(item, int) for item in inputs):
+        return _input_tokens_min(inputs)
+    return max(_input_tokens_min(item) for item in inputs if not isinstance(item, int))
+
+
+def _input_tokens_min(item: str | list[Any]) -> int:
+    return len(item) // TOKEN_CHARACTERS_MAX if isinstance(item, str) else len(item)
+
+
+def _characters(content: str | list[_Part] | None) -> int:
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.text or "") for part in content or ())
+
+
 def _check_inputs(inputs: str | list[str | int | list[int]], param: str) -> int:
     """How many prompts a `prompt` or `input` is: one text, one list of token ids, or a list of either."""
     if isinstance(inputs, str):
@@ -213,7 +268,7 @@ def _completion_tokens_max(parsed: _Generation) -> int | None:
 
 
 def _answer_count(parsed: _ChatBody | _CompletionBody) -> int:
-    count = max(parsed.n or 1, parsed.n_cmpl or 1, parsed.best_of or 1)
+    count = max(parsed.n or 1, parsed.n_cmpl or 1)
     if isinstance(parsed, _CompletionBody):
         count *= _check_inputs(parsed.prompt, "prompt")
         if count > ANSWER_COUNT_MAX:

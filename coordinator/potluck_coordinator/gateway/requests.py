@@ -18,6 +18,7 @@ from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
 from potluck_coordinator.domain.placement import place, rejection
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
 from potluck_coordinator.gateway.relay import Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, AttemptId, Endpoint, ModelId, NodeId, RequestId, StartAttempt
@@ -58,6 +59,8 @@ class InferenceRequest:
     completion_tokens_max: int | None
     answer_count: int
     prompt_count: int
+    prompt_tokens_min: int
+    """A lower bound on the tokens of the longest prompt: what cannot fit is refused before an engine works on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +159,13 @@ class RequestService:
         if request.endpoint not in entry.endpoints:
             message = f"The model {request.model_id!r} does not serve {request.endpoint.value}."
             raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="model")
+        if request.prompt_tokens_min > entry.context_length_tokens:
+            message = f"The prompt is longer than the model's context of {entry.context_length_tokens} tokens. Send a shorter one."
+            raise PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param=INPUT_PARAM[request.endpoint])
+        began_at = self._clock.monotonic_seconds()
         excluded: frozenset[NodeId] = frozenset()
         while True:
-            answer = await self._slot(request, entry, excluded)
+            answer = await self._slot(request, entry, excluded, self._clock.monotonic_seconds() - began_at)
             try:
                 await answer.open()
             except PotluckError as error:
@@ -172,10 +179,10 @@ class RequestService:
             else:
                 return answer
 
-    async def _slot(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId]) -> Answer:
+    async def _slot(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId], waited_seconds: float) -> Answer:
         """A dispatched attempt, at once or after waiting for a slot."""
         load = self._load(request, excluded)
-        match admit(load, self._limits.admission):
+        match admit(load, self._limits.admission, waited_seconds):
             case Refuse(code, retry_after):
                 raise self._refusal(code, request, excluded, retry_after)
             case Wait(wait_seconds_max):
