@@ -1,9 +1,9 @@
 """Values to messages and back.
 
 Decides what a peer may say: an unknown word of an enum becomes `PotluckError(INVALID_REQUEST)`, never a wrong value. So does a name, a list
-of engines or of cards that is longer than one node needs, for what a node says of itself is kept and shown to everyone; the text of a
-failure is cut instead. It must not know what becomes of a value. Chunks, ends, acknowledgements, cancels, leases and certificates are read
-straight from the frame, and of them only an end's reason comes here.
+of engines, of cards or of attempts that is longer than one node needs, for what a node says of itself is kept and shown to everyone; the
+text of a failure is cut instead. It must not know what becomes of a value. Chunks, ends, acknowledgements, cancels, leases and certificates
+are read straight from the frame, and of them only an end's reason comes here.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ GOODBYE_NUMBER: Final = {
 
 ENGINES_MAX: Final = 64
 ACCELERATORS_MAX: Final = 64
+IN_FLIGHT_MAX: Final = 2048
+"""Attempts in a hello: twice what a coordinator gives one node at a time (`node_session.ATTEMPTS_PER_NODE_MAX`), for a node whose hello is
+refused cannot come back."""
 TEXT_CHARACTERS_MAX: Final = 256
 """Of an id, a name or a version."""
 FAILURE_CHARACTERS_MAX: Final = 2000
@@ -277,7 +280,10 @@ def hello_value(message: node_pb2.Hello) -> Hello:
         agent_version=_text(message.agent_version, "agent_version"),
         inventory=inventory_value(message.inventory),
         state=node_state_from_number(message.state),
-        in_flight=tuple(AttemptId(_text(attempt.attempt_id, "in_flight.attempt_id")) for attempt in message.in_flight),
+        in_flight=tuple(
+            AttemptId(_text(attempt.attempt_id, "in_flight.attempt_id"))
+            for attempt in _items(message.in_flight, IN_FLIGHT_MAX, "in_flight")
+        ),
         engines=_engine_statuses(message.engines),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -111,6 +112,18 @@ async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path)
         await nodes.open_session(hello("a"))
         await nodes.close_session(NodeId("a"), old.epoch, None)
         assert (await nodes.list_nodes())[0].connection == "connected"
+
+
+async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(tmp_path):
+    async with node_desk(tmp_path, "a") as (_, _, nodes):
+        old = await nodes.open_session(hello("a"))
+        new = await nodes.open_session(hello("a"))
+        await nodes.report([replace(report("a", epoch=old.epoch), suspect=True, state=NodeState.PAUSED)])
+        (record,) = await nodes.list_nodes()
+        assert (record.connection, record.state) == ("connected", NodeState.SERVING)
+        await nodes.report([replace(report("a", epoch=new.epoch), state=NodeState.PAUSED)])
+        (record,) = await nodes.list_nodes()
+        assert (record.connection, record.state) == ("connected", NodeState.PAUSED)
 
 
 async def test_leaving_is_for_good(tmp_path):

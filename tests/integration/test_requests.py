@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
@@ -171,6 +172,28 @@ async def test_a_node_that_pauses_in_between_is_tried_once_and_explained(tmp_pat
         assert failure.value.code is ErrorCode.NO_CAPACITY
         assert "Replicas: 1 " in failure.value.message
         assert len(node.starts()) == 1
+
+
+async def test_what_one_node_refuses_another_answers_and_is_paid_for(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator, AsyncExitStack() as links:
+        nodes = [await links.enter_async_context(raw_link(coordinator, await enrol(coordinator))) for _ in range(2)]
+        for node in nodes:
+            await node.hello()
+        coordinator.gateway.requests._draw = lambda: 0.0  # of equals always the same one, so that only the refusal moves it
+        work = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
+        starts = [asyncio.ensure_future(node.next_start()) for node in nodes]
+        (first,), _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+        refusing, answering = nodes if first is starts[0] else reversed(nodes)
+        await refusing.end((await first).attempt_id, 0, EndReason.REFUSED)
+        start = await answering.next_start()
+        await answering.chunk(start.attempt_id, 0, token("one") + USAGE_EVENT + DONE)
+        await answering.end(start.attempt_id, 1)
+        answer = await asyncio.wait_for(work, 5)
+        assert answer.node_id == answering.credentials.node_id
+        assert await read_all(answer) == token("one") + DONE
+        assert len(refusing.starts()) == 1
+        assert (await settled_balance(coordinator)).earned_micro_credits == 18
+        await asyncio.gather(*starts)
 
 
 async def test_an_engines_refusal_reaches_the_client_in_our_words(tmp_path):

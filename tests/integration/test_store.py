@@ -83,6 +83,20 @@ def test_a_second_process_on_the_same_file_is_refused(tmp_path, monkeypatch):
     third.close()
 
 
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [
+        ("synchronous", 2),  # FULL: what was acknowledged survives the loss of power
+        ("foreign_keys", 1),
+        ("recursive_triggers", 1),
+        ("journal_mode", "wal"),
+        ("locking_mode", "exclusive"),
+    ],
+)
+def test_the_connection_that_writes_is_a_careful_one(books, pragma, value):
+    assert execute_all(books, f"PRAGMA {pragma}") == [(value,)]
+
+
 async def test_a_failing_unit_undoes_itself_and_none_of_those_it_shares_a_commit_with(books):
     def failing(work):
         work.state.put(StateName.POOL_ID, "half done")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from potluck_coordinator.gateway.node_session import ATTEMPTS_PER_NODE_MAX
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
@@ -53,7 +54,7 @@ def hello(**changes: Any) -> Hello:
         "agent_version": LONGEST,
         "inventory": inventory(),
         "state": NodeState.SERVING,
-        "in_flight": (LONGEST,),
+        "in_flight": (LONGEST,) * codec.IN_FLIGHT_MAX,
         "engines": (engine(),) * codec.ENGINES_MAX,
     }
     return Hello(**{**fields, **changes})
@@ -70,6 +71,7 @@ def test_as_much_as_a_node_can_have_is_taken() -> None:
     [
         *({name: TOO_LONG} for name in ("node_id", "session_id", "agent_version")),
         {"in_flight": (TOO_LONG,)},
+        {"in_flight": ("a",) * (codec.IN_FLIGHT_MAX + 1)},
         {"engines": (engine(),) * (codec.ENGINES_MAX + 1)},
         *({"engines": (engine(**{name: TOO_LONG}),)} for name in ("replica_id", "model_id", "engine_kind", "engine_version")),
         {"engines": (engine(endpoints=(Endpoint.EMBEDDINGS,) * 4),)},
@@ -85,6 +87,10 @@ def test_more_is_refused(changes: dict[str, Any]) -> None:
     assert refused.value.code is ErrorCode.INVALID_REQUEST
     assert refused.value.param
     assert TOO_LONG not in refused.value.message
+
+
+def test_a_node_may_name_every_attempt_that_a_coordinator_gives_it() -> None:
+    assert codec.IN_FLIGHT_MAX >= ATTEMPTS_PER_NODE_MAX
 
 
 def test_a_heartbeat_has_the_same_bounds() -> None:

@@ -1,15 +1,16 @@
-"""Sessions by the clock: a gateway that stood still blames nobody for it."""
+"""Sessions by the clock, and at their beginning: a gateway that stood still blames nobody for it, and who is out stays out."""
 
 from __future__ import annotations
 
 import pytest
 
-from potluck_coordinator.desks import SessionGrant
+from potluck_coordinator.desks import PoolSnapshot, SessionGrant
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.relay import Relay
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import (
     AccountId,
     AttemptId,
@@ -26,6 +27,9 @@ from potluck_protocol.values import (
 )
 
 NODE = NodeId("node")
+
+
+HELLO = Hello(1, NODE, SessionId("session"), "test", Inventory(), NodeState.SERVING)
 
 
 class HandClock:
@@ -47,8 +51,7 @@ def clock():
 @pytest.fixture
 def links(clock):
     links = Links(None, LivenessLimits(), clock, lambda: None)
-    hello = Hello(1, NODE, SessionId("session"), "test", Inventory(), NodeState.SERVING)
-    links._sessions[NODE] = NodeSession(hello, SessionGrant(1, AccountId("owner"), DesiredState()), clock.seconds)
+    links._sessions[NODE] = NodeSession(HELLO, SessionGrant(1, AccountId("owner"), DesiredState()), clock.seconds)
     return links
 
 
@@ -83,3 +86,33 @@ async def test_a_node_stays_suspect_after_its_silent_attempts_are_given_up(links
     clock.seconds += 4
     links.tick()
     assert not session.suspect
+
+
+class SlowDirectory:
+    """A directory, and its node desk, that grants a session while something else happens."""
+
+    def __init__(self, meanwhile):
+        self.nodes = self
+        self._meanwhile = meanwhile
+
+    async def open_session(self, hello):
+        self._meanwhile()
+        return SessionGrant(1, AccountId("owner"), DesiredState())
+
+
+async def test_a_wish_that_comes_while_a_session_is_opened_reaches_the_node(clock):
+    wish = DesiredState(revision=7)
+    snapshot = PoolSnapshot(1, {}, {NODE: wish}, frozenset(), 1)
+    links = Links(SlowDirectory(lambda: links.take_snapshot(snapshot)), LivenessLimits(), clock, lambda: None)
+    _, _, welcome = await links.connect(HELLO)
+    assert welcome.desired is wish
+
+
+async def test_a_node_revoked_while_its_session_is_opened_does_not_get_in(clock):
+    snapshot = PoolSnapshot(1, {}, {}, frozenset({NODE}), 1)
+    links = Links(SlowDirectory(lambda: links.take_snapshot(snapshot)), LivenessLimits(), clock, lambda: None)
+    with pytest.raises(PotluckError) as refused:
+        await links.connect(HELLO)
+    assert refused.value.code is ErrorCode.INVALID_CERTIFICATE
+    assert links.session(NODE) is None
+    assert links.sessions == ()

@@ -30,6 +30,9 @@ class Audience(StrEnum):
     """An operator's API key."""
 
 
+UNIDENTIFIED: Final = frozenset({Audience.ANYONE, Audience.JOINER})
+"""Callers of whom the edges know nothing."""
+
 RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.EnrolmentService/Join": Audience.JOINER,
     "/potluck_protocol.v1.EnrolmentService/Renew": Audience.JOINER,
@@ -88,7 +91,7 @@ def check_table() -> None:
 
 def require(identity: KeyIdentity, audience: Audience) -> None:
     """Lets a key pass where its bearer belongs to the audience; raises PotluckError(PERMISSION_DENIED) otherwise."""
-    if audience in {Audience.ANYONE, Audience.JOINER, Audience.USER}:
+    if audience in UNIDENTIFIED or audience is Audience.USER:
         return
     if audience is Audience.OPERATOR and identity.operator:
         return

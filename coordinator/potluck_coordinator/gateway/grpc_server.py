@@ -22,6 +22,11 @@ CALLS_MAX: Final = 1024
 """Calls that the grpc port serves at a time; more are refused with RESOURCE_EXHAUSTED."""
 LINKS_MAX: Final = 4096
 """Links at a time, as a node has one, and for a moment two while it moves; more are refused with RESOURCE_EXHAUSTED."""
+CALLS_PER_CONNECTION_MAX: Final = 256
+"""Calls at a time on one connection to the grpc port: a quarter of all, so that no one client can take them all by mistake. gRPC's clients
+keep what is over it back until another call ends, so a job of thousands of prompts on one connection is slowed down, not refused."""
+LINKS_PER_CONNECTION_MAX: Final = 16
+"""A node has one link, and moves it to a new connection; the rest is for those that are still ending."""
 BIND_TRIES: Final = 3
 """Another process may take a port in the moment in which it was seen to be free."""
 
@@ -76,7 +81,7 @@ def build_grpc_server(
 ) -> GrpcServer:
     """The grpc port: the server proves itself, callers carry API keys or join tokens. Raises RuntimeError for an incomplete table."""
     check_table()
-    server = grpc.aio.server(interceptors=(interceptor,), options=SERVER_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+    server = _server(interceptor, CALLS_MAX, CALLS_PER_CONNECTION_MAX)
     node_pb2_grpc.add_EnrolmentServiceServicer_to_server(enrolment, server)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
     account_pb2_grpc.add_AccountServiceServicer_to_server(account, server)
@@ -88,7 +93,7 @@ def build_grpc_server(
 def build_link_server(grant: GatewayGrant, interceptor: CallInterceptor, node: node_pb2_grpc.NodeServiceServicer) -> GrpcServer:
     """The link port: nobody gets past its handshake without a certificate of the pool's CA. Raises RuntimeError for an incomplete table."""
     check_table()
-    server = grpc.aio.server(interceptors=(interceptor,), options=SERVER_OPTIONS, maximum_concurrent_rpcs=LINKS_MAX)
+    server = _server(interceptor, LINKS_MAX, LINKS_PER_CONNECTION_MAX)
     node_pb2_grpc.add_NodeServiceServicer_to_server(node, server)
     credentials = grpc.ssl_server_credentials(
         [(grant.server.private_key_pem, grant.server.certificate_chain_pem)],
@@ -96,3 +101,8 @@ def build_link_server(grant: GatewayGrant, interceptor: CallInterceptor, node: n
         require_client_auth=True,
     )
     return GrpcServer(server, credentials, "--link-port")
+
+
+def _server(interceptor: CallInterceptor, calls_max: int, calls_per_connection_max: int) -> grpc.aio.Server:
+    options = [*SERVER_OPTIONS, ("grpc.max_concurrent_streams", calls_per_connection_max)]
+    return grpc.aio.server(interceptors=(interceptor,), options=options, maximum_concurrent_rpcs=calls_max)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final, TypeAlias
 
+from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
 from potluck_coordinator.gateway.openai_errors import error_event, http_error
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX, too_large
 from potluck_coordinator.gateway.request_ids import request_id_of
@@ -16,10 +17,6 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.metadata import REQUEST_ID
 
-BODY_SECONDS_MAX: Final = 30.0
-"""How long a body may take to arrive."""
-STALL_SECONDS_MAX: Final = 60.0
-"""A client that takes no byte for so long, with bytes waiting for it, is gone: it would hold an engine's slot for ever."""
 CLIENT_GONE_STATUS: Final = 499
 ABORT_EXTENSION: Final = "potluck.abort"
 """Where the server leaves a function in the scope that drops the connection."""
@@ -59,6 +56,7 @@ class Exchange:
         self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
         self._sending = False
         self._piece_count = 0
+        self._last_on_connection = False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.started_at = clock.monotonic_seconds()
@@ -106,6 +104,8 @@ class Exchange:
                     if not message.get("more_body", False):
                         return b"".join(pieces)
         except TimeoutError:
+            # The rest may never come, and until it has, the connection is good for no other request.
+            self._last_on_connection = True
             raise PotluckError(ErrorCode.INVALID_REQUEST, f"The request body did not arrive within {BODY_SECONDS_MAX:.0f} s.") from None
 
     async def wait_until_gone(self) -> None:
@@ -169,7 +169,8 @@ class Exchange:
             (REQUEST_ID.encode(), self.request_id.encode()),
             (b"openai-processing-ms", b"%d" % round(self.seconds * 1000)),
         )
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common]})
+        close = ((b"connection", b"close"),) if self._last_on_connection else ()
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common, *close]})
 
     async def _piece(self, data: bytes, *, more: bool) -> None:
         self._sending = True

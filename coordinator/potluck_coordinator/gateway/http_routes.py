@@ -7,7 +7,6 @@ without a row, fails the start. It must not know links, the ledger or the direct
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import structlog
 
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.authorisation import HTTP_ROUTES, Audience, require
+from potluck_coordinator.gateway.edges import log_unexpected
 from potluck_coordinator.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGoneError, Exchange, Message, Receive, Send
 from potluck_coordinator.gateway.http_inference import InferenceExchange, Requests
 from potluck_coordinator.gateway.key_cache import KeyCache
@@ -119,7 +119,7 @@ class HttpRoutes:
             await exchange.hang_up()
             exchange.status = CLIENT_GONE_STATUS
         except Exception as error:  # noqa: BLE001 - the last place before the wire
-            self._log_unexpected(exchange, error)
+            log_unexpected("http_request_failed_unexpectedly", exchange.request_id, error)
             await exchange.fail(PotluckError(ErrorCode.INTERNAL_ERROR))
         finally:
             self._finish(exchange, record)
@@ -204,16 +204,6 @@ class HttpRoutes:
             duration_ms=round(exchange.seconds * 1000, 1),
             sent_bytes=exchange.sent_bytes,
             **fields,
-        )
-
-    @staticmethod
-    def _log_unexpected(exchange: Exchange, error: Exception) -> None:
-        """Where it happened, but not the exception's own words: they may quote what must never be logged."""
-        _log.error(
-            "http_request_failed_unexpectedly",
-            error_id=exchange.request_id,
-            exception=type(error).__name__,
-            stack=traceback.format_tb(error.__traceback__)[-8:],
         )
 
 

@@ -3,25 +3,27 @@
 Decides nothing about who may call what (`authorisation` does) and nothing about a call's content. No exception's own text leaves here: a
 `PotluckError` becomes its catalogue status with an `ErrorDetail`, and anything else becomes `internal_error` with an id that the log knows.
 
-The work is per call, but for one thing: each message of a server stream is written under a 60 s limit, since a client that reads nothing
-for so long has gone. The link writes for itself, without it.
+A call holds one of its port's places even while it says nothing. So the caller is looked at before the call's message is waited for, the
+message has `BODY_SECONDS_MAX` to come, and callers without a credential share few places. Each message of an answer is written under
+`STALL_SECONDS_MAX`. The link reads and writes for itself, without either.
 """
 
 from __future__ import annotations
 
 import asyncio
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from potluck_coordinator.desks import KeyIdentity
-from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, Audience, require
+from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, UNIDENTIFIED, Audience, require
+from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX, log_unexpected
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.request_ids import request_id_of
 from potluck_protocol.clock import Clock
@@ -33,8 +35,9 @@ from potluck_protocol.values import NodeId, RequestId
 
 _log = structlog.get_logger()
 
-STALL_SECONDS_MAX: Final = 60.0
-"""A client that reads nothing for so long has gone, whatever its connection says; its engine is needed by others."""
+UNIDENTIFIED_CALLS_MAX: Final = 128
+"""Calls at a time that carry no credential, a small part of those that the grpc port serves (`grpc_server.CALLS_MAX`): whoever opens them
+without end keeps boxes from joining, but nobody from their answers."""
 ERROR_TEXT_CHARACTERS_MAX: Final = 400
 """It stands twice in the trailing metadata, at up to 17 bytes a character, and gRPC refuses some of what is over 8 KiB, by chance."""
 _METHOD_PREFIX: Final = "/potluck_protocol.v1."
@@ -93,6 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._revoked_node_ids = revoked_node_ids
         self._clock = clock
+        self._unidentified_count = 0
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]], handler_call_details: grpc.HandlerCallDetails
@@ -102,35 +106,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return None if handler is None else self._wrap(handler_call_details.method, handler)
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
-        make: Any
-        inner: Any
-        match (handler.request_streaming, handler.response_streaming):
-            case (False, False):
-                make, inner = grpc.unary_unary_rpc_method_handler, handler.unary_unary
-            case (False, True):
-                make, inner = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-            case (True, False):
-                make, inner = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-            case _:
-                make, inner = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+        async def serve(requests: Any, context: _Context) -> None:
+            await self._serve(method, handler, requests, context)
 
-        async def serve(request: Any, context: _Context) -> Any:
-            return await self._serve(method, inner, request, context, streams=handler.response_streaming)
-
-        wrapped: _Handler = make(serve, handler.request_deserializer, handler.response_serializer)
+        # On the wire all four arities look alike. This is the one in which gRPC hands a call over before its message has come.
+        wrapped: _Handler = grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
         return wrapped
 
-    async def _serve(self, method: str, inner: Callable[..., Any], request: Any, context: _Context, *, streams: bool) -> Any:
+    async def _serve(self, method: str, handler: _Handler, requests: Any, context: _Context) -> None:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         call = Call(method, request_id_of(metadata.get(REQUEST_ID)))
         _CALL.set(call)
         started = self._clock.monotonic_seconds()
         try:
             context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-            await self._admit(call, metadata.get(AUTHORIZATION), context)
-            if streams:
-                return await _answer_stream(inner(request, context), context)
-            return await inner(request, context)
+            with self._counted(call):
+                await self._admit(call, metadata.get(AUTHORIZATION), context)
+                await _answer(handler, requests, context)
         except PotluckError as error:
             call.outcome = str(error.code)
             await _abort(context, error, call.request_id)
@@ -139,17 +131,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:  # noqa: BLE001 - the last place before the wire
             call.outcome = str(ErrorCode.INTERNAL_ERROR)
-            _log_unexpected(call, error)
+            log_unexpected("grpc_call_failed_unexpectedly", call.request_id, error, method=method.removeprefix(_METHOD_PREFIX))
             await _abort(context, PotluckError(ErrorCode.INTERNAL_ERROR), call.request_id)
         finally:
             self._log_call(call, started)
+
+    @contextmanager
+    def _counted(self, call: Call) -> Iterator[None]:
+        """Counts a call for which no credential is needed; raises COORDINATOR_UNAVAILABLE where there are too many of them."""
+        if RPC_AUDIENCE.get(call.method) not in UNIDENTIFIED:
+            yield
+            return
+        if self._unidentified_count >= UNIDENTIFIED_CALLS_MAX:
+            message = "Too many callers want to join at this moment; try again in a few seconds."
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, message, retry_after_seconds=5)
+        self._unidentified_count += 1
+        try:
+            yield
+        finally:
+            self._unidentified_count -= 1
 
     async def _admit(self, call: Call, authorization: str | None, context: _Context) -> None:
         """Establishes the caller and lets the call pass, or raises. A method without a row passes for nobody."""
         match RPC_AUDIENCE.get(call.method):
             case None:
                 raise PotluckError(ErrorCode.PERMISSION_DENIED, "Nobody may call this method.")
-            case Audience.ANYONE | Audience.JOINER:
+            case audience if audience in UNIDENTIFIED:
                 return
             case Audience.NODE:
                 call.node_id = self._node_of(context)
@@ -179,19 +186,43 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-async def _answer_stream(answer: AsyncIterator[Any] | Awaitable[None], context: _Context) -> None:
-    """Serves either shape of a streaming servicer: one that yields its messages, or one that writes them itself."""
-    if isinstance(answer, Awaitable):
+async def _answer(handler: _Handler, requests: Any, context: _Context) -> None:
+    """Runs the servicer's method, whatever its arity, and writes what it answers."""
+    request = requests if handler.request_streaming else await _message(context)
+    method: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    answer = method(request, context)
+    if not handler.response_streaming:
+        await _write(context, await answer)
+    elif isinstance(answer, Awaitable):
+        # It writes its messages itself.
         await answer
-        return
-    # Closed at once when the client goes, not when the garbage collector comes by.
-    async with aclosing(answer) as messages:  # type: ignore[type-var]
-        async for message in messages:
-            try:
-                async with asyncio.timeout(STALL_SECONDS_MAX):
-                    await context.write(message)
-            except TimeoutError:
-                raise PotluckError(ErrorCode.CANCELLED, f"The client read nothing for {STALL_SECONDS_MAX:.0f} s.") from None
+    else:
+        # Closed at once when the client goes, not when the garbage collector comes by.
+        async with aclosing(answer) as messages:
+            async for message in messages:
+                await _write(context, message)
+
+
+async def _message(context: _Context) -> Any:
+    """The one message of a call; raises INVALID_REQUEST where none comes in time, none at all, or one that cannot be read."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            message = await context.read()
+    except TimeoutError:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"The call's message did not arrive within {BODY_SECONDS_MAX:.0f} s.") from None
+    except DecodeError:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, "The call's message is not one of this method.") from None
+    if message is grpc.aio.EOF:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, "The call came without its message.")
+    return message
+
+
+async def _write(context: _Context, message: Any) -> None:
+    try:
+        async with asyncio.timeout(STALL_SECONDS_MAX):
+            await context.write(message)
+    except TimeoutError:
+        raise PotluckError(ErrorCode.CANCELLED, f"The client read nothing for {STALL_SECONDS_MAX:.0f} s.") from None
 
 
 async def _abort(context: _Context, error: PotluckError, request_id: RequestId) -> None:
@@ -205,14 +236,3 @@ async def _abort(context: _Context, error: PotluckError, request_id: RequestId) 
     )
     trailing = ((REQUEST_ID, request_id), (ERROR_DETAIL, detail.SerializeToString()))
     await context.abort(error.spec.grpc_status, message, trailing)
-
-
-def _log_unexpected(call: Call, error: Exception) -> None:
-    """Where it happened, but not the exception's own words: they may quote what must never be logged."""
-    _log.error(
-        "grpc_call_failed_unexpectedly",
-        error_id=call.request_id,
-        method=call.method.removeprefix(_METHOD_PREFIX),
-        exception=type(error).__name__,
-        stack=traceback.format_tb(error.__traceback__)[-8:],
-    )

@@ -20,13 +20,13 @@ from potluck_protocol.values import GoodbyeReason, NodeId, Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.domain.placement import ReplicaView
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import Hello, ModelId
+    from potluck_protocol.values import DesiredState, Hello, ModelId
 
 _log = structlog.get_logger()
 
@@ -52,6 +52,7 @@ class Links:
         self._sessions: dict[NodeId, NodeSession] = {}
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._revoked: frozenset[NodeId] = frozenset()
+        self._desired: Mapping[NodeId, DesiredState] = {}
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
 
@@ -104,6 +105,7 @@ class Links:
                     # The snapshot that says so came while the directory's answer was on its way.
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
+                session.wish(self._desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
             elif session.outbox is not None:
                 session.outbox.close(GoodbyeReason.REPLACED, "A newer link of this node took over.")
@@ -162,7 +164,7 @@ class Links:
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""
-        self._revoked = snapshot.revoked_node_ids
+        self._revoked, self._desired = snapshot.revoked_node_ids, snapshot.desired
         for session in self.sessions:
             if session.node_id in snapshot.revoked_node_ids:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED)
