@@ -5,13 +5,12 @@
     with Client() as pool:                       # POTLUCK_URL and POTLUCK_API_KEY
         print(pool.chat("Why is the sky blue?").text)
 
-Decides what is public: the names below, and nothing else. They are loaded when they are first used, so that the `potluck` command can set
-what gRPC reads when it is imported.
+Decides what is public: the names below, and nothing else. They are loaded when they are first used, so that the `potluck` command can
+settle Ctrl-C and what gRPC reads before anything heavy is imported.
 """
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -88,8 +87,6 @@ __all__ = [
     "RequestTooLargeError",
     "Usage",
 ]
-
-logging.getLogger("potluck").addHandler(logging.NullHandler())
 
 _MODULES = (
     "potluck.client",

@@ -28,8 +28,6 @@ _INFERENCE: Final = "/potluck_protocol.v1.InferenceService/"
 _POOL: Final = "/potluck_protocol.v1.PoolService/"
 GENERATE_METHOD: Final = _INFERENCE + "Generate"
 
-ChatMessages = Sequence[Mapping[str, Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Reply, Result]):
@@ -65,11 +63,6 @@ def generate_request(endpoint: Endpoint, model: ModelId, fields: Mapping[str, An
     except (TypeError, ValueError, RecursionError) as error:
         raise pool_error(ErrorCode.INVALID_REQUEST, f"A field of the request cannot be written as JSON: {error}") from error
     return inference_pb2.GenerateRequest(endpoint=ENDPOINT_NUMBER[endpoint], body_json=body_json)
-
-
-def chat_messages(messages: str | ChatMessages) -> list[Mapping[str, Any]]:
-    """OpenAI's message list; a bare string is one message of the user's."""
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
 
 
 def choose_model(models: Sequence[ModelInfo], endpoint: Endpoint) -> ModelId:

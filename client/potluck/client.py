@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, overload
 
 from potluck import calls
 from potluck.address import pool_address
-from potluck.calls import ChatMessages
+from potluck.questions import ChatMessages, chat_messages, plain_prompt
 from potluck.results import ChatResult, Credits, ModelInfo, NodeInfo
 from potluck.streams import AsyncChatStream, ChatStream
 from potluck.transport import ANSWER_TIMEOUT_SECONDS, AsyncTransport, Transport
@@ -54,7 +54,7 @@ class Client:
             stream: True gives a `ChatStream` as soon as a node has the request.
             openai_fields: any other field of OpenAI's request, passed on to the engine as it is.
         """
-        return self._answer(_CHAT, model, stream, {"messages": calls.chat_messages(messages), **openai_fields})
+        return self._answer(_CHAT, model, stream, {"messages": chat_messages(messages), **openai_fields})
 
     @overload
     def complete(self, prompt: str, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any) -> ChatResult: ...
@@ -62,7 +62,7 @@ class Client:
     def complete(self, prompt: str, *, model: str | None = None, stream: Literal[True], **openai_fields: Any) -> ChatStream: ...
     def complete(self, prompt: str, *, model: str | None = None, stream: bool = False, **openai_fields: Any) -> ChatResult | ChatStream:
         """How a model goes on from a plain text; arguments as in `chat`."""
-        return self._answer(_PROMPT, model, stream, {"prompt": prompt, **openai_fields})
+        return self._answer(_PROMPT, model, stream, {"prompt": plain_prompt(prompt), **openai_fields})
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The pool's catalogue."""
@@ -113,7 +113,7 @@ class AsyncClient:
         self, messages: str | ChatMessages, *, model: str | None = None, stream: bool = False, **openai_fields: Any
     ) -> ChatResult | AsyncChatStream:
         """As `Client.chat`; streamed, the `AsyncChatStream` is awaited too."""
-        return await self._answer(_CHAT, model, stream, {"messages": calls.chat_messages(messages), **openai_fields})
+        return await self._answer(_CHAT, model, stream, {"messages": chat_messages(messages), **openai_fields})
 
     @overload
     async def complete(
@@ -125,7 +125,7 @@ class AsyncClient:
         self, prompt: str, *, model: str | None = None, stream: bool = False, **openai_fields: Any
     ) -> ChatResult | AsyncChatStream:
         """As `Client.complete`."""
-        return await self._answer(_PROMPT, model, stream, {"prompt": prompt, **openai_fields})
+        return await self._answer(_PROMPT, model, stream, {"prompt": plain_prompt(prompt), **openai_fields})
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """The pool's catalogue."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from potluck_protocol.values import (
     AccountId,
@@ -22,16 +22,6 @@ from potluck_protocol.values import (
     TokenId,
     Usage,
 )
-
-MICRO_CREDITS_PER_CREDIT: Final = 1_000_000
-
-
-def credits_text(micro_credits: int) -> str:
-    """An amount as people read it, exact: 1500000 is "1.5"."""
-    whole, rest = divmod(abs(micro_credits), MICRO_CREDITS_PER_CREDIT)
-    sign = "-" if micro_credits < 0 else ""
-    decimals = f"{rest:06d}".rstrip("0")
-    return f"{sign}{whole:,}.{decimals}" if decimals else f"{sign}{whole:,}"
 
 
 @dataclass(frozen=True, slots=True)

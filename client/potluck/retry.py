@@ -21,6 +21,7 @@ RETRY_AFTER_MAX_SECONDS: Final = 30.0
 """A pool that asks for a longer pause gets its answer passed on to the caller instead."""
 
 _log = logging.getLogger("potluck")
+_log.addHandler(logging.NullHandler())  # silent until the program that uses the SDK listens
 
 
 def delay_before_retry_seconds(error: PoolError, tries_made: int, remaining_seconds: float, jitter: float) -> float | None:

@@ -135,12 +135,13 @@ class SessionGrant:
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """What the directory pushes to its gateways; a higher version replaces a lower one."""
+    """What gateways follow of the directory (`PoolDesk.watch`); a higher version replaces a lower one."""
 
     version: int
     models: Mapping[ModelId, CatalogueEntry]
     desired: Mapping[NodeId, DesiredState]
-    revoked_node_ids: frozenset[NodeId]
+    outcasts: Mapping[NodeId, str]
+    """Nodes that are no longer welcome, and why, in the words of whoever took them out; "" where there were none."""
     key_generation: int
     """Changes whenever a key is revoked: what the gateway remembered of keys is void."""
 
@@ -232,7 +233,7 @@ class NodeDesk(Protocol):
         ...
 
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
-        """The link is gone; None means without a goodbye."""
+        """The session has ended: by that goodbye, or (None) by silence, a lost link, a newer agent, or the gateway's own stop."""
         ...
 
     async def report(self, reports: Sequence[NodeReport]) -> None: ...

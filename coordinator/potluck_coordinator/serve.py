@@ -1,7 +1,7 @@
 """One coordinator from start to stop: the only one on its data folder, three ports settled, two actors up, nothing left behind.
 
-Decides the order of that, what a start is refused for, and what tells other programs that the coordinator is ready. It must not know how
-requests are served.
+Decides the order of that, what a start is refused for, and what tells other programs that the coordinator is ready. `ray_runtime` runs the
+actors; `warden` clears up should this process die. It must not know how requests are served.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ STOP_SECONDS_MAX: Final = 9.5
 """After a signal, whatever has not stopped by then is killed."""
 WARDEN_SECONDS_MAX: Final = 5.0
 CHECK_PAUSE_SECONDS: Final = 2.0
+"""Between looks at the actors. Ray restarts one that died without being asked, so nothing is lost if a look comes late."""
 TEMPORARY_PATH_LENGTH_MAX: Final = 24
 FREE_PORTS: Final = range(20_000, 30_000)
 """Where a port 0 is taken from. The kernel's own choice could be given to one of Ray's sockets before the gateway has bound it."""

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.money import MICRO_CREDITS_PER_CREDIT
 
 ENVIRONMENT_PREFIX: Final = "POTLUCK_COORDINATOR_"
-MICRO_CREDITS_PER_CREDIT: Final = 1_000_000
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 

@@ -194,7 +194,7 @@ async def run_agent(
     with folder.lock():
         # A wish to leave that was not carried out belongs to an earlier run.
         write_control(folder.path, leaving=False)
-        engines = available_engines()
+        engines = available_engines(scripted=settings.scripted_engine)
         store = ModelStore(settings.cache_dir, disk_budget_bytes=settings.disk_budget_bytes, environment=environment)
         models_allowed = frozenset(ModelId(model_id) for model_id in settings.models_allowed)
         limits = LocalLimits(frozenset(engines), models_allowed, settings.disk_budget_bytes, paused=read_control(folder.path).paused)

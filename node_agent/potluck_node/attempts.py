@@ -35,7 +35,7 @@ CONNECT_LIMIT_SECONDS: Final = 5.0
 CONNECTION_KEPT_SECONDS: Final = 2.0
 """Less than engines keep an idle connection (5 s): one that the engine closes while we write would fail a good request."""
 DELIVERED_KEPT_SECONDS: Final = 20.0
-"""How long an attempt is remembered after its last acknowledgement, in case the link broke under its end; longer than a lease."""
+"""How long an attempt is remembered after its last acknowledgement, in case the link broke under its end; longer than the usual lease."""
 UNDELIVERED_KEPT_SECONDS: Final = 600.0
 """How long an ended attempt waits for a client that does not read."""
 

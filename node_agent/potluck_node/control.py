@@ -1,7 +1,7 @@
 """How the owner's commands and the running agent talk: two small files in the state folder, and no socket.
 
-Decides the form of `control.json`, which the commands write and the agent polls, and of `status.json`, which the agent writes and the
-commands read. It must not know what pausing or leaving does.
+Decides the form of `control.json`, which the commands write and the agent polls (and clears of a `leave` that was not carried out), and of
+`status.json`, which the agent writes and the commands read. It must not know what pausing or leaving does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Becoming a node, and the way back for one whose certificate lapsed.
 
 Decides the order of joining: the CA is checked before anything secret leaves the machine, and the folder counts as joined only when all of
-it is there. The key is made by `identity_store`, the request by `potluck_protocol.identity`. It must not know the link.
+it is there. `potluck_protocol.connection` checks the CA, `identity_store` makes the key, `potluck_protocol.identity` the request; it goes
+to `EnrolmentService` on the coordinator's grpc port. It must not know the link.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ async def join(invite: Invite, folder: StateFolder, *, display_name: str, invent
     """Spends the invite and fills the folder.
 
     Raises:
-        PotluckError: ALREADY_EXISTS for a folder that has joined, INVALID_INVITE, INVALID_CERTIFICATE where the coordinator is another one
-            than the invite names, COORDINATOR_UNAVAILABLE.
+        PotluckError: ALREADY_EXISTS for a folder that has joined and for a key that another person's node uses, INVALID_INVITE,
+            INVALID_CERTIFICATE where the coordinator is another one than the invite names, INVALID_REQUEST for a name that will not do,
+            COORDINATOR_UNAVAILABLE.
     """
     if folder.joined:
         identity = folder.identity()

@@ -1,8 +1,9 @@
 """The node's one link to its coordinator, kept alive for as long as the agent runs.
 
 Carries out what the lease decides (`domain.session`: when to dial, to beat, to be fenced) and what goodbyes mean (`farewell`). Decides when
-the link moves to another connection. What the coordinator says goes to `orders`; what is sent comes from `attempts` and `report`, through a
-`link_connection` that `credentials` opens. It must not know how engines are run or where files lie.
+the link moves to another connection. Leases, certificates and goodbyes are taken here, everything else the coordinator says by `orders`.
+What is sent comes from `attempts` and `report`; `credentials` opens the channel under each `link_connection`. It must not know how
+engines are run or where files lie.
 
 There is at most one current connection. A lost one is dialled again under the same session, and its attempts go on where the coordinator
 says; a new certificate moves the link to a new connection the same way, with the old one still read until the coordinator closes it. When
@@ -32,6 +33,7 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.codec import (
     goodbye_message,
     goodbye_reason_from_number,
+    goodbye_words,
     heartbeat_message,
     hello_message,
     welcome_value,
@@ -384,4 +386,4 @@ class Link:
 
 
 def _outcome_of(goodbye: node_pb2.Goodbye) -> Outcome:
-    return Outcome(goodbye_reason_from_number(goodbye.reason), goodbye.message)
+    return Outcome(goodbye_reason_from_number(goodbye.reason), goodbye_words(goodbye))

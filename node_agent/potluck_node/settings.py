@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     """How long answers under way may go on after the first Ctrl-C."""
     url: str | None = None
     """Where the coordinator answers now, if it moved since the node joined; it must still be the same pool."""
+    scripted_engine: bool = False
+    """Whether the pool may also have the engine of tests and benchmarks here, which makes its answers up."""
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -14,7 +14,7 @@ SERVER_NAME: Final = "coordinator.potluck"
 for one coordinator only and addresses of home and campus networks change."""
 
 MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
-"""One frame at most; request bodies are bounded well below it."""
+"""One frame at most. A request body is at most half of it, so whoever fills a frame bounds how many bodies go into it."""
 
 _KEEPALIVE: Final[list[tuple[str, int]]] = [
     # A peer that vanished without a word is noticed within about 15 s.

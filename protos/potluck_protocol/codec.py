@@ -136,6 +136,11 @@ def goodbye_message(reason: GoodbyeReason, message: str = "") -> node_pb2.Goodby
     return node_pb2.Goodbye(reason=GOODBYE_NUMBER[reason], message=message)
 
 
+def goodbye_words(message: node_pb2.Goodbye) -> str:
+    """Why, in the coordinator's words; the node's owner reads them on a terminal."""
+    return _printable(message.message[:FAILURE_CHARACTERS_MAX])
+
+
 def usage_message(usage: Usage) -> common_pb2.Usage:
     return common_pb2.Usage(
         prompt_token_count=usage.prompt_token_count,

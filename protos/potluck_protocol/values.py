@@ -182,9 +182,11 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A node's sign of life, with a count that grows with every chunk it produced."""
+    """A node's sign of life."""
 
     progress_count: int
+    """Grows with every chunk the node produced. Its owner sees it in `potluck node status --json`; the coordinator, which believes what it
+    relays itself, does not use it."""
     state: NodeState
     engines: tuple[EngineStatus, ...]
     disk_free_bytes: int

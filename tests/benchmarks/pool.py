@@ -48,7 +48,8 @@ def start_potluck(folder: Path, coordinator_cores: frozenset[int], node_cores: f
         invite = _potluck(["tokens", "create"], environment)
         _potluck(["node", "join", "-", "--state-dir", str(state_dir), "--name", "bench"], environment, stdin=invite)
         run = [*_POTLUCK, "node", "run", "--state-dir", str(state_dir), "--cache-dir", str(folder / "cache"), "--models-allowed", MODEL]
-        agent = Child(run, folder / "agent.log", environment=environment, cores=node_cores)
+        with_script = {**environment, "POTLUCK_NODE_SCRIPTED_ENGINE": "true"}
+        agent = Child(run, folder / "agent.log", environment=with_script, cores=node_cores)
         children.append(agent)
         contender = Contender(
             name="Potluck",

@@ -77,8 +77,8 @@ def _write_and_kill(folder: Path, number: int, wanted: int) -> set[str]:
 def _check(folder: Path, acknowledged: set[str], outcome: CrashOutcome) -> None:
     books = Books(f"sqlite:///{folder / 'potluck.db'}")
     try:
-        holds = books.store.run_now(lambda work: work.audit._connection.execute(text("SELECT hold_id, state, settled FROM hold")).all())
-        posted, held = books.store.run_now(lambda work: work.ledger.position("user:ann"))
+        holds = books.run_now(lambda work: work.audit._connection.execute(text("SELECT hold_id, state, settled FROM hold")).all())
+        posted, held = books.run_now(lambda work: work.ledger.position("user:ann"))
         whole = {hold_id for hold_id, state, settled in holds if (state, settled) == ("settled", 1)}
         outcome.lost = len(acknowledged - whole)
         outcome.half_done = len(holds) - len(whole) + abs(BALANCE - posted - len(whole)) + held

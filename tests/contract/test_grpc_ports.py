@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -39,8 +39,8 @@ class Welcoming(node_pb2_grpc.NodeServiceServicer):
         yield node_pb2.CoordinatorFrame(goodbye=node_pb2.Goodbye(message=calling_node()))
 
 
-async def met(authority: CertificateAuthority, key_pem: bytes, revoked: frozenset[NodeId]) -> str:
-    server = build_link_server(grant(authority), interceptor(revoked), Welcoming())
+async def met(authority: CertificateAuthority, key_pem: bytes, outcasts: Mapping[NodeId, str]) -> str:
+    server = build_link_server(grant(authority), interceptor(outcasts), Welcoming())
     port = await server.start("127.0.0.1", 0)
     certificate = authority.issue_node_certificate(identity.public_key_der(key_pem), CLOCK.unix_ms())
     credentials = grpc.ssl_channel_credentials(authority.ca_certificate_pem.encode(), key_pem, certificate.encode())
@@ -55,16 +55,16 @@ async def met(authority: CertificateAuthority, key_pem: bytes, revoked: frozense
 
 async def test_the_servicer_learns_which_node_it_is(authority: CertificateAuthority) -> None:
     key = identity.new_private_key()
-    assert await met(authority, key, frozenset()) == identity.node_id_of_public_key(identity.public_key_der(key))
+    assert await met(authority, key, {}) == identity.node_id_of_public_key(identity.public_key_der(key))
 
 
 async def test_a_revoked_node_does_not_reach_the_servicer(authority: CertificateAuthority) -> None:
     key = identity.new_private_key()
     node_id = identity.node_id_of_public_key(identity.public_key_der(key))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await met(authority, key, frozenset({node_id}))
+        await met(authority, key, {node_id: "too many wrong answers"})
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert "revoked" in (caught.value.details() or "")
+    assert "revoked (too many wrong answers)" in (caught.value.details() or "")
 
 
 # Requests by gRPC.

@@ -149,7 +149,26 @@ async def test_body_is_bounded_in_time(edge: HttpEdge, monkeypatch: pytest.Monke
     monkeypatch.setattr(http_exchange, "BODY_SECONDS_MAX", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
     writer.write(request_bytes("POST", CHAT, b"{", headers={"content-length": "100"}))
-    assert b"did not arrive" in await read_until(reader, b"}}")
+    answer = parse_answer(await asyncio.wait_for(reader.read(), 5))
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert b"did not arrive" in answer.body
+    writer.close()
+
+
+async def test_the_rest_of_a_refused_body_is_bounded_in_time(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "BODY_SECONDS_MAX", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, b"{", key=None, headers={"content-length": "100"}))
+    assert parse_answer(await asyncio.wait_for(reader.read(), 5)).status == 401
+    writer.close()
+
+
+async def test_a_refused_request_whose_body_comes_after_all_leaves_its_connection_good(edge: HttpEdge) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, b"{", key=None, headers={"content-length": "2"}))
+    assert b" 401 " in await read_until(reader, b"}}")
+    writer.write(b"}" + request_bytes("GET", "/health", headers={"connection": "close"}))
+    assert parse_answer(await asyncio.wait_for(reader.read(), 5)).status == 200
     writer.close()
 
 

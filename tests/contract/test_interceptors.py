@@ -53,7 +53,7 @@ class Served:
 
     async def start(self) -> None:
         keys = KeyCache(authenticate, lambda: 1, SystemClock())
-        self.server = grpc.aio.server(interceptors=(CallInterceptor(keys, frozenset, SystemClock()),))
+        self.server = grpc.aio.server(interceptors=(CallInterceptor(keys, dict, SystemClock()),))
         handlers = {
             "unary_unary": grpc.unary_unary_rpc_method_handler(self._one),
             "stream_unary": grpc.stream_unary_rpc_method_handler(self._one),

@@ -316,9 +316,9 @@ async def test_a_revoked_node_stops_and_says_why(coordinator, tmp_path) -> None:
     async with wired_node(coordinator, tmp_path, None) as node:
         link = await coordinator.next_link()
         await link.welcome()
-        await link.send(goodbye=goodbye_message(GoodbyeReason.REVOKED, "too hot"))
+        await link.send(goodbye=goodbye_message(GoodbyeReason.REVOKED, "too\x1b[2J hot"))
         link.close()
-        with pytest.raises(PotluckError, match="too hot") as raised:
+        with pytest.raises(PotluckError, match=r"\(too \[2J hot\)") as raised:
             await asyncio.wait_for(node.task, 2)
         assert raised.value.code is ErrorCode.INVALID_CERTIFICATE
 

@@ -143,7 +143,7 @@ async def test_no_secret_is_kept(books):
         names = [row[0] for row in work.audit._connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'table'"))]
         return str([work.audit._connection.execute(text(f"SELECT * FROM {name}")).all() for name in names])
 
-    dump = books.store.run_now(everything)
+    dump = books.run_now(everything)
     assert key[-43:] not in dump
     assert token_secret not in dump
 

@@ -483,7 +483,7 @@ async def test_a_revoked_nodes_live_link_ends_and_stays_shut(people: People) -> 
         async with asyncio.timeout(5):
             while not (frame := await link.read()).HasField("goodbye"):
                 pass
-        assert codec.goodbye_reason_from_number(frame.goodbye.reason) is GoodbyeReason.REVOKED
+        assert (codec.goodbye_reason_from_number(frame.goodbye.reason), frame.goodbye.message) == (GoodbyeReason.REVOKED, "test")
         assert asyncio.get_running_loop().time() - started < 1
         assert await link.read() is grpc.aio.EOF
         assert await outcome(channel, LINK, None, hello(node_id)) == "invalid_certificate"

@@ -58,6 +58,16 @@ def test_a_child_that_ends_by_itself_is_reported_with_its_last_words(tmp_path: P
     child.stop(1.0)
 
 
+def test_the_output_of_the_run_before_is_kept_and_no_older_one(tmp_path: Path):
+    log = tmp_path / "log"
+    for number in range(3):
+        child = Child("talker", [sys.executable, "-c", f"print('run {number}')"], os.environ, log)
+        assert until(lambda: not is_running(child.pid))  # noqa: B023 - called at once
+        child.stop(1.0)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log": "run 2\n", "log.1": "run 1\n"}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word is asked for on Linux only")
 def test_a_killed_parent_takes_its_child_along(tmp_path: Path):
     parent_script = f"""

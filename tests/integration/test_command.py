@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from potluck import command
+from potluck.commands import root
 from potluck.commands.terminal import duration_seconds
 from potluck_protocol.connection import Invite, fetch_connection
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -191,6 +192,16 @@ def test_a_url_that_is_none_is_named_before_the_key(terminal: Terminal):
     assert '"nonsense" is no URL' in terminal.err
 
 
+def test_openais_base_url_finds_the_pool_too(pool: ScriptedPool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    url = pool.url
+    monkeypatch.setenv("POTLUCK_URL", f"{url}/v1")
+    assert terminal.run("models") == 0
+    assert terminal.run("models", "--url", f"{url}/v1/") == 0
+    monkeypatch.delenv("POTLUCK_API_KEY")
+    write_operator(tmp_path / "state" / "potluck" / "coordinator", url, API_KEY)
+    assert terminal.run("models") == 0
+
+
 def test_a_person_who_is_refused_is_told_where_the_operators_key_is(pool: ScriptedPool, terminal: Terminal, tmp_path: Path):
     folder = tmp_path / "state" / "potluck" / "coordinator"
     pool.unary_refusals.append(PotluckError(ErrorCode.PERMISSION_DENIED, "Operators only."))
@@ -236,7 +247,7 @@ def test_a_role_that_is_not_installed_says_how_to_install_it(terminal: Terminal,
         def load(self) -> typer.Typer:
             raise ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp")
 
-    monkeypatch.setattr(command, "entry_points", lambda group: [Absent()])
+    monkeypatch.setattr(root, "entry_points", lambda group: [Absent()])
     assert terminal.run("node", "join", "--name", "x", "INVITE") == 1
     assert "pip install 'potluck[node]'" in terminal.err
     assert terminal.run("--help") == 0

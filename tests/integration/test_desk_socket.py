@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvloop
 
 from potluck_coordinator import desk_socket
 from potluck_coordinator.desk_socket import DeskClient, DeskServer, DirectoryAbsentError, DirectoryLostError, RemoteDirectory
@@ -31,6 +33,7 @@ class Nodes:
 
     def __init__(self):
         self.asked = asyncio.Event()
+        self.gone = asyncio.Event()
         self.answer: Any = ("one", "two")
         self.listed_count = 0
 
@@ -46,7 +49,7 @@ class Nodes:
 
     async def open_session(self, hello):
         self.asked.set()
-        await asyncio.Event().wait()
+        await self.gone.wait()
 
 
 @pytest.fixture
@@ -167,6 +170,50 @@ def test_a_stop_leaves_no_traceback(path):
     asyncio.run(run(stopped=True))
     asyncio.run(run(stopped=False))
     assert told == []
+
+
+def test_a_gateway_that_is_killed_during_its_calls_leaves_no_traceback(path):
+    told: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+        nodes = Nodes()
+        server = DeskServer(SimpleNamespace(nodes=nodes), path)
+        await server.start()
+        _, writer = await asyncio.open_unix_connection(path)
+        call = pickle.dumps(("nodes", "open_session", (None,), {}))
+        writer.write(desk_socket._HEAD.pack(len(call), 1) + call)
+        async with asyncio.timeout(10):
+            await nodes.asked.wait()
+            writer.transport.abort()
+            while server._connections:
+                await asyncio.sleep(0)
+            (answering,) = server._calls
+            nodes.gone.set()
+            await asyncio.wait([answering])
+        del answering
+        await server.stop()
+
+    uvloop.run(run())
+    gc.collect()
+    assert told == []
+
+
+def test_a_call_on_a_connection_that_just_closed_never_left(path, monkeypatch):
+    monkeypatch.setattr(desk_socket, "RETRY_PAUSE_SECONDS", 0)
+
+    async def run() -> None:
+        server = DeskServer(SimpleNamespace(nodes=Nodes()), path)
+        await server.start()
+        client = DeskClient(path)
+        assert await client.call("nodes", "list_nodes", (), {}) == ("one", "two")
+        client._writer.transport.abort()
+        with pytest.raises(DirectoryAbsentError):
+            await client.call("nodes", "list_nodes", (), {})
+        assert await RemoteDirectory(client.call, SystemClock()).nodes.list_nodes() == ("one", "two")
+        await server.stop()
+
+    uvloop.run(run())
 
 
 async def test_a_directory_that_goes_away_is_noticed_and_its_successor_found(path, nodes):

@@ -144,7 +144,7 @@ def test_sixty_four_threads_race_one_token(tmp_path):
 
         with ThreadPoolExecutor(64) as threads:
             outcomes = list(threads.map(race, requests))
-        nodes = books.store.run_now(lambda work: work.nodes.list_all())
+        nodes = books.run_now(lambda work: work.nodes.list_all())
         assert outcomes.count(ErrorCode.INVALID_INVITE) == 63
         assert [node.node_id for node in nodes] == [outcome for outcome in outcomes if outcome is not ErrorCode.INVALID_INVITE]
         assert len(books.authority.issued) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -71,3 +72,14 @@ async def test_failure_in_the_middle_reaches_the_client_as_an_event():
     for more in ({}, {"n": 2}):
         status, content, _ = await answer_to(TEXT + FAILURE, stream=True, **more)
         assert (status, content) == (200, TEXT + FAILURE)
+
+
+async def test_nobody_gets_in_who_was_not_told_the_url():
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url).serve() as url:
+        told = urlsplit(url)
+        assert len(told.path) > 24
+        for path in (PATH, f"/{'x' * len(told.path[1:])}{PATH}", f"{told.path}/v1/embeddings"):
+            async with session.post(f"http://{told.netloc}{path}", data=b"{}") as response:
+                assert response.status == 404
+        async with session.post(url + PATH, data=b"{}", headers={"origin": "http://a.page"}) as response:
+            assert response.status == 403

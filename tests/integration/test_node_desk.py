@@ -35,7 +35,7 @@ async def node_desk(folder, *names):
 
 
 def add_node(books, name):
-    books.store.run_now(
+    books.run_now(
         lambda work: work.nodes.add(
             EnrolledNode(
                 node_id=NodeId(name),
@@ -78,7 +78,7 @@ async def test_every_active_node_gets_the_models_and_an_outcast_none(tmp_path):
     async with node_desk(tmp_path, "a", "b") as (_, board, nodes):
         assert [engine.replica_id for engine in board.snapshot.desired[NodeId("a")].engines] == ["a/tiny"]
         await nodes.revoke_node(NodeId("b"), "test")
-        assert board.snapshot.revoked_node_ids == {"b"}
+        assert board.snapshot.outcasts == {"b": "test"}
         assert set(board.snapshot.desired) == {"a"}
         with pytest.raises(PotluckError) as failure:
             await nodes.open_session(hello("b"))
@@ -131,7 +131,7 @@ async def test_leaving_is_for_good(tmp_path):
         grant = await nodes.open_session(hello("a"))
         await nodes.close_session(NodeId("a"), grant.epoch, GoodbyeReason.LEAVING)
         assert (await nodes.list_nodes())[0].connection == "left"
-        assert board.snapshot.revoked_node_ids == {"a"}
+        assert board.snapshot.outcasts == {"a": "taken out by its owner"}
 
 
 async def test_minutes_are_counted_by_what_gateways_saw(tmp_path):

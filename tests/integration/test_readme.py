@@ -15,7 +15,9 @@ import pytest
 
 from potluck import Client, PoolError
 from potluck.commands.session import read_operator
+from potluck_node.control import read_status
 from potluck_protocol.errors import CATALOGUE
+from potluck_protocol.values import EngineState, NodeState
 from tests.support.pool import marked_processes, until, write_tiny_catalogue
 from tests.support.readme import Block, blocks
 
@@ -23,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DEFAULT_URL = "http://127.0.0.1:8600"
 READY_SECONDS_MAX = 90.0
-STEADY_SECONDS = 2.5
+CONTROL_READ_SECONDS = 0.1
+"""The agent reads what its owner wants and writes what there is to see at one go, in less than this."""
 BLOCK_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 
@@ -36,6 +39,7 @@ class Reader:
         self.mark = secrets.token_hex(8)
         self._background: list[subprocess.Popen[bytes]] = []
         self._data_folder = folder / "state" / "potluck" / "coordinator"
+        self._node_folder = folder / "state" / "potluck" / "node"
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("POTLUCK_")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -53,7 +57,7 @@ class Reader:
             self._start(block)
             return
         if block.mark == "run when a model is ready":
-            assert until(self._ready_for_a_while, READY_SECONDS_MAX), self._logs()
+            assert until(lambda: self._node_has_obeyed() and self._ready(), READY_SECONDS_MAX), self._logs()
         script = self._folder / f"block.{block.language}"
         text = block.text.replace(DEFAULT_URL, self._operator_url())
         if block.language == "sh":
@@ -94,9 +98,17 @@ class Reader:
     def _operator_url(self) -> str:
         return read_operator(self._data_folder).url
 
-    def _ready_for_a_while(self) -> bool:
-        """A node that was just told to pause looks ready until it has read that."""
-        return self._ready() and not until(lambda: not self._ready(), STEADY_SECONDS)
+    def _node_has_obeyed(self) -> bool:
+        """A node that was just told to pause, and to go on, looks ready until it has read that."""
+        told = self._node_folder / "control.json"
+        told_at_seconds = told.stat().st_mtime if told.exists() else 0.0
+        status = read_status(self._node_folder)
+        return (
+            status is not None
+            and status.updated_at_unix_ms / 1000 > told_at_seconds + CONTROL_READ_SECONDS
+            and status.state == NodeState.SERVING
+            and [engine.state for engine in status.engines] == [EngineState.READY]
+        )
 
     def _ready(self) -> bool:
         operator = read_operator(self._data_folder)

@@ -13,6 +13,7 @@ from potluck_coordinator.domain import ledger
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway import answer as answer_module
 from potluck_coordinator.gateway import node_session, requests
+from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
@@ -88,6 +89,19 @@ async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch)
         await first.close()
         answer, _ = await second
         await answer.close()
+
+
+async def test_two_requests_of_the_largest_size_do_not_break_the_link(tmp_path):
+    async with pool(tmp_path) as (coordinator, node):
+        largest = await request_of(coordinator, body=b"x" * BODY_BYTES_MAX)
+        # Begun in the same turn of the loop: both wait for the same frame.
+        both = [asyncio.ensure_future(coordinator.gateway.requests.begin(largest)) for _ in range(2)]
+        for number, work in enumerate(both):
+            start = await node.next_start(number)
+            assert len(start.body) == BODY_BYTES_MAX
+            await node.chunk(start.attempt_id, 0, token("one"))
+            await (await asyncio.wait_for(work, 5)).close()
+        assert len(node.starts()) == 2
 
 
 async def test_what_cannot_fit_reaches_no_node(tmp_path):

@@ -116,17 +116,17 @@ async def test_a_node_gets_no_work_that_was_not_wished_of_it(tmp_path):
 
 
 async def test_heartbeats_are_read_while_a_certificate_waits_for_the_directory(tmp_path):
-    async with pool(tmp_path, lease_ttl_ms=1500, heartbeat_idle_ms=300, heartbeat_busy_ms=200) as (coordinator, node):
-        never = asyncio.Event()
+    async with pool(tmp_path) as (coordinator, node):
+        asked, never = asyncio.Event(), asyncio.Event()
 
         async def renew(_):
+            asked.set()
             await never.wait()
 
         coordinator.directory.enrolment.renew = renew
         request = certificate_request(node.credentials.key_pem)
         await node.send(certificate_request=node_pb2.CertificateRequest(certificate_request_der=request))
-        for _ in range(10):
-            await asyncio.sleep(0.2)
-            await node.beat()
-        assert not node.ended
-        assert coordinator.gateway._links.session(node.credentials.node_id) is not None
+        await asyncio.wait_for(asked.wait(), 5)
+        node.received.clear()
+        await node.beat()
+        assert (await node.wait_for(lambda frame: frame.HasField("lease"), 5)).lease.epoch == node.epoch

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import grpc
 import pytest
 
 from potluck_coordinator.gateway import answer as answer_module
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import EndReason, GoodbyeReason, NodeState, Usage
+from potluck_protocol.values import EndReason, GoodbyeReason, ModelId, NodeState, Usage
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link
 from tests.support.request_path import DONE, USAGE_EVENT, begin, pool, read_all, request_of, settled_balance, token
@@ -128,7 +129,16 @@ async def test_too_few_credits_cancel_before_the_client_sees_anything(tmp_path):
         with pytest.raises(PotluckError) as failure:
             await asyncio.wait_for(work, 5)
         assert failure.value.code is ErrorCode.INSUFFICIENT_CREDITS
+        assert "could cost up to 0.000676 credits" in failure.value.message
         await node.wait_for(lambda frame: bool(frame.cancels), 1)
+
+
+async def test_an_unknown_model_is_refused_with_where_the_known_ones_are_listed(tmp_path):
+    async with pool(tmp_path) as (coordinator, _):
+        request = replace(await request_of(coordinator), model_id=ModelId("nobodys"))
+        with pytest.raises(PotluckError, match=r"'nobodys'.*`potluck models`") as failure:
+            await coordinator.gateway.requests.begin(request)
+        assert failure.value.code is ErrorCode.MODEL_NOT_FOUND
 
 
 async def test_a_full_model_queues_in_order_and_refuses_beyond_its_bound(tmp_path):

@@ -95,6 +95,38 @@ def test_a_plain_prompt(pool: ScriptedPool, client: Client):
     assert json.loads(pool.bodies[0])["prompt"] == "It goes"
 
 
+NO_MESSAGES = [None, [], (), 5, {"role": "user", "content": "a canary"}, ["a canary"], [{"role": "user"}, None], b"a canary"]
+
+
+@pytest.mark.parametrize("messages", NO_MESSAGES, ids=repr)
+async def test_what_is_no_conversation_is_refused_before_any_call(pool: ScriptedPool, client: Client, messages: object):
+    for stream in (False, True):
+        with pytest.raises(potluck.InvalidRequestError, match=r"(?s)one question as a string.*\"role\"") as caught:
+            client.chat(messages, stream=stream)
+        assert (caught.value.param, "canary" in caught.value.message) == ("messages", False)
+    async with AsyncClient(pool.url, API_KEY) as other:
+        with pytest.raises(potluck.InvalidRequestError, match="one question as a string"):
+            await other.chat(messages)
+    assert (pool.unary_calls, pool.bodies) == ([], [])
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"prompt": "a canary"}], ids=repr)
+async def test_what_is_no_prompt_is_refused_before_any_call(pool: ScriptedPool, client: Client, prompt: object):
+    with pytest.raises(potluck.InvalidRequestError, match="a text to go on from") as caught:
+        client.complete(prompt)
+    assert (caught.value.param, "canary" in caught.value.message) == ("prompt", False)
+    async with AsyncClient(pool.url, API_KEY) as other:
+        with pytest.raises(potluck.InvalidRequestError, match="a text to go on from"):
+            await other.complete(prompt)
+    assert (pool.unary_calls, pool.bodies) == ([], [])
+
+
+def test_messages_may_come_from_a_generator(pool: ScriptedPool, client: Client):
+    pool.plays.append(answers(*WHOLE, finished()))
+    client.chat({"role": "user", "content": text} for text in ("a", "b"))
+    assert len(json.loads(pool.bodies[0])["messages"]) == 2
+
+
 def test_leaving_the_block_early_takes_the_request_back(pool: ScriptedPool, client: Client):
     gone = threading.Event()
     pool.plays.append(hangs(gone, *events("a")))

@@ -32,7 +32,7 @@ def books(tmp_path):
 
 
 def execute(books, statement):
-    return books.store.run_now(lambda work: work.audit._connection.execute(text(statement)))
+    return books.run_now(lambda work: work.audit._connection.execute(text(statement)))
 
 
 def _rows(work, statement):
@@ -40,7 +40,7 @@ def _rows(work, statement):
 
 
 def execute_all(books, statement):
-    return books.store.run_now(lambda work: _rows(work, statement))
+    return books.run_now(lambda work: _rows(work, statement))
 
 
 def test_migrated_schema_equals_the_models():
@@ -60,7 +60,7 @@ def test_migrating_again_changes_nothing_and_a_newer_schema_is_refused(tmp_path)
     with open_books(tmp_path) as books:
         books.add_people("ann")
         books.store.migrate()
-        assert books.store.run_now(lambda work: work.accounts.get("ann")).name == "ann"
+        assert books.run_now(lambda work: work.accounts.get("ann")).name == "ann"
         execute(books, "UPDATE alembic_version SET version_num = '9999'")
         with pytest.raises(PotluckError, match="newer") as refused:
             books.store.migrate()
@@ -130,13 +130,13 @@ async def test_a_cancelled_caller_does_not_stop_the_store(books):
 
     running = asyncio.ensure_future(books.store.run(blocking))
     await asyncio.to_thread(entered.wait, 10)
-    waiting = asyncio.ensure_future(books.store.run(lambda work: work.state.advance(StateName.KEY_GENERATION)))
+    waiting = asyncio.ensure_future(books.store.run(lambda work: work.state.advance(StateName.DESIRED_REVISION)))
     await asyncio.sleep(0)
     running.cancel()
     waiting.cancel()
     await asyncio.gather(running, waiting, return_exceptions=True)
     leave.set()
-    assert await books.store.run(lambda work: work.state.counter(StateName.KEY_GENERATION)) == 0
+    assert await books.store.run(lambda work: work.state.counter(StateName.DESIRED_REVISION)) == 0
 
 
 def test_a_full_disk_refuses_whole_groups_and_loses_nothing_acknowledged(books):
@@ -155,7 +155,7 @@ def test_a_full_disk_refuses_whole_groups_and_loses_nothing_acknowledged(books):
     execute(books, "PRAGMA max_page_count = 1000000")
     books.apply_now(open_hold("after", amount=1))
     assert books.audit_now().findings == ()
-    kept = books.store.run_now(lambda work: [work.holds.get(f"h{number}") is not None for number in range(300)])
+    kept = books.run_now(lambda work: [work.holds.get(f"h{number}") is not None for number in range(300)])
     assert kept == [outcome is None for outcome in outcomes]
 
 
@@ -163,7 +163,7 @@ def test_a_closed_store_refuses_and_may_be_closed_again(tmp_path):
     with open_books(tmp_path) as books:
         books.store.close()
         with pytest.raises(PotluckError, match="stopping"):
-            books.store.run_now(lambda work: None)
+            books.run_now(lambda work: None)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_database_refuses_a_transaction_that_does_not_balance(books):
         work.audit._connection.execute(text("INSERT INTO ledger_transaction VALUES ('t', 'grant', '', 0)"))
 
     with pytest.raises(IntegrityError, match="sum to zero"):
-        books.store.run_now(unbalanced)
+        books.run_now(unbalanced)
     assert books.audit_now().findings == ()
 
 
@@ -251,7 +251,7 @@ def test_the_audit_finds_what_was_changed_behind_the_ledgers_back(books, tamperi
         for statement in tampering.split("; "):
             work.audit._connection.execute(text(statement))
 
-    books.store.run_now(tamper)
+    books.run_now(tamper)
     assert any(finding in found for found in books.audit_now().findings), books.audit_now().findings
 
 
@@ -259,7 +259,7 @@ def test_the_audit_looks_every_partner_up_by_its_key(books):
     from potluck_coordinator.storage.audit import _RULES
 
     for sentence, query in _RULES:
-        plan = [step[3] for step in books.store.run_now(lambda work, query=query: _rows(work, f"EXPLAIN QUERY PLAN {query}"))]
+        plan = [step[3] for step in books.run_now(lambda work, query=query: _rows(work, f"EXPLAIN QUERY PLAN {query}"))]
         searches = [step for step in plan if step.startswith("SEARCH p ")]
         assert all("(transaction_id=?" in step for step in searches), (sentence, plan)
         assert sum(step.startswith("SCAN") for step in plan) <= 2, (sentence, plan)
@@ -275,24 +275,24 @@ def test_an_accounts_newest_lines_are_found_without_sorting_all_of_them(books):
 
 
 def test_uptime_hours_hold_at_most_sixty_minutes(books):
-    books.store.run_now(lambda work: work.nodes.add(_node("n1")))
+    books.run_now(lambda work: work.nodes.add(_node("n1")))
     for _ in range(70):
-        books.store.run_now(lambda work: work.uptime.add("n1", 5, 1, 0))
-    books.store.run_now(lambda work: work.uptime.add("n1", 6, 0, 2))
-    assert books.store.run_now(lambda work: work.uptime.totals()) == {"n1": (60, 2)}
-    assert books.store.run_now(lambda work: work.uptime.totals(since_hour=6)) == {"n1": (0, 2)}
+        books.run_now(lambda work: work.uptime.add("n1", 5, 1, 0))
+    books.run_now(lambda work: work.uptime.add("n1", 6, 0, 2))
+    assert books.run_now(lambda work: work.uptime.totals()) == {"n1": (60, 2)}
+    assert books.run_now(lambda work: work.uptime.totals(since_hour=6)) == {"n1": (0, 2)}
 
 
 def test_node_epochs_only_rise_and_only_for_active_nodes(books):
     from potluck_coordinator.storage.nodes import NodeStatus
 
-    books.store.run_now(lambda work: work.nodes.add(_node("n1")))
-    assert [books.store.run_now(lambda work: work.nodes.next_epoch("n1")) for _ in range(3)] == [1, 2, 3]
-    assert books.store.run_now(lambda work: work.nodes.get("n1")) == _node("n1", epoch=3)
-    assert books.store.run_now(lambda work: work.nodes.end("n1", NodeStatus.REVOKED, "stolen"))
-    assert books.store.run_now(lambda work: work.nodes.next_epoch("n1")) is None
-    assert books.store.run_now(lambda work: work.nodes.next_epoch("nobody")) is None
-    assert not books.store.run_now(lambda work: work.nodes.end("n1", NodeStatus.LEFT, "went"))
+    books.run_now(lambda work: work.nodes.add(_node("n1")))
+    assert [books.run_now(lambda work: work.nodes.next_epoch("n1")) for _ in range(3)] == [1, 2, 3]
+    assert books.run_now(lambda work: work.nodes.get("n1")) == _node("n1", epoch=3)
+    assert books.run_now(lambda work: work.nodes.end("n1", NodeStatus.REVOKED, "stolen"))
+    assert books.run_now(lambda work: work.nodes.next_epoch("n1")) is None
+    assert books.run_now(lambda work: work.nodes.next_epoch("nobody")) is None
+    assert not books.run_now(lambda work: work.nodes.end("n1", NodeStatus.LEFT, "went"))
 
 
 def _node(node_id, epoch=0):

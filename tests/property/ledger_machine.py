@@ -174,7 +174,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def gateway_is_replaced(self):
-        self.epoch = self.model.epoch = self.books.store.run_now(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
+        self.epoch = self.model.epoch = self.books.run_now(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
         orphans = [hold for hold in self.model.holds.values() if hold.paid is None and hold.epoch < self.epoch]
         for hold in orphans:
             self.model.pay(hold, hold.mark)
@@ -196,7 +196,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def everybody_owns_what_the_model_says(self) -> None:
         if not hasattr(self, "model"):
             return
-        accounts = self.books.store.run_now(lambda work: _rows(work, "SELECT ledger_account_id, posted, held FROM ledger_account"))
+        accounts = self.books.run_now(lambda work: _rows(work, "SELECT ledger_account_id, posted, held FROM ledger_account"))
         expected = {"issuer": (-GRANT * len(PEOPLE), 0), "fee": (self.model.fees, 0)}
         for person in PEOPLE:
             expected[f"user:{person}"] = (self.model.spendable[person], self.model.held(person))
@@ -217,7 +217,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _rebuild_from_postings(self) -> None:
         """Adds the postings up from nothing, without the ledger's own queries."""
-        postings = self.books.store.run_now(lambda work: _rows(work, "SELECT transaction_id, ledger_account_id, amount FROM posting"))
+        postings = self.books.run_now(lambda work: _rows(work, "SELECT transaction_id, ledger_account_id, amount FROM posting"))
         by_transaction: Counter[str] = Counter()
         by_account: Counter[str] = Counter()
         for transaction_id, account, amount in postings:

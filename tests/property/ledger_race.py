@@ -49,7 +49,7 @@ def race(url: str, *, thread_count: int, spend_count: int, balance: int) -> Race
         with ThreadPoolExecutor(thread_count) as threads:
             outcomes = sum(threads.map(spend, range(thread_count)), Counter())
         positions = [
-            books.store.run_now(lambda work, account=account: work.ledger.position(account)) for account in ("user:ann", "node_owner:bob")
+            books.run_now(lambda work, account=account: work.ledger.position(account)) for account in ("user:ann", "node_owner:bob")
         ]
         return RaceOutcome(
             spent=outcomes[LedgerOutcome.APPLIED],

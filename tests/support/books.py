@@ -13,7 +13,7 @@ from potluck_coordinator.directory.bootstrap import found_pool
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
-from potluck_coordinator.storage.store import Store
+from potluck_coordinator.storage.store import Store, _Unit, _with_session
 from potluck_protocol.values import AccountId
 
 START_UNIX_MS = 1_750_000_000_000
@@ -77,13 +77,17 @@ class Books:
                 record = AccountRecord(AccountId(name), name, operator=False, created_at_unix_ms=self.clock.now_ms)
                 open_account(work, record, grant)
 
-        self.store.run_now(add)
+        self.run_now(add)
+
+    def run_now(self, work):
+        """As `Store.run`, for threads and machines that have no event loop; the coordinator has one wherever it uses its store."""
+        return self.store._submit(_Unit(lambda connection: _with_session(connection, work))).result()
 
     def apply_now(self, *commands):
-        return self.store.run_now(self.ledger.work_for(commands))
+        return self.run_now(self.ledger.work_for(commands))
 
     def audit_now(self):
-        return self.store.run_now(lambda work: work.audit.report(self.clock.now_ms))
+        return self.run_now(lambda work: work.audit.report(self.clock.now_ms))
 
     def _key_was_revoked(self) -> None:
         self.revocations += 1

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -97,6 +98,20 @@ class CoordinatorProcess:
         """The coordinator's process and everything it started."""
         driver = psutil.Process(self.process.pid)
         return [driver, *driver.children(recursive=True)]
+
+    def watch_to_its_end(self, seconds: float) -> dict[psutil.Process, str]:
+        """Every process that it ever had below it, with its name, once it has ended by itself."""
+        seen: dict[psutil.Process, str] = {}
+
+        def has_ended() -> bool:
+            with suppress(psutil.NoSuchProcess):
+                for process in self.processes():
+                    if process not in seen:
+                        seen[process] = process.name()
+            return self.process.poll() is not None
+
+        wait_until(has_ended, seconds, "the end of the coordinator")
+        return seen
 
     def actor(self, name: str) -> psutil.Process:
         """The process of "DirectoryActor" or "GatewayActor"."""

@@ -51,7 +51,7 @@ def wished(file: ModelFile, *, kind: str = "scripted", replica_id: str = "replic
 
 
 def supervisor_of(folder: Path, clock: Clock, *, limits: LocalLimits | None = None) -> EngineSupervisor:
-    engines = available_engines()
+    engines = available_engines(scripted=True)
     store = ModelStore(folder / "cache", disk_budget_bytes=None, environment=os.environ)
     limits = limits or LocalLimits(frozenset(engines))
     return EngineSupervisor(engines=engines, store=store, limits=limits, clock=clock, environment=os.environ)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 import grpc
@@ -44,8 +46,8 @@ async def _authenticate(secret: str) -> KeyIdentity:
     return _IDENTITIES[secret]
 
 
-def interceptor(revoked: frozenset[NodeId] = frozenset()) -> CallInterceptor:
-    return CallInterceptor(KeyCache(_authenticate, lambda: 1, CLOCK), lambda: revoked, CLOCK)
+def interceptor(outcasts: Mapping[NodeId, str] = MappingProxyType({})) -> CallInterceptor:
+    return CallInterceptor(KeyCache(_authenticate, lambda: 1, CLOCK), lambda: outcasts, CLOCK)
 
 
 def grant(authority: CertificateAuthority) -> GatewayGrant:

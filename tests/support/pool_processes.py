@@ -128,6 +128,7 @@ class NodeProcess:
             "POTLUCK_NODE_CACHE_DIR": str(self.folder / "cache"),
             "POTLUCK_NODE_MODELS_ALLOWED": f"{MODEL},{LLAMACPP_MODEL}",
             "POTLUCK_NODE_LOG_FORMAT": "json",
+            "POTLUCK_NODE_SCRIPTED_ENGINE": "true",
             "XDG_CONFIG_HOME": str(self.folder / "config"),
         }
 

@@ -28,14 +28,14 @@ async def pool(folder, **changes):
             yield coordinator, node
 
 
-async def request_of(coordinator, *, stream=True, completion_tokens_max=100, prompt_tokens_min=1):
+async def request_of(coordinator, *, stream=True, completion_tokens_max=100, prompt_tokens_min=1, body=b"{}"):
     accounts = await coordinator.directory.accounts.list_accounts()
     return InferenceRequest(
         request_id=RequestId("request"),
         account_id=accounts[0].account_id,
         model_id=TINY,
         endpoint=Endpoint.CHAT_COMPLETIONS,
-        body=b"{}",
+        body=body,
         stream=stream,
         include_usage=False,
         prompt_bytes=20,

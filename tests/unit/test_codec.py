@@ -15,6 +15,7 @@ from potluck_protocol.values import (
     Endpoint,
     EngineState,
     EngineStatus,
+    GoodbyeReason,
     Heartbeat,
     Hello,
     Inventory,
@@ -105,3 +106,10 @@ def test_of_an_overlong_failure_the_end_is_kept() -> None:
     failure = codec.engine_status_value(message).failure
     assert len(failure) == codec.FAILURE_CHARACTERS_MAX
     assert failure.endswith("the end")
+
+
+def test_a_goodbyes_words_are_bounded_and_harmless_on_a_terminal() -> None:
+    message = codec.goodbye_message(GoodbyeReason.REVOKED, "too\x1b[2J hot " + "x" * 10_000)
+    words = codec.goodbye_words(message)
+    assert words.startswith("too [2J hot x")
+    assert len(words) == codec.FAILURE_CHARACTERS_MAX

@@ -11,6 +11,7 @@ from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.relay import Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     AccountId,
     AttemptId,
@@ -99,17 +100,31 @@ class SlowDirectory:
         self._meanwhile()
         return SessionGrant(1, AccountId("owner"), DesiredState())
 
+    async def close_session(self, node_id, epoch, reason):
+        pass
+
 
 async def test_a_wish_that_comes_while_a_session_is_opened_reaches_the_node(clock):
     wish = DesiredState(revision=7)
-    snapshot = PoolSnapshot(1, {}, {NODE: wish}, frozenset(), 1)
+    snapshot = PoolSnapshot(1, {}, {NODE: wish}, {}, 1)
     links = Links(SlowDirectory(lambda: links.take_snapshot(snapshot)), LivenessLimits(), clock, lambda: None)
     _, _, welcome = await links.connect(HELLO)
     assert welcome.desired is wish
 
 
+async def test_a_revoked_node_is_told_why():
+    session = NodeSession(HELLO, SessionGrant(1, AccountId("owner"), DesiredState()), 100.0)
+    links = Links(SlowDirectory(None), LivenessLimits(), HandClock(), lambda: None)
+    links._sessions[NODE] = session
+    outbox = session.outbox = Outbox()
+    links.take_snapshot(PoolSnapshot(1, {}, {}, {NODE: "too many wrong answers"}, 1))
+    goodbye = (await outbox.take()).goodbye
+    assert (goodbye.reason, goodbye.message) == (node_pb2.GOODBYE_REASON_REVOKED, "too many wrong answers")
+    await links.stop()
+
+
 async def test_a_node_revoked_while_its_session_is_opened_does_not_get_in(clock):
-    snapshot = PoolSnapshot(1, {}, {}, frozenset({NODE}), 1)
+    snapshot = PoolSnapshot(1, {}, {}, {NODE: ""}, 1)
     links = Links(SlowDirectory(lambda: links.take_snapshot(snapshot)), LivenessLimits(), clock, lambda: None)
     with pytest.raises(PotluckError) as refused:
         await links.connect(HELLO)

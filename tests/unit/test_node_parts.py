@@ -18,6 +18,7 @@ from potluck_node.engines.registry import available_engines
 from potluck_node.model_store.sources import client_environment
 from potluck_node.probe import host, inventory, nvidia
 from potluck_node.report import ENGINES_MAX, NodeReport
+from potluck_node.settings import Settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.values import Accelerator, EngineState, EngineStatus, Inventory, ModelId, ReplicaId, SessionId
 
@@ -55,10 +56,16 @@ def test_package_clients_keep_their_own_settings_and_see_none_of_ours():
 
 
 def test_every_engine_tells_what_the_plan_and_the_link_need():
-    for kind, engine in available_engines().items():
+    for kind, engine in available_engines(scripted=True).items():
         assert engine.kind == kind
         assert engine.version
         assert engine.endpoints
+
+
+def test_the_engine_that_makes_its_answers_up_is_offered_only_where_the_owner_says_so():
+    assert "scripted" not in available_engines(scripted=False)
+    assert set(available_engines(scripted=True)) - set(available_engines(scripted=False)) == {"scripted"}
+    assert not Settings().scripted_engine
 
 
 def test_failing_probe_costs_its_own_fact_and_is_logged_once(monkeypatch, tmp_path):

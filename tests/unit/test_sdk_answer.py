@@ -15,9 +15,10 @@ from potluck import calls
 from potluck.address import pool_address
 from potluck.answer import AnswerReader
 from potluck.errors import CLASS_OF_CODE, PoolError, pool_error
-from potluck.results import ModelInfo, credits_text
+from potluck.results import ModelInfo
 from potluck.retry import RETRY_AFTER_MAX_SECONDS, TRIES_MAX, delay_before_retry_seconds
 from potluck_protocol.errors import CATALOGUE, ErrorCode
+from potluck_protocol.money import credits_text
 from potluck_protocol.v1 import account_pb2, inference_pb2, pool_pb2
 from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelId, NodeId, TokenId
 from tests.support.scripted_pool import data, finished, placed
@@ -212,6 +213,9 @@ def test_the_address_comes_from_arguments_then_the_environment(monkeypatch: pyte
     monkeypatch.setenv("POTLUCK_API_KEY", "sk-a\n")
     assert pool_address().api_key == "sk-a"
     assert "sk-b" not in repr(pool_address(api_key="sk-b"))
+    for pasted in ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1/", " http://127.0.0.1:1/ "):
+        assert pool_address(pasted).url == "http://127.0.0.1:1"
+    assert pool_address("https://host/pool/v1#pin").url == "https://host/pool#pin"
     with pytest.raises(potluck.InvalidApiKeyError):
         pool_address(api_key="sk b")
 

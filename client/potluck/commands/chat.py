@@ -17,7 +17,8 @@ from potluck.client import Client
 from potluck.commands.session import KeyFileOption, UrlOption, address
 from potluck.commands.terminal import say
 from potluck.errors import PoolError
-from potluck.results import ChatResult, credits_text
+from potluck.results import ChatResult
+from potluck_protocol.money import credits_text
 
 
 @dataclass(frozen=True, slots=True)

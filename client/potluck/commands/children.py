@@ -1,7 +1,7 @@
 """Child processes that never outlive their use.
 
-Decides how a `potluck` child is started (a group of its own, output in a file, tied to this process) and how it is stopped: asked, waited
-for within a bound, then killed with everything in its group. It must not know what the child does.
+Decides how a `potluck` child is started (a group of its own, output in a file, tied to this process), what becomes of its predecessor's
+output, and how it is stopped: asked, waited for within a bound, then killed with everything in its group. It must not know what it does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from potluck_protocol.errors import ErrorCode
 
 TAIL_LINE_COUNT: Final = 15
 TAIL_BYTES_MAX: Final = 16 * 1024
+PREVIOUS_SUFFIX: Final = ".1"
+"""Of the output before this run's. One is kept: what led to a crash is still there after the next start, and old ones do not pile up."""
 
 
 def potluck_command(*arguments: str) -> list[str]:
@@ -34,11 +36,17 @@ def child_environment(base: Mapping[str, str], **changes: str) -> dict[str, str]
 
 
 class Child:
-    """One running child."""
+    """One running child.
+
+    Args:
+        log_file: for its output. One that is there already, of an earlier run, gets the suffix `.1`, in the place of the one before it.
+    """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> None:
         self.name = name
         self.log_file = log_file
+        with suppress(FileNotFoundError):
+            log_file.rename(f"{log_file}{PREVIOUS_SUFFIX}")
         with log_file.open("wb") as log:
             log_file.chmod(0o600)
             self._process = subprocess.Popen(

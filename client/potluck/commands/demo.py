@@ -23,9 +23,10 @@ from potluck.commands.progress import LiveLine
 from potluck.commands.terminal import EXIT_FAILED, say, show
 from potluck.commands.up import CatalogueOption
 from potluck.errors import pool_error
-from potluck.results import Audit, credits_text
+from potluck.results import Audit
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
+from potluck_protocol.money import credits_text
 from potluck_protocol.values import AccountId
 
 QUESTION: Final = "Why do people like to share food? Answer in two sentences."

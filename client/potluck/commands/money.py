@@ -13,7 +13,7 @@ import typer
 from potluck import calls
 from potluck.commands.session import KeyFileOption, UrlOption, connected
 from potluck.commands.terminal import EXIT_FAILED, JsonOption, moment, say, show, show_json, show_table
-from potluck.results import credits_text
+from potluck_protocol.money import credits_text
 
 LINE_COUNT_MAX = 1000
 

@@ -16,7 +16,7 @@ from typing import Annotated, Final
 
 import typer
 
-from potluck.address import API_KEY_VARIABLE, URL_VARIABLE, PoolAddress, checked_url, pool_address
+from potluck.address import API_KEY_VARIABLE, URL_VARIABLE, PoolAddress, pool_address, pool_url
 from potluck.errors import NotPermittedError, PoolError, pool_error
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
@@ -71,7 +71,7 @@ def address(url: str | None, api_key_file: Path | None) -> PoolAddress:
     """The pool and key for a command; raises a `PoolError` that names what is missing."""
     wanted_url = url or os.environ.get(URL_VARIABLE) or None
     if wanted_url is not None:
-        checked_url(wanted_url.strip())
+        wanted_url = pool_url(wanted_url)
     api_key = _file_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
     if wanted_url is None or api_key is None:
         operator = local_operator()

@@ -24,7 +24,7 @@ class SnapshotBoard:
     """
 
     def __init__(self, first_version: int) -> None:
-        self._snapshot = PoolSnapshot(first_version, {}, {}, frozenset(), first_version)
+        self._snapshot = PoolSnapshot(first_version, {}, {}, {}, first_version)
         self._changed = asyncio.Event()
 
     @property

@@ -62,10 +62,10 @@ class Nodes:
         self._reported_at_ms = self._steady_ms()
 
     async def refresh(self) -> None:
-        """Plans anew and tells the gateways: called at start, and whenever a node, model or deployment has come or gone."""
+        """Plans anew and tells the gateways: called at start, when models may have changed, and whenever a node has come or gone."""
         async with self._refreshing:
             desired, outcasts, models = await self._store.run(self._planned)
-            self._board.publish(desired=desired, revoked_node_ids=outcasts, models=models)
+            self._board.publish(desired=desired, outcasts=outcasts, models=models)
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]:
         """Every node that ever enrolled."""
@@ -145,7 +145,7 @@ class Nodes:
 
         await self._store.run(book)
 
-    def _planned(self, work: UnitOfWork) -> tuple[Mapping[NodeId, DesiredState], frozenset[NodeId], Mapping[ModelId, CatalogueEntry]]:
+    def _planned(self, work: UnitOfWork) -> tuple[Mapping[NodeId, DesiredState], Mapping[NodeId, str], Mapping[ModelId, CatalogueEntry]]:
         nodes = work.nodes.list_all()
         models = work.catalogue.entries()
         active = [node.node_id for node in nodes if node.status is NodeStatus.ACTIVE]
@@ -159,7 +159,7 @@ class Nodes:
             return DesiredState(work.state.advance(StateName.DESIRED_REVISION), engines)
 
         desired = {node_id: state(node_id, engines) for node_id, engines in wishes.items()}
-        return desired, frozenset(node.node_id for node in nodes if node.status is not NodeStatus.ACTIVE), models
+        return desired, {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}, models
 
     def _record(self, node: EnrolledNode, up_minutes: int, down_minutes: int) -> NodeRecord:
         live = self._live.get(node.node_id)

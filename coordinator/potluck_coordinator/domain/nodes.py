@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from potluck_protocol.values import NodeId
+
+
+MASS_SILENCE_SHARE: Final = 0.3
+"""Of the nodes: homes fail one by one, and what they share, the coordinator and its line, takes nearly all of them."""
+MASS_SILENCE_COUNT_MIN: Final = 4
+"""Fewer than this many nodes falling silent together is bad luck, not a sign of the coordinator's own trouble."""
 
 
 class Liveness(StrEnum):
@@ -37,10 +43,7 @@ class LivenessLimits:
     silent_attempt_seconds: float = 8.0
     """An attempt on a suspect node that sent nothing for so long has failed, so that its client hears of it before the lease ends."""
     link_grace_seconds: float = 1.0
-    """How long a broken link may take to come back before its attempts fail."""
-    mass_silence_share: float = 0.3
-    """If more of the nodes than this lapse at once, the coordinator is the likelier culprit and waits for another lease."""
-    mass_silence_count_min: int = 4
+    """How long a broken link may take to come back before its session ends and its attempts fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,11 @@ def link_grace_is_over(link_lost_at: float | None, now: float, limits: LivenessL
     return link_lost_at is not None and now - link_lost_at >= limits.link_grace_seconds
 
 
+def is_mass_silence(silent_count: int, node_count: int) -> bool:
+    """Whether so many of the nodes fell silent together that the coordinator itself is the likelier culprit."""
+    return silent_count >= MASS_SILENCE_COUNT_MIN and silent_count > MASS_SILENCE_SHARE * node_count
+
+
 def lapsed_nodes(nodes: Iterable[tuple[NodeId, SignsOfLife]], now: float, limits: LivenessLimits) -> frozenset[NodeId]:
     """The nodes whose leases end now.
 
@@ -84,7 +92,7 @@ def lapsed_nodes(nodes: Iterable[tuple[NodeId, SignsOfLife]], now: float, limits
     """
     everyone = list(nodes)
     lapsed = {node_id for node_id, signs in everyone if liveness(signs, now, limits) is Liveness.LAPSED}
-    if len(lapsed) < limits.mass_silence_count_min or len(lapsed) <= limits.mass_silence_share * len(everyone):
+    if not is_mass_silence(len(lapsed), len(everyone)):
         return frozenset(lapsed)
     patience_seconds = 2 * limits.lease_ttl_seconds
     return frozenset(node_id for node_id, signs in everyone if now - signs.heartbeat_at >= patience_seconds)

@@ -15,6 +15,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
+from potluck_coordinator.domain.nodes import is_mass_silence
 from potluck_protocol.values import NodeId
 
 MINUTE_MS: Final = 60_000
@@ -24,9 +25,6 @@ START_GRACE_MS: Final = 60_000
 """The coordinator's first minute, in which nodes are still finding their way back."""
 REPORT_DELAY_MS: Final = 15_000
 """How long after its end a minute is judged, so that the last report about it has come."""
-MASS_SILENCE_SHARE: Final = 0.3
-MASS_SILENCE_COUNT_MIN: Final = 4
-"""Fewer than this many nodes falling silent together is bad luck, not a sign of the coordinator's own trouble."""
 MASS_SILENCE_MINUTES_MAX: Final = 10
 """After so long a silence it is taken for what it looks like, unless every node is silent."""
 
@@ -108,7 +106,7 @@ def close_minutes(state: UptimeState, enrolled_at_ms: Mapping[NodeId, int], now_
         expected = frozenset(node_id for node_id, since_ms in enrolled_at_ms.items() if since_ms <= minute * MINUTE_MS)
         covered = state.covered_seconds.get(minute, {})
         up = frozenset(node_id for node_id in expected if covered.get(node_id, 0.0) >= UP_SECONDS_MIN)
-        doubted = _is_mass_silence(state, expected, up)
+        doubted = _is_doubtful(state, expected, up)
         silent_verdict = Verdict.UNKNOWN if doubted else Verdict.DOWN
         judged.append(JudgedMinute(minute, {node_id: Verdict.UP if node_id in up else silent_verdict for node_id in expected}))
         state = UptimeState(
@@ -120,10 +118,10 @@ def close_minutes(state: UptimeState, enrolled_at_ms: Mapping[NodeId, int], now_
     return state, tuple(judged)
 
 
-def _is_mass_silence(state: UptimeState, expected: frozenset[NodeId], up: frozenset[NodeId]) -> bool:
+def _is_doubtful(state: UptimeState, expected: frozenset[NodeId], up: frozenset[NodeId]) -> bool:
     reference = state.up_before & expected
     lost = reference - up
-    if len(lost) < MASS_SILENCE_COUNT_MIN or len(lost) <= MASS_SILENCE_SHARE * len(reference):
+    if not is_mass_silence(len(lost), len(reference)):
         return False
     return not up or state.doubted_minutes < MASS_SILENCE_MINUTES_MAX
 

@@ -1,8 +1,8 @@
 """One answer: the relayed bytes of an attempt, metered by `sse`, and paid for exactly once through the `ledger_writer`.
 
 Decides when the attempt is over and what it came to: by the engine's own usage record where the answer is complete and has one, else by
-what was relayed. Nothing reaches the client before the hold stands. It must not know who reads it: `http_inference` or
-`inference_servicer`.
+the tokens relayed of a stream; an unstreamed answer without a record costs nothing. Nothing reaches the client before the
+hold stands. It must not know who reads it: `http_inference` or `inference_servicer`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from potluck_coordinator.domain.pricing import charge, charge_for_relayed
 from potluck_coordinator.gateway.engine_errors import engine_error
 from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.money import credits_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +109,7 @@ class Answer:
             # Not COORDINATOR_UNAVAILABLE: the request has run, and must not look like one that can safely be made again.
             raise PotluckError(ErrorCode.INTERNAL_ERROR, "The ledger did not answer in time.") from None
         if outcome is not LedgerOutcome.APPLIED:
-            raise _refusal(outcome)
+            raise _refusal(outcome, self._hold_micro_credits)
         if head.http_status >= HTTP_ERROR_MIN:
             raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
 
@@ -127,7 +128,7 @@ class Answer:
         return None
 
     def charge_so_far(self) -> int:
-        """Micro-credits for what has been relayed."""
+        """Micro-credits for what has come so far, as the module says."""
         relayed = charge_for_relayed(self._entry, self._watcher.token_count if self._request.stream else 0)
         if self.usage is None or not (self._complete or self._watcher.done):
             return min(relayed, self._hold_micro_credits)
@@ -138,7 +139,7 @@ class Answer:
         self._relay.fail(error)
 
     async def close(self) -> None:
-        """Ends the attempt if it is not over, gives the slot back and settles what was relayed. Again is harmless."""
+        """Ends the attempt if it is not over, gives the slot back and settles. Again is harmless."""
         if self._closed:
             return
         self._closed = True
@@ -177,7 +178,7 @@ class Answer:
     def _hold_decided(self, hold: asyncio.Future[LedgerOutcome]) -> None:
         """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""
         if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
-            self._relay.fail(_refusal(hold.result()))
+            self._relay.fail(_refusal(hold.result(), self._hold_micro_credits))
 
     def _settled(self, settlement: asyncio.Future[LedgerOutcome]) -> None:
         """The client was shown a price; the books must not silently say another."""
@@ -199,8 +200,10 @@ class Answer:
         return body
 
 
-def _refusal(outcome: LedgerOutcome) -> PotluckError:
+def _refusal(outcome: LedgerOutcome, hold_micro_credits: int) -> PotluckError:
     if outcome is LedgerOutcome.INSUFFICIENT_CREDITS:
-        return PotluckError(ErrorCode.INSUFFICIENT_CREDITS)
+        cost = credits_text(hold_micro_credits)
+        message = f"This request could cost up to {cost} credits, and the account has fewer: see `potluck credits`, or lower max_tokens."
+        return PotluckError(ErrorCode.INSUFFICIENT_CREDITS, message)
     # The ledger knows this hold otherwise, or this gateway no longer: another one has taken its place.
     return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2)

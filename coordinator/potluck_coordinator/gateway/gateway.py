@@ -1,8 +1,8 @@
 """The gateway's composition root: three ports, `links` and `requests`, wired together and kept going.
 
-Decides the order of starting and stopping, how often nodes are judged and reported, and how often queues are served. Leave to serve,
-catalogue, later wishes and revocations come from the directory as one snapshot after another; keys, sessions and money are asked of its
-desks by those who need them. It must not know what any of it is for.
+Decides the order of starting and stopping, how often nodes are judged and reported, and how often queues are served. Leave to serve is
+asked of the directory once, at the start; catalogue, later wishes and revocations come from it as one snapshot after another; keys,
+sessions and money are asked of its desks by those who need them. It must not know what any of it is for.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Gateway:
         self._directory = directory
         self._clock = clock
         self._metrics = Metrics()
-        self._snapshot = PoolSnapshot(0, {}, {}, frozenset(), 0)
+        self._snapshot = PoolSnapshot(0, {}, {}, {}, 0)
         self._links = Links(directory, liveness_limits(settings), clock, self._serve_queues)
         self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
         self._keys = KeyCache(directory.accounts.authenticate, lambda: self._snapshot.key_generation, clock)
@@ -102,7 +102,7 @@ class Gateway:
         return self._requests
 
     async def start(self) -> Endpoints:
-        """Registers with the directory, learns the pool, and serves. Raises PotluckError if a port cannot be had."""
+        """Registers with the directory, learns the pool, and serves. Raises PotluckError if the directory is away or a port is taken."""
         grant = await self._directory.pool.register_gateway()
         self._take(await self._directory.pool.watch(0))
         requests = self._requests = RequestService(
@@ -154,7 +154,7 @@ class Gateway:
 
     async def _serve(self, grant: GatewayGrant, requests: RequestService) -> Endpoints:
         settings = self._settings
-        interceptor = CallInterceptor(self._keys, lambda: self._links.revoked_node_ids, self._clock)
+        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._clock)
         people = build_grpc_server(
             grant,
             interceptor,
@@ -213,7 +213,7 @@ class Gateway:
 
 
 async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Repeats the work until cancelled; a failure costs that one turn."""
+    """Repeats the work until cancelled; a `PotluckError` costs that one turn, anything else ends the gateway's process."""
     while True:
         await asyncio.sleep(seconds)
         try:

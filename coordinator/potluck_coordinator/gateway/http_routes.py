@@ -156,7 +156,8 @@ class HttpRoutes:
             if view.entry.model_id == model_id:
                 await exchange.reply_json(_encoder.encode(_model_item(view)))
                 return
-        raise PotluckError(ErrorCode.MODEL_NOT_FOUND, "The pool has no model of that name; GET /v1/models lists them.", param="model")
+        message = "The pool has no model of that name; `potluck models` and GET /v1/models list those it has."
+        raise PotluckError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
 
     async def _connection(self, exchange: Exchange, _record: _Record) -> None:
         await exchange.reply_json(self._connection_document, ((b"cache-control", b"no-store"),))

@@ -15,6 +15,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX
 from potluck_coordinator.gateway.http_exchange import ABORT_EXTENSION
 from potluck_coordinator.gateway.http_inference import Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
@@ -35,22 +36,23 @@ IDLE_SECONDS_MAX: Final = 75
 UNREAD_BODY_BYTES_MAX: Final = 32 * 1024 * 1024
 """What a client may go on sending after it was refused: closing at once would lose it the refusal."""
 BACKLOG: Final = 1024
+"""Connections that the kernel holds while the loop is busy; clients beyond it are not refused but wait a second for their next try."""
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which has no bound of its own on headers: neither their size nor their time."""
+    """uvicorn's protocol, which has no bound of its own on headers, their size or their time, nor on the rest of a refused body."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._reading_head = True
         self._head_bytes = 0
         self._unread_bytes = 0
-        self._head_timer = self.loop.call_later(HEAD_SECONDS_MAX, transport.close)
+        self._timer = self.loop.call_later(HEAD_SECONDS_MAX, transport.close)
         if len(self.connections) > CONNECTIONS_MAX:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -62,14 +64,14 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_timer.cancel()
-        self._head_timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
+        self._timer.cancel()
+        self._timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
         self._reading_head, self._head_bytes, self._unread_bytes = True, 0, 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
         scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}
 
     def on_headers_complete(self) -> None:
-        self._head_timer.cancel()
+        self._timer.cancel()
         self._reading_head = False
         super().on_headers_complete()
 
@@ -79,6 +81,15 @@ class _BoundedProtocol(HttpToolsProtocol):
             if self._unread_bytes > UNREAD_BODY_BYTES_MAX:
                 self.transport.close()
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._timer.cancel()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._timer = self.loop.call_later(BODY_SECONDS_MAX, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP, refused in the same shape as everything else."""

@@ -1,4 +1,4 @@
-"""What happens around every gRPC call: who calls, whether they may, and how a failure leaves.
+"""What happens around every gRPC call: who calls, whether they may, how a failure leaves, and the one log line of the call.
 
 Decides nothing about who may call what (`authorisation` does) and nothing about a call's content. No exception's own text leaves here: a
 `PotluckError` becomes its catalogue status with an `ErrorDetail`, and anything else becomes `internal_error` with an id that the log knows.
@@ -11,7 +11,7 @@ message has `BODY_SECONDS_MAX` to come, and callers without a credential share f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -88,13 +88,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         keys: whose API key it is.
-        revoked_node_ids: the nodes that are no longer welcome, as of now.
+        outcasts: the nodes that are no longer welcome, as of now, and why.
         clock: for certificates' dates and durations.
     """
 
-    def __init__(self, keys: KeyCache, revoked_node_ids: Callable[[], frozenset[NodeId]], clock: Clock) -> None:
+    def __init__(self, keys: KeyCache, outcasts: Callable[[], Mapping[NodeId, str]], clock: Clock) -> None:
         self._keys = keys
-        self._revoked_node_ids = revoked_node_ids
+        self._outcasts = outcasts
         self._clock = clock
         self._unidentified_count = 0
 
@@ -169,8 +169,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if len(shown) != 1:
             raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The connection shows no node's certificate.")
         node_id = node_id_of_certificate(shown[0], self._clock.unix_ms())
-        if node_id in self._revoked_node_ids():
-            raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "This node was revoked; ask the pool's operator for a new invite.")
+        reason = self._outcasts().get(node_id)
+        if reason is not None:
+            words = f" ({reason})" if reason else ""
+            raise PotluckError(ErrorCode.INVALID_CERTIFICATE, f"This node was revoked{words}; ask the pool's operator for a new invite.")
         return node_id
 
     def _log_call(self, call: Call, started_seconds: float) -> None:

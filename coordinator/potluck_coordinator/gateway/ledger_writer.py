@@ -31,6 +31,7 @@ BATCH_LENGTH_MAX: Final = 256
 QUEUE_LENGTH_MAX: Final = 50_000
 """Commands that may wait for a directory that is away. Beyond it new holds are refused; marks and settlements are taken all the same."""
 RETRY_SECONDS: Final = 0.5
+"""After a failed commit. A directory that restarts is back after about two seconds, and a client waits for its hold meanwhile."""
 COMPANY_SECONDS: Final = 0.02
 """How long marks and settlements wait for company."""
 

@@ -51,7 +51,7 @@ class Links:
         self._on_change = on_change
         self._sessions: dict[NodeId, NodeSession] = {}
         self._opening: dict[NodeId, asyncio.Lock] = {}
-        self._revoked: frozenset[NodeId] = frozenset()
+        self._outcasts: Mapping[NodeId, str] = {}
         self._desired: Mapping[NodeId, DesiredState] = {}
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
@@ -65,9 +65,9 @@ class Links:
         return tuple(self._sessions.values())
 
     @property
-    def revoked_node_ids(self) -> frozenset[NodeId]:
-        """Whom the link port turns away."""
-        return self._revoked
+    def outcasts(self) -> Mapping[NodeId, str]:
+        """Whom the link port turns away, and why."""
+        return self._outcasts
 
     @property
     def lease_ttl_ms(self) -> int:
@@ -101,7 +101,7 @@ class Links:
                 session = None
             if session is None:
                 grant = await self._directory.nodes.open_session(hello)
-                if hello.node_id in self._revoked:
+                if hello.node_id in self._outcasts:
                     # The snapshot that says so came while the directory's answer was on its way.
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
@@ -122,12 +122,14 @@ class Links:
         session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
         return None if goodbye is None else self.close(session, goodbye)
 
-    def close(self, session: NodeSession, goodbye: GoodbyeReason | None, farewell: GoodbyeReason | None = None) -> asyncio.Task[bool]:
-        """Ends a session and every attempt in it; `farewell` is what the node is told, if it still listens. Whether the directory knows."""
+    def close(
+        self, session: NodeSession, goodbye: GoodbyeReason | None, farewell: GoodbyeReason | None = None, words: str = ""
+    ) -> asyncio.Task[bool]:
+        """Ends a session and every attempt in it; whether the directory knows. A node that still listens is told `farewell`, and why."""
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
         if farewell is not None and session.outbox is not None:
-            session.outbox.close(farewell)
+            session.outbox.close(farewell, words)
         session.outbox = None
         session.fail_attempts(PotluckError(ErrorCode.NODE_LOST))
         _log.info("node_gone", node_id=session.node_id, epoch=session.epoch, goodbye=goodbye, attempts_lost=len(session.attempts))
@@ -164,10 +166,10 @@ class Links:
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""
-        self._revoked, self._desired = snapshot.revoked_node_ids, snapshot.desired
+        self._outcasts, self._desired = snapshot.outcasts, snapshot.desired
         for session in self.sessions:
-            if session.node_id in snapshot.revoked_node_ids:
-                self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED)
+            if session.node_id in snapshot.outcasts:
+                self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
             elif session.node_id in snapshot.desired:
                 session.wish(snapshot.desired[session.node_id])
 

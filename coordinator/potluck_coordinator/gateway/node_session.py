@@ -38,7 +38,7 @@ ATTEMPTS_PER_NODE_MAX: Final = 1024
 
 
 class NodeSession:
-    """One agent process, from its hello to its goodbye or the end of its lease."""
+    """One agent process, from its hello to its goodbye, a link lost for longer than the grace, or the end of its lease."""
 
     def __init__(self, hello: Hello, grant: SessionGrant, now: float) -> None:
         self.node_id: NodeId = hello.node_id
@@ -82,7 +82,7 @@ class NodeSession:
         self.engines = {status.replica_id: status for status in heartbeat.engines}
 
     def start(self, start: StartAttempt, relay: Relay, now: float) -> None:
-        """Sends an attempt to the node; raises NO_CAPACITY if the link has just gone."""
+        """Sends an attempt to the node; raises NO_CAPACITY if the link has just gone or it has as many as it may."""
         if self.outbox is None or self.outbox.closed or len(self.attempts) >= ATTEMPTS_PER_NODE_MAX:
             raise PotluckError(ErrorCode.NO_CAPACITY, retry_after_seconds=1)
         self.busy_since = self.busy_since or now

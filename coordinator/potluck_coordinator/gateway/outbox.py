@@ -1,12 +1,13 @@
 """The next frame to one node: everything that waits goes out together.
 
-Decides how values become the parts of a frame. It must not know why anything is sent.
+Decides how values become the parts of a frame, and how many requests one frame carries. `node_session` fills it, `link_servicer` writes
+it. It must not know why anything is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from potluck_protocol import codec
 from potluck_protocol.v1 import node_pb2
@@ -15,24 +16,32 @@ if TYPE_CHECKING:
     from potluck_protocol.values import AttemptId, DesiredState, GoodbyeReason, StartAttempt
 
 
+STARTS_BYTES_MAX: Final = 1024 * 1024
+"""Of the requests in one frame, if there are several: a frame over `channels.MESSAGE_BYTES_MAX` would end the link, and every time anew."""
+
+
 class Outbox:
     """Belongs to one link. What is put into it leaves at the loop's next turn, or behind the frame that is on its way."""
 
-    __slots__ = ("_filled", "_frame", "closed")
+    __slots__ = ("_filled", "_frame", "_starts", "closed")
 
     def __init__(self) -> None:
         self._frame = node_pb2.CoordinatorFrame()
+        self._starts: dict[AttemptId, node_pb2.StartAttempt] = {}
+        """In the order of their coming; what does not fit one frame goes with the next."""
         self._filled = asyncio.Event()
         self.closed = False
         """The goodbye is said: nothing new reaches the node."""
 
     def start(self, start: StartAttempt) -> None:
         """An attempt for the node."""
-        self._next().starts.append(codec.start_attempt_message(start))
+        self._starts[start.attempt_id] = codec.start_attempt_message(start)
+        self._filled.set()
 
     def cancel(self, attempt_id: AttemptId) -> None:
         """An attempt that nobody waits for any more."""
-        self._next().cancels.add(attempt_id=attempt_id)
+        if self._starts.pop(attempt_id, None) is None:
+            self._next().cancels.add(attempt_id=attempt_id)
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """The chunks that the node may forget: those before this number."""
@@ -59,9 +68,20 @@ class Outbox:
     async def take(self) -> node_pb2.CoordinatorFrame:
         """The frame, as soon as anything is in it."""
         await self._filled.wait()
-        self._filled.clear()
         frame, self._frame = self._frame, node_pb2.CoordinatorFrame()
+        self._move_starts_into(frame)
+        if not self._starts:
+            self._filled.clear()
         return frame
+
+    def _move_starts_into(self, frame: node_pb2.CoordinatorFrame) -> None:
+        left_bytes = STARTS_BYTES_MAX
+        for attempt_id, start in tuple(self._starts.items()):
+            left_bytes -= len(start.body)
+            if left_bytes < 0 and frame.starts:
+                return
+            frame.starts.append(start)
+            del self._starts[attempt_id]
 
     def _next(self) -> node_pb2.CoordinatorFrame:
         self._filled.set()

@@ -1,9 +1,9 @@
 """The one path of a request up to its answer: admit, queue, place, dispatch, with its hold (`ledger_writer`) beside the dispatch.
 
 Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which relays and settles. Decides
-whose turn it is in a queue, how long a request may run, and that only a node that would not take an attempt is replaced by another: one
-that has begun to answer is never moved. Whether to wait, where to run and what to hold are `domain.admission`, `domain.placement` and
-`domain.pricing`; nodes are reached through `links`. It must not know HTTP, gRPC or tables.
+whose turn it is in a queue, how long a request may run, and that only an attempt which its node or engine would not take (`no_capacity`)
+is placed anew: an answer that has begun is never moved. Whether to wait, where to run and what to hold are `domain.admission`,
+`domain.placement` and `domain.pricing`; nodes are reached through `links`. It must not know HTTP, gRPC or tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from potluck_protocol.clock import Clock
 
 PLACEMENTS_MAX: Final = 3
-"""How often a request is placed anew because its node would not take it after all (it paused a moment ago, say)."""
+"""How often a request is placed at most: its node or engine may not take it after all (it paused a moment ago, say)."""
 REQUEST_SECONDS_MAX: Final = 600.0
 """From its dispatch. An answer that is not whole by then fails, and its slot is free again; by default the SDK waits no longer."""
 HOLD_SLACK_SECONDS: Final = 60.0
@@ -155,7 +155,8 @@ class RequestService:
         """
         entry = self._catalogue().get(request.model_id)
         if entry is None:
-            raise PotluckError(ErrorCode.MODEL_NOT_FOUND, f"The model {request.model_id!r} does not exist in this pool.", param="model")
+            message = f"The model {request.model_id!r} does not exist in this pool; `potluck models` and GET /v1/models list those that do."
+            raise PotluckError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
         if request.endpoint not in entry.endpoints:
             message = f"The model {request.model_id!r} does not serve {request.endpoint.value}."
             raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="model")

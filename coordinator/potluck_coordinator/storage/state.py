@@ -23,7 +23,6 @@ class StateName(StrEnum):
     POOL_ID = "pool_id"
     GATEWAY_EPOCH = "gateway_epoch"
     DESIRED_REVISION = "desired_revision"
-    KEY_GENERATION = "key_generation"
     SNAPSHOT_VERSION = "snapshot_version"
 
 

@@ -73,11 +73,6 @@ class Store:
         future: Future[T] = self._submit(_Unit(lambda connection: _with_session(connection, work)))
         return await asyncio.wrap_future(future)
 
-    def run_now(self, work: Callable[[UnitOfWork], T]) -> T:
-        """As `run`, for callers without a loop; any number of threads may call it."""
-        future: Future[T] = self._submit(_Unit(lambda connection: _with_session(connection, work)))
-        return future.result()
-
     def close(self) -> None:
         """Finishes what waits, checkpoints and lets go of the database; later units are refused."""
         with self._closing:

@@ -9,13 +9,15 @@ closes llama.cpp's, and the slot is free at its next batch or token.
 Of several choices llama.cpp counts each by itself. Such answers are read event by event, and leave with one usage record for them all.
 
 Decides when llama.cpp learns that nobody waits any more, and what clients see of its events; `fold` and `usage_sum` do the adding up. It
-must not know the link or the pool. Only the paths of `potluck_protocol.values.Endpoint` pass.
+must not know the link or the pool. Only chats and completions pass.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
@@ -44,7 +46,7 @@ class Front:
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
-        """Keeps the door open on a free loopback port, whose URL this is, until the block ends."""
+        """Keeps the door open on a free loopback port until the block ends; the URL, which is as good as a key."""
         self._session = ClientSession(
             # llama.cpp closes a kept connection after its hundredth request, at times under the next one.
             connector=TCPConnector(limit=0, force_close=True),
@@ -54,50 +56,47 @@ class Front:
             read_bufsize=EVENT_BYTES_MAX,
         )
         application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refuse_browsers])
-        application.router.add_post(Endpoint.CHAT_COMPLETIONS.value, self._generate)
-        application.router.add_post(Endpoint.COMPLETIONS.value, self._generate)
-        application.router.add_post(Endpoint.EMBEDDINGS.value, self._pass_whole)
+        # Not guessable: loopback is everybody's on this machine, and only the agent is told the URL.
+        secret_path = f"/{secrets.token_urlsafe(24)}"
+        for endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
+            application.router.add_post(secret_path + endpoint.value, partial(self._generate, endpoint=endpoint))
         # Without handler_cancellation a handler would outlive its client.
         runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}{secret_path}"
         finally:
             await runner.cleanup()
             await self._session.close()
 
-    async def _post(self, path: str, body: bytes) -> ClientResponse:
+    async def _post(self, endpoint: Endpoint, body: bytes) -> ClientResponse:
         assert self._session is not None
         try:
-            return await self._session.post(self._engine_url + path, data=body, headers={"content-type": "application/json"})
+            return await self._session.post(self._engine_url + endpoint.value, data=body, headers={"content-type": "application/json"})
         except ClientError as error:
             text = json.dumps({"error": {"code": 502, "message": "llama.cpp did not answer", "type": "server_error"}})
             raise web.HTTPBadGateway(text=text, content_type="application/json") from error
 
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
+    async def _generate(self, request: web.Request, *, endpoint: Endpoint) -> web.StreamResponse:
         body = await request.read()
         asked = _decoded(body)
         stream = None if asked is None else asked.get("stream")
         # What is no JSON object, or no boolean, gets the engine's own answer to it.
         if asked is None or not (stream is None or isinstance(stream, bool)):
-            async with await self._post(request.path, body) as response:
+            async with await self._post(endpoint, body) as response:
                 return await _pass_body(response)
-        prompt_count = _prompt_count(asked.get("prompt")) if request.path == Endpoint.COMPLETIONS.value else 1
+        prompt_count = _prompt_count(asked.get("prompt")) if endpoint is Endpoint.COMPLETIONS else 1
         wanted = asked | {"stream": True, "return_progress": True}
         if not stream:
             wanted["stream_options"] = {"include_usage": True}
-        async with await self._post(request.path, json.dumps(wanted).encode()) as response:
+        async with await self._post(endpoint, json.dumps(wanted).encode()) as response:
             if response.content_type != _STREAMED:
                 return await _pass_body(response)
             if not stream:
                 return await _fold(response, prompt_count)
             several = _Several(asked, prompt_count) if prompt_count > 1 or _several_choices(asked) else None
             return await _pass_stream(request, response, several)
-
-    async def _pass_whole(self, request: web.Request) -> web.StreamResponse:
-        async with await self._post(request.path, await request.read()) as response:
-            return await _pass_body(response)
 
 
 @web.middleware

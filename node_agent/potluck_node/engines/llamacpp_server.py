@@ -38,7 +38,7 @@ def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
     params.model_alias = {options.alias}
     params.hostnames = ["127.0.0.1"]
     params.port = 0
-    # Not guessable, so that no web page or neighbour on this machine gets past the door.
+    # Not guessable, as the door's own: no web page or neighbour on this machine gets past it.
     params.api_prefix = f"/{secrets.token_urlsafe(24)}"
     params.cors_origins = "http://127.0.0.1"
     params.cors_origins_explicit = True

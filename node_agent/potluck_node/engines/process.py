@@ -1,7 +1,7 @@
 """One engine subprocess: started, ready after a real answer, failed with a reason.
 
-Decides when an engine counts as ready and how its failure reads. It must not know why it runs or what happens after it fails: that is the
-plan's business.
+Decides when an engine counts as ready and how its failure reads. It is run as a `child_process`. It must not know why it runs or what
+happens after it fails: that is the plan's business.
 """
 
 from __future__ import annotations

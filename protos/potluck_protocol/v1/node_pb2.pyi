@@ -134,7 +134,7 @@ class _GoodbyeReasonEnumTypeWrapper(_EnumTypeWrapper[_GoodbyeReason.ValueType], 
     """The coordinator stops; dial again."""
     GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED: _GoodbyeReason.ValueType  # 6
     GOODBYE_REASON_LEASE_ENDED: _GoodbyeReason.ValueType  # 7
-    """The node was silent for too long, or its link was: dial again."""
+    """The node was silent for too long: dial again."""
 
 class GoodbyeReason(_GoodbyeReason, metaclass=_GoodbyeReasonEnumTypeWrapper): ...
 
@@ -151,7 +151,7 @@ GOODBYE_REASON_COORDINATOR_STOPPING: GoodbyeReason.ValueType  # 5
 """The coordinator stops; dial again."""
 GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED: GoodbyeReason.ValueType  # 6
 GOODBYE_REASON_LEASE_ENDED: GoodbyeReason.ValueType  # 7
-"""The node was silent for too long, or its link was: dial again."""
+"""The node was silent for too long: dial again."""
 
 @final
 class JoinRequest(Message):
@@ -443,7 +443,7 @@ class Heartbeat(Message):
     ENGINES_FIELD_NUMBER: int
     DISK_FREE_BYTES_FIELD_NUMBER: int
     progress_count: int
-    """Grows with every chunk any engine of the node produced."""
+    """Grows with every chunk any engine of the node produced. For people: the coordinator judges by the chunks that it gets."""
     state: NodeState.ValueType
     disk_free_bytes: int
     @property

@@ -1,0 +1,86 @@
+"""The tree of sub-commands below `potluck`.
+
+Decides which there are: the ones here, and those that roles register under the entry point group `potluck.commands`. It must not import a
+role before it is asked for, because each needs an extra that may not be installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Final
+
+import typer
+
+from potluck.commands import access, chat, demo, money, pool, up
+from potluck.commands.terminal import EXIT_FAILED, explain, say
+from potluck_protocol.errors import PotluckError
+from potluck_protocol.version import package_version
+
+ENTRY_POINT_GROUP: Final = "potluck.commands"
+
+ROOT_HELP: Final = """Volunteers pool their GPUs; together they serve open-weight language models.
+
+    potluck up              a whole pool on this machine, with a small model
+    potluck chat "Hello"    ask it something
+
+Commands find the pool by --url or POTLUCK_URL, and your key by --api-key-file or POTLUCK_API_KEY; on the coordinator's own machine both are
+found by themselves. Exit codes: 0 done, 1 failed, 2 wrong usage, 4 not authorised, 5 unreachable."""
+
+
+def run(app: typer.Typer) -> None:
+    """Runs this process's command line; ends by SystemExit with its code."""
+    try:
+        app()
+    except PotluckError as error:
+        sys.exit(explain(error))
+
+
+def build_app(wanted: str | None) -> typer.Typer:
+    """The command tree. Of the roles' commands only the wanted one is loaded; all of them where help is wanted."""
+    app = typer.Typer(name="potluck", help=ROOT_HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.callback()(_root)
+    app.command("up", short_help="Run a whole pool on this machine.")(up.up)
+    app.command("demo", short_help="Start a pool, ask it one question, stop it.")(demo.demo)
+    app.command("chat", short_help="Ask a model of the pool.")(chat.chat)
+    app.command("models", short_help="List the models and their prices.")(pool.models)
+    app.add_typer(pool.nodes_app, name="nodes")
+    app.command("credits", short_help="Show your credits.")(money.credits_command)
+    app.command("audit", short_help="Check that the books balance.")(money.audit)
+    app.add_typer(access.tokens_app, name="tokens")
+    app.add_typer(access.keys_app, name="keys")
+    app.add_typer(access.accounts_app, name="accounts")
+    roles = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    names = [wanted] if wanted in roles else sorted(roles) if wanted is None or wanted.startswith("-") else []
+    for name in names:
+        _add_role(app, roles[name])
+    return app
+
+
+def _add_role(app: typer.Typer, entry: EntryPoint) -> None:
+    try:
+        app.add_typer(entry.load(), name=entry.name)
+    except ModuleNotFoundError as error:
+        missing = error.name
+
+        @app.command(
+            entry.name,
+            help=f"Not installed: pip install 'potluck[{entry.name}]'",
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+            add_help_option=False,
+        )
+        def hint() -> None:
+            say(f"error: `potluck {entry.name}` needs {missing}, which is not installed. Run: pip install 'potluck[{entry.name}]'")
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"potluck {package_version()}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    del version

@@ -1,0 +1,90 @@
+"""What goes into the next frame to a node, and that no frame is too large for the link."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
+from potluck_coordinator.gateway.outbox import STARTS_BYTES_MAX, Outbox
+from potluck_protocol.channels import MESSAGE_BYTES_MAX
+from potluck_protocol.values import AttemptId, Endpoint, GoodbyeReason, ReplicaId, StartAttempt
+
+KIB = 1024
+
+
+def start(name: str, body_bytes: int = 10) -> StartAttempt:
+    return StartAttempt(AttemptId(name), ReplicaId("r"), Endpoint.COMPLETIONS, b"x" * body_bytes, True, 100)
+
+
+async def frames_of(outbox: Outbox, count: int) -> list[list[str]]:
+    async with asyncio.timeout(5):
+        return [[each.attempt_id for each in (await outbox.take()).starts] for _ in range(count)]
+
+
+async def is_empty(outbox: Outbox) -> bool:
+    waiting = asyncio.ensure_future(outbox.take())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    return not waiting.done()
+
+
+async def test_everything_that_waits_goes_together():
+    outbox = Outbox()
+    outbox.start(start("a"))
+    outbox.acknowledge(AttemptId("b"), 7)
+    outbox.start(start("c"))
+    outbox.renew_lease(3, 15_000)
+    frame = await outbox.take()
+    assert [each.attempt_id for each in frame.starts] == ["a", "c"]
+    assert (frame.acknowledgements[0].next_sequence, frame.lease.epoch) == (7, 3)
+    assert await is_empty(outbox)
+
+
+async def test_two_bodies_at_their_bound_do_not_share_a_frame():
+    outbox = Outbox()
+    outbox.start(start("a", BODY_BYTES_MAX))
+    outbox.start(start("b", BODY_BYTES_MAX))
+    sizes = [(await outbox.take()).ByteSize() for _ in range(2)]
+    assert BODY_BYTES_MAX < min(sizes) <= max(sizes) < MESSAGE_BYTES_MAX
+    assert await is_empty(outbox)
+
+
+async def test_a_start_that_was_not_sent_is_taken_back_in_silence():
+    outbox = Outbox()
+    outbox.start(start("a", BODY_BYTES_MAX))
+    outbox.start(start("b", BODY_BYTES_MAX))
+    assert await frames_of(outbox, 1) == [["a"]]
+    outbox.cancel(AttemptId("b"))
+    outbox.cancel(AttemptId("a"))
+    frame = await outbox.take()
+    assert ([each.attempt_id for each in frame.starts], [each.attempt_id for each in frame.cancels]) == ([], ["a"])
+    assert await is_empty(outbox)
+
+
+async def test_a_goodbye_does_not_wait_behind_requests():
+    outbox = Outbox()
+    outbox.start(start("a", BODY_BYTES_MAX))
+    outbox.start(start("b", BODY_BYTES_MAX))
+    outbox.close(GoodbyeReason.REPLACED)
+    assert (await outbox.take()).HasField("goodbye")
+
+
+@given(st.lists(st.integers(min_value=0, max_value=600 * KIB), min_size=1, max_size=12))
+def test_every_start_leaves_once_in_order_and_no_frame_is_too_large(sizes: list[int]):
+    async def sent() -> list[str]:
+        outbox, names = Outbox(), []
+        for number, size in enumerate(sizes):
+            outbox.start(start(str(number), size))
+        while len(names) < len(sizes):
+            starts = (await asyncio.wait_for(outbox.take(), 5)).starts
+            assert starts
+            assert len(starts) == 1 or sum(len(each.body) for each in starts) <= STARTS_BYTES_MAX
+            names += [each.attempt_id for each in starts]
+        assert await is_empty(outbox)
+        return names
+
+    assert asyncio.run(sent()) == [str(number) for number in range(len(sizes))]
