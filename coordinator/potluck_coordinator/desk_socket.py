@@ -128,7 +128,7 @@ class DeskServer:
 
 
 class DeskClient:
-    """One try of a call at a time, over one connection that is made anew after a loss.
+    """Makes one try of each call; any number share one connection, which is made anew after a loss.
 
     Args:
         path: of the directory's socket file.

@@ -79,15 +79,15 @@ class Agent:
         self._status_written = True
 
     def stop(self, reason: GoodbyeReason) -> None:
-        """Asks for the end; asking again means at once."""
+        """Asks for the end; asking again means at once. Who leaves while the agent stops leaves for good."""
         if self._wanted_end is not None:
             self._hurry.set()
-            return
-        self._wanted_end = reason
+        if self._wanted_end is not GoodbyeReason.LEAVING:
+            self._wanted_end = reason
         self._end_wanted.set()
 
-    async def run(self) -> bool:
-        """Works until `stop`, or until the owner's `leave`; whether the coordinator heard the goodbye.
+    async def run(self) -> GoodbyeReason | None:
+        """Works until `stop`, or until the owner's `leave`; the goodbye that the coordinator heard.
 
         Raises:
             PotluckError: as `Link.run`.
@@ -103,7 +103,7 @@ class Agent:
             for task in done:
                 # A part that ends before it was asked to has failed, and its failure is the agent's.
                 task.result()
-            return await self._end(self._wanted_end or GoodbyeReason.STOPPING, link=parts[1])
+            return await self._end(link=parts[1])
         finally:
             for task in [*parts, ending, *([self._rest] if self._rest else [])]:
                 task.cancel()
@@ -111,18 +111,20 @@ class Agent:
             await self._attempts.close()
             remove_status(self._folder.path)
 
-    async def _end(self, reason: GoodbyeReason, link: asyncio.Task[None]) -> bool:
-        _log.info("stopping", goodbye=reason)
+    async def _end(self, link: asyncio.Task[None]) -> GoodbyeReason | None:
+        _log.info("stopping", goodbye=self._wanted_end)
         self._report.state = NodeState.DRAINING
         self._link.report_now()
-        if reason is GoodbyeReason.LEAVING:
+        if self._wanted_end is GoodbyeReason.LEAVING:
             await self._until(lambda: self._link.session.phase is Phase.SERVING or link.done(), LEAVE_LINK_SECONDS)
             if link.done():
                 link.result()
         await self._until(lambda: not self._attempts.busy, self._settings.drain_seconds)
+        # Read only now: the owner's `leave` may have come during the wait.
+        reason = self._wanted_end or GoodbyeReason.STOPPING
         heard = await self._link.say_goodbye(reason)
         _log.info("goodbye_said", goodbye=reason, heard=heard)
-        return heard
+        return reason if heard else None
 
     async def _watch_owner(self) -> None:
         """Reads what the owner wants and writes what there is to see."""
@@ -177,7 +179,7 @@ class Agent:
 async def run_agent(
     settings: Settings, *, environment: Mapping[str, str], show: Callable[[AgentStatus], None], started: Callable[[Agent], None]
 ) -> None:
-    """Runs the node of a state folder until it is stopped; after a goodbye for good, the folder is gone.
+    """Runs the node of a state folder until it is stopped; after a goodbye for good that was heard, the folder is gone.
 
     Args:
         settings: the owner's.
@@ -186,7 +188,8 @@ async def run_agent(
         started: gets the agent, to stop it.
 
     Raises:
-        PotluckError: NOT_FOUND for a folder that has not joined, ALREADY_EXISTS while another agent runs on it, and as `Link.run`.
+        PotluckError: NOT_FOUND for a folder that has not joined, ALREADY_EXISTS while another agent runs on it, COORDINATOR_UNAVAILABLE
+            where `url` does not answer or a leave was not heard, and as `Link.run`.
     """
     folder = StateFolder(settings.state_dir)
     clock = SystemClock()
@@ -203,7 +206,7 @@ async def run_agent(
             started(agent)
             heard = await agent.run()
         if read_control(folder.path).leaving:
-            if not heard:
+            if heard is not GoodbyeReason.LEAVING:
                 write_control(folder.path, leaving=False)
                 raise _not_heard()
             folder.remove()
@@ -216,7 +219,7 @@ async def leave_without_agent(settings: Settings) -> None:
     with folder.lock():
         async with agent_of(settings, folder, _NoReplicas(), SystemClock(), lambda _status: None) as agent:
             agent.stop(GoodbyeReason.LEAVING)
-            if not await agent.run():
+            if await agent.run() is not GoodbyeReason.LEAVING:
                 raise _not_heard()
         folder.remove()
 

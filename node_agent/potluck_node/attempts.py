@@ -35,9 +35,10 @@ CONNECT_LIMIT_SECONDS: Final = 5.0
 CONNECTION_KEPT_SECONDS: Final = 2.0
 """Less than engines keep an idle connection (5 s): one that the engine closes while we write would fail a good request."""
 DELIVERED_KEPT_SECONDS: Final = 20.0
-"""How long an attempt is remembered after its last acknowledgement, in case the link broke under its end; longer than the usual lease."""
+"""How long an attempt whose chunks are all acknowledged is remembered after its end was sent, in case the link broke under that; longer
+than the usual lease."""
 UNDELIVERED_KEPT_SECONDS: Final = 600.0
-"""How long an ended attempt waits for a client that does not read."""
+"""How long an ended attempt waits for the coordinator to acknowledge its end; a lease that lapses before drops it sooner."""
 
 _log = structlog.get_logger()
 
@@ -104,7 +105,7 @@ class Attempts:
         self._running: dict[ReplicaId, int] = {}
         self.progress_count = 0
 
-    # What the link and the status page read.
+    # What the agent, the link and the report read.
 
     @property
     def busy(self) -> bool:
@@ -142,7 +143,7 @@ class Attempts:
             self._end_unknown(attempt_id, EndReason.REFUSED, detail, 0)
 
     def cancel(self, attempt_id: AttemptId) -> None:
-        """Closes the engine's connection at once and forgets the attempt; only its end is still sent, to be sure that it is over.
+        """Closes the engine's connection at once and forgets the attempt; of one that was running the end is still sent.
 
         The coordinator has forgotten it as well: it acknowledges nothing more of it, and would not resume it.
         """

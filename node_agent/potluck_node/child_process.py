@@ -1,7 +1,8 @@
 """One child process of the agent: started, heard, and gone for certain.
 
 Decides how a child is spawned and how it is stopped: in a process group of its own, with a stdin that ends when this process dies, stderr
-kept in a bounded ring, terminated and then killed within a bound. Engines end with it by `lifeline`. It must not know what it is for.
+kept in a bounded ring, terminated and then killed within a bound. Its arguments ask for `lifeline` to end with it. It must not know
+what it is for.
 
 Children come from `subprocess.Popen`, which goes by vfork and exec here and so runs no fork handlers. uvloop's own spawning forks, and then
 gRPC's handlers, run while its threads are at work, now and then abort the child before it has begun.

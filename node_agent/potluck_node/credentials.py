@@ -81,7 +81,8 @@ class Credentials:
         """Makes sure that a handshake can succeed: a lapsed certificate is renewed by proof of the key.
 
         Raises:
-            PotluckError: INVALID_CERTIFICATE where the coordinator refuses this node or the clock is wrong, COORDINATOR_UNAVAILABLE.
+            PotluckError: INVALID_CERTIFICATE where the coordinator refuses this node or this machine's clock is ahead,
+                COORDINATOR_UNAVAILABLE where it does not answer or the clock is behind.
         """
         now = self._clock.unix_ms()
         match standing(self._dates, now):

@@ -1,7 +1,7 @@
 """What one attempt still owes the coordinator: numbered chunks, the window they may fill, and the end.
 
 Decides the order of an attempt's bytes and how many may be under way. It must not know engines, tasks or the link: everything here happens
-at once. Together with `potluck_protocol.codec` it is the only place of the agent that writes chunks into frames.
+at once. It is the only place of the agent that writes chunks and ends into frames.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Delivery:
 
     @property
     def all_acknowledged(self) -> bool:
-        """Ended, sent, and every chunk has left the coordinator for the client."""
+        """Ended, sent, and every chunk acknowledged."""
         return self._end_sent and not self._sent and not self._unsent
 
     @property

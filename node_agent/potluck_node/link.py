@@ -2,8 +2,8 @@
 
 Carries out what the lease decides (`domain.session`: when to dial, to beat, to be fenced) and what goodbyes mean (`farewell`). Decides when
 the link moves to another connection. Leases, certificates and goodbyes are taken here, everything else the coordinator says by `orders`.
-What is sent comes from `attempts` and `report`; `credentials` opens the channel under each `link_connection`. It must not know how
-engines are run or where files lie.
+What is sent comes from `attempts` and `report`; `credentials` opens the channel under each `link_connection`, and after every
+third failed dial asks where the coordinator is now. It must not know how engines are run or where files lie.
 
 There is at most one current connection. A lost one is dialled again under the same session, and its attempts go on where the coordinator
 says; a new certificate moves the link to a new connection the same way, with the old one still read until the coordinator closes it. When
@@ -69,7 +69,7 @@ class Link:
     Args:
         credentials: what the node shows, and where it dials.
         attempts: where attempts run; from now on they wake this link.
-        replicas: who takes the coordinator's wishes.
+        replicas: who takes the coordinator's wishes; from now on their changes are reported at once.
         report: what hellos and heartbeats say.
         clock: time.
         jitter: random numbers from 0 to 1, for the pauses between dials.

@@ -20,11 +20,14 @@ class Replicas(Protocol):
         ...
 
     def set_paused(self, paused: bool) -> None:
-        """The owner wants the machine back (or gives it again): while paused nothing runs. Called when no attempt is left."""
+        """The owner wants the machine back (or gives it again): while paused nothing runs.
+
+        Pausing comes after the attempts' end, or after the owner's limit for them.
+        """
         ...
 
     def statuses(self) -> tuple[EngineStatus, ...]:
-        """Every replica as it stands now, wished or on its way out; a cheap read. `running_count` may be 0: the attempts fill it in."""
+        """Every replica as it stands now, wished or on its way out; a cheap read. `running_count` may be 0: `report` fills it in."""
         ...
 
     def ready_url(self, replica_id: ReplicaId) -> str | None:

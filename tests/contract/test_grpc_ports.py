@@ -64,7 +64,7 @@ async def test_a_revoked_node_does_not_reach_the_servicer(authority: Certificate
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await met(authority, key, {node_id: "too many wrong answers"})
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert "revoked (too many wrong answers)" in (caught.value.details() or "")
+    assert "no longer part of the pool (too many wrong answers)" in (caught.value.details() or "")
 
 
 # Requests by gRPC.

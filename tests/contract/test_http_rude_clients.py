@@ -18,7 +18,7 @@ from potluck_coordinator.gateway import http_exchange, http_server
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
 from potluck_protocol.channels import SERVER_NAME
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.errors import PotluckError
+from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.http_edge import (
     CHAT_DOCUMENT,
     CHAT_STREAM,
@@ -100,6 +100,26 @@ async def test_slow_client_pauses_its_own_answer_and_is_dropped_in_the_end(edge:
         await answer.closed.wait()
     assert answer.taken_count < 200
     connection.close()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["broken stream", "whole answer"])
+async def test_who_never_reads_an_ending_keeps_no_connection(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    for module in (http_exchange, http_server):
+        monkeypatch.setattr(module, "STALL_SECONDS_MAX", 0.3)
+    answer = b"x" * (16 * 1024 * 1024)
+    edge.requests.script = Script(pieces=(answer, PotluckError(ErrorCode.NODE_LOST)) if stream else (answer,))
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    with client:
+        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", edge.port))
+        await asyncio.get_running_loop().sock_sendall(client, request_bytes("POST", CHAT, chat_body(stream=stream)))
+        state = edge.server._server.server_state
+        async with asyncio.timeout(10):
+            while not state.connections:
+                await asyncio.sleep(0.01)
+            while state.connections or state.tasks:
+                await asyncio.sleep(0.05)
 
 
 async def test_other_requests_go_on_beside_a_stream(edge: HttpEdge) -> None:

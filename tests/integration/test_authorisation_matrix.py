@@ -485,5 +485,5 @@ async def test_a_revoked_nodes_live_link_ends_and_stays_shut(people: People) -> 
                 pass
         assert (codec.goodbye_reason_from_number(frame.goodbye.reason), frame.goodbye.message) == (GoodbyeReason.REVOKED, "test")
         assert asyncio.get_running_loop().time() - started < 1
-        assert await link.read() is grpc.aio.EOF
+        assert await link.code() is grpc.StatusCode.UNAVAILABLE
         assert await outcome(channel, LINK, None, hello(node_id)) == "invalid_certificate"

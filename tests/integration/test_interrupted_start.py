@@ -49,8 +49,6 @@ def test_ctrl_c_during_imports_ends_a_command_quietly(entry: str, command: str, 
     done = subprocess.run(
         [*ENTRIES[entry], *command.split()],
         env={**os.environ, **interrupting_import(tmp_path, module), "XDG_STATE_HOME": str(tmp_path / "state")},
-        # The tests themselves may run where it is ignored, as in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

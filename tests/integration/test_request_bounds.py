@@ -242,6 +242,34 @@ async def test_a_node_that_leaves_hears_whether_that_was_written_down(tmp_path, 
                 assert await asyncio.wait_for(node.call.code(), 5) is expected
 
 
+@pytest.mark.parametrize("ours", [GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.LEASE_ENDED])
+async def test_a_leave_that_crosses_the_coordinators_goodbye_was_not_heard(tmp_path, ours):
+    async with running_coordinator(tmp_path) as coordinator:
+        credentials = await enrol(coordinator)
+        links = coordinator.gateway._links
+        async with raw_link(coordinator, credentials) as node:
+            await node.hello()
+            links.close(links.session(credentials.node_id), None, ours)
+            await node.goodbye(GoodbyeReason.LEAVING)
+            await node.call.done_writing()
+            assert await asyncio.wait_for(node.call.code(), 5) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_node_that_left_is_told_so_and_not_that_it_was_revoked(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator:
+        credentials = await enrol(coordinator)
+        async with raw_link(coordinator, credentials) as node:
+            await node.hello()
+            await node.goodbye(GoodbyeReason.LEAVING)
+            await node.call.done_writing()
+            assert await asyncio.wait_for(node.call.code(), 5) is grpc.StatusCode.OK
+        async with asyncio.timeout(5):
+            while credentials.node_id not in coordinator.gateway._links.outcasts:
+                await asyncio.sleep(0.01)
+        async with raw_link(coordinator, credentials) as node:
+            assert "no longer part of the pool" in await asyncio.wait_for(node.call.details(), 5)
+
+
 async def test_a_nodes_words_do_nothing_to_the_terminal_that_shows_them(tmp_path):
     async with running_coordinator(tmp_path) as coordinator, raw_link(coordinator, await enrol(coordinator)) as node:
         status = dataclasses.replace(node.status, engine_version="1\x1b]0;mine\x07\n2", failure="one\ntwo\x1b[2J")

@@ -63,6 +63,15 @@ def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(links, clock):
     assert session.heartbeat_at == clock.seconds
 
 
+def test_a_link_lost_before_the_pause_keeps_its_grace(links, clock):
+    (session,) = links.sessions
+    session.link_lost_at = clock.seconds
+    clock.seconds += 60
+    links.tick()
+    assert links.sessions == (session,)
+    assert session.link_lost_at == clock.seconds
+
+
 def test_a_heartbeat_read_after_the_pause_and_before_the_tick_prolongs_no_lease_into_the_future(links, clock):
     (session,) = links.sessions
     clock.seconds += 60

@@ -27,7 +27,7 @@ class Liveness(StrEnum):
 
     FRESH = "fresh"
     SUSPECT = "suspect"
-    """It keeps its lease and its attempts, and gets no new ones."""
+    """It keeps its lease and gets no new attempts; those of its own that stay silent for too long have failed."""
     LAPSED = "lapsed"
     """Its lease is gone; its attempts have failed."""
 

@@ -16,7 +16,7 @@ BODY_SECONDS_MAX: Final = 30.0
 """How long what a client asks, an HTTP body or the one message of a gRPC call, may take to arrive."""
 STALL_SECONDS_MAX: Final = 60.0
 """A client that takes nothing for so long, with something waiting for it, is gone, whatever its connection says: it would hold an engine's
-slot for ever."""
+slot, or at least its connection, for ever."""
 STACK_FRAMES_MAX: Final = 8
 
 _log = structlog.get_logger()

@@ -90,20 +90,25 @@ class InferenceExchange:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ClientGoneError
-            await self._fail_if_broken(work)
+            work.result()
         finally:
             gone.cancel()
             work.cancel()
-            with suppress(asyncio.CancelledError, PotluckError):
+            with suppress(asyncio.CancelledError):
                 await work
             await self._close()
 
     async def _work(self, request: InferenceRequest) -> None:
-        self._answer = await self._requests.begin(request)
-        if request.stream:
-            await self._relay(self._answer)
-        else:
-            await self._collect(self._answer)
+        """Writes the answer, or its failure, which says whether it cost something."""
+        try:
+            self._answer = await self._requests.begin(request)
+            if request.stream:
+                await self._relay(self._answer)
+            else:
+                await self._collect(self._answer)
+        except PotluckError as error:
+            await self._close()
+            await self._exchange.fail(error, billed=self.charge_micro_credits > 0)
 
     async def _relay(self, answer: InferenceAnswer) -> None:
         """The hot path: one write for whatever has arrived."""
@@ -120,16 +125,6 @@ class InferenceExchange:
             pass
         cost = (COST_HEADER.encode(), b"%d" % answer.charge_micro_credits)
         await self._exchange.reply_json(answer.document, (*self._node_header(answer), cost))
-
-    async def _fail_if_broken(self, work: asyncio.Future[None]) -> None:
-        """Writes the failure of an answer, knowing whether it cost something."""
-        error = work.exception()
-        if error is None:
-            return
-        await self._close()
-        if not isinstance(error, PotluckError):
-            raise error
-        await self._exchange.fail(error, billed=self.charge_micro_credits > 0)
 
     async def _close(self) -> None:
         """Ends the answer, which settles it; again is harmless."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX
+from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
 from potluck_coordinator.gateway.http_exchange import ABORT_EXTENSION
 from potluck_coordinator.gateway.http_inference import Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
@@ -48,11 +48,14 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._unread_bytes = 0
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, transport.close)
+        self._unread_timer: asyncio.TimerHandle | None = None
         if len(self.connections) > CONNECTIONS_MAX:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -90,6 +93,17 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._timer = self.loop.call_later(BODY_SECONDS_MAX, self.transport.close)
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+        self._watch_unread(None)
+
+    def _watch_unread(self, before_bytes: int | None) -> None:
+        """A client that takes nothing of a finished answer is gone. Even a closed connection would wait for it, answer and all."""
+        unread_bytes = self.transport.get_write_buffer_size()
+        if unread_bytes and unread_bytes == before_bytes:
+            self.transport.abort()
+        elif unread_bytes:
+            self._unread_timer = self.loop.call_later(STALL_SECONDS_MAX, self._watch_unread, unread_bytes)
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP, refused in the same shape as everything else."""

@@ -172,7 +172,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         reason = self._outcasts().get(node_id)
         if reason is not None:
             words = f" ({reason})" if reason else ""
-            raise PotluckError(ErrorCode.INVALID_CERTIFICATE, f"This node was revoked{words}; ask the pool's operator for a new invite.")
+            raise PotluckError(
+                ErrorCode.INVALID_CERTIFICATE, f"This node is no longer part of the pool{words}; ask the pool's operator for a new invite."
+            )
         return node_id
 
     def _log_call(self, call: Call, started_seconds: float) -> None:

@@ -81,10 +81,12 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
     async def _carry(self, context: _LinkContext, session: NodeSession, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:
         """Moves frames both ways until either side ends; raises what was wrong with the node's frames."""
         goodbye: GoodbyeReason | None = None
+        ended_here = False
         writer = asyncio.ensure_future(self._write(context, outbox, first))
         reader = asyncio.ensure_future(self._read(context, session, outbox))
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            ended_here = not reader.done()
             if reader.done():
                 goodbye = reader.result()
         finally:
@@ -92,9 +94,10 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
             recorded = self._links.disconnect(session, outbox, goodbye)
-        # A node that leaves throws its key away once the link ends well.
-        if goodbye is GoodbyeReason.LEAVING and recorded is not None and not await asyncio.shield(recorded):
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE)
+        left = goodbye is GoodbyeReason.LEAVING and recorded is not None and await asyncio.shield(recorded)
+        # A node that leaves throws its key away once the link ends well. Its goodbye may cross ours, or come after the session's end.
+        if ended_here or (goodbye is GoodbyeReason.LEAVING and not left):
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator ended this link.")
 
     @staticmethod
     async def _write(context: _LinkContext, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:

@@ -116,7 +116,10 @@ class Links:
         return session, outbox, self._welcome(session)
 
     def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> asyncio.Task[bool] | None:
-        """A link has ended; without a goodbye the session waits out its grace. With one: whether the directory knows of it."""
+        """A link has ended; without a goodbye the session waits out its grace.
+
+        With one: whether the directory knows of it; None where the session was over already.
+        """
         if session.outbox is not outbox or self._sessions.get(session.node_id) is not session:
             return None
         session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
@@ -163,6 +166,8 @@ class Links:
             for session in self._sessions.values():
                 # One that was read already, after the pause, is not moved into the future.
                 session.heartbeat_at = min(now, session.heartbeat_at + absence_seconds)
+                if session.link_lost_at is not None:
+                    session.link_lost_at = min(now, session.link_lost_at + absence_seconds)
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""

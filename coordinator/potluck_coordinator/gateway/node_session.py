@@ -1,8 +1,8 @@
 """One connected node: its lease, its attempts, and what placement sees of its replicas.
 
-Decides which attempts are started again after a broken link, and that a replica is ready when the node's last heartbeat said so. A session
-outlives its link by a short grace, so that a broken connection that comes back costs a pause and no attempt. It must not know frames:
-`link_servicer` feeds it values, and what it says goes into the link's `outbox`.
+Decides which attempts are started again after a broken link, and that a replica is ready when the node's last hello or heartbeat said so.
+A session outlives its link by a short grace, so that a broken connection that comes back costs a pause and no attempt. It must not know
+frames: `link_servicer` feeds it values, and what it says goes into the link's `outbox`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
 
 ATTEMPTS_PER_NODE_MAX: Final = 1024
-"""Over all its replicas, whatever slots they have; a request beyond it is refused with `no_capacity`."""
+"""Over all its replicas, whatever slots they have; beyond it they count as busy, and requests wait."""
 
 
 class NodeSession:

@@ -40,8 +40,9 @@ class Outbox:
 
     def cancel(self, attempt_id: AttemptId) -> None:
         """An attempt that nobody waits for any more."""
-        if self._starts.pop(attempt_id, None) is None:
-            self._next().cancels.add(attempt_id=attempt_id)
+        self._starts.pop(attempt_id, None)
+        # Said in any case: a start that waits here again, after a link was lost, may have reached the node before.
+        self._next().cancels.add(attempt_id=attempt_id)
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """The chunks that the node may forget: those before this number."""

@@ -114,7 +114,7 @@ def beat_due(session: Session, *, busy: bool, now_seconds: float) -> bool:
 
 
 def reconnect_delay_seconds(failure_count: int, jitter: float) -> float:
-    """How long to wait before the next dial: nothing after a first loss, then full jitter under a ceiling that doubles.
+    """How long to wait before the next dial: nothing up to the first failure, then full jitter under a ceiling that doubles.
 
     Args:
         failure_count: see `Session.failure_count`.

@@ -54,7 +54,10 @@ class Engine(Protocol):
         ...
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
-        """The arguments after `python` that start it; it then prints one line of JSON, {"url": "http://127.0.0.1:PORT"}."""
+        """The arguments after `python` that start it; it then prints one line of JSON, {"url": "http://127.0.0.1:PORT"}.
+
+        They ask for `lifeline`, so that the engine ends with the agent.
+        """
         ...
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:

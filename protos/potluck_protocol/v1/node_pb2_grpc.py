@@ -167,7 +167,8 @@ class NodeServiceServicer(object):
     """
 
     def Link(self, request_iterator, context):
-        """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        """The stream ends OK only after a goodbye of the node's that was taken; a node may then throw its key away.
+        buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -158,7 +158,8 @@ class NodeServiceStub(typing.Generic[_NodeServiceLinkType]):
     ], channel: grpc.aio.Channel) -> None: ...
 
     Link: _NodeServiceLinkType
-    """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+    """The stream ends OK only after a goodbye of the node's that was taken; a node may then throw its key away.
+    buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     """
 
@@ -178,7 +179,8 @@ class NodeServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[potluck_protocol.v1.node_pb2.NodeFrame],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[potluck_protocol.v1.node_pb2.CoordinatorFrame], collections.abc.AsyncIterator[potluck_protocol.v1.node_pb2.CoordinatorFrame]]:
-        """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        """The stream ends OK only after a goodbye of the node's that was taken; a node may then throw its key away.
+        buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
 
