@@ -37,7 +37,7 @@ def chat_messages(messages: str | ChatMessages) -> list[Mapping[str, Any]]:
     return listed
 
 
-def plain_prompt(prompt: str) -> str:
+def plain_prompt(prompt: object) -> object:
     """The prompt itself, in any form that OpenAI's API has for it.
 
     Raises:

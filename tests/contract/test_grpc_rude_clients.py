@@ -70,6 +70,26 @@ async def test_silent_callers_without_a_key_hold_no_place(authority: Certificate
                 await asyncio.sleep(0.01)
 
 
+async def test_one_account_has_a_part_of_the_places(authority: CertificateAuthority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interceptors, "CALLS_PER_ACCOUNT_MAX", 2)
+    async with GrpcEdge(authority) as edge:
+        calls = [silent_call(edge.channel, GENERATE, USER_KEY) for _ in range(3)]
+        ends = [asyncio.ensure_future(end_of(call)) for call in calls]
+        done, waiting = await asyncio.wait(ends, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert [end.result() for end in done] == [(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full")]
+        # Others do not notice.
+        other = silent_call(edge.channel, f"{PREFIX}AccountService/AuditLedger", OPERATOR_KEY)
+        await other.done_writing()
+        assert await end_of(other) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
+        for end, call in zip(ends, calls, strict=True):
+            end.cancel()
+            call.cancel()
+        assert len(waiting) == 2
+        async with asyncio.timeout(5):
+            while await finds_the_port_full(edge.generate()):
+                await asyncio.sleep(0.01)
+
+
 async def finds_the_port_full(call: Any) -> bool:
     try:
         async for _ in call:

@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,35 @@ async def test_who_never_reads_an_ending_keeps_no_connection(edge: HttpEdge, mon
                 await asyncio.sleep(0.05)
 
 
+async def test_who_pipelines_and_never_reads_keeps_no_connection(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (http_exchange, http_server):
+        monkeypatch.setattr(module, "STALL_SECONDS_MAX", 0.3)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    loop, many = asyncio.get_running_loop(), request_bytes("GET", "/pool/v1/connection", key=None) * 100
+    with client:
+        await loop.sock_connect(client, ("127.0.0.1", edge.port))
+        state = edge.server._server.server_state
+        with suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(5):
+                # Until the server takes no more, and has dropped the connection.
+                while True:
+                    await loop.sock_sendall(client, many)
+        async with asyncio.timeout(10):
+            while state.connections or state.tasks:
+                await asyncio.sleep(0.05)
+
+
+async def test_the_bytes_of_one_request_are_not_counted_for_the_head_of_the_next(edge: HttpEdge) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, b"{" + b" " * 70_000, key=None) + b"GET /health HT")
+    await read_until(reader, b"invalid_api_key")
+    writer.write(b"TP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    assert b'{"status":"ok"}' in await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+
+
 async def test_other_requests_go_on_beside_a_stream(edge: HttpEdge) -> None:
     edge.requests.script = Script(pieces=CHAT_STREAM, endless=True)
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
@@ -183,11 +213,39 @@ async def test_the_rest_of_a_refused_body_is_bounded_in_time(edge: HttpEdge, mon
     writer.close()
 
 
-async def test_a_refused_request_whose_body_comes_after_all_leaves_its_connection_good(edge: HttpEdge) -> None:
+async def test_a_refused_request_whose_body_comes_after_all_leaves_its_connection_good(
+    edge: HttpEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "BODY_SECONDS_MAX", 0.3)
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
     writer.write(request_bytes("POST", CHAT, b"{", key=None, headers={"content-length": "2"}))
     assert b" 401 " in await read_until(reader, b"}}")
-    writer.write(b"}" + request_bytes("GET", "/health", headers={"connection": "close"}))
+    writer.write(b"}")
+    await outlast_a_refused_body(edge)
+    await ask_for_the_last_time(reader, writer)
+
+
+async def test_a_kept_connection_may_wait_longer_than_a_refused_body(edge: HttpEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "BODY_SECONDS_MAX", 0.3)
+    edge.requests.script = Script(pieces=(CHAT_DOCUMENT,))
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, chat_body()))
+    assert b" 200 " in await read_until(reader, CHAT_DOCUMENT)
+    await outlast_a_refused_body(edge)
+    await ask_for_the_last_time(reader, writer)
+
+
+async def outlast_a_refused_body(edge: HttpEdge) -> None:
+    """Until the port has cut a connection that came after all others and owes the rest of a refused body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, b"{", key=None, headers={"content-length": "100"}))
+    assert parse_answer(await asyncio.wait_for(reader.read(), 5)).status == 401
+    writer.close()
+
+
+async def ask_for_the_last_time(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    assert not reader.at_eof(), "the port cut a connection that owed nothing"
+    writer.write(request_bytes("GET", "/health", headers={"connection": "close"}))
     assert parse_answer(await asyncio.wait_for(reader.read(), 5)).status == 200
     writer.close()
 

@@ -193,7 +193,7 @@ async def test_an_unknown_failures_words_stay_inside(served: Served, arity: str)
     assert CANARY not in str([{**line, "stack": None} for line in lines])
     (unexpected,) = [line for line in lines if line["event"] == "grpc_call_failed_unexpectedly"]
     assert unexpected["error_id"] == detail.request_id
-    assert unexpected["exception"] == "ValueError"
+    assert unexpected["error_type"] == "ValueError"
 
 
 async def test_too_long_texts_are_cut_before_they_break_the_metadata(served: Served) -> None:

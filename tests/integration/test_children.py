@@ -58,6 +58,20 @@ def test_a_child_that_ends_by_itself_is_reported_with_its_last_words(tmp_path: P
     child.stop(1.0)
 
 
+@pytest.mark.parametrize("ending", ["raise SystemExit(1)", "import time; time.sleep(60)"], ids=["by itself", "when asked"])
+def test_what_an_ended_child_left_behind_ends_with_it(tmp_path: Path, ending: str):
+    script = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True); {ending}"
+    )
+    child = Child("careless one", [sys.executable, "-c", script], os.environ, tmp_path / "log")
+    assert until(lambda: child.log_tail().endswith("\n") or child.log_tail().isdigit())
+    grandchild_pid = int(child.log_tail())
+    if "SystemExit" in ending:
+        assert until(lambda: not is_running(child.pid))
+    child.stop(10)
+    assert until(lambda: not is_running(grandchild_pid))
+
+
 def test_the_output_of_the_run_before_is_kept_and_no_older_one(tmp_path: Path):
     log = tmp_path / "log"
     for number in range(3):

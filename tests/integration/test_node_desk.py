@@ -110,8 +110,9 @@ async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path)
     async with node_desk(tmp_path, "a") as (_, _, nodes):
         old = await nodes.open_session(hello("a"))
         await nodes.open_session(hello("a"))
-        await nodes.close_session(NodeId("a"), old.epoch, None)
-        assert (await nodes.list_nodes())[0].connection == "connected"
+        for goodbye in (None, GoodbyeReason.LEAVING):
+            await nodes.close_session(NodeId("a"), old.epoch, goodbye)
+            assert (await nodes.list_nodes())[0].connection == "connected"
 
 
 async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(tmp_path):

@@ -12,13 +12,14 @@ import pytest
 from potluck_coordinator.domain import ledger
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway import answer as answer_module
-from potluck_coordinator.gateway import node_session, requests
+from potluck_coordinator.gateway import interceptors, ledger_writer, node_session, requests
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import EndReason, GoodbyeReason
 from tests.support.coordinator import TINY, running_coordinator
+from tests.support.open_pool import ShiftedClock
 from tests.support.raw_node import enrol, raw_link
 from tests.support.request_path import DONE, USAGE_EVENT, begin, pool, read_all, request_of, settled_balance, token
 
@@ -139,6 +140,41 @@ async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path)
         assert sum(len(node.starts()) for node in nodes) == requests.PLACEMENTS_MAX == 3
 
 
+async def test_a_request_that_its_node_gives_back_waits_only_for_the_rest_of_its_time(tmp_path, monkeypatch):
+    wait_seconds = 60.0
+    async with running_coordinator(tmp_path, queue_deadline_seconds=wait_seconds) as coordinator, AsyncExitStack() as links:
+        clock = ShiftedClock()
+        monkeypatch.setattr(coordinator.gateway.requests, "_clock", clock)
+        busy, refusing = [await links.enter_async_context(raw_link(coordinator, await enrol(coordinator))) for _ in range(2)]
+        await busy.hello(engines=(dataclasses.replace(busy.status, slot_count=1),))
+        answer, _ = await begin(coordinator, busy)
+        await refusing.hello()
+        given_back = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
+        start = await refusing.next_start()
+        clock.shift_seconds = wait_seconds - 0.3
+        await refusing.end(start.attempt_id, 0, EndReason.REFUSED)
+        with pytest.raises(PotluckError) as failure:
+            await asyncio.wait_for(given_back, 5)
+        assert failure.value.code is ErrorCode.QUEUE_TIMEOUT
+        await answer.close()
+
+
+async def test_a_request_whose_hold_cannot_be_asked_for_leaves_its_slot(tmp_path, monkeypatch):
+    async with pool(tmp_path) as (coordinator, node):
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger_writer, "QUEUE_LENGTH_MAX", 0)
+            with pytest.raises(PotluckError) as failure:
+                await asyncio.wait_for(coordinator.gateway.requests.begin(await request_of(coordinator)), 5)
+        assert failure.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+        session = coordinator.gateway._links.session(node.credentials.node_id)
+        assert (session.attempts, sum(session.attempts_by_replica.values())) == ({}, 0)
+        # Both slots are there, and the node heard of nothing else.
+        answers = [(await begin(coordinator, node, number))[0] for number in range(2)]
+        assert len(node.starts()) == 2
+        for answer in answers:
+            await answer.close()
+
+
 async def test_an_attempt_that_its_node_forgot_is_only_started_again_if_nothing_came_of_it(tmp_path):
     async with running_coordinator(tmp_path) as coordinator:
         credentials = await enrol(coordinator)
@@ -240,6 +276,33 @@ async def test_a_node_that_leaves_hears_whether_that_was_written_down(tmp_path, 
                 await node.goodbye(GoodbyeReason.LEAVING)
                 await node.call.done_writing()
                 assert await asyncio.wait_for(node.call.code(), 5) is expected
+
+
+async def test_a_node_has_no_more_links_than_its_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(interceptors, "LINKS_PER_NODE_MAX", 1)
+    async with pool(tmp_path) as (coordinator, node):
+        async with raw_link(coordinator, node.credentials) as second:
+            assert await asyncio.wait_for(second.call.code(), 5) is grpc.StatusCode.UNAVAILABLE
+        async with raw_link(coordinator, await enrol(coordinator)) as other:
+            await other.hello()
+
+
+async def test_an_answer_past_its_time_gives_its_slot_back_although_nobody_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(requests, "REQUEST_SECONDS_MAX", 0.3)
+    async with pool(tmp_path) as (coordinator, node):
+        answer, start = await begin(coordinator, node)
+        cancelled = await node.wait_for(lambda frame: bool(frame.cancels))
+        assert [cancel.attempt_id for cancel in cancelled.cancels] == [start.attempt_id]
+        assert coordinator.gateway._links.session(node.credentials.node_id).attempts == {}
+        await answer.close()
+
+
+async def test_a_node_that_works_for_nobody_is_told_to_stop(tmp_path):
+    async with pool(tmp_path) as (_, node):
+        await node.chunk("x" * 65, 0, token("one"))
+        await node.chunk("forgotten", 0, token("one"))
+        told = await node.wait_for(lambda frame: bool(frame.cancels))
+        assert [cancel.attempt_id for cancel in told.cancels] == ["forgotten"]
 
 
 @pytest.mark.parametrize("ours", [GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.LEASE_ENDED])

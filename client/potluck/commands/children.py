@@ -47,8 +47,7 @@ class Child:
         self.log_file = log_file
         with suppress(FileNotFoundError):
             log_file.rename(f"{log_file}{PREVIOUS_SUFFIX}")
-        with log_file.open("wb") as log:
-            log_file.chmod(0o600)
+        with os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as log:
             self._process = subprocess.Popen(
                 command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -65,17 +64,13 @@ class Child:
             )
 
     def stop(self, grace_seconds: float) -> None:
-        """Asks the child to stop, waits that long, then kills its group. Ends with the child reaped, whatever happens."""
-        if self._process.poll() is not None:
-            return
-        self._process.terminate()
+        """Asks the child to stop, waits that long, then kills its group: what it left behind, too. Ends with the child reaped."""
         try:
-            self._process.wait(grace_seconds)
-        except subprocess.TimeoutExpired:
+            self._process.terminate()  # does nothing to one that was seen to have ended
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_seconds)
+        finally:
             self._kill()
-        except BaseException:
-            self._kill()
-            raise
 
     def log_tail(self) -> str:
         """The last lines of the child's output."""

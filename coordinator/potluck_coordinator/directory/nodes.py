@@ -105,10 +105,11 @@ class Nodes:
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
         """As `NodeDesk.close_session`; a session that a newer one has replaced says nothing about the node."""
         live = self._live.get(node_id)
-        if live is not None and live.epoch <= epoch:
-            del self._live[node_id]
+        replaced = live is not None and live.epoch > epoch
+        if not replaced:
+            self._live.pop(node_id, None)
         await self._store.run(lambda work: work.nodes.saw(node_id, self._clock.unix_ms()))
-        if reason is GoodbyeReason.LEAVING:
+        if reason is GoodbyeReason.LEAVING and not replaced:
             await self._store.run(lambda work: work.nodes.end(node_id, NodeStatus.LEFT, "taken out by its owner"))
             await self.refresh()
 

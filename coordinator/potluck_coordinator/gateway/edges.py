@@ -24,5 +24,6 @@ _log = structlog.get_logger()
 
 def log_unexpected(event: str, request_id: RequestId, error: Exception, **facts: Any) -> None:
     """Says where it happened, but not in the exception's own words: they may quote what must never be logged."""
-    stack = traceback.format_tb(error.__traceback__)[-STACK_FRAMES_MAX:]
-    _log.error(event, error_id=request_id, exception=type(error).__name__, stack=stack, **facts)
+    # Not `stack`: structlog takes that for a text of its own.
+    frames = traceback.format_tb(error.__traceback__)[-STACK_FRAMES_MAX:]
+    _log.error(event, error_id=request_id, error_type=type(error).__name__, frames=frames, **facts)

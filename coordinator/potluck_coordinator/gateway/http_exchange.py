@@ -126,8 +126,7 @@ class Exchange:
     async def reply(self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = ()) -> None:
         """The whole answer at once."""
         length = b"%d" % len(body)
-        await self._start(status, ((b"content-type", content_type), (b"content-length", length), *headers))
-        await self._piece(body, more=False)
+        await self._send_whole(status, ((b"content-type", content_type), (b"content-length", length), *headers), body)
 
     async def reply_json(self, body: bytes, headers: Iterable[Header] = ()) -> None:
         """A good answer that is one JSON document."""
@@ -153,15 +152,24 @@ class Exchange:
             await self._piece(error_event(error), more=False)
             return
         answer = http_error(error, billed=billed)
-        await self._start(answer.status, (*answer.headers, (b"content-length", b"%d" % len(answer.body)), *headers))
-        await self._piece(answer.body, more=False)
+        await self._send_whole(answer.status, (*answer.headers, (b"content-length", b"%d" % len(answer.body)), *headers), answer.body)
 
     async def hang_up(self) -> None:
         """Drops the connection with whatever still waits in it: nobody reads it."""
         self.failure = ErrorCode.CANCELLED
+        self.status = CLIENT_GONE_STATUS
         if self._abort is not None:
             self._abort()
             await asyncio.sleep(0)  # the connection's end is told in the loop's next turn
+
+    async def _send_whole(self, status: int, headers: Iterable[Header], body: bytes) -> None:
+        """Head and body; a client that takes nothing of what it got before, as one that pipelines may, is dropped."""
+        try:
+            async with asyncio.timeout(STALL_SECONDS_MAX):
+                await self._start(status, headers)
+                await self._piece(body, more=False)
+        except TimeoutError:
+            await self.hang_up()
 
     async def _start(self, status: int, headers: Iterable[Header]) -> None:
         self.status = status

@@ -18,7 +18,7 @@ import structlog
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.authorisation import HTTP_ROUTES, Audience, require
 from potluck_coordinator.gateway.edges import log_unexpected
-from potluck_coordinator.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGoneError, Exchange, Message, Receive, Send
+from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Message, Receive, Send
 from potluck_coordinator.gateway.http_inference import InferenceExchange, Requests
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import ModelView
@@ -117,7 +117,6 @@ class HttpRoutes:
             await exchange.fail(error)
         except ClientGoneError:
             await exchange.hang_up()
-            exchange.status = CLIENT_GONE_STATUS
         except Exception as error:  # noqa: BLE001 - the last place before the wire
             log_unexpected("http_request_failed_unexpectedly", exchange.request_id, error)
             await exchange.fail(PotluckError(ErrorCode.INTERNAL_ERROR))

@@ -45,6 +45,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._reading_head = True
+        self._message_ended = False
         self._head_bytes = 0
         self._unread_bytes = 0
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, transport.close)
@@ -59,8 +60,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._message_ended = False
         super().data_received(data)
-        if self._reading_head:
+        # Data in which another request ended is not the head's alone, and is left uncounted.
+        if self._reading_head and not self._message_ended:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
                 self.send_400_response("The request's headers are too large.")
@@ -87,6 +90,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._timer.cancel()
+        self._message_ended = True
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -4,13 +4,14 @@ Decides nothing about who may call what (`authorisation` does) and nothing about
 `PotluckError` becomes its catalogue status with an `ErrorDetail`, and anything else becomes `internal_error` with an id that the log knows.
 
 A call holds one of its port's places even while it says nothing. So the caller is looked at before the call's message is waited for, the
-message has `BODY_SECONDS_MAX` to come, and callers without a credential share few places. Each message of an answer is written under
-`STALL_SECONDS_MAX`. The link reads and writes for itself, without either.
+message has `BODY_SECONDS_MAX` to come, no caller has more than a part of the places, and all without a credential count as one. An answer
+that nobody reads for `STALL_SECONDS_MAX` is given up; gRPC keeps its place until its client goes. The link reads and writes for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,10 @@ _log = structlog.get_logger()
 UNIDENTIFIED_CALLS_MAX: Final = 128
 """Calls at a time that carry no credential, a small part of those that the grpc port serves (`grpc_server.CALLS_MAX`): whoever opens them
 without end keeps boxes from joining, but nobody from their answers."""
+CALLS_PER_ACCOUNT_MAX: Final = 512
+"""Half of the grpc port's places, however many connections they come by."""
+LINKS_PER_NODE_MAX: Final = 4
+"""A node has one, and for a moment two while it moves; those it just lost may take their time to end."""
 ERROR_TEXT_CHARACTERS_MAX: Final = 400
 """It stands twice in the trailing metadata, at up to 17 bytes a character, and gRPC refuses some of what is over 8 KiB, by chance."""
 _METHOD_PREFIX: Final = "/potluck_protocol.v1."
@@ -96,7 +101,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._outcasts = outcasts
         self._clock = clock
-        self._unidentified_count = 0
+        self._places: Counter[str] = Counter()
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]], handler_call_details: grpc.HandlerCallDetails
@@ -120,8 +125,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         started = self._clock.monotonic_seconds()
         try:
             context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-            with self._counted(call):
-                await self._admit(call, metadata.get(AUTHORIZATION), context)
+            await self._admit(call, metadata.get(AUTHORIZATION), context)
+            with self._placed(call):
                 await _answer(handler, requests, context)
         except PotluckError as error:
             call.outcome = str(error.code)
@@ -137,19 +142,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._log_call(call, started)
 
     @contextmanager
-    def _counted(self, call: Call) -> Iterator[None]:
-        """Counts a call for which no credential is needed; raises COORDINATOR_UNAVAILABLE where there are too many of them."""
-        if RPC_AUDIENCE.get(call.method) not in UNIDENTIFIED:
-            yield
-            return
-        if self._unidentified_count >= UNIDENTIFIED_CALLS_MAX:
+    def _placed(self, call: Call) -> Iterator[None]:
+        """Gives a call one of its caller's places; raises COORDINATOR_UNAVAILABLE or QUEUE_FULL where all are taken."""
+        if call.node_id is not None:
+            caller_id, count_max = str(call.node_id), LINKS_PER_NODE_MAX
+            full = PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"This node has {count_max} links already.", retry_after_seconds=1)
+        elif call.identity is not None:
+            caller_id, count_max = str(call.identity.account_id), CALLS_PER_ACCOUNT_MAX
+            full = PotluckError(ErrorCode.QUEUE_FULL, f"This account has {count_max} calls running already.", retry_after_seconds=1)
+        else:
+            caller_id, count_max = "", UNIDENTIFIED_CALLS_MAX
             message = "Too many callers want to join at this moment; try again in a few seconds."
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, message, retry_after_seconds=5)
-        self._unidentified_count += 1
+            full = PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, message, retry_after_seconds=5)
+        if self._places[caller_id] >= count_max:
+            raise full
+        self._places[caller_id] += 1
         try:
             yield
         finally:
-            self._unidentified_count -= 1
+            self._places[caller_id] -= 1
+            if not self._places[caller_id]:
+                del self._places[caller_id]
 
     async def _admit(self, call: Call, authorization: str | None, context: _Context) -> None:
         """Establishes the caller and lets the call pass, or raises. A method without a row passes for nobody."""

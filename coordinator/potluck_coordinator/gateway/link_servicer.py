@@ -18,7 +18,7 @@ from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
-from potluck_protocol.values import GoodbyeReason
+from potluck_protocol.values import AttemptId, GoodbyeReason
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
+ATTEMPT_ID_CHARACTERS_MAX: Final = 64
 HELLO_SECONDS_MAX: Final = 10.0
 """How long a connected node may take to say who it is."""
 
@@ -118,7 +119,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
                 continue
             now = self._clock.monotonic_seconds()
             if frame.chunks:
-                self._take_chunks(frame, session, now)
+                self._take_chunks(frame, session, outbox, now)
             if frame.ends:
                 self._take_ends(frame, session)
             if frame.HasField("heartbeat"):
@@ -129,10 +130,13 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
                 return codec.goodbye_reason_from_number(frame.goodbye.reason)
 
     @staticmethod
-    def _take_chunks(frame: node_pb2.NodeFrame, session: NodeSession, now: float) -> None:
+    def _take_chunks(frame: node_pb2.NodeFrame, session: NodeSession, outbox: Outbox, now: float) -> None:
         for chunk in frame.chunks:
             relay = session.attempts.get(chunk.attempt_id)  # type: ignore[call-overload]
             if relay is None:
+                # Nobody waits for it, so the node must not go on with it, whatever became of the cancel. Ids of ours are short.
+                if len(chunk.attempt_id) <= ATTEMPT_ID_CHARACTERS_MAX:
+                    outbox.cancel(AttemptId(chunk.attempt_id))
                 continue
             if chunk.HasField("head") and relay.head is None:
                 relay.head = AnswerHead(chunk.head.http_status, chunk.head.content_type)

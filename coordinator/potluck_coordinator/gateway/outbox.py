@@ -19,16 +19,22 @@ if TYPE_CHECKING:
 STARTS_BYTES_MAX: Final = 1024 * 1024
 """Of the requests in one frame, if there are several: a frame over `channels.MESSAGE_BYTES_MAX` would end the link, and every time anew."""
 
+CANCELS_MAX: Final = 4096
+"""In one frame: four times the attempts that a node may have. Only a node that makes up attempts and reads nothing gets there."""
+
 
 class Outbox:
     """Belongs to one link. What is put into it leaves at the loop's next turn, or behind the frame that is on its way."""
 
-    __slots__ = ("_filled", "_frame", "_starts", "closed")
+    __slots__ = ("_acknowledged", "_cancelled", "_filled", "_frame", "_starts", "closed")
 
     def __init__(self) -> None:
         self._frame = node_pb2.CoordinatorFrame()
         self._starts: dict[AttemptId, node_pb2.StartAttempt] = {}
         """In the order of their coming; what does not fit one frame goes with the next."""
+        self._cancelled: dict[AttemptId, None] = {}
+        self._acknowledged: dict[AttemptId, int] = {}
+        """Once for each attempt, however often it is said: a node that reads nothing must not make them grow."""
         self._filled = asyncio.Event()
         self.closed = False
         """The goodbye is said: nothing new reaches the node."""
@@ -42,11 +48,14 @@ class Outbox:
         """An attempt that nobody waits for any more."""
         self._starts.pop(attempt_id, None)
         # Said in any case: a start that waits here again, after a link was lost, may have reached the node before.
-        self._next().cancels.add(attempt_id=attempt_id)
+        if len(self._cancelled) < CANCELS_MAX:
+            self._cancelled[attempt_id] = None
+            self._filled.set()
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """The chunks that the node may forget: those before this number."""
-        self._next().acknowledgements.add(attempt_id=attempt_id, next_sequence=next_sequence)
+        self._acknowledged[attempt_id] = next_sequence
+        self._filled.set()
 
     def wish(self, desired: DesiredState) -> None:
         """What the node should run."""
@@ -70,6 +79,11 @@ class Outbox:
         """The frame, as soon as anything is in it."""
         await self._filled.wait()
         frame, self._frame = self._frame, node_pb2.CoordinatorFrame()
+        for attempt_id in self._cancelled:
+            frame.cancels.add(attempt_id=attempt_id)
+        for attempt_id, next_sequence in self._acknowledged.items():
+            frame.acknowledgements.add(attempt_id=attempt_id, next_sequence=next_sequence)
+        self._cancelled, self._acknowledged = {}, {}
         self._move_starts_into(frame)
         if not self._starts:
             self._filled.clear()

@@ -246,16 +246,21 @@ class RequestService:
             expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
             gateway_epoch=self._gateway_epoch,
         )
-        window_bytes = self._limits.window_bytes
-        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, window_bytes)
+        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, self._limits.window_bytes)
         session.start(start, relay, now)
         try:
             hold = self._ledger.submit(command)
         except BaseException:
             session.finish(attempt_id, replica.replica_id)
             raise
-        timeout = PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s.")
-        deadline = asyncio.get_running_loop().call_later(REQUEST_SECONDS_MAX, relay.fail, timeout)
+
+        def expire() -> None:
+            relay.fail(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
+            # The slot is not kept until whoever reads the answer notices.
+            session.finish(attempt_id, replica.replica_id)
+            self.serve_queues()
+
+        deadline = asyncio.get_running_loop().call_later(REQUEST_SECONDS_MAX, expire)
 
         def release() -> None:
             deadline.cancel()
