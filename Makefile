@@ -15,7 +15,7 @@ demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
 	$(BIN)/potluck demo
 
 test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest
 
 check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows, contract, generated code, style
 	$(BIN)/ruff check .

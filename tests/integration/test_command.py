@@ -304,3 +304,12 @@ def test_durations(text: str, seconds: int):
 def test_what_is_no_duration(text: str):
     with pytest.raises(typer.BadParameter):
         duration_seconds(text)
+
+
+def test_a_folder_that_cannot_be_used_is_named(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    obstacle = tmp_path / "file"
+    obstacle.write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(obstacle))
+    assert terminal.run("up") == 1
+    assert terminal.err.splitlines()[-1].startswith(f"error: {obstacle}")
+    assert "Traceback" not in terminal.err

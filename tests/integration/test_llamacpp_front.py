@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from potluck_node.engines import llamacpp_front, standstill
 from potluck_node.engines.llamacpp_front import Front
 from tests.support.node_engine import directed_engine
 
@@ -21,9 +22,13 @@ DONE = b"data: [DONE]\n\n"
 FAILURE = b'error: {"code":503,"message":"no room","type":"unavailable_error"}\n\n'
 
 
+def never() -> None:
+    raise AssertionError("llama.cpp stood still")
+
+
 async def answer_to(said: bytes, *, break_off: bool = False, **body: object) -> tuple[int, bytes, dict[str, object]]:
     """Status and body that a client gets when llama.cpp says this, and what llama.cpp was asked."""
-    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url).serve() as url:
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url, never).serve() as url:
 
         async def client() -> tuple[int, bytes]:
             async with session.post(url + PATH, data=json.dumps(body)) as response:
@@ -75,7 +80,7 @@ async def test_failure_in_the_middle_reaches_the_client_as_an_event():
 
 
 async def test_nobody_gets_in_who_was_not_told_the_url():
-    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url).serve() as url:
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url, never).serve() as url:
         told = urlsplit(url)
         assert len(told.path) > 24
         for path in (PATH, f"/{'x' * len(told.path[1:])}{PATH}", f"{told.path}/v1/embeddings"):
@@ -83,3 +88,55 @@ async def test_nobody_gets_in_who_was_not_told_the_url():
                 assert response.status == 404
         async with session.post(url + PATH, data=b"{}", headers={"origin": "http://a.page"}) as response:
             assert response.status == 403
+
+
+@pytest.fixture
+def quick_to_doubt(monkeypatch):
+    monkeypatch.setattr(standstill, "STANDSTILL_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(standstill, "DOUBT_SECONDS", 0.1)
+    monkeypatch.setattr(llamacpp_front, "LOOK_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+async def test_an_engine_that_stands_still_is_noticed_even_if_nobody_waits_for_it(quick_to_doubt, hangs_up):
+    noticed = asyncio.Event()
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url, noticed.set).serve() as url:
+        asking = asyncio.create_task(session.post(url + PATH, data=b'{"stream":true}'))
+        conversation = await engine.next_conversation()
+        conversation.say(PROGRESS + TEXT)
+        (await asking).close() if hangs_up else None
+        if hangs_up:
+            # The door then asks a question of its own, which finds no answer either.
+            assert json.loads((await engine.next_conversation()).body)["max_tokens"] == 1
+        async with asyncio.timeout(5):
+            await noticed.wait()
+
+
+async def test_an_engine_that_answers_after_a_hang_up_is_left_in_peace(quick_to_doubt):
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url, never).serve() as url:
+        asking = asyncio.create_task(session.post(url + PATH, data=b'{"stream":true}'))
+        (await engine.next_conversation()).say(TEXT)
+        (await asking).close()
+        question = await engine.next_conversation()
+        question.say(b"{}")
+        question.finish()
+        # Longer than a standstill; nobody listens, so nothing is expected of the engine.
+        await asyncio.sleep(0.6)
+        assert engine.conversations.empty()
+
+
+async def test_a_client_that_reads_slowly_is_no_standstill():
+    now = [0.0]
+    silence = standstill.Standstill(lambda: now[0])
+    await silence.hear(asyncio.sleep(0))
+    now[0] += 1_000
+    assert not silence.is_over_time
+    words = asyncio.get_running_loop().create_future()
+    listening = asyncio.create_task(silence.hear(words))
+    await asyncio.sleep(0)
+    assert not silence.is_over_time
+    now[0] += standstill.STANDSTILL_SECONDS_MAX + 1
+    assert silence.is_over_time
+    words.set_result(b"")
+    await listening
+    assert not silence.is_over_time

@@ -297,6 +297,17 @@ async def test_an_answer_past_its_time_gives_its_slot_back_although_nobody_reads
         await answer.close()
 
 
+@pytest.mark.parametrize("status", [0, 100, 204, 302])
+async def test_a_node_that_sends_neither_an_answer_nor_an_error_has_failed(tmp_path, status):
+    async with pool(tmp_path) as (coordinator, node):
+        work = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator, stream=False)))
+        start = await node.next_start()
+        await node.chunk(start.attempt_id, 0, b"x", "application/json", status=status)
+        with pytest.raises(PotluckError) as failure:
+            await asyncio.wait_for(work, 5)
+        assert failure.value.code is ErrorCode.ENGINE_FAILED
+
+
 async def test_a_node_that_works_for_nobody_is_told_to_stop(tmp_path):
     async with pool(tmp_path) as (_, node):
         await node.chunk("x" * 65, 0, token("one"))

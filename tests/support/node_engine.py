@@ -92,7 +92,8 @@ class DirectedEngine:
 async def directed_engine() -> AsyncIterator[DirectedEngine]:
     engine = DirectedEngine()
     application = web.Application()
-    application.router.add_post("/v1/chat/completions", engine.handle)
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        application.router.add_post(path, engine.handle)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -119,6 +119,7 @@ def test_no_engine_works_on_what_cannot_fit(endpoint: Endpoint, content: dict[st
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
         {"logit_bias": {"50256": -100}},
         {"logprobs": True, "top_logprobs": 20},
+        {"repeat_last_n": -1, "dry_penalty_last_n": 64, "min_keep": 1},
         {"response_format": None, "logit_bias": None, "n_probs": None},
     ],
 )
@@ -182,6 +183,9 @@ BAD_CHAT = [
     (chat(messages=[*MESSAGES, {"role": "user", "content": None}]), "messages[1].content"),
     (chat(messages=[{"role": "tool"}]), "messages[0].content"),
     (chat(n_probs=1000), "n_probs"),
+    (chat(repeat_last_n=600_000_000), "repeat_last_n"),
+    (chat(dry_penalty_last_n=600_000_000), "dry_penalty_last_n"),
+    (chat(min_keep=600_000_000), "min_keep"),
     (chat(logprobs=5), "logprobs"),
     (chat(top_logprobs=21), "top_logprobs"),
     (chat(response_format="json"), "response_format"),

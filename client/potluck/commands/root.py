@@ -29,11 +29,16 @@ found by themselves. Exit codes: 0 done, 1 failed, 2 wrong usage, 4 not authoris
 
 
 def run(app: typer.Typer) -> None:
-    """Runs this process's command line; ends by SystemExit with its code."""
+    """Runs this process's command line; ends by SystemExit with its code. A file or folder that cannot be used is named."""
     try:
         app()
     except PotluckError as error:
         sys.exit(explain(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror or error}")
+        sys.exit(EXIT_FAILED)
 
 
 def build_app(wanted: str | None) -> typer.Typer:

@@ -34,6 +34,7 @@ _log = structlog.get_logger()
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
 """The largest unstreamed answer; it is kept whole, for the usage record in it."""
+HTTP_OK: Final = 200
 HTTP_ERROR_MIN: Final = 400
 HOLD_SECONDS_MAX: Final = 15.0
 """How long an answer that has begun waits for its hold, as while the directory restarts."""
@@ -112,6 +113,8 @@ class Answer:
             raise _refusal(outcome, self._hold_micro_credits)
         if head.http_status >= HTTP_ERROR_MIN:
             raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
+        if head.http_status != HTTP_OK:
+            raise PotluckError(ErrorCode.ENGINE_FAILED, "The node's answer is neither an answer nor an error.")
 
     async def next_data(self) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.

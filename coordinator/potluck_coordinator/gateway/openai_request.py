@@ -24,6 +24,7 @@ INPUT_COUNT_MAX: Final = 2048
 MESSAGE_COUNT_MAX: Final = 2048
 """OpenAI's own bound. A template's time grows faster than its messages: for 4,000 of them llama.cpp needed 0.85 s, for 100,000 minutes."""
 LOGIT_BIAS_COUNT_MAX: Final = 1024
+LOOK_BACK_TOKENS_MAX: Final = 8192
 TOKEN_CHARACTERS_MAX: Final = 128
 """No vocabulary in use has a longer token; the longest are runs of blanks."""
 
@@ -35,6 +36,7 @@ _MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
 
 _Count: TypeAlias = Annotated[int, Meta(ge=1, le=ANSWER_COUNT_MAX)]
 _TokenCount: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_LookBack: TypeAlias = Annotated[int, Meta(ge=-1, le=LOOK_BACK_TOKENS_MAX)]
 _Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 _Inputs: TypeAlias = str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=BODY_BYTES_MAX)]
 
@@ -96,6 +98,10 @@ class _Generation(_Body, kw_only=True):
     logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=LOGIT_BIAS_COUNT_MAX)] | None = None
     n_probs: Annotated[int, Meta(ge=0, le=20)] | None = None
     """llama.cpp's name for `top_logprobs`."""
+    repeat_last_n: _LookBack | None = None
+    """llama.cpp's, as the next two: it keeps as many tokens as it is told, gigabytes of them."""
+    dry_penalty_last_n: _LookBack | None = None
+    min_keep: Annotated[int, Meta(ge=0, le=LOOK_BACK_TOKENS_MAX)] | None = None
     response_format: _ResponseFormat | None = None
 
 

@@ -6,6 +6,9 @@ streamed and for word of the prompt's progress, so llama.cpp writes after each b
 From its first token a streamed answer passes through as the bytes it is; unstreamed ones are folded into one. Closing the door's connection
 closes llama.cpp's, and the slot is free at its next batch or token.
 
+What llama.cpp says is also watched for a `standstill`: a grammar can keep it busy for ever, with all its answers waiting. Whoever opened
+the door is told, once, and should end the process.
+
 Of several choices llama.cpp counts each by itself. Such answers are read event by event, and leave with one usage record for them all.
 
 Decides when llama.cpp learns that nobody waits any more, and what clients see of its events; `fold` and `usage_sum` do the adding up. It
@@ -14,23 +17,30 @@ must not know the link or the pool. Only chats and completions pass.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 
 from potluck_node.engines.fold import AnswerFold
+from potluck_node.engines.standstill import Standstill
 from potluck_node.engines.usage_sum import UsageSum
 from potluck_protocol.values import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
+LOOK_SECONDS: Final = 0.5
+"""Between looks for a standstill."""
+_QUESTION: Final = b'{"prompt":"Hello","max_tokens":1}'
+"""Asked of an engine in doubt: it costs a token."""
 _JSON: Final = "application/json; charset=utf-8"
 _STREAMED: Final = "text/event-stream"
 _DONE: Final = b"data: [DONE]"
@@ -38,10 +48,17 @@ _HEAD_FIELDS: Final = frozenset({"id", "object", "created", "model", "system_fin
 
 
 class Front:
-    """The door: one HTTP server on loopback, one client towards llama.cpp."""
+    """The door: one HTTP server on loopback, one client towards llama.cpp.
 
-    def __init__(self, engine_url: str) -> None:
+    Args:
+        engine_url: llama.cpp's.
+        on_standstill: called when llama.cpp has work and says nothing any more.
+    """
+
+    def __init__(self, engine_url: str, on_standstill: Callable[[], None]) -> None:
         self._engine_url = engine_url
+        self._on_standstill = on_standstill
+        self._standstill = Standstill(monotonic)
         self._session: ClientSession | None = None
 
     @asynccontextmanager
@@ -63,22 +80,46 @@ class Front:
         # Without handler_cancellation a handler would outlive its client.
         runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1)
         await runner.setup()
+        watching = asyncio.create_task(self._watch(), name="standstill")
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             yield f"http://127.0.0.1:{runner.addresses[0][1]}{secret_path}"
         finally:
+            watching.cancel()
             await runner.cleanup()
             await self._session.close()
 
     async def _post(self, endpoint: Endpoint, body: bytes) -> ClientResponse:
         assert self._session is not None
         try:
-            return await self._session.post(self._engine_url + endpoint.value, data=body, headers={"content-type": "application/json"})
+            asking = self._session.post(self._engine_url + endpoint.value, data=body, headers={"content-type": "application/json"})
+            return await self._standstill.hear(asking)
         except ClientError as error:
             text = json.dumps({"error": {"code": 502, "message": "llama.cpp did not answer", "type": "server_error"}})
             raise web.HTTPBadGateway(text=text, content_type="application/json") from error
 
+    async def _watch(self) -> None:
+        asking: asyncio.Future[None] | None = None
+        while not self._standstill.is_over_time:
+            await asyncio.sleep(LOOK_SECONDS)
+            if self._standstill.is_in_doubt and (asking is None or asking.done()):
+                asking = asyncio.ensure_future(self._ask())
+        self._on_standstill()
+
+    async def _ask(self) -> None:
+        """Any answer will do."""
+        with suppress(ClientError, web.HTTPException):
+            async with await self._post(Endpoint.COMPLETIONS, _QUESTION) as response:
+                await self._standstill.hear(response.read())
+
     async def _generate(self, request: web.Request, *, endpoint: Endpoint) -> web.StreamResponse:
+        try:
+            return await self._generated(request, endpoint)
+        except asyncio.CancelledError:
+            self._standstill.left()
+            raise
+
+    async def _generated(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
         body = await request.read()
         asked = _decoded(body)
         stream = None if asked is None else asked.get("stream")
@@ -94,9 +135,9 @@ class Front:
             if response.content_type != _STREAMED:
                 return await _pass_body(response)
             if not stream:
-                return await _fold(response, prompt_count)
+                return await _fold(_events(response, self._standstill), prompt_count)
             several = _Several(asked, prompt_count) if prompt_count > 1 or _several_choices(asked) else None
-            return await _pass_stream(request, response, several)
+            return await _pass_stream(request, response, self._standstill, several)
 
 
 @web.middleware
@@ -133,10 +174,10 @@ def _several_choices(asked: dict[str, Any]) -> bool:
     return any(asked.get(name) not in (None, 1) for name in ("n", "n_cmpl"))
 
 
-async def _events(response: ClientResponse) -> AsyncGenerator[bytes, None]:
+async def _events(response: ClientResponse, standstill: Standstill) -> AsyncGenerator[bytes, None]:
     """The lines that say something, without their ends. Progress does not, nor the `null` before several prompts. Ends at a break, too."""
     try:
-        async for line in response.content:
+        while line := await standstill.hear(response.content.readline()):
             event = line.rstrip()
             if event and event != b"data: null" and b'"prompt_progress":{' not in event:
                 yield event
@@ -171,8 +212,10 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _pass_stream(request: web.Request, response: ClientResponse, several: _Several | None) -> web.StreamResponse:
-    async with aclosing(_events(response)) as events:
+async def _pass_stream(
+    request: web.Request, response: ClientResponse, standstill: Standstill, several: _Several | None
+) -> web.StreamResponse:
+    async with aclosing(_events(response, standstill)) as events:
         # Before its first event the answer has no status yet: one that fails here says so by it.
         first = await anext(events, b"")
         if not first:
@@ -185,7 +228,7 @@ async def _pass_stream(request: web.Request, response: ClientResponse, several: 
         await passed.prepare(request)
         if several is None:
             await passed.write(first + b"\n")  # the rest of its end is the first byte still to come
-            async for piece in response.content.iter_any():
+            while piece := await standstill.hear(response.content.readany()):
                 await passed.write(piece)
         else:
             await passed.write(several.passed(first))
@@ -196,9 +239,9 @@ async def _pass_stream(request: web.Request, response: ClientResponse, several: 
     return passed
 
 
-async def _fold(response: ClientResponse, prompt_count: int) -> web.Response:
+async def _fold(events: AsyncIterator[bytes], prompt_count: int) -> web.Response:
     fold, complete = AnswerFold(prompt_count), False
-    async for event in _events(response):
+    async for event in events:
         complete = complete or event == _DONE
         if (error := _error_of(event)) is not None:
             return _refused(error)

@@ -24,7 +24,16 @@ PROBE_LIMIT_SECONDS: Final = 120.0
 ENDING_LIMIT_SECONDS: Final = 5.0
 """For a process that closed its stdout to end."""
 FAILURE_LINES: Final = 12
-KNOWN_CAUSES: Final = ("CUDA error", "out of memory", "bad_alloc", "MemoryError", "GGML_ASSERT", "Segmentation fault", "No space left")
+KNOWN_CAUSES: Final = (
+    "CUDA error",
+    "out of memory",
+    "bad_alloc",
+    "MemoryError",
+    "GGML_ASSERT",
+    "Segmentation fault",
+    "No space left",
+    "says nothing any more",
+)
 
 _PASSED_VARIABLES: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
 _PASSED_PREFIXES: Final = ("LC_", "CUDA_", "NVIDIA_", "GGML_", "OMP_")
