@@ -20,6 +20,7 @@ class Ledger:
         self.kinds = []
         self.unavailable_times = 0
         self.poison = None
+        self.poor_until_settled = ""
 
     async def apply(self, commands):
         await asyncio.sleep(0)
@@ -30,7 +31,13 @@ class Ledger:
             raise PotluckError(ErrorCode.INTERNAL_ERROR)
         self.batches.append([command.hold_id for command in commands])
         self.kinds.append([type(command) for command in commands])
-        return tuple(LedgerOutcome.APPLIED for _ in commands)
+        return tuple(self._outcome_of(command) for command in commands)
+
+    def _outcome_of(self, command):
+        if isinstance(command, SettleHold) and command.hold_id == self.poor_until_settled:
+            self.poor_until_settled = ""
+        poor = isinstance(command, OpenHold) and self.poor_until_settled
+        return LedgerOutcome.INSUFFICIENT_CREDITS if poor else LedgerOutcome.APPLIED
 
 
 def hold(hold_id):
@@ -60,15 +67,49 @@ async def test_what_gathers_during_a_commit_leaves_together_and_in_order():
         assert await writer.drain(1)
 
 
-async def test_a_hold_leaves_at_once_with_what_waits_before_it_and_settlements_wait_for_company(monkeypatch):
+async def test_a_hold_leaves_at_once_and_settlements_wait_for_company(monkeypatch):
     monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
     async with writing() as (ledger, writer):
         settled = [writer.submit(SettleHold(f"{number}", 1)) for number in range(3)]
         assert not await writer.drain(0.01)
-        assert ledger.batches == []
         assert await writer.submit(hold("new")) is LedgerOutcome.APPLIED
-        assert ledger.batches == [["0", "1", "2", "new"]]  # what they free may be what the hold needs
-        assert all(future.done() for future in settled)
+        assert ledger.batches == [["new"]]
+        writer._company_is_over()
+        assert await asyncio.gather(*settled) == [LedgerOutcome.APPLIED] * 3
+        assert ledger.batches == [["new"], ["0", "1", "2"]]
+        assert await writer.drain(1)
+
+
+async def test_a_hold_that_lacks_credits_is_tried_once_more_behind_the_settlement_that_frees_them(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        ledger.poor_until_settled = "old"
+        writer.submit(SettleHold("old", 1))
+        assert await asyncio.wait_for(writer.submit(hold("new")), 5) is LedgerOutcome.APPLIED
+        assert ledger.batches == [["new"], ["old", "new"]]
+        assert await writer.drain(1)
+
+
+async def test_what_comes_during_a_commit_is_not_forgotten_when_its_time_is_over_then(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        first = writer.submit(SettleHold("first", 1))
+        writer._company_is_over()
+        await asyncio.sleep(0)  # its commit is on its way
+        second = writer.submit(SettleHold("second", 1))
+        writer._company_is_over()
+        assert await asyncio.wait_for(asyncio.gather(first, second), 5) == [LedgerOutcome.APPLIED] * 2
+        assert ledger.batches == [["first"], ["second"]]
+        assert await writer.drain(1)
+
+
+async def test_a_hold_that_lacks_credits_all_the_same_is_refused(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        ledger.poor_until_settled = "never settled"
+        assert await asyncio.wait_for(writer.submit(hold("new")), 5) is LedgerOutcome.INSUFFICIENT_CREDITS
+        assert await asyncio.wait_for(writer.submit(hold("newer")), 5) is LedgerOutcome.INSUFFICIENT_CREDITS
+        assert ledger.batches == [["new"], ["new"], ["newer"], ["newer"]]
         assert await writer.drain(1)
 
 

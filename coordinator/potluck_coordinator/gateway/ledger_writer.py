@@ -1,16 +1,16 @@
-"""Carries ledger commands from the data plane to the directory, in order, many to a commit.
+"""Carries ledger commands from the data plane to the directory, many to a commit, each attempt's in order.
 
-Decides when to send. A hold has a client waiting for it and leaves at once, together with everything that waits before it: what an earlier
-settlement frees may be what this hold needs. Marks and settlements have nobody waiting, and stay up to 20 ms for company. What comes while
-a commit is on its way leaves with the next. A command leaves the queue when the directory has answered, so a directory that restarts delays
-settlements and loses none; one that the ledger fails on by itself is given up. It must not know what the commands come to.
+Decides when to send. A hold has a client waiting for it and leaves at once, before what else waits; marks and settlements have nobody
+waiting, and stay up to 20 ms for company. What comes while a commit is on its way leaves with the next. A hold for which the payer's
+credits do not suffice is tried once more behind all that waits: an earlier settlement may free what it needs. A command leaves the queue
+when the directory has answered, so a directory that restarts delays settlements and loses none; one that the ledger fails on by itself is
+given up. It must not know what the commands come to.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -47,8 +47,12 @@ class LedgerWriter:
     def __init__(self, ledger: Ledger, observe_commit_seconds: Callable[[float], None]) -> None:
         self._ledger = ledger
         self._observe = observe_commit_seconds
-        self._waiting: deque[tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]] = deque()
+        self._waiting: dict[int, tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]] = {}
+        """By number, in the order of their coming."""
+        self._numbers = count()
         self._due = asyncio.Event()
+        self._all_due = False
+        """Not only the holds."""
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -64,7 +68,7 @@ class LedgerWriter:
         if urgent and len(self._waiting) >= QUEUE_LENGTH_MAX:
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
         outcome: asyncio.Future[LedgerOutcome] = loop.create_future()
-        self._waiting.append((command, outcome))
+        self._waiting[next(self._numbers)] = (command, outcome)
         self._idle.clear()
         if urgent:
             self._due.set()
@@ -74,6 +78,10 @@ class LedgerWriter:
 
     def _company_is_over(self) -> None:
         self._timer = None
+        self._send_all()
+
+    def _send_all(self) -> None:
+        self._all_due = True
         self._due.set()
 
     async def run(self) -> None:
@@ -82,27 +90,36 @@ class LedgerWriter:
         while True:
             await self._due.wait()
             self._due.clear()
-            batch = tuple(islice(self._waiting, BATCH_LENGTH_MAX))
+            everything, batch = self._all_due, self._next_batch()
+            # Cleared now: what comes during the commit may want it set again.
+            self._all_due = False
             if not batch:
-                continue  # a hold took along what the timer was for
+                continue  # what the timer was for has left already
             started_at = loop.time()
             try:
-                outcomes = await self._apply([command for command, _ in batch])
+                outcomes = await self._apply([command for _, (command, _) in batch])
             except PotluckError as error:
                 # Commands carry stable ids, so sending them again cannot apply them twice.
                 _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._waiting))
                 await asyncio.sleep(RETRY_SECONDS)
-                self._due.set()
+                self._send_all()
                 continue
             self._observe(loop.time() - started_at)
-            for (_, future), outcome in zip(batch, outcomes, strict=True):
-                self._waiting.popleft()
+            if len(batch) == BATCH_LENGTH_MAX:
+                self._send_all()
+            for (number, (_, future)), outcome in zip(batch, outcomes, strict=True):
+                if outcome is LedgerOutcome.INSUFFICIENT_CREDITS and not everything:
+                    self._send_all()
+                    continue
+                del self._waiting[number]
                 if not future.done():
                     future.set_result(outcome)
-            if len(batch) == BATCH_LENGTH_MAX:
-                self._due.set()
             if not self._waiting:
                 self._idle.set()
+
+    def _next_batch(self) -> list[tuple[int, tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]]]:
+        due = (item for item in self._waiting.items() if self._all_due or isinstance(item[1][0], OpenHold))
+        return list(islice(due, BATCH_LENGTH_MAX))
 
     async def _apply(self, commands: list[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
         """As the desk's; a command that the ledger fails on by itself is given up, so that it does not stop all others for ever."""
