@@ -34,7 +34,6 @@ def main() -> NoReturn:
         run(app)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    sys.exit(0)
 
 
 def _end_at_once(_number: int, _frame: object) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Final
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -28,10 +28,10 @@ Commands find the pool by --url or POTLUCK_URL, and your key by --api-key-file o
 found by themselves. Exit codes: 0 done, 1 failed, 2 wrong usage, 4 not authorised, 5 unreachable."""
 
 
-def run(app: typer.Typer) -> None:
+def run(app: typer.Typer) -> NoReturn:
     """Runs this process's command line; ends by SystemExit with its code. A file or folder that cannot be used is named."""
     try:
-        app()
+        sys.exit(app())
     except PotluckError as error:
         sys.exit(explain(error))
     except OSError as error:

@@ -87,9 +87,10 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
         reader = asyncio.ensure_future(self._read(context, session, outbox))
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            ended_here = not reader.done()
             if reader.done():
                 goodbye = reader.result()
+            else:
+                ended_here = True
         finally:
             for task in (reader, writer):
                 task.cancel()
