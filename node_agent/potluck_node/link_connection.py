@@ -1,6 +1,6 @@
 """One channel with one Link stream on it: greet, write what waits, read, close.
 
-Decides how long what is not urgent waits for company: up to 2 ms after the last flush, which costs a lone stream nothing and lets many
+Decides how long what is not urgent waits for company: up to 4 ms after the last flush, which costs a lone stream nothing and lets many
 streams share frames. `attempts` says that an answer's first two pieces and its end are urgent, `link` that control is. It must not know
 what frames mean, nor why a connection is opened or given up.
 
@@ -20,7 +20,7 @@ import structlog
 
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
 
-COALESCE_SECONDS: Final = 0.002
+COALESCE_SECONDS: Final = 0.004
 CLOSE_LIMIT_SECONDS: Final = 2.0
 
 _log = structlog.get_logger()

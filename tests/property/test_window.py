@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from enum import Enum
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,15 @@ from potluck_protocol.values import AttemptId, EndReason
 ATTEMPT = AttemptId("attempt")
 
 
+class Reader(Enum):
+    """What the client's side does once a piece has been sent."""
+
+    BUSY = "neither reads nor waits"
+    READS = "reads what is there"
+    WAITS = "waits, and takes whatever comes"
+    FULL = "waits, and takes one piece more"
+
+
 class Pair:
     """The two ends of one attempt, with nothing between them."""
 
@@ -22,20 +32,33 @@ class Pair:
         self.delivery = Delivery(ATTEMPT, window_bytes)
         self.relay = Relay(ATTEMPT, window_bytes, 0.0, lambda _, sequence: self.delivery.acknowledge(sequence))
         self.received = b""
+        self.waiting: asyncio.Future[bytes | None] | None = None
+        self.takes_more = True
 
-    async def send(self, piece_bytes: int, *, first: bool) -> None:
-        while not self.delivery.has_room(piece_bytes):
+    async def send(self, piece: bytes, *, first: bool) -> None:
+        while not self.delivery.has_room(len(piece)):
             progress = await self.read()
-            assert progress or self.delivery.has_room(piece_bytes), "the node waits for room, and the client for bytes"
-        self.delivery.push(b"x" * piece_bytes, ResponseHead(200, "text/plain") if first else None)
+            assert progress or self.delivery.has_room(len(piece)), "the node waits for room, and the client for bytes"
+        self.delivery.push(piece, ResponseHead(200, "text/plain") if first else None)
         frame = node_pb2.NodeFrame()
         self.delivery.move_into(frame, 1 << 30)
         for chunk in frame.chunks:
             self.relay.receive(chunk.sequence, chunk.data, 0.0)
 
+    def take(self, data: bytes) -> bool:
+        self.received += data
+        return self.takes_more
+
+    async def wait(self) -> None:
+        """A reader that waits from here on, and gets what comes without being asked."""
+        if self.waiting is None:
+            self.waiting = asyncio.ensure_future(self.relay.next_data(self.take))
+            await asyncio.sleep(0)
+
     async def read(self) -> bool:
         """What waits for the client; False where it has everything, and the node knows as much as it will."""
-        reading = asyncio.ensure_future(self.relay.next_data())
+        reading = self.waiting or asyncio.ensure_future(self.relay.next_data())
+        self.waiting = None
         await asyncio.sleep(0)
         if reading.done():
             self.received += reading.result() or b""
@@ -45,18 +68,26 @@ class Pair:
         return False
 
 
-async def relay_all(window_bytes: int, pieces: list[tuple[int, bool]]) -> int:
+async def relay_all(window_bytes: int, pieces: list[tuple[bytes, Reader]]) -> bytes:
     pair = Pair(window_bytes)
-    for number, (piece_bytes, read_after) in enumerate(pieces):
-        await pair.send(piece_bytes, first=number == 0)
-        if read_after:
+    for number, (piece, reader) in enumerate(pieces):
+        pair.takes_more = reader is not Reader.FULL
+        await pair.send(piece, first=number == 0)
+        if reader is Reader.READS:
             await pair.read()
+        elif reader is not Reader.BUSY:
+            await pair.wait()
     pair.relay.end(len(pieces), EndReason.COMPLETED, "")
-    while (data := await pair.relay.next_data()) is not None:
+    while (data := await (pair.waiting or pair.relay.next_data())) is not None:
+        pair.waiting = None
         pair.received += data
-    return len(pair.received)
+    return pair.received
 
 
-@given(st.integers(min_value=1, max_value=200), st.lists(st.tuples(st.integers(min_value=0, max_value=500), st.booleans()), max_size=40))
-def test_every_piece_gets_through(window_bytes: int, pieces: list[tuple[int, bool]]) -> None:
-    assert asyncio.run(relay_all(window_bytes, pieces)) == sum(piece_bytes for piece_bytes, _ in pieces)
+sizes_bytes = st.integers(min_value=0, max_value=500)
+
+
+@given(st.integers(min_value=1, max_value=200), st.lists(st.tuples(sizes_bytes, st.sampled_from(Reader)), max_size=40))
+def test_every_piece_gets_through(window_bytes: int, steps: list[tuple[int, Reader]]) -> None:
+    pieces = [(bytes([number]) * size_bytes, reader) for number, (size_bytes, reader) in enumerate(steps)]
+    assert asyncio.run(relay_all(window_bytes, pieces)) == b"".join(piece for piece, _ in pieces)

@@ -13,6 +13,7 @@ from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.relay import PassOn
 from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
@@ -93,13 +94,16 @@ class ScriptedAnswer:
     def document(self) -> bytes:
         return b"".join(piece for piece in self._pieces[: self.taken_count] if isinstance(piece, bytes))
 
-    async def next_data(self) -> bytes | None:
-        if self.taken_count < len(self._pieces):
+    async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
+        while self.taken_count < len(self._pieces):
             piece = self._pieces[self.taken_count]
             self.taken_count += 1
             if isinstance(piece, Exception):
                 raise piece
-            return piece
+            if pass_on is None:
+                return piece
+            if not pass_on(piece):
+                pass_on = None
         if self._script.endless:
             await asyncio.Event().wait()
         await self.close()

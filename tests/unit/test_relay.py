@@ -59,6 +59,63 @@ async def test_a_waiting_reader_is_woken_by_data_and_by_failure(relay):
         await reading
 
 
+async def reading_on(relay, pass_on):
+    """A reader that waits, with a function for what comes meanwhile."""
+    reading = asyncio.ensure_future(relay.next_data(pass_on))
+    await asyncio.sleep(0)
+    return reading
+
+
+async def test_bytes_that_come_while_a_reader_waits_go_on_at_once(relay, acknowledged):
+    passed = []
+    reading = await reading_on(relay, lambda data: passed.append(data) or True)
+    for sequence, data in enumerate([b"a" * 60, b"b" * 60, b"c"]):
+        relay.receive(sequence, data, 1.0)
+    assert passed == [b"a" * 60, b"b" * 60, b"c"]
+    assert acknowledged == [2]  # a quarter of the window had left with the second, and nobody had to ask again
+    relay.end(3, EndReason.COMPLETED, "")
+    assert await reading is None
+
+
+async def test_behind_bytes_that_were_the_last_to_be_taken_the_rest_waits(relay, acknowledged):
+    passed = []
+    reading = await reading_on(relay, passed.append)  # None: it takes no more
+    for sequence, data in enumerate([b"a", b"b", b"c" * 200]):
+        relay.receive(sequence, data, 1.0)
+    assert (passed, await reading) == ([b"a"], b"b" + b"c" * 200)
+    assert acknowledged == []
+    reading = await reading_on(relay, passed.append)
+    assert acknowledged == [3]
+    relay.receive(3, b"d", 1.0)
+    assert passed == [b"a", b"d"]
+    reading.cancel()
+
+
+async def test_a_reader_that_was_woken_or_has_gone_is_passed_nothing_more(relay):
+    passed = []
+    relay.receive(0, b"a", 1.0)
+    assert await relay.next_data(lambda data: passed.append(data) or True) == b"a"
+    relay.receive(1, b"b", 1.0)
+    assert await relay.next_data() == b"b"
+    reading = await reading_on(relay, lambda data: passed.append(data) or True)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    relay.receive(2, b"c", 1.0)
+    assert (passed, await relay.next_data()) == ([], b"c")
+
+
+async def test_bytes_that_cannot_be_passed_on_fail_their_own_answer_only(relay):
+    def break_down(_):
+        raise RuntimeError("the prompt's own words")
+
+    reading = await reading_on(relay, break_down)
+    relay.receive(0, b"a", 1.0)
+    relay.receive(1, b"b", 1.0)
+    with pytest.raises(PotluckError) as failure:
+        await reading
+    assert failure.value.code is ErrorCode.INTERNAL_ERROR
+
+
 async def test_only_what_has_left_is_acknowledged(relay, acknowledged):
     relay.receive(0, b"x" * 150, 1.0)
     await relay.next_data()

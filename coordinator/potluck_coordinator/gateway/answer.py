@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.gateway.ledger_writer import LedgerWriter
-    from potluck_coordinator.gateway.relay import Relay
+    from potluck_coordinator.gateway.relay import PassOn, Relay
     from potluck_coordinator.gateway.requests import InferenceRequest
     from potluck_protocol.values import AttemptId, NodeId, RequestId, Usage
 
@@ -116,17 +117,26 @@ class Answer:
         if head.http_status != HTTP_OK:
             raise PotluckError(ErrorCode.ENGINE_FAILED, "The node's answer is neither an answer nor an error.")
 
-    async def next_data(self) -> bytes | None:
+    async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.
 
-        An unstreamed answer gives nothing before it is complete: its price stands at its end, and half of it would be free.
+        An unstreamed answer gives nothing before it is complete: its price stands at its end, and half of it would be free. Of a stream,
+        bytes that come while this waits go to `pass_on`, if there is one, for as long as it takes more.
         """
         if not self._request.stream:
             return await self._next_of_document()
-        while (data := await self._next_bytes()) is not None:
-            passed = self._watcher.feed(data)
-            if passed:
-                return passed
+        watched = None if pass_on is None else partial(self._watch, pass_on)
+        try:
+            while (data := await self._relay.next_data(watched)) is not None:
+                if passed := self._watcher.feed(data):
+                    return passed
+        except PotluckError:
+            # After `[DONE]` the answer is complete, whatever becomes of its node.
+            if not self._watcher.done:
+                raise
+        if not self._watcher.done:
+            # llama.cpp ends so after an error of its own in the middle of an answer.
+            raise PotluckError(ErrorCode.ENGINE_FAILED)
         await self._finish()
         return None
 
@@ -154,9 +164,13 @@ class Answer:
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
             self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
 
+    def _watch(self, pass_on: PassOn, data: bytes) -> bool:
+        passed = self._watcher.feed(data)
+        return pass_on(passed) if passed else True
+
     async def _next_of_document(self) -> bytes | None:
         if not self._complete:
-            while (data := await self._next_bytes()) is not None:
+            while (data := await self._relay.next_data()) is not None:
                 self._keep(data)
             await self._finish()
         return self._pieces.popleft() if self._pieces else None
@@ -164,19 +178,6 @@ class Answer:
     async def _finish(self) -> None:
         self._complete = True
         await self.close()
-
-    async def _next_bytes(self) -> bytes | None:
-        """As the relay's; after `[DONE]` the answer is complete, whatever becomes of its node."""
-        try:
-            data = await self._relay.next_data()
-        except PotluckError:
-            if self._watcher.done:
-                return None
-            raise
-        if data is None and self._request.stream and not self._watcher.done:
-            # llama.cpp ends so after an error of its own in the middle of an answer.
-            raise PotluckError(ErrorCode.ENGINE_FAILED)
-        return data
 
     def _hold_decided(self, hold: asyncio.Future[LedgerOutcome]) -> None:
         """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""

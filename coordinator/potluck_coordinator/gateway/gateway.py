@@ -8,6 +8,7 @@ sessions and money are asked of its desks by those who need them. It must not kn
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import secrets
 from collections.abc import Callable, Coroutine
@@ -126,6 +127,9 @@ class Gateway:
             )
         ]
         endpoints = await self._serve(grant, requests)
+        # What was imported and built so far stays for good: the collector need not look through it again and again.
+        gc.collect()
+        gc.freeze()
         _log.info("gateway_serving", epoch=grant.epoch, pool_id=grant.pool_id)
         return endpoints
 

@@ -20,6 +20,8 @@ from potluck_protocol.metadata import REQUEST_ID
 CLIENT_GONE_STATUS: Final = 499
 ABORT_EXTENSION: Final = "potluck.abort"
 """Where the server leaves a function in the scope that drops the connection."""
+WRITE_NOW_EXTENSION: Final = "potluck.write_now"
+"""Where it leaves one that writes a piece of a stream at once, and says whether the connection would take another."""
 
 _STREAM_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -53,7 +55,9 @@ class Exchange:
         self._send = send
         self._clock = clock
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
-        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
+        extensions = scope.get("extensions", {})
+        self._abort: Callable[[], None] | None = extensions.get(ABORT_EXTENSION)
+        self._write_now: Callable[[bytes], bool] = extensions.get(WRITE_NOW_EXTENSION, lambda _: False)
         self._sending = False
         self._piece_count = 0
         self._last_on_connection = False
@@ -137,19 +141,32 @@ class Exchange:
         self.streaming = True
         await self._start(200, (*_STREAM_HEADERS, *headers))
 
-    async def send_piece(self, data: bytes) -> None:
-        """The next part of a stream; returns when the connection takes more."""
-        await self._piece(data, more=True)
+    async def send_piece(self, data: bytes, *, more: bool = True) -> None:
+        """The next part of the answer's body, or its last; returns when the connection takes more."""
+        self._sending = True
+        if self.first_byte_seconds is None:
+            self.first_byte_seconds = self.seconds
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._sending = False
+        self._piece_count += 1
+        self.sent_bytes += len(data)
 
-    async def end_stream(self) -> None:
-        """A stream's regular end."""
-        await self._piece(b"", more=False)
+    @property
+    def keeps_up(self) -> bool:
+        """The connection would take more bytes now, so that `send_now` may be called."""
+        return self._write_now(b"")
+
+    def send_now(self, data: bytes) -> bool:
+        """As `send_piece` in the middle of a stream, but nothing is awaited; whether the connection would take more."""
+        self._piece_count += 1
+        self.sent_bytes += len(data)
+        return self._write_now(data)
 
     async def fail(self, error: PotluckError, headers: Iterable[Header] = (), *, billed: bool = False) -> None:
         """The error answer; in a stream that has begun, the event that says so, with no `[DONE]` behind it."""
         self.failure = error.code
         if self.streaming:
-            await self._piece(error_event(error), more=False)
+            await self.send_piece(error_event(error), more=False)
             return
         answer = http_error(error, billed=billed)
         await self._send_whole(answer.status, (*answer.headers, (b"content-length", b"%d" % len(answer.body)), *headers), answer.body)
@@ -167,7 +184,7 @@ class Exchange:
         try:
             async with asyncio.timeout(STALL_SECONDS_MAX):
                 await self._start(status, headers)
-                await self._piece(body, more=False)
+                await self.send_piece(body, more=False)
         except TimeoutError:
             await self.hang_up()
 
@@ -179,12 +196,3 @@ class Exchange:
         )
         close = ((b"connection", b"close"),) if self._last_on_connection else ()
         await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common, *close]})
-
-    async def _piece(self, data: bytes, *, more: bool) -> None:
-        self._sending = True
-        if self.first_byte_seconds is None:
-            self.first_byte_seconds = self.seconds
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        self._sending = False
-        self._piece_count += 1
-        self.sent_bytes += len(data)

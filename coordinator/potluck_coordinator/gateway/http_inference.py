@@ -14,6 +14,7 @@ from typing import Protocol
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Header
 from potluck_coordinator.gateway.openai_request import parse_request
+from potluck_coordinator.gateway.relay import PassOn
 from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.errors import PotluckError
@@ -32,7 +33,7 @@ class InferenceAnswer(Protocol):
     def charge_micro_credits(self) -> int: ...
     @property
     def document(self) -> bytes: ...
-    async def next_data(self) -> bytes | None: ...
+    async def next_data(self, pass_on: PassOn | None = None) -> bytes | None: ...
     async def close(self) -> None: ...
 
 
@@ -111,13 +112,14 @@ class InferenceExchange:
             await self._exchange.fail(error, billed=self.charge_micro_credits > 0)
 
     async def _relay(self, answer: InferenceAnswer) -> None:
-        """The hot path: one write for whatever has arrived."""
+        """The hot path: one write for whatever has arrived, and none of this loop's turns while the client keeps up."""
+        exchange = self._exchange
         data = await answer.next_data()
-        await self._exchange.begin_stream(self._node_header(answer))
+        await exchange.begin_stream(self._node_header(answer))
         while data is not None:
-            await self._exchange.send_piece(data)
-            data = await answer.next_data()
-        await self._exchange.end_stream()
+            await exchange.send_piece(data)
+            data = await answer.next_data(exchange.send_now if exchange.keeps_up else None)
+        await exchange.send_piece(b"", more=False)
 
     async def _collect(self, answer: InferenceAnswer) -> None:
         """Waits for the end before the head goes out, which says what the whole answer cost."""

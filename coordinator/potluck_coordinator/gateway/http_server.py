@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
-from potluck_coordinator.gateway.http_exchange import ABORT_EXTENSION
+from potluck_coordinator.gateway.http_exchange import ABORT_EXTENSION, WRITE_NOW_EXTENSION
 from potluck_coordinator.gateway.http_inference import Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
 from potluck_coordinator.gateway.key_cache import KeyCache
@@ -74,7 +74,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
         self._reading_head, self._head_bytes, self._unread_bytes = True, 0, 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}
+        scope["extensions"] = {ABORT_EXTENSION: self.transport.abort, WRITE_NOW_EXTENSION: self._write_now}
 
     def on_headers_complete(self) -> None:
         self._timer.cancel()
@@ -108,6 +108,14 @@ class _BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif unread_bytes:
             self._unread_timer = self.loop.call_later(STALL_SECONDS_MAX, self._watch_unread, unread_bytes)
+
+    def _write_now(self, data: bytes) -> bool:
+        """A piece of the stream under way, as uvicorn would write it, without a coroutine for each; whether another would be taken."""
+        if not self.cycle.chunked_encoding or self.cycle.disconnected:
+            return False
+        if data:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return not self.flow.write_paused
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP, refused in the same shape as everything else."""

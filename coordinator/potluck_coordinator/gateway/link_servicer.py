@@ -139,7 +139,7 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
                 if len(chunk.attempt_id) <= ATTEMPT_ID_CHARACTERS_MAX:
                     outbox.cancel(AttemptId(chunk.attempt_id))
                 continue
-            if chunk.HasField("head") and relay.head is None:
+            if relay.head is None and chunk.HasField("head"):
                 relay.head = AnswerHead(chunk.head.http_status, chunk.head.content_type)
             relay.receive(chunk.sequence, chunk.data, now)
 

@@ -1,15 +1,18 @@
 """One attempt's bytes on their way from the link to its `answer`.
 
 Decides what a repeated, missing or surplus chunk means, and when the node may send more. `link_servicer` writes (`receive`, `end`: plain
-calls, nothing awaited), `answer` reads (`next_data`), and whatever has arrived between two reads leaves as one piece. A full buffer is not
-acknowledged, so a slow client pauses its own attempt at the node and never the link. It must not know HTTP, gRPC or money.
+calls, nothing awaited), `answer` reads (`next_data`), and whatever has arrived between two reads leaves as one piece. A reader that waits
+may have left a function with which bytes go on at once, without a task's turn for each: the hot path of a client that keeps up. What waits
+here is not acknowledged, so a slow client pauses its own attempt at the node and never the link. It must not know HTTP, gRPC or money.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import structlog
 
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EndReason
@@ -18,6 +21,10 @@ from potluck_protocol.window import acknowledged_step_bytes, has_room
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PassOn: TypeAlias = "Callable[[bytes], bool]"
+"""Takes bytes for the client at once, and says whether it would take more."""
+
+_log = structlog.get_logger()
 
 DETAIL_CHARACTERS_MAX: Final = 200
 """Of a node's own words that a client gets to see."""
@@ -44,10 +51,12 @@ class Relay:
     __slots__ = (
         "_acknowledge",
         "_acknowledged_bytes",
+        "_acknowledged_step_bytes",
         "_buffer",
         "_end",
         "_ended_by_node",
         "_error",
+        "_pass_on",
         "_taken_bytes",
         "_taken_sequence",
         "_waiter",
@@ -71,10 +80,12 @@ class Relay:
         self._end: EndReason | None = None
         self._ended_by_node = False
         self._error: PotluckError | None = None
+        self._pass_on: PassOn | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._taken_sequence = 0
         self._taken_bytes = 0
         self._acknowledged_bytes = 0
+        self._acknowledged_step_bytes = acknowledged_step_bytes(window_bytes)
 
     @property
     def over(self) -> bool:
@@ -99,6 +110,9 @@ class Relay:
             return
         self.received_bytes += len(data)
         self.last_chunk_at = now
+        if data and self._pass_on is not None:
+            self._pass(data, self._pass_on)
+            return
         if data:
             self._buffer.append(data)
         self._wake()
@@ -137,38 +151,54 @@ class Relay:
                 raise self._error
             if self._end is not None:
                 raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine ended without an answer.")
-            await self._sleep()
+            await self._change()
         return self.head
 
-    async def next_data(self) -> bytes | None:
+    async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
         """All bytes that wait, as soon as there are any; None at the complete end. Raises the attempt's error after its last byte.
 
-        Asking again says that the bytes of the last call have left for the client.
+        Asking again says that the bytes of the last call have left for the client. With `pass_on` bytes that come while nothing waits go
+        there instead, until it takes no more; those behind them are returned.
         """
         self._acknowledge_taken()
-        while not self._buffer:
-            if self._error is not None:
-                raise self._error
-            if self._end is not None:
-                return None
-            await self._sleep()
+        try:
+            while not self._buffer:
+                if self._error is not None:
+                    raise self._error
+                if self._end is not None:
+                    return None
+                self._pass_on = pass_on
+                await self._change()
+        finally:
+            self._pass_on = None
         data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
         self._buffer.clear()
         self._taken_sequence = self.next_sequence
         self._taken_bytes += len(data)
         return data
 
+    def _pass(self, data: bytes, pass_on: PassOn) -> None:
+        """Hands the bytes on to where the reader said. Its failure is this answer's alone: the link carries those of others."""
+        try:
+            if not pass_on(data):
+                self._pass_on = None
+        except Exception as error:  # noqa: BLE001 - as said; and its traceback could hold the answer
+            _log.error("answer_not_passed_on", attempt_id=self.attempt_id, error_kind=type(error).__name__)
+            self.fail(PotluckError(ErrorCode.INTERNAL_ERROR))
+            return
+        self._taken_sequence = self.next_sequence
+        self._taken_bytes += len(data)
+        self._acknowledge_taken()
+
     def _acknowledge_taken(self) -> None:
-        if self._taken_bytes - self._acknowledged_bytes >= acknowledged_step_bytes(self.window_bytes) and not self.over:
+        if self._taken_bytes - self._acknowledged_bytes >= self._acknowledged_step_bytes and not self.over:
             self._acknowledged_bytes = self._taken_bytes
             self._acknowledge(self.attempt_id, self._taken_sequence)
 
-    async def _sleep(self) -> None:
+    def _change(self) -> asyncio.Future[None]:
+        """Done at the next call of `_wake`. One reader at a time."""
         self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
