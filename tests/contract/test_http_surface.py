@@ -192,7 +192,7 @@ async def test_unknown_paths(edge: HttpEdge) -> None:
 
 
 async def test_wrong_methods(edge: HttpEdge) -> None:
-    calls = (("GET", CHAT), ("POST", "/v1/models"), ("DELETE", "/v1/models/x"), ("PUT", "/health"), ("HEAD", "/v1/models"))
+    calls = (("GET", CHAT), ("POST", "/v1/models"), ("DELETE", "/v1/models/x"), ("PUT", "/health"), ("HEAD", CHAT))
     for method, path in calls:
         answer = await exchange(edge.port, method, path)
         assert (method, path, answer.status) == (method, path, 405)
@@ -213,6 +213,9 @@ async def test_routes_are_for_whom_the_table_says(edge: HttpEdge) -> None:
             answer = await exchange(edge.port, method, path, body if method == "POST" else b"", key=key)
             expected = 200 if rank >= needed[audience] else (401 if rank == 0 else 403)
             assert (method, pattern, key, answer.status) == (method, pattern, key, expected)
+            if method == "GET":
+                head = await exchange(edge.port, "HEAD", path, key=key)
+                assert (pattern, key, head.status, head.body) == (pattern, key, expected, b"")
 
 
 async def test_open_routes(edge: HttpEdge) -> None:

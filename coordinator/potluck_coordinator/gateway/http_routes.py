@@ -129,13 +129,15 @@ class HttpRoutes:
         if methods is None:
             raise PotluckError(ErrorCode.NOT_FOUND, "There is no such path here. The API is under /v1.")
         record.pattern = pattern
-        handler = methods.get(exchange.method)
+        # HEAD is GET whose body the server leaves out: what watches over a port often asks so.
+        method = "GET" if exchange.method == "HEAD" else exchange.method
+        handler = methods.get(method)
         if handler is None:
             allowed = ", ".join(methods)
             refusal = PotluckError(ErrorCode.METHOD_NOT_ALLOWED, f"This path takes {allowed}.")
             await exchange.fail(refusal, ((b"allow", allowed.encode()),))
             return
-        audience = HTTP_ROUTES[exchange.method, pattern]
+        audience = HTTP_ROUTES[method, pattern]
         if audience is not Audience.ANYONE:
             record.identity = await self._keys.identify(exchange.header(AUTHORIZATION.encode()))
             require(record.identity, audience)
