@@ -241,3 +241,10 @@ def test_too_large() -> None:
     with pytest.raises(PotluckError) as caught:
         parse(CHAT, b" " * (BODY_BYTES_MAX + 1))
     assert caught.value.code is ErrorCode.REQUEST_TOO_LARGE
+
+
+@pytest.mark.parametrize("body", [b"", b" \r\n"])
+def test_no_body_is_called_that(body: bytes) -> None:
+    with pytest.raises(PotluckError, match="no body") as refusal:
+        parse_request(Endpoint.CHAT_COMPLETIONS, body, RequestId("request"), AccountId("account"))
+    assert refusal.value.code is ErrorCode.INVALID_REQUEST

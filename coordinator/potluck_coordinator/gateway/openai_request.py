@@ -192,6 +192,8 @@ def too_large() -> PotluckError:
 
 
 def _decode(endpoint: Endpoint, body: bytes) -> _Parsed:
+    if not body.strip():
+        raise PotluckError(ErrorCode.INVALID_REQUEST, "The request has no body; send a JSON object.")
     try:
         return _DECODERS[endpoint].decode(body)
     except msgspec.ValidationError as error:
