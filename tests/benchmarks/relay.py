@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ SETTLE_SECONDS: Final = 0.3
 IDLE_SECONDS: Final = 5.0
 ROUNDS_SECONDS_MAX: Final = 330.0
 """No further round begins after so long."""
+STUMBLES_MAX: Final = 3
+"""Turns of a peer that may break off and be run again; with one more it is out."""
 
 
 def _say(text: str) -> None:
@@ -83,6 +86,7 @@ class Benchmark:
         self.contenders: dict[str, Contender] = {}
         self.rounds: dict[str, list[Figures]] = {}
         self.absent: dict[str, str] = {}
+        self.stumbles: Counter[str] = Counter()
 
     def add(self, name: str, start: Callable[[], Contender]) -> None:
         """Starts a contender; a peer that does not start is noted as absent."""
@@ -112,16 +116,21 @@ class Benchmark:
                 self._guarded(name, lambda contender: self.rounds[contender.name].append(measure(self._client, contender)))
 
     def _guarded(self, name: str, work: Callable[[Contender], object]) -> None:
-        """A peer that answers wrongly is out, with the reason in its row; Potluck or the engine may not."""
-        try:
-            work(self.contenders[name])
-        except LoadFailedError as error:
-            if name in {"direct", "Potluck"}:
-                raise
-            self.absent[name] = f"failed under load: {error}"
-            _say(f"{name}: {self.absent[name]}")
-            self.contenders.pop(name).stop()
-            del self.rounds[name]
+        """A peer that answers wrongly has its turn again, or is out, with the reason in its row; Potluck or the engine may not."""
+        while name in self.contenders:
+            try:
+                work(self.contenders[name])
+            except LoadFailedError as error:
+                if name in {"direct", "Potluck"}:
+                    raise
+                self.stumbles[name] += 1
+                _say(f"{name}: failed under load: {error}")
+                if self.stumbles[name] > STUMBLES_MAX:
+                    self.absent[name] = f"failed under load: {error}"
+                    self.contenders.pop(name).stop()
+                    del self.rounds[name]
+            else:
+                return
 
     def standings(self) -> dict[str, Standing]:
         """Memory after the load, and what each costs while nobody asks anything."""
@@ -172,6 +181,7 @@ def run_benchmark(round_count: int, folder: Path) -> Outcome:
             relay_groups={name: contender.relay_groups for name, contender in benchmark.contenders.items()},
             standings=benchmark.standings(),
             absent=benchmark.absent,
+            stumbles=benchmark.stumbles,
             pinned=bool(relay_cores),
             seconds=time.monotonic() - began_at,
         )

@@ -33,6 +33,8 @@ class Outcome:
     standings: Mapping[str, Standing]
     absent: Mapping[str, str]
     """Contenders that could not be measured, and why."""
+    stumbles: Mapping[str, int]
+    """Turns of a peer in which it broke an answer off, and which were run again."""
     pinned: bool
     seconds: float
 
@@ -179,6 +181,7 @@ def _footnotes(outcome: Outcome) -> list[str]:
         "Ratios and differences are of the same round; in brackets 95 % bootstrap intervals, whose worse end decides a mark.",
         "Engine paced at 12 ms a token. TLS on Potluck's link. Every answer was checked for all of its tokens, in order.",
     ]
+    lines += [f"{name} broke an answer off in {count} of its turns; they were run again." for name, count in outcome.stumbles.items()]
     if busy > BUSY_SHARE_MAX:
         lines.append(f"PROVISIONAL: others used {busy:.0%} of this machine meanwhile. Run it again on an idle one.")
     return lines
@@ -192,6 +195,7 @@ def document(outcome: Outcome) -> dict[str, object]:
         "relay_groups": {name: list(groups) for name, groups in outcome.relay_groups.items()},
         "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
         "absent": dict(outcome.absent),
+        "stumbles": dict(outcome.stumbles),
         "marks": [{**asdict(mark), "met": mark.met} for mark in marks(outcome)],
         "foreign_cpu_share": busy_neighbour_share(everyone),
         "provisional": busy_neighbour_share(everyone) > BUSY_SHARE_MAX,

@@ -26,6 +26,7 @@ from tests.benchmarks.arithmetic import (
     total,
     weighted_mean,
 )
+from tests.benchmarks.contenders import Contender
 from tests.benchmarks.load import (
     ANSWER_TOKENS,
     Load,
@@ -41,6 +42,7 @@ from tests.benchmarks.load import (
 )
 from tests.benchmarks.load_client import check_answer, run_load, streamed_text
 from tests.benchmarks.processes import Child, CpuReading, cpu_seconds, descendants, resident_bytes, title
+from tests.benchmarks.relay import STUMBLES_MAX, Benchmark
 from tests.benchmarks.report import Outcome, Standing, document, marks, table
 
 SMALL = Load(streamed=True, connection_count=3, requests_per_connection=1, token_count=30, limit_seconds=10)
@@ -110,6 +112,7 @@ def _outcome() -> Outcome:
         relay_groups=_GROUPS,
         standings={name: Standing(dict.fromkeys(seen[name], 2**20), dict.fromkeys(seen[name], 1.0)) for name in seen},
         absent={},
+        stumbles={},
         pinned=True,
         seconds=60.0,
     )
@@ -133,6 +136,48 @@ def test_a_peer_that_could_not_run_costs_only_its_own_row() -> None:
     printed = table(outcome)
     assert "LiteLLM: not measured: cannot be installed: no network" in printed
     assert "PROVISIONAL" not in printed
+
+
+_PORTS = {"Potluck": 1, "LiteLLM": 2}
+"""Nobody listens there: what tells one contender from another."""
+
+
+class Stumbling:
+    """A load client whose answers to one contender break off so many times."""
+
+    def __init__(self, name: str, failure_count: int) -> None:
+        self.port, self.failures_left = _PORTS[name], failure_count
+
+    def run(self, _load: Load, target: Target) -> LoadResult:
+        if target.port == self.port and self.failures_left:
+            self.failures_left -= 1
+            raise LoadFailedError("an answer is short")
+        return LoadResult((1.0,), (1.0,), 1.0, 100, 10, {"relay": 0.1}, 0.0)
+
+
+def _contender(name: str) -> Contender:
+    return Contender(name, f"http://127.0.0.1:{_PORTS[name]}", lambda: {"relay": ()}, ("relay",))
+
+
+@pytest.mark.parametrize(("failure_count", "round_count"), [(0, 2), (STUMBLES_MAX, 2), (STUMBLES_MAX + 1, None)])
+def test_a_peer_that_breaks_an_answer_off_has_its_turn_again(monkeypatch, failure_count: int, round_count: int | None) -> None:
+    monkeypatch.setattr("tests.benchmarks.relay.SETTLE_SECONDS", 0.0)
+    benchmark = Benchmark(Stumbling("LiteLLM", failure_count))
+    for name in ("Potluck", "LiteLLM"):
+        benchmark.add(name, lambda name=name: _contender(name))
+    benchmark.run_rounds(2)
+    assert len(benchmark.rounds["Potluck"]) == 2
+    assert (len(benchmark.rounds["LiteLLM"]) if "LiteLLM" in benchmark.rounds else None) == round_count
+    assert ("LiteLLM" in benchmark.absent) is (round_count is None)
+    assert benchmark.stumbles["LiteLLM"] == failure_count
+
+
+def test_potluck_may_break_no_answer_off(monkeypatch) -> None:
+    monkeypatch.setattr("tests.benchmarks.relay.SETTLE_SECONDS", 0.0)
+    benchmark = Benchmark(Stumbling("Potluck", 1))
+    benchmark.add("Potluck", lambda: _contender("Potluck"))
+    with pytest.raises(LoadFailedError):
+        benchmark.run_rounds(1)
 
 
 def test_the_table_and_the_document_tell_the_same() -> None:
