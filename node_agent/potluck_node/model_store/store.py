@@ -161,8 +161,10 @@ class ModelStore:
                 return
             droppable = [kept for kept in self._models.iterdir() if kept.name not in keep]
             if not droppable:
+                in_use = ", and every model kept there is in use" if any(self._models.iterdir()) else ""
                 raise FetchFailedError(
-                    f"{file.file_name} does not fit: {missing_bytes} bytes of disk are missing, and every kept model is in use"
+                    f"{file.file_name} does not fit: {missing_bytes} bytes of disk are missing{in_use}; "
+                    "free some, or give the node another --cache-dir"
                 )
             oldest = min(droppable, key=self._used_at)
             _log.info("model_dropped", sha256=oldest.name, reason="room for another")
