@@ -1,7 +1,8 @@
 """Whether and when a failed call is made again.
 
-Decides by the error catalogue: only where nothing was produced or charged and the same call may well succeed later. It must not know what
-the call was, nor sleep; it is handed the time and the randomness.
+Decides by the error catalogue, where the same call may well succeed later: one that costs only if nothing was produced or charged, one that
+may as well be made twice also if nobody knows what became of it. It must not know what the call was, nor sleep; it is handed the time and
+the randomness.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Binds the coordinator's ports, and says why one cannot be had and what changes that.
+"""Binds the http port, tries the gRPC ones before gRPC binds them, and says why one cannot be had and what changes that.
 
 Decides how long a dying predecessor's port is waited for. It must not know who listens there.
 """

@@ -1,10 +1,11 @@
 """Ray, in the one place that imports it: where the coordinator's two actors live.
 
-Decides how Ray is started (on loopback, with a token, without a dashboard), that its actors run on this machine, where the books are, and
-that they come back when their process dies. It must not know what directory and gateway do, nor how they talk (`desk_socket`).
+Decides how Ray is started (on loopback, with a token, without a dashboard) or joined, that its actors run on this machine, where the books
+are, and that they come back when their process dies. It must not know what directory and gateway do, nor how they talk: it only gives each
+its end of `desk_socket`.
 
 An actor serves from its constructor on, because Ray runs that constructor again after every restart and nobody else may be there to ask.
-What fails inside an actor ends its process: Ray's restart is the one way back, whatever went wrong.
+What ends an actor's main work ends its process: Ray's restart is the one way back, whatever went wrong.
 """
 
 from __future__ import annotations

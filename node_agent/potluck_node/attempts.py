@@ -1,4 +1,4 @@
-"""Every attempt of this node: asked of an engine on loopback, relayed byte by byte, ended exactly once.
+"""Every attempt of this node: asked of an engine on loopback, relayed byte for byte in whole events or pieces, ended exactly once.
 
 Decides which attempts are taken, when an engine's answer is read on, and when an attempt may be forgotten. It must not know the link's
 streams or channels: `orders` feeds it values, and `delivery` writes its chunks into the link's frames.

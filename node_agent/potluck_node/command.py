@@ -1,9 +1,9 @@
 """`potluck node`: what a volunteer types.
 
-Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. `join` reads the
-invite (`potluck_protocol.connection`), takes stock (`probe.inventory`), calls `enrolment` and ends; `run` hands over to `agent`; the others
-reach a running agent through `control`. Only this module touches `os.environ`, and hands it on; settings from `POTLUCK_NODE_*` are read in
-`settings`. It must not know how a node works.
+Decides flags, words and exit codes: 0 done, 1 failed, 2 used wrongly, 4 not authorised, 5 nobody answered. `join` reads the invite
+(`potluck_protocol.connection`), takes stock (`probe.inventory`), calls `enrolment` and ends; `run` hands over to `agent`; the others reach
+a running agent through `control`; without one, `leave` goes through `agent` too. Only this module touches `os.environ`, and hands it on;
+settings from `POTLUCK_NODE_*` are read in `settings`. It must not know how a node works.
 """
 
 from __future__ import annotations

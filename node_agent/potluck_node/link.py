@@ -1,9 +1,10 @@
 """The node's one link to its coordinator, kept alive for as long as the agent runs.
 
 Carries out what the lease decides (`domain.session`: when to dial, to beat, to be fenced) and what goodbyes mean (`farewell`). Decides when
-the link moves to another connection. Leases, certificates and goodbyes are taken here, everything else the coordinator says by `orders`.
-What is sent comes from `attempts` and `report`; `credentials` opens the channel under each `link_connection`, and after every
-third failed dial asks where the coordinator is now. It must not know how engines are run or where files lie.
+the link moves to another connection. Welcomes, leases, certificates and goodbyes are taken here; the wish in a welcome, and everything else
+the coordinator says, goes to `orders`. What is sent comes from `attempts` and `report`, certificate requests from `credentials`, which also
+opens the channel under each `link_connection` and asks where the coordinator is now after every third failed dial. It must not know how
+engines are run or where files lie.
 
 There is at most one current connection. A lost one is dialled again under the same session, and its attempts go on where the coordinator
 says; a new certificate moves the link to a new connection the same way, with the old one still read until the coordinator closes it. When

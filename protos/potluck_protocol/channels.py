@@ -1,8 +1,8 @@
 """gRPC's options for both ends: those that must be alike, and each end's own.
 
-Decides when a connection counts as dead, how large a message may be, and how soon a lost coordinator is dialled again. It must not know
-what is called over a channel. Whether a node is alive is decided by heartbeats, not here: gRPC answers keepalive pings even while the
-peer's event loop is blocked.
+Decides when a connection counts as dead, how large a message may be, and how soon a channel that lost its coordinator tries again (a link's
+dials are the agent's `domain.session`'s). It must not know what is called over a channel. Whether a node is alive is decided by heartbeats,
+not here: gRPC answers keepalive pings even while the peer's event loop is blocked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a peer finds a pool and knows that it is the right one: the connection document, invites and the CA's hash.
 
-Decides what is trusted before the first secret is sent. It must need nothing beyond the standard library, because the base SDK uses it.
+Decides what is trusted before the first secret is sent. It must need nothing that the base SDK, which uses it, does not need anyway.
 
 The pin is the sha256 of the CA certificate's DER. Whatever was hashed is also what is handed on: the PEM text is decoded strictly and
 written anew, so that text which two parsers read differently cannot smuggle in a second CA.

@@ -1,7 +1,8 @@
 """The one error catalogue: code, gRPC status, HTTP status, public text.
 
 Decides how a failure looks to whoever called, on every surface. It must not know where the failure happened: the edges translate a
-`PotluckError` with this table and turn everything else into `internal_error`, so no exception's own text ever leaves a process.
+`PotluckError` with this table, its message included, for which whoever raised it answers word by word; of everything else only
+`internal_error` leaves a process, and none of its text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How much of one attempt's answer may be on its way over a link.
 
 Decides for both ends, so that neither can wait for the other for ever: the coordinator acknowledges whenever a quarter of the window has
-left for the client, and the node may send while less than a quarter is unacknowledged, however large the next piece is. It must not know
-chunks.
+left for the client, and the node may send what still fits the window, or a piece of any size while less than a quarter is
+unacknowledged. It must not know chunks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a pool needs before its first request: an id, the ledger's own accounts, its operator, and a catalogue.
 
 Decides that id, ledger accounts and operator are founded once, in one transaction; that each start offers the catalogue anew, without
-undoing a wish that stands; and that an operator's key which is lost or revoked is replaced at the next start. It must not know where the
-operator's key is kept.
+undoing a wish for a model that is still offered; and that an operator's key which is lost or revoked is replaced at the next start. It must
+not know where the operator's key is kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The form of what people hold in their hands: API keys, join tokens, and the ids beside them.
 
-Decides lengths and alphabets, and that only hashes are ever kept. A secret has 256 random bits, so a plain sha256 of it is enough: there is
-nothing to guess from.
+Decides lengths and alphabets, and that the books keep only hashes. A secret has 256 random bits, so a plain sha256 of it is enough: there
+is nothing to guess from.
 """
 
 from __future__ import annotations

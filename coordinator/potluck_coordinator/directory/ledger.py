@@ -1,7 +1,8 @@
 """Money: carries out what `domain.ledger` decides, one commit for everything that was asked together.
 
-Decides nothing about amounts or repetition. Refusals are found out before anything is written, so one command's refusal never undoes
-another's work.
+Decides nothing about amounts, and of repetition only that the same claim of earnings answers the same. Holds that are overdue, or of a
+gateway that was replaced, are settled here at their marks. Refusals are found out before anything is written, so one command's refusal
+never undoes another's work.
 """
 
 from __future__ import annotations

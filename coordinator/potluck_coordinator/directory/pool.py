@@ -1,7 +1,7 @@
 """What gateways must know: leave to serve, and the newest snapshot.
 
-Decides only that a gateway which registers is the one gateway from then on: what earlier ones left open is settled first. It must not know
-what a gateway does with it.
+Decides only that a gateway which registers is the one gateway from then on: `ledger` first settles what earlier ones left open, and `nodes`
+begins its count of uptime anew. It must not know what a gateway does with it.
 """
 
 from __future__ import annotations

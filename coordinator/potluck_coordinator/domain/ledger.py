@@ -1,7 +1,7 @@
 """The double-entry ledger's words and rules: which postings an event makes.
 
-Decides the postings of every event; each event's postings sum to zero. It must not know tables: storage applies these, and the database
-enforces the same rules again.
+Decides the postings of every event, which sum to zero, and what a repeated or late command answers. To settle nothing voids a hold. It must
+not know tables: `directory.ledger` and storage apply these, and the database enforces again that sums are zero and a hold ends once.
 
 Every amount is a whole number of micro-credits; 1 credit is 1,000,000 of them.
 """

@@ -1,8 +1,8 @@
 """Which minutes a node was up, down, or not known about.
 
 Decides from how much of each minute a fresh lease covered, as the coordinator saw it. A minute that the coordinator did not watch from its
-first second to its last, or in which too many nodes fell silent together, is held against nobody: it gets no verdict, or UNKNOWN. It must
-not know heartbeats, links or tables, and it never asks a node.
+first second to its last gets no verdict. One in which too many nodes fell silent together is UNKNOWN for these; after ten such minutes in a
+row they are DOWN, unless every node is silent. It must not know heartbeats, links or tables, and it never asks a node.
 
 Times are "steady" milliseconds: the wall clock at the process's start plus monotonic time since, so that they never go back.
 """

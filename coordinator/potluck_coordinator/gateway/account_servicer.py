@@ -1,6 +1,7 @@
 """People's credits, keys and join tokens: the gRPC side of the directory's accounts and ledger desks.
 
-Decides which account a call is about (`authorisation.account_for`). Names, lifetimes and money are the desks' to judge.
+Decides whose keys and tokens a caller may revoke, and that no key but the operator's makes one that outlives it; which account any other
+call is about says `authorisation.account_for`. Names, other lifetimes and money are the desks' to judge.
 """
 
 from __future__ import annotations

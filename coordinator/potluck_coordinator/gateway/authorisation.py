@@ -1,7 +1,8 @@
 """Who may call what: the one table of every gRPC method and every HTTP route.
 
 Decides the audience of each call, and which account a call may be about. It must not know how a credential is checked: the edges establish
-a `KeyIdentity` or a `NodeId` and ask here whether that is enough. A method without a row is refused, and fails the start.
+a `KeyIdentity` and ask here whether it is enough; of a link, whose audience is nodes, `interceptors` sees to the certificate. A method
+without a row is refused, and fails the start.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What an engine's failure means in our words.
 
 Decides which `PotluckError` an engine's error answer becomes. An engine's text reaches the caller only in part: what might quote a prompt
-is cut out of it. It must not know how an error is shown; `openai_errors` does.
+is cut out of it. It must not know how an error is shown; `openai_errors` and `interceptors` do.
 """
 
 from __future__ import annotations

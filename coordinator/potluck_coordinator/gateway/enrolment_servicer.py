@@ -1,4 +1,4 @@
-"""How a box becomes a node: the gRPC side of the directory's enrolment desk.
+"""How a box becomes a node: the gRPC side of the directory's enrolment desk. Renewals come over the link (`link_servicer`).
 
 Decides only what is too large to look at. It must not know tokens or certificates; the desk judges both.
 """

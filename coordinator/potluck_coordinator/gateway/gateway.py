@@ -1,8 +1,9 @@
 """The gateway's composition root: three ports, `links` and `requests`, wired together and kept going.
 
-Decides the order of starting and stopping, how often nodes are judged and reported, and how often queues are served. Leave to serve is
-asked of the directory once, at the start; catalogue, later wishes and revocations come from it as one snapshot after another; keys,
-sessions and money are asked of its desks by those who need them. It must not know what any of it is for.
+Decides the order of starting and stopping, and how often nodes are judged and reported, queues served, and unfinished answers marked with
+what they have earned (by `requests`). Leave to serve is asked of the directory once, at the start; then come snapshots: the catalogue for
+`requests`, wishes and revocations for `links`, word of revoked keys for `key_cache`. Keys, sessions and money are asked of the directory's
+desks by those who need them. It must not know what any of it is for.
 """
 
 from __future__ import annotations

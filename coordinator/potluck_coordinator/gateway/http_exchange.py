@@ -1,6 +1,7 @@
-"""One HTTP request and its answer, over ASGI.
+"""One HTTP request and its answer: over ASGI, except the pieces of a stream whose client keeps up, which `http_server` writes at once.
 
-Decides how a body is read within bounds and how an answer, a stream or a failure is written. It must not know routes, models or money.
+Decides how a body is read within bounds, how an answer, a stream or a failure is written, and when a client counts as gone. It must not
+know routes, models or money.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The HTTP edge of one inference request: body in, answer out, and an eye on whether anyone still waits for it.
 
 Decides when the head of an answer goes out (with its first bytes, so that a failure before them still has its own status) and what a client
-sees when an answer breaks off. `openai_request` reads the body; `requests.RequestService`, which is `Requests` here, begins the `answer`,
-and this edge reads it to its end. It must not know nodes, queues or prices; those are behind the two.
+sees when an answer breaks off. `http_exchange` takes the body in and `openai_request` checks it; `requests.RequestService`, which is
+`Requests` here, begins the `answer`, and this edge reads it to its end; while the client keeps up it lends the answer the exchange's
+`send_now`, and its tokens need no turn here. It must not know how nodes are chosen or what a token costs: it repeats node and charge.
 """
 
 from __future__ import annotations

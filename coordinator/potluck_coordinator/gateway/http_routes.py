@@ -1,8 +1,9 @@
 """What the http port answers, and to whom: one bare ASGI callable.
 
-Decides which handler serves a path and writes the one log line of every request. `key_cache` says whose key a request carries, and
-`http_inference` serves what is asked of a model. Who may call what is `authorisation.HTTP_ROUTES`; a row without a handler, or a handler
-without a row, fails the start. It must not know links, the ledger or the directory.
+Decides which handler serves a path and writes the one log line of every request that gets here (at debug, where machines ask every few
+seconds). `key_cache` says whose key a request carries, and `http_inference` serves what is asked of a model; the connection document, by
+which nodes and the SDK find the other ports, is served from here. Who may call what is `authorisation.HTTP_ROUTES`; a row without a
+handler, or a handler without a row, fails the start. It must not know links, the ledger or the directory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Requests by gRPC: the SDK's edge of the request service.
 
 Decides nothing: `openai_request` reads the body into the one request both edges share, this writes what the answer yields. A client that
-hangs up closes the generator, which closes the answer. Like the HTTP edge it must not know nodes or money.
+hangs up closes the generator, which closes the answer. Like the HTTP edge it must not know how nodes are chosen or what a token costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What happens around every gRPC call: who calls, whether they may, how a failure leaves, and the one log line of the call.
 
-Decides nothing about who may call what (`authorisation` does) and nothing about a call's content. No exception's own text leaves here: a
-`PotluckError` becomes its catalogue status with an `ErrorDetail`, and anything else becomes `internal_error` with an id that the log knows.
+Decides nothing about who may call what (`authorisation` does) and nothing about a call's content; that a link's certificate names a node
+of the pool is seen here. A `PotluckError` becomes its catalogue status with an `ErrorDetail`, its message included; anything else becomes
+`internal_error` with an id that the log knows, and none of its text leaves.
 
 A call holds one of its port's places even while it says nothing. So the caller is looked at before the call's message is waited for, the
 message has `BODY_SECONDS_MAX` to come, no caller has more than a part of the places, and all without a credential count as one. An answer

@@ -1,10 +1,9 @@
 """Carries ledger commands from the data plane to the directory, many to a commit, each attempt's in order.
 
 Decides when to send. A hold has a client waiting for it and leaves at once, before what else waits; marks and settlements have nobody
-waiting, and stay up to 20 ms for company. What comes while a commit is on its way leaves with the next. A hold for which the payer's
-credits do not suffice is tried once more behind all that waits: an earlier settlement may free what it needs. A command leaves the queue
-when the directory has answered, so a directory that restarts delays settlements and loses none; one that the ledger fails on by itself is
-given up. It must not know what the commands come to.
+waiting, and stay up to 20 ms for company. A hold for which the payer's credits do not suffice is tried once more, in its place among all
+that waits: a settlement before it may free what it needs. A command leaves the queue when the directory has answered, so a directory that
+restarts delays settlements and loses none; one that the ledger fails on by itself is given up. It must not know amounts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The link port's servicer: moves frames between the gRPC stream of one node and its session.
 
-Decides which hello is taken, and drops frames of another epoch. `links` opens the session; chunks and ends go to their attempt's `relay`,
-heartbeats to the `node_session`. The reading loop is the hot path of every token: no task, future, log line or metric per chunk. It must
-not know requests or money.
+Decides which hello is taken, and drops frames of another epoch. `links` opens the session, makes the welcome and hears of the goodbye;
+chunks and ends go to their attempt's `relay`, heartbeats to the `node_session`, certificate requests to the directory's enrolment desk.
+The reading loop is the hot path of every token: no task, future, log line or metric per chunk. It must not know requests or money.
 """
 
 from __future__ import annotations

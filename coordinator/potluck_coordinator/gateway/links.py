@@ -1,7 +1,8 @@
 """Every node that is connected to this gateway, one `node_session` each.
 
-Decides whether a hello begins a session or goes on with one, by the agent's session id; `domain.nodes` says which sessions end. The
-directory grants each session its epoch (`desks.NodeDesk.open_session`), and with it the node's first wish; later ones come with snapshots.
+Decides whether a hello begins a session or goes on with one, by the agent's session id. `domain.nodes` says which sessions end by silence
+or a lost link; a goodbye, a newer agent, and a revocation end them too. The directory grants each session its epoch
+(`desks.NodeDesk.open_session`), and with it the node's first wish; later ones, and revocations, come with snapshots.
 It must not know requests: who waits for a slot is told through `on_change`, what was running hears of its end through its relay.
 """
 

@@ -1,6 +1,6 @@
 """How a failure looks in OpenAI's words.
 
-Decides status, headers and body of every error answer. It must not know sockets or requests.
+Decides status, headers and body of every HTTP error answer. It must not know sockets or requests.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Decides which bodies are refused, what admission and the ledger must know of the rest, and the one change made on the way to the engine: a
 streamed request always asks for usage. It must not know models, accounts or sockets. Fields not named here go to the engine untouched;
-the few named beside OpenAI's own are names by which engines let a caller ask for more answers or longer ones.
+those named beside OpenAI's own are names by which engines let a caller ask for more or longer answers, or for more of a node's memory.
 """
 
 from __future__ import annotations

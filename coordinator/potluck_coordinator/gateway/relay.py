@@ -2,8 +2,9 @@
 
 Decides what a repeated, missing or surplus chunk means, and when the node may send more. `link_servicer` writes (`receive`, `end`: plain
 calls, nothing awaited), `answer` reads (`next_data`), and whatever has arrived between two reads leaves as one piece. A reader that waits
-may have left a function with which bytes go on at once, without a task's turn for each: the hot path of a client that keeps up. What waits
-here is not acknowledged, so a slow client pauses its own attempt at the node and never the link. It must not know HTTP, gRPC or money.
+may have left a function by which bytes go on at once, without a task's turn for each: the hot path of an HTTP client that keeps up, from
+`link_servicer` through here, `answer` and `sse` to `http_exchange`. What waits here is not acknowledged, so a slow client pauses its own
+attempt at the node and never the link. It must not know HTTP, gRPC or money.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which relays and settles. Decides
 whose turn it is in a queue, how long a request may run, and that only an attempt which its node or engine would not take (`no_capacity`)
 is placed anew: an answer that has begun is never moved. Whether to wait, where to run and what to hold are `domain.admission`,
-`domain.placement` and `domain.pricing`; nodes are reached through `links`, each attempt by its `relay`. It must not know HTTP,
-gRPC or tables.
+`domain.placement` and `domain.pricing`; nodes are reached through `links`, each attempt by its `relay`. An answer that is closed early has
+its attempt cancelled at the node (`node_session`). It must not know HTTP, gRPC or tables.
 """
 
 from __future__ import annotations

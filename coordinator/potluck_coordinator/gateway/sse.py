@@ -1,8 +1,8 @@
 """What the gateway must see in an answer that it passes on: the usage record, the end, and roughly how many tokens went by.
 
 Decides which single event a client does not get: the usage record it did not ask for. It must not know requests, links or money. This is
-the hot path of every token, so a chunk is only parsed where a byte search finds one of the few marks that matter; inside a JSON string
-those marks cannot occur, because their quotes would be escaped.
+the hot path of every token, so from the first token on a chunk is only parsed where a byte search finds one of the few marks that matter;
+inside a JSON string those marks cannot occur, because their quotes would be escaped.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Decides that a single thread with a single connection runs every unit of work, each whole or not at all, and that units which wait together
 share one commit. Nothing is acknowledged before its commit. It must not know what a unit does.
 
-The one connection is also the one that checkpoints SQLite's log: releases before 3.51.3 can corrupt it when two do. It locks the file, so
-that a second coordinator on the same database fails at its start instead of later.
+The one connection is also the one that checkpoints SQLite's log: releases before 3.51.3 can corrupt it when two do. It locks SQLite's file,
+so that a second coordinator on the same database fails at its start instead of later.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """When a node's certificate must be replaced, and what its dates say when the link will not open.
 
 Decides from dates and a given `now`, in Unix milliseconds. It must not know how certificates are read or fetched. A handshake refused for
-its dates looks like a broken network, so the agent asks here before it blames the network.
+its dates looks like a broken network, so the agent asks here before each dial.
 """
 
 from __future__ import annotations

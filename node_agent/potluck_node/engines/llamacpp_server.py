@@ -1,7 +1,8 @@
 """llama.cpp as a process of its own: `python -m potluck_node.engines.llamacpp_server --model FILE.gguf --alias NAME --context N --slots N`.
 
-Loads the model, prints one line of JSON with its URL, serves on loopback; with `--lifeline` until its stdin ends. Decides how much of the
-machine llama.cpp takes, and that it is reached through `llamacpp_front` only. xllamacpp is imported here and nowhere else.
+Loads the model, prints one line of JSON with its URL, serves on loopback until llama.cpp stands still, and with `--lifeline` no longer than
+its stdin lasts. Decides how much of the machine llama.cpp takes, and that it is reached through `llamacpp_front` only. xllamacpp is
+imported here and nowhere else.
 """
 
 from __future__ import annotations
