@@ -51,6 +51,8 @@ class Pair:
 
     async def wait(self) -> None:
         """A reader that waits from here on, and gets what comes without being asked."""
+        if self.waiting is not None and self.waiting.done():
+            await self.read()
         if self.waiting is None:
             self.waiting = asyncio.ensure_future(self.relay.next_data(self.take))
             await asyncio.sleep(0)

@@ -210,6 +210,15 @@ async def exchange(
     return parse_answer(raw)
 
 
+async def read_until(reader: asyncio.StreamReader, mark: bytes) -> bytes:
+    """What came up to and with the mark."""
+    seen = b""
+    async with asyncio.timeout(5):
+        while mark not in seen:
+            seen += await reader.read(65536)
+    return seen
+
+
 def request_bytes(method: str, path: str, body: bytes = b"", *, key: str | None = USER_KEY, headers: dict[str, str] | None = None) -> bytes:
     """A request as a client writes it."""
     fields = {"host": "pool", "content-length": str(len(body)), **(headers or {})}

@@ -91,6 +91,27 @@ async def test_behind_bytes_that_were_the_last_to_be_taken_the_rest_waits(relay,
     reading.cancel()
 
 
+async def test_bytes_passed_on_are_signs_of_life_and_free_the_window(relay, acknowledged):
+    for round_number in range(20):
+        reading = await reading_on(relay, lambda _: False)
+        relay.receive(2 * round_number, b"x" * 100, float(round_number))
+        assert relay.last_chunk_at == round_number
+        relay.receive(2 * round_number + 1, b"y", 0.0)
+        assert await reading == b"y"
+    assert not relay.over
+    assert acknowledged[-1] == 39
+
+
+async def test_what_takes_no_more_is_not_asked_again_by_an_empty_chunk(relay):
+    passed = []
+    reading = await reading_on(relay, passed.append)
+    relay.receive(0, b"a", 1.0)
+    relay.receive(1, b"", 1.0)
+    await asyncio.sleep(0)
+    relay.receive(2, b"b", 1.0)
+    assert (passed, await reading) == ([b"a"], b"b")
+
+
 async def test_a_reader_that_was_woken_or_has_gone_is_passed_nothing_more(relay):
     passed = []
     relay.receive(0, b"a", 1.0)

@@ -130,9 +130,10 @@ class Answer:
             while (data := await self._relay.next_data(watched)) is not None:
                 if passed := self._watcher.feed(data):
                     return passed
-        except PotluckError:
-            # After `[DONE]` the answer is complete, whatever becomes of its node.
-            if not self._watcher.done:
+                watched = None  # the connection may be full by now
+        except PotluckError as error:
+            # After `[DONE]` the answer is complete, whatever becomes of its node; not if that could not be passed on.
+            if not self._watcher.done or error.code is ErrorCode.INTERNAL_ERROR:
                 raise
         if not self._watcher.done:
             # llama.cpp ends so after an error of its own in the middle of an answer.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
 from potluck_coordinator.gateway.openai_errors import error_event, http_error
@@ -19,10 +19,8 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.metadata import REQUEST_ID
 
 CLIENT_GONE_STATUS: Final = 499
-ABORT_EXTENSION: Final = "potluck.abort"
-"""Where the server leaves a function in the scope that drops the connection."""
-WRITE_NOW_EXTENSION: Final = "potluck.write_now"
-"""Where it leaves one that writes a piece of a stream at once, and says whether the connection would take another."""
+CONNECTION_EXTENSION: Final = "potluck.connection"
+"""Where the server leaves the `Connection` in the scope."""
 
 _STREAM_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -41,6 +39,19 @@ class ClientGoneError(Exception):
     """Whoever asked has hung up."""
 
 
+class Connection(Protocol):
+    """What ASGI has no words for; its answer under way is the exchange's."""
+
+    def abort(self) -> None:
+        """Drops the connection, with whatever waits in it."""
+
+    def keeps_up(self) -> bool:
+        """Whether it would take more bytes now."""
+
+    def write_now(self, data: bytes) -> None:
+        """Writes a piece in the middle of a stream, nothing awaited."""
+
+
 class Exchange:
     """What a route reads from and writes to.
 
@@ -56,9 +67,7 @@ class Exchange:
         self._send = send
         self._clock = clock
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
-        extensions = scope.get("extensions", {})
-        self._abort: Callable[[], None] | None = extensions.get(ABORT_EXTENSION)
-        self._write_now: Callable[[bytes], bool] = extensions.get(WRITE_NOW_EXTENSION, lambda _: False)
+        self._connection: Connection = scope["extensions"][CONNECTION_EXTENSION]
         self._sending = False
         self._piece_count = 0
         self._last_on_connection = False
@@ -152,16 +161,15 @@ class Exchange:
         self._piece_count += 1
         self.sent_bytes += len(data)
 
-    @property
-    def keeps_up(self) -> bool:
-        """The connection would take more bytes now, so that `send_now` may be called."""
-        return self._write_now(b"")
-
     def send_now(self, data: bytes) -> bool:
-        """As `send_piece` in the middle of a stream, but nothing is awaited; whether the connection would take more."""
+        """As `send_piece` in the middle of a stream, but nothing is awaited; whether the connection would take more behind it.
+
+        May be called once before that is known: it costs no more than this piece's memory.
+        """
+        self._connection.write_now(data)
         self._piece_count += 1
         self.sent_bytes += len(data)
-        return self._write_now(data)
+        return self._connection.keeps_up()
 
     async def fail(self, error: PotluckError, headers: Iterable[Header] = (), *, billed: bool = False) -> None:
         """The error answer; in a stream that has begun, the event that says so, with no `[DONE]` behind it."""
@@ -176,9 +184,8 @@ class Exchange:
         """Drops the connection with whatever still waits in it: nobody reads it."""
         self.failure = ErrorCode.CANCELLED
         self.status = CLIENT_GONE_STATUS
-        if self._abort is not None:
-            self._abort()
-            await asyncio.sleep(0)  # the connection's end is told in the loop's next turn
+        self._connection.abort()
+        await asyncio.sleep(0)  # the connection's end is told in the loop's next turn
 
     async def _send_whole(self, status: int, headers: Iterable[Header], body: bytes) -> None:
         """Head and body; a client that takes nothing of what it got before, as one that pipelines may, is dropped."""

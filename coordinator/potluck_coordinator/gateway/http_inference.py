@@ -96,9 +96,11 @@ class InferenceExchange:
         finally:
             gone.cancel()
             work.cancel()
-            with suppress(asyncio.CancelledError):
-                await work
-            await self._close()
+            try:
+                with suppress(asyncio.CancelledError):
+                    await work
+            finally:
+                await self._close()
 
     async def _work(self, request: InferenceRequest) -> None:
         """Writes the answer, or its failure, which says whether it cost something."""
@@ -119,7 +121,7 @@ class InferenceExchange:
         await exchange.begin_stream(self._node_header(answer))
         while data is not None:
             await exchange.send_piece(data)
-            data = await answer.next_data(exchange.send_now if exchange.keeps_up else None)
+            data = await answer.next_data(exchange.send_now)
         await exchange.send_piece(b"", more=False)
 
     async def _collect(self, answer: InferenceAnswer) -> None:

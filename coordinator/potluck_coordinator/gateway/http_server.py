@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
-from potluck_coordinator.gateway.http_exchange import ABORT_EXTENSION, WRITE_NOW_EXTENSION
+from potluck_coordinator.gateway.http_exchange import CONNECTION_EXTENSION
 from potluck_coordinator.gateway.http_inference import Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
 from potluck_coordinator.gateway.key_cache import KeyCache
@@ -35,16 +35,21 @@ HEAD_SECONDS_MAX: Final = 15.0
 IDLE_SECONDS_MAX: Final = 75
 """An open connection may wait so long for its next request; longer than the proxies in front, so that they are the ones to close."""
 UNREAD_BODY_BYTES_MAX: Final = 32 * 1024 * 1024
-"""What a client may go on sending after it was refused: closing at once would lose it the refusal."""
+"""What a client may go on sending that nobody reads, as after it was refused: closing at once would lose it the refusal."""
 BACKLOG: Final = 1024
 """Connections that the kernel holds while the loop is busy; clients beyond it are not refused but wait a second for their next try."""
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which has no bound of its own on headers, their size or their time, nor on the rest of a refused body."""
+    """uvicorn's protocol, which has no bound of its own on headers, their size or their time, nor on the rest of a refused body.
+
+    A request that comes before the answer to the last one is over is not served: the connection closes behind that answer, as HTTP allows.
+    To keep it, reading would have to pause, and a client that hangs up meanwhile would not be noticed.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._early = False
         self._reading_head = True
         self._message_ended = False
         self._head_bytes = 0
@@ -61,6 +66,9 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._early:
+            self._count_unread(data)
+            return
         self._message_ended = False
         super().data_received(data)
         # Data in which another request ended is not the head's alone, and is left uncounted.
@@ -71,25 +79,31 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        if self._comes_early():
+            return
         self._timer.cancel()
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
         self._reading_head, self._head_bytes, self._unread_bytes = True, 0, 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["extensions"] = {ABORT_EXTENSION: self.transport.abort, WRITE_NOW_EXTENSION: self._write_now}
+        scope["extensions"] = {CONNECTION_EXTENSION: self}
 
     def on_headers_complete(self) -> None:
+        if self._early:
+            return
         self._timer.cancel()
         self._reading_head = False
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        if self._early:
+            return
         if self.cycle.response_complete:
-            self._unread_bytes += len(body)
-            if self._unread_bytes > UNREAD_BODY_BYTES_MAX:
-                self.transport.close()
+            self._count_unread(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._early:
+            return
         self._timer.cancel()
         self._message_ended = True
         super().on_message_complete()
@@ -110,16 +124,35 @@ class _BoundedProtocol(HttpToolsProtocol):
         elif unread_bytes:
             self._unread_timer = self.loop.call_later(STALL_SECONDS_MAX, self._watch_unread, unread_bytes)
 
-    def _write_now(self, data: bytes) -> bool:
-        """A piece of the stream under way, as uvicorn would write it, without a coroutine for each; whether another would be taken."""
-        if not self.cycle.chunked_encoding or self.cycle.disconnected:
-            return False
-        if data:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return not self.flow.write_paused
+    def _comes_early(self) -> bool:
+        """Whether what begins here follows a request that is all there and not yet answered to the end."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.more_body and not cycle.response_complete:
+            self._early, self._unread_bytes = True, 0
+            cycle.keep_alive = False
+        return self._early
+
+    def _count_unread(self, data: bytes) -> None:
+        self._unread_bytes += len(data)
+        if self._unread_bytes > UNREAD_BODY_BYTES_MAX:
+            self.transport.close()
+
+    # What `http_exchange.Connection` promises.
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def keeps_up(self) -> bool:
+        return not self.flow.write_paused and not self.cycle.disconnected
+
+    def write_now(self, data: bytes) -> None:
+        # As uvicorn would, with a coroutine for each piece.
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP, refused in the same shape as everything else."""
+        if self._comes_early():
+            return
         body = error_body(PotluckError(ErrorCode.INVALID_REQUEST, msg))
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % len(body) + body)

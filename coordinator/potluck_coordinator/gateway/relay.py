@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PassOn: TypeAlias = "Callable[[bytes], bool]"
-"""Takes bytes for the client at once, and says whether it would take more."""
+"""Takes bytes for the client at once, whatever it returns: whether it would take more behind them."""
 
 _log = structlog.get_logger()
 
@@ -113,10 +113,10 @@ class Relay:
         self.last_chunk_at = now
         if data and self._pass_on is not None:
             self._pass(data, self._pass_on)
-            return
-        if data:
-            self._buffer.append(data)
-        self._wake()
+        else:
+            if data:
+                self._buffer.append(data)
+            self._wake()
 
     def end(self, sequence: int, reason: EndReason, detail: str) -> None:
         """Takes the node's word that the attempt is over after `sequence` chunks."""
@@ -162,13 +162,14 @@ class Relay:
         there instead, until it takes no more; those behind them are returned.
         """
         self._acknowledge_taken()
+        # Once for each call: what said that it takes no more is not asked again, whatever wakes the reader.
+        self._pass_on = None if self._buffer else pass_on
         try:
             while not self._buffer:
                 if self._error is not None:
                     raise self._error
                 if self._end is not None:
                     return None
-                self._pass_on = pass_on
                 await self._change()
         finally:
             self._pass_on = None

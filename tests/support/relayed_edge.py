@@ -1,0 +1,90 @@
+"""The real http port in front of real answers over real relays, into which the test writes what the node would send."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from potluck_coordinator.domain.catalogue import CatalogueEntry
+from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
+from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.http_server import HttpServer
+from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.relay import Relay
+from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
+from potluck_coordinator.metrics import Metrics
+from potluck_protocol.clock import SystemClock
+from potluck_protocol.values import AttemptId, Endpoint, ModelFile
+from tests.support.http_edge import CONNECTION_DOCUMENT, MODEL_ID, NODE_ID, authenticate
+
+WINDOW_BYTES = 1024 * 1024
+
+
+def decided(outcome: LedgerOutcome) -> asyncio.Future[LedgerOutcome]:
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(outcome)
+    return future
+
+
+class RelayedEdge:
+    """Stands where `gateway.requests.RequestService` stands, and keeps what each answer came to."""
+
+    price = 2
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.charges: list[int] = []
+        self.released = asyncio.Event()
+        self._relays: asyncio.Queue[Relay] = asyncio.Queue()
+
+    async def next_relay(self) -> Relay:
+        """The bytes of the request that came next."""
+        return await asyncio.wait_for(self._relays.get(), 5)
+
+    def answer(self, request: InferenceRequest, relay: Relay) -> Answer:
+        """The answer to a request for which there is money."""
+        return Answer(
+            request=request,
+            entry=self.models()[0].entry,
+            node_id=NODE_ID,
+            relay=relay,
+            hold_micro_credits=10**9,
+            hold=decided(LedgerOutcome.APPLIED),
+            ledger=self,
+            release=self.released.set,
+        )
+
+    async def begin(self, request: InferenceRequest) -> Answer:
+        relay = Relay(AttemptId("attempt"), WINDOW_BYTES, 0.0, lambda _id, _sequence: None)
+        answer = self.answer(request, relay)
+        self._relays.put_nowait(relay)
+        try:
+            await answer.open()
+        except BaseException:
+            await answer.close()
+            raise
+        return answer
+
+    def submit(self, command: LedgerCommand) -> asyncio.Future[LedgerOutcome]:
+        """What a `LedgerWriter` is asked here: to settle."""
+        assert isinstance(command, SettleHold)
+        self.charges.append(command.amount_micro_credits)
+        return decided(LedgerOutcome.APPLIED)
+
+    def models(self) -> tuple[ModelView, ...]:
+        file = ModelFile(MODEL_ID, "path:/models", "tiny.gguf", "0" * 64, 1)
+        entry = CatalogueEntry(MODEL_ID, file, "scripted", 4096, 4, 1, self.price, "Apache-2.0", tuple(Endpoint), 1_700_000_000)
+        return (ModelView(entry, 1),)
+
+
+@asynccontextmanager
+async def relayed_edge_of() -> AsyncIterator[RelayedEdge]:
+    """Serves until the block ends."""
+    edge, clock = RelayedEdge(), SystemClock()
+    server = HttpServer(edge, KeyCache(authenticate, lambda: 1, clock), CONNECTION_DOCUMENT, Metrics(), clock)
+    edge.port = await server.start("127.0.0.1", 0)
+    try:
+        yield edge
+    finally:
+        await server.stop(grace_seconds=1)
