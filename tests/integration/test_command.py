@@ -83,6 +83,16 @@ def test_chat_reads_the_question_from_a_pipe(pool: ScriptedPool, terminal: Termi
     assert terminal.run("chat", stdin="From a file") == 0
     assert json.loads(pool.bodies[0])["messages"][0]["content"] == "From a file"
     assert terminal.run("chat", stdin=" \n") == 2
+    assert terminal.run("chat", stdin=b"\xb8".decode(errors="surrogateescape")) == 2
+    assert "UTF-8" in terminal.err
+
+
+def test_an_answer_that_finds_no_room_is_said_in_a_line(pool: ScriptedPool):
+    pool.plays.append(answers(*EVENTS, finished()))
+    with Path("/dev/full").open("w") as full:
+        asked = [sys.executable, "-m", "potluck", "chat", "What is there?"]
+        done = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
 
 
 def test_a_conversation_remembers_and_survives_a_failed_answer(pool: ScriptedPool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch):

@@ -45,6 +45,7 @@ def test_engine_errors(answer: tuple[int, bytes], code: ErrorCode, text: str) ->
     error = engine_error(Endpoint.CHAT_COMPLETIONS, *answer)
     assert error.code is code
     assert text in error.message
+    assert "increas" not in error.message
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def chat(
             _converse(client, model, fields)
         else:
             question = sys.stdin.read() if prompt is None else prompt
+            if any("\ud800" <= letter <= "\udfff" for letter in question):
+                raise typer.BadParameter("what is asked must be text in UTF-8")
             if not question.strip():
                 raise typer.BadParameter("there is nothing to ask: give a PROMPT, or text on standard input")
             answer = stream_answer(client, [{"role": "user", "content": question}], _write, model=model, **fields)

@@ -17,6 +17,7 @@ import typer
 
 from potluck import calls
 from potluck.client import Client
+from potluck.command import EXIT_INTERRUPTED
 from potluck.commands.chat import TimedAnswer, stream_answer
 from potluck.commands.local_pool import LocalPool, LocalPoolPlan, ended_by_signals, person_key
 from potluck.commands.progress import LiveLine
@@ -50,7 +51,7 @@ def demo(
             report = _run(LocalPoolPlan(Path(folder), 0, 0, 0, catalogue), line, question)
     except KeyboardInterrupt:
         say("Stopped; nothing is left running.")
-        raise typer.Exit(EXIT_FAILED) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if report.findings:
         raise typer.Exit(EXIT_FAILED)
 

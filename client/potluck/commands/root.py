@@ -6,6 +6,8 @@ role before it is asked for, because each needs an extra that may not be install
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Final, NoReturn
@@ -29,15 +31,18 @@ found by themselves. Exit codes: 0 done, 1 failed, 2 wrong usage, 4 not authoris
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Runs this process's command line; ends by SystemExit with its code. A file or folder that cannot be used is named."""
+    """Runs this process's command line; ends by SystemExit with its code. A file or folder that cannot be used, or is full, is named."""
     try:
         sys.exit(app())
     except PotluckError as error:
         sys.exit(explain(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        say(f"error: {error.filename}: {error.strerror or error}")
+        say(f"error: {error.filename or 'standard output'}: {error.strerror or error}")
+        if error.filename is None:
+            # What still waits for it has nowhere to go, and Python would say so once more, at length.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
 
 

@@ -52,7 +52,9 @@ def engine_error(endpoint: Endpoint, status: int, body: bytes) -> PotluckError:
     """
     message, kind = _engine_words(body)
     if kind == _CONTEXT_TYPE or (status in {400, 413} and any(text in message for text in _CONTEXT_TEXT)):
-        return PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, _safe_text(message), param=INPUT_PARAM[endpoint])
+        # The last words are llama.cpp's advice to whoever runs it.
+        words = (_safe_text(message) or "").removesuffix(", try increasing it")
+        return PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, words or None, param=INPUT_PARAM[endpoint])
     if status in _RETRY_ENGINE_STATUS:
         return PotluckError(ErrorCode.NO_CAPACITY, "The engine takes no requests right now.", retry_after_seconds=1.0)
     if status in _CALLER_FAULT_STATUS or (status >= 500 and any(text in message for text in _CALLER_FAULT_TEXT)):
