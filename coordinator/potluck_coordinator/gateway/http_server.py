@@ -1,7 +1,7 @@
 """The http port: uvicorn inside a loop that belongs to somebody else, with bounds on a connection before and after its requests.
 
-Decides how the port is bound, secured and bounded. Its requests go to `http_routes`, each with two functions for `http_exchange`: one drops
-the connection, one writes a piece of a stream past ASGI. It must not know what the routes do.
+Decides how the port is bound, secured and bounded. Its requests go to `http_routes`, each with the `http_exchange.Connection` by which
+pieces of a stream are written past ASGI. It must not know what the routes do.
 """
 
 from __future__ import annotations
