@@ -100,14 +100,14 @@ class CoordinatorProcess:
         return [driver, *driver.children(recursive=True)]
 
     def watch_to_its_end(self, seconds: float) -> dict[psutil.Process, str]:
-        """Every process that it ever had below it, with its name, once it has ended by itself."""
+        """Every process that it ever had below it, with its last name, once it has ended by itself."""
         seen: dict[psutil.Process, str] = {}
 
         def has_ended() -> bool:
-            with suppress(psutil.NoSuchProcess):
-                for process in self.processes():
-                    if process not in seen:
-                        seen[process] = process.name()
+            for process in self.processes():
+                with suppress(psutil.NoSuchProcess):
+                    # Anew each time: one that was seen before its exec bore its parent's name.
+                    seen[process] = process.name()
             return self.process.poll() is not None
 
         wait_until(has_ended, seconds, "the end of the coordinator")
