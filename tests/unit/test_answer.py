@@ -26,6 +26,7 @@ class Reader:
         self._chunk_count = 0
 
     def take(self, data: bytes) -> bool:
+        assert data, "an empty piece would end a chunked answer"
         self.received += data
         return True
 

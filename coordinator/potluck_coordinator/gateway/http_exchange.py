@@ -152,7 +152,7 @@ class Exchange:
         await self._start(200, (*_STREAM_HEADERS, *headers))
 
     async def send_piece(self, data: bytes, *, more: bool = True) -> None:
-        """The next part of the answer's body, or its last; returns when the connection takes more."""
+        """The next part of the answer's body, or its last; waits until the connection takes it."""
         self._sending = True
         if self.first_byte_seconds is None:
             self.first_byte_seconds = self.seconds
@@ -167,7 +167,6 @@ class Exchange:
         May be called once before that is known: it costs no more than this piece's memory.
         """
         self._connection.write_now(data)
-        self._piece_count += 1
         self.sent_bytes += len(data)
         return self._connection.keeps_up()
 

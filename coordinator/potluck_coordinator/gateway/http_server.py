@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
@@ -38,6 +39,25 @@ UNREAD_BODY_BYTES_MAX: Final = 32 * 1024 * 1024
 """What a client may go on sending that nobody reads, as after it was refused: closing at once would lose it the refusal."""
 BACKLOG: Final = 1024
 """Connections that the kernel holds while the loop is busy; clients beyond it are not refused but wait a second for their next try."""
+
+
+class _Connection:
+    """`http_exchange.Connection`. It does not know the protocol, which would keep both alive for the garbage collector to find."""
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def keeps_up(self) -> bool:
+        return not self._flow.write_paused and not self._transport.is_closing()
+
+    def write_now(self, data: bytes) -> None:
+        # As uvicorn would, with a coroutine for each piece. uvloop raises where a connection is gone, asyncio does not.
+        if not self._transport.is_closing():
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class _BoundedProtocol(HttpToolsProtocol):
@@ -71,6 +91,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             return
         self._message_ended = False
         super().data_received(data)
+        self._go_on_waiting()
         # Data in which another request ended is not the head's alone, and is left uncounted.
         if self._reading_head and not self._message_ended:
             self._head_bytes += len(data)
@@ -79,13 +100,13 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self._comes_early():
+        if self._set_aside():
             return
         self._timer.cancel()
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
         self._reading_head, self._head_bytes, self._unread_bytes = True, 0, 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["extensions"] = {CONNECTION_EXTENSION: self}
+        scope["extensions"] = {CONNECTION_EXTENSION: _Connection(self.transport, self.flow)}
 
     def on_headers_complete(self) -> None:
         if self._early:
@@ -115,6 +136,16 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._unread_timer is not None:
             self._unread_timer.cancel()
         self._watch_unread(None)
+        if self._early and not self.transport.is_closing():
+            self._close_behind_the_answer()
+
+    def _close_behind_the_answer(self) -> None:
+        """Closed at once, with bytes of the client's unread, the kernel would throw the end of the answer away."""
+        if not self.transport.can_write_eof():  # TLS has no half of a connection
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self._timer = self.loop.call_later(BODY_SECONDS_MAX, self.transport.close)
 
     def _watch_unread(self, before_bytes: int | None) -> None:
         """A client that takes nothing of a finished answer is gone. Even a closed connection would wait for it, answer and all."""
@@ -124,34 +155,27 @@ class _BoundedProtocol(HttpToolsProtocol):
         elif unread_bytes:
             self._unread_timer = self.loop.call_later(STALL_SECONDS_MAX, self._watch_unread, unread_bytes)
 
-    def _comes_early(self) -> bool:
-        """Whether what begins here follows a request that is all there and not yet answered to the end."""
-        cycle = self.cycle
-        if cycle is not None and not cycle.more_body and not cycle.response_complete:
-            self._early, self._unread_bytes = True, 0
-            cycle.keep_alive = False
+    def _set_aside(self) -> bool:
+        """Has what begins here, and all behind it, dropped if it follows a request that is all there and not yet answered to the end."""
+        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+            self._early = True
         return self._early
 
     def _count_unread(self, data: bytes) -> None:
         self._unread_bytes += len(data)
         if self._unread_bytes > UNREAD_BODY_BYTES_MAX:
-            self.transport.close()
+            # Nothing is lost with an early sender's answer that it does not read; a refusal still waits for its reader.
+            self.transport.abort() if self._early else self.transport.close()
 
-    # What `http_exchange.Connection` promises.
-
-    def abort(self) -> None:
-        self.transport.abort()
-
-    def keeps_up(self) -> bool:
-        return not self.flow.write_paused and not self.cycle.disconnected
-
-    def write_now(self, data: bytes) -> None:
-        # As uvicorn would, with a coroutine for each piece.
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    def _go_on_waiting(self) -> None:
+        """Bare line ends between two requests, which the parser skips, have ended uvicorn's time for an idle connection."""
+        idle = self.cycle is not None and self.cycle.response_complete and not self.cycle.more_body and not self._reading_head
+        if idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
         """A request that is not HTTP, refused in the same shape as everything else."""
-        if self._comes_early():
+        if self._set_aside():
             return
         body = error_body(PotluckError(ErrorCode.INVALID_REQUEST, msg))
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"

@@ -163,7 +163,7 @@ class Relay:
         """
         self._acknowledge_taken()
         # Once for each call: what said that it takes no more is not asked again, whatever wakes the reader.
-        self._pass_on = None if self._buffer else pass_on
+        self._pass_on = pass_on
         try:
             while not self._buffer:
                 if self._error is not None:
