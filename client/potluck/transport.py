@@ -1,7 +1,8 @@
 """How calls reach a pool: the connection document, one gRPC channel, time limits, tries.
 
-Decides when to connect, and how long a call may take; `retry` says when it is made again. Connects and opens calls; `streams` reads them.
-It must not know what any call means: `calls` builds them and reads their replies.
+Decides when to connect, and how long a call may take; `retry` says when it is made again. Connects, makes calls, and reads an answer's
+first message, which says where it runs; `streams` reads the rest. It must not know what any other call means: `calls` builds them and reads
+their replies.
 """
 
 from __future__ import annotations

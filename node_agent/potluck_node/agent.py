@@ -1,8 +1,9 @@
 """The agent's composition root: builds the parts of one node, runs them, and takes them down in order.
 
 Decides what the owner's words (pause, resume, leave, stop) do to the parts, and in which order things end: no new attempts, those under way
-finish within the owner's limit, the coordinator hears a goodbye, engines stop. Here `supervisor`, `attempts`, `report` and `link` are made
-and joined. It must not know frames, nor how an engine is run.
+finish within the owner's limit, the coordinator hears a goodbye, engines stop. After a leave that was heard the state folder is removed
+here; `--force` is `command`'s. Here `supervisor`, `attempts`, `report` and `link` are made and joined. It must not know frames, nor how an
+engine is run.
 """
 
 from __future__ import annotations

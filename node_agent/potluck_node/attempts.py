@@ -1,7 +1,8 @@
-"""Every attempt of this node: asked of an engine on loopback, relayed byte for byte in whole events or pieces, ended exactly once.
+"""Every attempt of this node: asked of an engine on loopback, relayed byte for byte in whole events or pieces, with one end.
 
 Decides which attempts are taken, when an engine's answer is read on, and when an attempt may be forgotten. It must not know the link's
-streams or channels: `orders` feeds it values, and `delivery` writes its chunks into the link's frames.
+streams or channels: `orders` feeds it starts, acknowledgements and cancels, `link` resumes all or abandons all (a lapsed lease drops them
+without a word), and `delivery` writes their chunks into frames.
 
 Reading stops while an attempt's window is full, so a slow client slows its own engine answer by TCP's back-pressure and nothing else.
 Cancelling closes the engine's connection at once, which frees its slot.

@@ -1,6 +1,7 @@
 """The directory's composition root: the books, five desks over them, and the chores that time brings.
 
-Decides what is made at a start, in which order, and how often chores run. It must not know Ray, gRPC or HTTP.
+Decides what is made at a start, in which order, and how often chores run: overdue holds settled (`ledger`), ended minutes judged (`nodes`).
+It must not know Ray, gRPC or HTTP.
 """
 
 from __future__ import annotations

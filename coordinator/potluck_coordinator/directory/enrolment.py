@@ -1,7 +1,7 @@
 """How a node becomes one of the pool's, and stays one.
 
 Decides whether a token lets a key in, and whether a node's key gets another certificate; `certificate_authority` makes both. A join makes
-the node desk (`nodes`) plan anew. It must not know links: a node's session is that desk's business.
+the node desk (`nodes`) plan anew. It must not know links: a node's session is that desk's business, as are leaving and revocation.
 """
 
 from __future__ import annotations

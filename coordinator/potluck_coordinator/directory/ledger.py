@@ -1,8 +1,8 @@
 """Money: carries out what `domain.ledger` decides, one commit for everything that was asked together.
 
 Decides nothing about amounts, and of repetition only that the same claim of earnings answers the same. Holds that are overdue, or of a
-gateway that was replaced, are settled here at their marks. Refusals are found out before anything is written, so one command's refusal
-never undoes another's work.
+gateway that was replaced, are settled here at their marks. The audit (`storage.audit`) runs when the operator asks, and at no other time.
+Refusals are found out before anything is written, so one command's refusal never undoes another's work.
 """
 
 from __future__ import annotations

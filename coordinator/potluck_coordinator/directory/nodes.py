@@ -1,7 +1,8 @@
 """Which nodes there are, how they do, and what they should run.
 
-Decides nothing by itself: `domain.planning` says what runs where, `domain.uptime` what a minute was. What is live is kept in memory, for
-gateways report it anew every second; epochs, ends and uptime are kept in the books. It must not know links.
+Decides what ends a node (its owner's leave, a revocation) and when one counts as offline; `domain.planning` says what runs where,
+`domain.uptime` what a minute was. What is live is kept in memory, for gateways report it anew every second; epochs, ends and uptime are
+kept in the books. It must not know links.
 """
 
 from __future__ import annotations

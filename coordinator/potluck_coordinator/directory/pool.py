@@ -1,4 +1,4 @@
-"""What gateways must know: leave to serve, and the newest snapshot.
+"""What gateways must know: leave to serve (an epoch, and the certificate of the gRPC ports), and the newest snapshot.
 
 Decides only that a gateway which registers is the one gateway from then on: `ledger` first settles what earlier ones left open, and `nodes`
 begins its count of uptime anew. It must not know what a gateway does with it.

@@ -1,4 +1,4 @@
-"""People's credits, keys and join tokens: the gRPC side of the directory's accounts and ledger desks.
+"""People's credits, keys and join tokens, and the operator's audit: the gRPC side of the directory's accounts and ledger desks.
 
 Decides whose keys and tokens a caller may revoke, and that no key but the operator's makes one that outlives it; which account any other
 call is about says `authorisation.account_for`. Names, other lifetimes and money are the desks' to judge.

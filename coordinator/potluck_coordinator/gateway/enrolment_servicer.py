@@ -1,6 +1,7 @@
-"""How a box becomes a node: the gRPC side of the directory's enrolment desk. Renewals come over the link (`link_servicer`).
+"""How a box becomes a node: the gRPC side of the directory's enrolment desk.
 
-Decides only what is too large to look at. It must not know tokens or certificates; the desk judges both.
+A certificate that still holds is renewed over the link (`link_servicer`); one that lapsed or was refused, here. Decides only what is too
+large to look at. It must not know tokens or certificates; the desk judges both.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Decides the order of starting and stopping, and how often nodes are judged and reported, queues served, and unfinished answers marked with
 what they have earned (by `requests`). Leave to serve is asked of the directory once, at the start; then come snapshots: the catalogue for
-`requests`, wishes and revocations for `links`, word of revoked keys for `key_cache`. Keys, sessions and money are asked of the directory's
-desks by those who need them. It must not know what any of it is for.
+`requests`, wishes and revocations for `links`, word of revoked keys for `key_cache`; while the directory is away, the last one holds. Keys,
+sessions and money are asked of the directory's desks by those who need them. It must not know what any of it is for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The two gRPC ports: one that people and joining nodes dial (TLS), one that nodes' links dial (mTLS, a node's certificate required).
 
-Decides how they are secured and bounded. It must not know what the services do.
+Nodes whose certificate has lapsed dial the first, too, for another. Decides how the ports are secured and bounded. It must not know what
+the services do.
 """
 
 from __future__ import annotations

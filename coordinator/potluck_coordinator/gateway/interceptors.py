@@ -1,8 +1,9 @@
 """What happens around every gRPC call: who calls, whether they may, how a failure leaves, and the one log line of the call.
 
-Decides nothing about who may call what (`authorisation` does) and nothing about a call's content; that a link's certificate names a node
-of the pool is seen here. A `PotluckError` becomes its catalogue status with an `ErrorDetail`, its message included; anything else becomes
-`internal_error` with an id that the log knows, and none of its text leaves.
+Decides nothing about who may call what (`authorisation` does) and nothing about a call's content; `key_cache` says whose key a call
+carries. That a link's certificate names a node, and none that left or was revoked (`links.outcasts`), is seen here; whether the books know
+it, by the directory at its hello. A `PotluckError` becomes its catalogue status with an `ErrorDetail`, its message included; anything else
+becomes `internal_error` with an id that the log knows, and none of its text leaves.
 
 A call holds one of its port's places even while it says nothing. So the caller is looked at before the call's message is waited for, the
 message has `BODY_SECONDS_MAX` to come, no caller has more than a part of the places, and all without a credential count as one. An answer

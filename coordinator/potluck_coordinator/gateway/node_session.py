@@ -1,8 +1,9 @@
 """One connected node: its lease, its attempts, and what placement sees of its replicas.
 
 Decides which attempts are started again after a broken link, and that a replica is ready when the node's last hello or heartbeat said so.
-A session outlives its link by a short grace, so that a broken connection that comes back costs a pause and no attempt. It must not know
-frames: `link_servicer` feeds it values, and what it says goes into the link's `outbox`.
+It measures, for the directory's count of uptime, how long its lease was fresh and its link up. A session outlives its link by a short
+grace, so that a broken connection that comes back costs a pause and no attempt. It must not know frames: `link_servicer` feeds it values,
+and what it says goes into the link's `outbox`.
 """
 
 from __future__ import annotations

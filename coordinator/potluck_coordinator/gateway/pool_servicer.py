@@ -1,7 +1,7 @@
 """The pool as people see it: the gRPC side of the directory's node desk.
 
 Decides what of a node is shown to whom: its owner and the operator see everything; others see neither whose it is, nor its cards' uuids,
-nor why an engine failed. It must not know links.
+nor why an engine failed. Revoking a node comes in here as well; `authorisation` keeps it to the operator. It must not know links.
 """
 
 from __future__ import annotations

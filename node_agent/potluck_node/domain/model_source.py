@@ -1,7 +1,7 @@
 """Where a model file may come from, as read from the coordinator's words.
 
 Decides which sources and file names this node will touch at all. The coordinator is not trusted with more: no URL, no option for a package
-client and no path out of a folder gets through.
+client and no ".." gets through. It may name any folder, but a file there is only taken by its pin.
 """
 
 from __future__ import annotations

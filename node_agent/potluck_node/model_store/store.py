@@ -6,6 +6,8 @@ the files are for. Layout of the cache folder:
     models/SHA256/FILE     kept; a rename put it there, so it is whole; verified before every use, and dropped where it is not its pin
     staging/SHA256/…       being fetched; never loaded; gone on with or dropped by the next run
     stamps/SHA256.json     what a verified file looked like; its time of change is when the model was last used
+
+A file of a `path:` source stays where it is: verified in place, never kept or dropped.
 """
 
 from __future__ import annotations
