@@ -31,6 +31,17 @@ async def relayed_edge() -> AsyncIterator[RelayedEdge]:
         yield running
 
 
+async def begun_stream(edge: RelayedEdge) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Relay]:
+    """A client whose stream has begun, and what its node says."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request_bytes("POST", CHAT, chat_body(stream=True)))
+    relay = await edge.next_relay()
+    relay.head = AnswerHead(200, "text/event-stream")
+    relay.receive(0, chat_event({"content": "first"}), 0.0)
+    await read_until(reader, b"first")
+    return reader, writer, relay
+
+
 EARLY = [
     pytest.param(request_bytes("GET", "/health"), id="a request"),
     pytest.param(request_bytes("POST", CHAT, chat_body()) * 3, id="three with bodies"),
@@ -66,12 +77,7 @@ async def test_what_comes_before_an_answer_is_over_costs_it_nothing(
 
 @pytest.mark.parametrize("early", EARLY)
 async def test_who_asks_too_early_and_hangs_up_is_noticed(relayed_edge: RelayedEdge, early: bytes) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", relayed_edge.port)
-    writer.write(request_bytes("POST", CHAT, chat_body(stream=True)))
-    relay = await relayed_edge.next_relay()
-    relay.head = AnswerHead(200, "text/event-stream")
-    relay.receive(0, chat_event({"content": "t"}), 0.0)
-    await read_until(reader, b'"t"')
+    _, writer, _ = await begun_stream(relayed_edge)
     writer.write(early)
     await asyncio.sleep(0.05)
     writer.close()
@@ -93,12 +99,7 @@ async def test_who_sends_too_early_without_end_is_dropped(relayed_edge: RelayedE
 
 
 async def test_tokens_reach_a_client_that_reads_without_anybodys_turn(relayed_edge: RelayedEdge) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", relayed_edge.port)
-    writer.write(request_bytes("POST", CHAT, chat_body(stream=True)))
-    relay = await relayed_edge.next_relay()
-    relay.head = AnswerHead(200, "text/event-stream")
-    relay.receive(0, chat_event({"content": "first"}), 0.0)
-    await read_until(reader, b"first")
+    reader, writer, relay = await begun_stream(relayed_edge)
     large = b": " + b"x" * 40_000 + b"\n\n"
     for number in range(1, 1000):
         relay.receive(number, large, 0.0)
@@ -111,17 +112,6 @@ async def test_tokens_reach_a_client_that_reads_without_anybodys_turn(relayed_ed
         while seen < 40_000 * number:
             seen += (await reader.read(65536)).count(b"x")
     writer.close()
-
-
-async def begun_stream(edge: RelayedEdge) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Relay]:
-    """A client whose stream has begun, and what its node says."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
-    writer.write(request_bytes("POST", CHAT, chat_body(stream=True)))
-    relay = await edge.next_relay()
-    relay.head = AnswerHead(200, "text/event-stream")
-    relay.receive(0, chat_event({"content": "first"}), 0.0)
-    await read_until(reader, b"first")
-    return reader, writer, relay
 
 
 async def test_the_usage_event_that_nobody_asked_for_leaves_no_trace(relayed_edge: RelayedEdge) -> None:

@@ -24,6 +24,18 @@ USER_KEY = "sk-potluck-user0000-" + "u" * 43
 OPERATOR_KEY = "sk-potluck-oper0000-" + "o" * 43
 NODE_ID = NodeId("a" * 26)
 MODEL_ID = ModelId("org/tiny-model")
+ENTRY = CatalogueEntry(
+    model_id=MODEL_ID,
+    file=ModelFile(MODEL_ID, "path:/models", "tiny.gguf", "0" * 64, 1),
+    engine_kind="scripted",
+    context_length_tokens=4096,
+    slot_count=4,
+    prompt_price_micro_credits=1,
+    completion_price_micro_credits=2,
+    licence="Apache-2.0",
+    endpoints=tuple(Endpoint),
+    created_at_unix_seconds=1_700_000_000,
+)
 CONNECTION_DOCUMENT = b'{"protocol_version":1}'
 USAGE = Usage(12, 3, 4)
 DONE = b"data: [DONE]\n\n"
@@ -143,9 +155,7 @@ class ScriptedRequests:
         return answer
 
     def models(self) -> tuple[ModelView, ...]:
-        file = ModelFile(MODEL_ID, "path:/models", "tiny.gguf", "0" * 64, 1)
-        entry = CatalogueEntry(MODEL_ID, file, "scripted", 4096, 4, 1, 2, "Apache-2.0", tuple(Endpoint), 1_700_000_000)
-        return (ModelView(entry, self.ready_replica_count),)
+        return (ModelView(ENTRY, self.ready_replica_count),)
 
 
 async def authenticate(secret: str) -> KeyIdentity:

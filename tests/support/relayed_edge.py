@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
 from potluck_coordinator.gateway.answer import Answer
 from potluck_coordinator.gateway.http_server import HttpServer
@@ -15,8 +14,8 @@ from potluck_coordinator.gateway.relay import Relay
 from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.values import AttemptId, Endpoint, ModelFile
-from tests.support.http_edge import CONNECTION_DOCUMENT, MODEL_ID, NODE_ID, authenticate
+from potluck_protocol.values import AttemptId
+from tests.support.http_edge import CONNECTION_DOCUMENT, ENTRY, NODE_ID, authenticate
 
 WINDOW_BYTES = 1024 * 1024
 
@@ -30,7 +29,7 @@ def decided(outcome: LedgerOutcome) -> asyncio.Future[LedgerOutcome]:
 class RelayedEdge:
     """Stands where `gateway.requests.RequestService` stands, and keeps what each answer came to."""
 
-    price = 2
+    price = ENTRY.completion_price_micro_credits
 
     def __init__(self) -> None:
         self.port = 0
@@ -46,7 +45,7 @@ class RelayedEdge:
         """The answer to a request for which there is money."""
         return Answer(
             request=request,
-            entry=self.models()[0].entry,
+            entry=ENTRY,
             node_id=NODE_ID,
             relay=relay,
             hold_micro_credits=10**9,
@@ -73,9 +72,7 @@ class RelayedEdge:
         return decided(LedgerOutcome.APPLIED)
 
     def models(self) -> tuple[ModelView, ...]:
-        file = ModelFile(MODEL_ID, "path:/models", "tiny.gguf", "0" * 64, 1)
-        entry = CatalogueEntry(MODEL_ID, file, "scripted", 4096, 4, 1, self.price, "Apache-2.0", tuple(Endpoint), 1_700_000_000)
-        return (ModelView(entry, 1),)
+        return (ModelView(ENTRY, 1),)
 
 
 @asynccontextmanager

@@ -23,7 +23,6 @@ class Reader:
         self.edge, self.passes, self.received = RelayedEdge(), passes, b""
         self.relay = Relay(AttemptId("attempt"), 64 * 1024, 0.0, lambda _id, _sequence: None)
         self.relay.head = AnswerHead(200, "text/event-stream")
-        self._chunk_count = 0
 
     def take(self, data: bytes) -> bool:
         assert data, "an empty piece would end a chunked answer"

@@ -152,7 +152,7 @@ class Relay:
                 raise self._error
             if self._end is not None:
                 raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine ended without an answer.")
-            await self._change()
+            await self._until_woken()
         return self.head
 
     async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
@@ -170,7 +170,7 @@ class Relay:
                     raise self._error
                 if self._end is not None:
                     return None
-                await self._change()
+                await self._until_woken()
         finally:
             self._pass_on = None
         data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
@@ -197,8 +197,8 @@ class Relay:
             self._acknowledged_bytes = self._taken_bytes
             self._acknowledge(self.attempt_id, self._taken_sequence)
 
-    def _change(self) -> asyncio.Future[None]:
-        """Done at the next call of `_wake`. One reader at a time."""
+    def _until_woken(self) -> asyncio.Future[None]:
+        """One reader at a time."""
         self._waiter = asyncio.get_running_loop().create_future()
         return self._waiter
 
