@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,51 @@ def test_a_start_that_fails_inside_an_actor_says_why_and_leaves_nothing(tmp_path
     assert "error: " in process.log()
     assert "catalogue.toml" in process.log().rpartition("error: ")[2]
     wait_gone(list(started), GONE_SECONDS_MAX)
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray cluster that the operator started, with a token of its own; its address."""
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    for name, value in (("AUTH_MODE", "token"), ("AUTH_TOKEN_PATH", str(token)), ("ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")):
+        monkeypatch.setenv(f"RAY_{name}", value)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # A folder of its own with a short path, for the paths of its sockets are bounded.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        flags = [
+            "--node-ip-address=127.0.0.1",
+            "--include-dashboard=false",
+            "--num-cpus=0",
+            f"--temp-dir={folder}",
+            "--disable-usage-stats",
+        ]
+        head = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}", *flags],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        family = psutil.Process(head.pid)
+        try:
+            wait_until(lambda: any("raylet" in child.name() for child in family.children(recursive=True)), 60, "the cluster")
+            yield f"127.0.0.1:{port}"
+            assert head.poll() is None, "the cluster is its operator's, and outlives the coordinator"
+        finally:
+            ended = [family, *family.children(recursive=True)]
+            head.terminate()
+            head.wait(30)
+            wait_gone(ended, GONE_SECONDS_MAX)
+
+
+def test_a_coordinator_joins_its_operators_own_cluster(own_cluster: str, tmp_path: Path) -> None:
+    with CoordinatorProcess(tmp_path / "data", "--ray-address", own_cluster) as process:
+        process.wait_ready()
+        assert _authenticated(process)
+        assert not any("gcs_server" in started.name() for started in process.processes())
+        process.process.send_signal(signal.SIGINT)
+        assert process.process.wait(STOP_SECONDS_MAX) == 0
 
 
 @pytest.mark.parametrize("actor", ["GatewayActor", "DirectoryActor"])
