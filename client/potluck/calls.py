@@ -15,8 +15,10 @@ from google.protobuf.message import Message
 
 from potluck.errors import error_of_protocol, pool_error
 from potluck.results import AccountInfo, Audit, Credits, JoinTokenInfo, KeyInfo, ModelInfo, NodeInfo, Secret, StatementEntry
-from potluck_protocol.codec import ENDPOINT_NUMBER, endpoint_from_number, engine_status_value, inventory_value, node_state_from_number
+from potluck_protocol.codec import node_state_from_number
+from potluck_protocol.engine_codec import ENDPOINT_NUMBER, endpoint_from_number, engine_status_value
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.hardware_codec import inventory_value
 from potluck_protocol.v1 import account_pb2, inference_pb2, pool_pb2
 from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelId, NodeId, TokenId
 

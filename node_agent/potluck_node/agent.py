@@ -268,7 +268,7 @@ class _NoReplicas:
     def statuses(self) -> tuple[()]:
         return ()
 
-    def ready_url(self, _replica_id: object) -> None:
+    def ready_address(self, _replica_id: object) -> None:
         return None
 
     async def run(self) -> None:

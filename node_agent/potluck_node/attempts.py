@@ -21,6 +21,7 @@ import structlog
 
 from potluck_node.delivery import Delivery, ResponseHead
 from potluck_node.domain.event_stream import cut_at_event_end
+from potluck_node.engines.base import EngineAddress
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.v1 import node_pb2
@@ -130,13 +131,13 @@ class Attempts:
             return
         attempt = _Attempt(start.replica_id, Delivery(start.attempt_id, start.window_bytes))
         self._attempts[start.attempt_id] = attempt
-        root_url = self._replicas.ready_url(start.replica_id)
-        refusal = self._refusal(start.replica_id) if root_url else "the replica has no ready engine"
-        if refusal or root_url is None:
+        address = self._replicas.ready_address(start.replica_id)
+        refusal = self._refusal(start.replica_id) if address else "the replica has no ready engine"
+        if refusal or address is None:
             self._end(attempt, EndReason.REFUSED, refusal)
             return
         self._running[start.replica_id] = self.running_count(start.replica_id) + 1
-        attempt.task = asyncio.create_task(self._run(attempt, start, root_url), name=f"attempt {start.attempt_id}")
+        attempt.task = asyncio.create_task(self._run(attempt, start, address), name=f"attempt {start.attempt_id}")
 
     def refuse(self, attempt_id: AttemptId, detail: str) -> None:
         """Answers an attempt that could not even be read."""
@@ -241,9 +242,9 @@ class Attempts:
             return f"all {slot_count} slots of the replica are taken"
         return ""
 
-    async def _run(self, attempt: _Attempt, start: StartAttempt, root_url: str) -> None:
+    async def _run(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress) -> None:
         try:
-            await self._relay(attempt, start, root_url)
+            await self._relay(attempt, start, address)
         except _EventTooLargeError:
             self._end(attempt, EndReason.ENGINE_FAILED, f"the engine wrote an event of more than {EVENT_BYTES_MAX} bytes")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -255,10 +256,9 @@ class Attempts:
         else:
             self._end(attempt, EndReason.COMPLETED)
 
-    async def _relay(self, attempt: _Attempt, start: StartAttempt, root_url: str) -> None:
+    async def _relay(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress) -> None:
         piece_bytes = max(1, min(PIECE_BYTES_MAX, start.window_bytes // 4))
-        headers = {"Content-Type": "application/json"}
-        async with self._http.post(root_url + start.endpoint.value, data=start.body, headers=headers) as response:
+        async with self._http.post(address.url + start.endpoint.value, data=start.body, headers=address.headers) as response:
             try:
                 content_type = response.headers.get("Content-Type", "")
                 head = ResponseHead(response.status, content_type)

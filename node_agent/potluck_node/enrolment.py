@@ -17,9 +17,9 @@ import grpc.aio
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
-from potluck_protocol.codec import inventory_message
 from potluck_protocol.connection import ConnectionDocument, Invite, fetch_connection, pinned_url
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.hardware_codec import inventory_message
 from potluck_protocol.identity import certificate_request, node_id_of_certificate, node_id_of_public_key, public_key_der
 from potluck_protocol.metadata import ERROR_DETAIL
 from potluck_protocol.v1 import common_pb2, node_pb2, node_pb2_grpc

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from potluck_node.attempts import Attempts
 from potluck_node.replicas import Replicas
-from potluck_protocol.codec import desired_state_value, start_attempt_value
+from potluck_protocol.codec import start_attempt_value
+from potluck_protocol.engine_codec import desired_state_value
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, DesiredState

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from potluck_node.engines.base import EngineAddress
 from potluck_protocol.values import DesiredState, EngineStatus, ReplicaId
 
 
@@ -30,8 +31,8 @@ class Replicas(Protocol):
         """Every replica as it stands now, wished or on its way out; a cheap read. `running_count` may be 0: `report` fills it in."""
         ...
 
-    def ready_url(self, replica_id: ReplicaId) -> str | None:
-        """The engine's root, such as "http://127.0.0.1:40123", and only while the replica is READY."""
+    def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
+        """Where the replica's engine answers, and only while it is READY."""
         ...
 
     def on_change(self, callback: Callable[[], None]) -> None:

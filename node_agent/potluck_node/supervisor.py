@@ -29,7 +29,7 @@ from potluck_node.domain.plan import (
     failures_in_a_row,
     plan,
 )
-from potluck_node.engines.base import Engine, EngineLaunch
+from potluck_node.engines.base import Engine, EngineAddress, EngineLaunch
 from potluck_node.engines.process import EngineFailedError, EngineProcess
 from potluck_node.model_store.download import FetchFailedError
 from potluck_node.model_store.store import ModelStore
@@ -104,12 +104,12 @@ class EngineSupervisor:
         """See `Replicas`."""
         return tuple(self._status(replica) for replica in self._replicas.values())
 
-    def ready_url(self, replica_id: ReplicaId) -> str | None:
+    def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
         """See `Replicas`."""
         replica = self._replicas.get(replica_id)
         if replica is None or replica.process is None or replica.observed.phase is not Phase.READY:
             return None
-        return replica.process.url
+        return replica.process.address
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """See `Replicas`."""

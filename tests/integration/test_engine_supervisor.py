@@ -168,7 +168,7 @@ async def test_killed_engine_comes_back_after_its_backoff(tmp_path):
         os.kill(pid, signal.SIGKILL)
         failed = await node.until_state(EngineState.BACKING_OFF)
         assert "signal SIGKILL" in failed.failure
-        assert node.supervisor.ready_url(engine.replica_id) is None
+        assert node.supervisor.ready_address(engine.replica_id) is None
         clock.now_seconds += 0.9
         node.wish(engine)
         await asyncio.sleep(0.05)

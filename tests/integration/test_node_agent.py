@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from potluck_protocol.codec import desired_state_message
 from potluck_protocol.connection import Invite
+from potluck_protocol.engine_codec import desired_state_message
 from potluck_protocol.metadata import CONNECTION_PATH
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import DesiredState, TokenId

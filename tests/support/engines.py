@@ -81,9 +81,9 @@ class Watched:
         return (await self.until(lambda statuses: len(statuses) == 1 and statuses[0].state is state))[0]
 
     def url(self) -> str:
-        url = self.supervisor.ready_url(self.supervisor.statuses()[0].replica_id)
-        assert url is not None
-        return url
+        address = self.supervisor.ready_address(self.supervisor.statuses()[0].replica_id)
+        assert address is not None
+        return address.url
 
 
 @asynccontextmanager

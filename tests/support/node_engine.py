@@ -12,6 +12,7 @@ from aiohttp import web
 
 from potluck_node.attempts import Attempts, engine_session
 from potluck_node.credentials import Credentials
+from potluck_node.engines.base import EngineAddress
 from potluck_node.identity_store import StateFolder
 from potluck_node.link import Link
 from potluck_node.report import NodeReport
@@ -136,8 +137,8 @@ class FixedReplicas:
         wished = [engine.replica_id for engine in self.desired[-1].engines if engine.model.model_id == "tiny"] if self.desired else []
         return wished[0] if wished else REPLICA
 
-    def ready_url(self, replica_id: ReplicaId) -> str | None:
-        return self.url if replica_id == self.replica_id else None
+    def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
+        return EngineAddress(self.url) if self.url is not None and replica_id == self.replica_id else None
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)

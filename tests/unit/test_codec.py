@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from potluck_coordinator.gateway.node_session import ATTEMPTS_PER_NODE_MAX
-from potluck_protocol import codec
+from potluck_protocol import codec, engine_codec, hardware_codec
+from potluck_protocol.bounds import TEXT_CHARACTERS_MAX
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     Accelerator,
+    AccountId,
+    CardTelemetry,
+    DesiredEngine,
+    DesiredState,
     Endpoint,
+    EngineShape,
     EngineState,
     EngineStatus,
     GoodbyeReason,
+    GroupOffer,
+    GroupPlace,
     Heartbeat,
     Hello,
     Inventory,
+    ModelFile,
     ModelId,
     NodeId,
     NodeState,
+    Peer,
+    PeerMeasurement,
+    PinnedFile,
     ReplicaId,
     SessionId,
 )
 
-LONGEST = "x" * codec.TEXT_CHARACTERS_MAX
+LONGEST = "x" * TEXT_CHARACTERS_MAX
 TOO_LONG = LONGEST + "x"
 
 
@@ -43,7 +56,7 @@ def engine(**changes: Any) -> EngineStatus:
 
 
 def inventory(**changes: Any) -> Inventory:
-    cards = (Accelerator(LONGEST, LONGEST, 1),) * codec.ACCELERATORS_MAX
+    cards = (Accelerator(LONGEST, LONGEST, 1),) * hardware_codec.ACCELERATORS_MAX
     return Inventory(**{"operating_system": LONGEST, "accelerators": cards, **changes})
 
 
@@ -56,14 +69,15 @@ def hello(**changes: Any) -> Hello:
         "inventory": inventory(),
         "state": NodeState.SERVING,
         "in_flight": (LONGEST,) * codec.IN_FLIGHT_MAX,
-        "engines": (engine(),) * codec.ENGINES_MAX,
+        "engines": (engine(),) * engine_codec.ENGINES_MAX,
     }
     return Hello(**{**fields, **changes})
 
 
 def test_as_much_as_a_node_can_have_is_taken() -> None:
     assert codec.hello_value(codec.hello_message(hello())) == hello()
-    heartbeat = Heartbeat(1, NodeState.SERVING, hello().engines, 2)
+    cards = (CardTelemetry("a", 70, 300_000, 350_000, 1 << 34, 0, 99, ("power_cap",)), CardTelemetry("b", lost=True))
+    heartbeat = Heartbeat(1, NodeState.SERVING, hello().engines, 2, cards, (PeerMeasurement(NodeId("c"), 200, 10**8, "slow"),))
     assert codec.heartbeat_value(codec.heartbeat_message(heartbeat)) == heartbeat
 
 
@@ -73,11 +87,11 @@ def test_as_much_as_a_node_can_have_is_taken() -> None:
         *({name: TOO_LONG} for name in ("node_id", "session_id", "agent_version")),
         {"in_flight": (TOO_LONG,)},
         {"in_flight": ("a",) * (codec.IN_FLIGHT_MAX + 1)},
-        {"engines": (engine(),) * (codec.ENGINES_MAX + 1)},
+        {"engines": (engine(),) * (engine_codec.ENGINES_MAX + 1)},
         *({"engines": (engine(**{name: TOO_LONG}),)} for name in ("replica_id", "model_id", "engine_kind", "engine_version")),
         {"engines": (engine(endpoints=(Endpoint.EMBEDDINGS,) * 4),)},
         {"inventory": inventory(operating_system=TOO_LONG)},
-        {"inventory": inventory(accelerators=(Accelerator("a", "b", 1),) * (codec.ACCELERATORS_MAX + 1))},
+        {"inventory": inventory(accelerators=(Accelerator("a", "b", 1),) * (hardware_codec.ACCELERATORS_MAX + 1))},
         {"inventory": inventory(accelerators=(Accelerator(TOO_LONG, "b", 1),))},
         {"inventory": inventory(accelerators=(Accelerator("a", TOO_LONG, 1),))},
     ],
@@ -90,12 +104,45 @@ def test_more_is_refused(changes: dict[str, Any]) -> None:
     assert TOO_LONG not in refused.value.message
 
 
+def test_zero_is_not_unknown() -> None:
+    for card in (CardTelemetry("a", temperature_celsius=0, memory_foreign_bytes=0), CardTelemetry("a")):
+        assert hardware_codec.card_telemetry_value(hardware_codec.card_telemetry_message(card)) == card
+    for status in (engine(kv_used_tokens=0, waiting_count=0, decode_tokens_per_second=0.0), engine()):
+        assert engine_codec.engine_status_value(engine_codec.engine_status_message(status)) == status
+
+
+def test_a_card_and_an_offer_keep_every_fact() -> None:
+    card = Accelerator("RTX 3090", "GPU-1", 24 << 30, "8.6", 4, 16, 4, 350_000, 0, ("GPU-2",))
+    offer = GroupOffer("lab", "10.0.0.2", 29600, (AccountId("ana"),))
+    known = inventory(accelerators=(card,), driver_version="575", cuda_version="12.8", memory_budget_bytes=5, engine_kinds=("vllm",))
+    known = replace(known, attached_model_names=("llama3.2:3b",))
+    for value in (known, replace(known, group_offer=offer)):
+        assert hardware_codec.inventory_value(hardware_codec.inventory_message(value)) == value
+
+
+def test_a_wish_keeps_every_word() -> None:
+    files = (PinnedFile("model.safetensors", "b" * 64, 7), PinnedFile("tokenizer.json", "c" * 64, 8))
+    model = ModelFile(ModelId("m"), "hf:org/name@main", "config.json", "a" * 64, 6, "", files)
+    shape = EngineShape(("GPU-1", "GPU-2"), 2, "awq", 1 << 30, 1 << 34)
+    place = GroupPlace("group", 3, 1, "10.0.0.1", 29600, "10.0.0.2", (10, 20))
+    wished = DesiredEngine(ReplicaId("n/m"), model, "vllm", 4, 2048, shape, place)
+    desired = DesiredState(9, (wished, replace(wished, group=None)), (Peer(NodeId("n"), "10.0.0.1", 29601, b"secret", dial=True),))
+    assert engine_codec.desired_state_value(engine_codec.desired_state_message(desired)) == desired
+    assert model.total_bytes == 21
+
+
+def test_a_wish_of_a_coordinator_that_knows_no_shapes_is_read() -> None:
+    old = node_pb2.DesiredState(revision=1, engines=[node_pb2.DesiredEngine(replica_id="n/m", slot_count=1)])
+    engine_wish = engine_codec.desired_state_value(old).engines[0]
+    assert (engine_wish.shape, engine_wish.group, engine_wish.model.further_files) == (EngineShape(), None, ())
+
+
 def test_a_node_may_name_every_attempt_that_a_coordinator_gives_it() -> None:
     assert codec.IN_FLIGHT_MAX >= ATTEMPTS_PER_NODE_MAX
 
 
 def test_a_heartbeat_has_the_same_bounds() -> None:
-    for engines in ((engine(),) * (codec.ENGINES_MAX + 1), (engine(engine_version=TOO_LONG),)):
+    for engines in ((engine(),) * (engine_codec.ENGINES_MAX + 1), (engine(engine_version=TOO_LONG),)):
         with pytest.raises(PotluckError) as refused:
             codec.heartbeat_value(codec.heartbeat_message(Heartbeat(1, NodeState.SERVING, engines, 2)))
         assert refused.value.code is ErrorCode.INVALID_REQUEST
@@ -103,8 +150,8 @@ def test_a_heartbeat_has_the_same_bounds() -> None:
 
 def test_of_an_overlong_failure_the_end_is_kept() -> None:
     message = node_pb2.EngineStatus(state=node_pb2.ENGINE_STATE_BACKING_OFF, failure="begin" + "x" * 10_000 + "the end")
-    failure = codec.engine_status_value(message).failure
-    assert len(failure) == codec.FAILURE_CHARACTERS_MAX
+    failure = engine_codec.engine_status_value(message).failure
+    assert len(failure) == engine_codec.FAILURE_CHARACTERS_MAX
     assert failure.endswith("the end")
 
 
@@ -112,4 +159,4 @@ def test_a_goodbyes_words_are_bounded_and_harmless_on_a_terminal() -> None:
     message = codec.goodbye_message(GoodbyeReason.REVOKED, "too\x1b[2J hot " + "x" * 10_000)
     words = codec.goodbye_words(message)
     assert words.startswith("too [2J hot x")
-    assert len(words) == codec.FAILURE_CHARACTERS_MAX
+    assert len(words) == engine_codec.FAILURE_CHARACTERS_MAX

@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 
 from potluck_coordinator.desks import EnrolmentDesk
-from potluck_protocol import codec
+from potluck_protocol import hardware_codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
 from potluck_protocol.values import TokenId
@@ -37,7 +37,7 @@ class EnrolmentServicer(node_pb2_grpc.EnrolmentServiceServicer):
             TokenId(request.token_id),
             request.token_secret,
             request.display_name,
-            codec.inventory_value(request.inventory),
+            hardware_codec.inventory_value(request.inventory),
         )
         return node_pb2.JoinResponse(
             node_id=enrolment.node_id, certificate_pem=enrolment.certificate_pem, owner_account_id=enrolment.owner_account_id

@@ -15,7 +15,7 @@ from potluck_coordinator.gateway.interceptors import caller, current_call
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.requests import ModelView, RequestService
 from potluck_coordinator.metrics import Metrics
-from potluck_protocol import codec
+from potluck_protocol import codec, engine_codec
 from potluck_protocol.clock import Clock
 from potluck_protocol.v1 import inference_pb2, inference_pb2_grpc
 from potluck_protocol.values import Usage
@@ -34,7 +34,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One request: where it runs, its bytes, and, after a complete answer only, what it came to."""
         del context
-        endpoint = codec.endpoint_from_number(request.endpoint)
+        endpoint = engine_codec.endpoint_from_number(request.endpoint)
         inference = parse_request(endpoint, request.body_json, current_call().request_id, caller().account_id)
         started_at = self._clock.monotonic_seconds()
         answer = await self._requests.begin(inference)
@@ -83,5 +83,5 @@ def _model_message(view: ModelView) -> inference_pb2.Model:
         ready_replica_count=view.ready_replica_count,
         created_at_unix_seconds=entry.created_at_unix_seconds,
         licence=entry.licence,
-        endpoints=[codec.ENDPOINT_NUMBER[endpoint] for endpoint in entry.endpoints],
+        endpoints=[engine_codec.ENDPOINT_NUMBER[endpoint] for endpoint in entry.endpoints],
     )

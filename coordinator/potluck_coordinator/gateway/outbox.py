@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from potluck_protocol import codec
+from potluck_protocol import codec, engine_codec
 from potluck_protocol.v1 import node_pb2
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Outbox:
 
     def wish(self, desired: DesiredState) -> None:
         """What the node should run."""
-        self._next().desired.CopyFrom(codec.desired_state_message(desired))
+        self._next().desired.CopyFrom(engine_codec.desired_state_message(desired))
 
     def renew_lease(self, epoch: int, lease_ttl_ms: int) -> None:
         """The answer to a heartbeat."""

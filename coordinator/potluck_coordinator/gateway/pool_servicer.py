@@ -13,7 +13,7 @@ import grpc
 
 from potluck_coordinator.desks import KeyIdentity, NodeDesk, NodeRecord
 from potluck_coordinator.gateway.interceptors import caller
-from potluck_protocol import codec
+from potluck_protocol import codec, engine_codec, hardware_codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc
 from potluck_protocol.values import AccountId, NodeId
@@ -66,8 +66,8 @@ def _node_message(record: NodeRecord) -> pool_pb2.Node:
         owner_account_id=record.owner_account_id,
         connection=record.connection,
         state=codec.NODE_STATE_NUMBER[record.state],
-        engines=[codec.engine_status_message(status) for status in record.engines],
-        inventory=codec.inventory_message(record.inventory),
+        engines=[engine_codec.engine_status_message(status) for status in record.engines],
+        inventory=hardware_codec.inventory_message(record.inventory),
         agent_version=record.agent_version,
         up_minutes=record.up_minutes,
         down_minutes=record.down_minutes,

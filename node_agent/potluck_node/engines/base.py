@@ -6,14 +6,16 @@ beside it. It must not know when an engine is started or stopped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from potluck_protocol.values import Endpoint, ModelId
+from potluck_protocol.values import Endpoint, EngineShape, GroupPlace, ModelId
 
 FAILURE_CHARACTERS_MAX: Final = 2_000
 """A failure travels in every heartbeat until it is mended."""
+WHOLE: Final = EngineShape()
+"""An engine that takes the machine as it finds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +24,29 @@ class EngineLaunch:
 
     model_id: ModelId
     model_path: Path
+    """The model's one file, or the folder that holds its several files and nothing else."""
     slot_count: int
     context_length_tokens: int
     """Of one slot: prompt and answer together."""
+    shape: EngineShape = WHOLE
+    memory_utilization_percent: int = 95
+    """Of each card, or of `shape.memory_bytes` without cards; lower after a start that ran out of memory."""
+    group: GroupPlace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where an engine answers, on loopback."""
+
+    url: str
+    """Its root, such as "http://127.0.0.1:40123"."""
+    api_key: str = field(default="", repr=False)
+    """Sent as a bearer's, where the engine asks for one."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to the engine carries."""
+        return {"content-type": "application/json", **({"authorization": f"Bearer {self.api_key}"} if self.api_key else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +76,10 @@ class Engine(Protocol):
         ...
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
-        """The arguments after `python` that start it; it then prints one line of JSON, {"url": "http://127.0.0.1:PORT"}.
+        """The arguments after `python` that start it.
 
-        They ask for `lifeline`, so that the engine ends with the agent.
+        It then prints one line of JSON, {"url": "http://127.0.0.1:PORT"}, with an "api_key" beside it where it asks for one. A group's
+        member that does not lead has no url: {"url": ""}. The arguments ask for `lifeline`, so that the engine ends with the agent.
         """
         ...
 

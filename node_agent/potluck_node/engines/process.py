@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from potluck_node.child_process import ChildProcess
-from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineLaunch
+from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineAddress, EngineLaunch
 
 START_LIMIT_SECONDS: Final = 900.0
 """For loading the model; a large one comes from a slow disk."""
@@ -55,7 +55,7 @@ class EngineProcess:
     def __init__(self, child: ChildProcess) -> None:
         self._child = child
         self._draining: asyncio.Task[None] | None = None
-        self.url = ""
+        self.address = EngineAddress("")
 
     @classmethod
     async def start(
@@ -103,13 +103,13 @@ class EngineProcess:
             raise EngineFailedError(self._failure(f"the engine did not start within {START_LIMIT_SECONDS:.0f} s")) from error
         if not line:
             raise EngineFailedError(self._failure(f"the engine did not start: {await self._ending()}"))
-        self.url = self._announced_url(line)
+        self.address = self._announced(line)
         self._draining = asyncio.create_task(self._child.drain_stdout())
         probe = engine.probe(launch)
         try:
             limit = aiohttp.ClientTimeout(total=PROBE_LIMIT_SECONDS)
-            headers = {"content-type": "application/json"}
-            async with session.post(self.url + probe.endpoint.value, data=probe.body, headers=headers, timeout=limit) as response:
+            url = self.address.url + probe.endpoint.value
+            async with session.post(url, data=probe.body, headers=self.address.headers, timeout=limit) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineFailedError(self._failure(f"the engine did not answer its first request: {type(error).__name__}")) from error
@@ -122,14 +122,15 @@ class EngineProcess:
         except TimeoutError:
             return "it closed its stdout and went on"
 
-    def _announced_url(self, line: bytes) -> str:
+    def _announced(self, line: bytes) -> EngineAddress:
         try:
-            url = str(json.loads(line)["url"])
-        except (ValueError, KeyError, TypeError) as error:
+            words = json.loads(line)
+            url, api_key = str(words["url"]), str(words.get("api_key", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineFailedError(self._failure("the engine's first line on stdout is not its URL")) from error
         if urlsplit(url).hostname != "127.0.0.1":
             raise EngineFailedError(self._failure(f"the engine listens at {url}, not on loopback only"))
-        return url
+        return EngineAddress(url, api_key)
 
     def _failure(self, what: str) -> str:
         tail = self._child.stderr.text(FAILURE_LINES)

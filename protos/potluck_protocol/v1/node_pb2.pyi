@@ -12,6 +12,7 @@ else:
 from builtins import (
     bool,
     bytes,
+    float,
     int,
     str,
     type,
@@ -41,6 +42,7 @@ from typing import (
     Literal,
     NewType,
     final,
+    overload,
 )
 
 DESCRIPTOR: FileDescriptor
@@ -90,6 +92,53 @@ ENGINE_STATE_READY: EngineState.ValueType  # 3
 ENGINE_STATE_BACKING_OFF: EngineState.ValueType  # 4
 ENGINE_STATE_REFUSED: EngineState.ValueType  # 5
 ENGINE_STATE_STOPPING: EngineState.ValueType  # 6
+
+class _FailureKind:
+    ValueType = NewType("ValueType", int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FailureKindEnumTypeWrapper(_EnumTypeWrapper[_FailureKind.ValueType], type):
+    DESCRIPTOR: EnumDescriptor
+    FAILURE_KIND_UNSPECIFIED: _FailureKind.ValueType  # 0
+    FAILURE_KIND_OUT_OF_MEMORY: _FailureKind.ValueType  # 1
+    FAILURE_KIND_CUDA_ERROR: _FailureKind.ValueType  # 2
+    FAILURE_KIND_BAD_MODEL: _FailureKind.ValueType  # 3
+    FAILURE_KIND_UNSUPPORTED_ARCHITECTURE: _FailureKind.ValueType  # 4
+    FAILURE_KIND_UNSUPPORTED_CUDA_VERSION: _FailureKind.ValueType  # 5
+    FAILURE_KIND_PORT_TAKEN: _FailureKind.ValueType  # 6
+    FAILURE_KIND_KILLED: _FailureKind.ValueType  # 7
+    FAILURE_KIND_HUNG: _FailureKind.ValueType  # 8
+    """It had work and gave no token."""
+    FAILURE_KIND_CRASHED: _FailureKind.ValueType  # 9
+    FAILURE_KIND_NOT_STARTED: _FailureKind.ValueType  # 10
+    FAILURE_KIND_FETCH_FAILED: _FailureKind.ValueType  # 11
+    """A model file that could not be fetched, or is not what the catalogue says."""
+    FAILURE_KIND_NOT_ALLOWED: _FailureKind.ValueType  # 12
+    """The owner's limits, or what this node would ever run."""
+    FAILURE_KIND_GROUP_BROKEN: _FailureKind.ValueType  # 13
+    """Another member of its group is gone."""
+
+class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
+    """Why an engine is not ready, for whoever decides what to do about it."""
+
+FAILURE_KIND_UNSPECIFIED: FailureKind.ValueType  # 0
+FAILURE_KIND_OUT_OF_MEMORY: FailureKind.ValueType  # 1
+FAILURE_KIND_CUDA_ERROR: FailureKind.ValueType  # 2
+FAILURE_KIND_BAD_MODEL: FailureKind.ValueType  # 3
+FAILURE_KIND_UNSUPPORTED_ARCHITECTURE: FailureKind.ValueType  # 4
+FAILURE_KIND_UNSUPPORTED_CUDA_VERSION: FailureKind.ValueType  # 5
+FAILURE_KIND_PORT_TAKEN: FailureKind.ValueType  # 6
+FAILURE_KIND_KILLED: FailureKind.ValueType  # 7
+FAILURE_KIND_HUNG: FailureKind.ValueType  # 8
+"""It had work and gave no token."""
+FAILURE_KIND_CRASHED: FailureKind.ValueType  # 9
+FAILURE_KIND_NOT_STARTED: FailureKind.ValueType  # 10
+FAILURE_KIND_FETCH_FAILED: FailureKind.ValueType  # 11
+"""A model file that could not be fetched, or is not what the catalogue says."""
+FAILURE_KIND_NOT_ALLOWED: FailureKind.ValueType  # 12
+"""The owner's limits, or what this node would ever run."""
+FAILURE_KIND_GROUP_BROKEN: FailureKind.ValueType  # 13
+"""Another member of its group is gone."""
 
 class _EndReason:
     ValueType = NewType("ValueType", int)
@@ -442,12 +491,20 @@ class Heartbeat(Message):
     STATE_FIELD_NUMBER: int
     ENGINES_FIELD_NUMBER: int
     DISK_FREE_BYTES_FIELD_NUMBER: int
+    CARDS_FIELD_NUMBER: int
+    PEER_MEASUREMENTS_FIELD_NUMBER: int
     progress_count: int
     """Grows with every chunk any engine of the node produced. For people: the coordinator judges by the chunks that it gets."""
     state: NodeState.ValueType
     disk_free_bytes: int
     @property
     def engines(self) -> RepeatedCompositeFieldContainer[EngineStatus]: ...
+    @property
+    def cards(self) -> RepeatedCompositeFieldContainer[CardTelemetry]: ...
+    @property
+    def peer_measurements(self) -> RepeatedCompositeFieldContainer[PeerMeasurement]:
+        """What the node measured towards the peers of `DesiredState.peers`."""
+
     def __init__(
         self,
         *,
@@ -455,8 +512,90 @@ class Heartbeat(Message):
         state: NodeState.ValueType = ...,
         engines: Iterable[EngineStatus] | None = ...,
         disk_free_bytes: int = ...,
+        cards: Iterable[CardTelemetry] | None = ...,
+        peer_measurements: Iterable[PeerMeasurement] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
+
+@final
+class CardTelemetry(Message):
+    """One card now. A field that is not set is a fact that its probe could not get."""
+
+    DESCRIPTOR: Descriptor
+
+    UUID_FIELD_NUMBER: int
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: int
+    POWER_MILLIWATTS_FIELD_NUMBER: int
+    POWER_LIMIT_MILLIWATTS_FIELD_NUMBER: int
+    MEMORY_USED_BYTES_FIELD_NUMBER: int
+    MEMORY_FOREIGN_BYTES_FIELD_NUMBER: int
+    UTILIZATION_PERCENT_FIELD_NUMBER: int
+    THROTTLE_REASONS_FIELD_NUMBER: int
+    LOST_FIELD_NUMBER: int
+    uuid: str
+    temperature_celsius: int
+    power_milliwatts: int
+    power_limit_milliwatts: int
+    memory_used_bytes: int
+    memory_foreign_bytes: int
+    """By processes that are not this node's engines."""
+    utilization_percent: int
+    lost: bool
+    """The driver no longer reaches the card."""
+    @property
+    def throttle_reasons(self) -> RepeatedScalarFieldContainer[str]:
+        """"power_cap", "software_thermal", "hardware_thermal", "hardware_slowdown", "power_brake", "sync_boost"."""
+
+    def __init__(
+        self,
+        *,
+        uuid: str = ...,
+        temperature_celsius: int | None = ...,
+        power_milliwatts: int | None = ...,
+        power_limit_milliwatts: int | None = ...,
+        memory_used_bytes: int | None = ...,
+        memory_foreign_bytes: int | None = ...,
+        utilization_percent: int | None = ...,
+        throttle_reasons: Iterable[str] | None = ...,
+        lost: bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "utilization_percent", b"utilization_percent"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "lost", b"lost", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "utilization_percent", b"utilization_percent", "uuid", b"uuid"]) -> None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes"]) -> Literal["memory_foreign_bytes"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_memory_used_bytes", b"_memory_used_bytes"]) -> Literal["memory_used_bytes"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_power_limit_milliwatts", b"_power_limit_milliwatts"]) -> Literal["power_limit_milliwatts"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_power_milliwatts", b"_power_milliwatts"]) -> Literal["power_milliwatts"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_temperature_celsius", b"_temperature_celsius"]) -> Literal["temperature_celsius"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_utilization_percent", b"_utilization_percent"]) -> Literal["utilization_percent"] | None: ...
+
+@final
+class PeerMeasurement(Message):
+    DESCRIPTOR: Descriptor
+
+    NODE_ID_FIELD_NUMBER: int
+    ROUND_TRIP_MICROSECONDS_FIELD_NUMBER: int
+    BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: int
+    FAILURE_FIELD_NUMBER: int
+    node_id: str
+    round_trip_microseconds: int
+    bandwidth_bytes_per_second: int
+    failure: str
+    """Why there is no figure; empty where there is one."""
+    def __init__(
+        self,
+        *,
+        node_id: str = ...,
+        round_trip_microseconds: int = ...,
+        bandwidth_bytes_per_second: int = ...,
+        failure: str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "failure", b"failure", "node_id", b"node_id", "round_trip_microseconds", b"round_trip_microseconds"]) -> None: ...
 
 @final
 class EngineStatus(Message):
@@ -474,6 +613,17 @@ class EngineStatus(Message):
     FETCH_TOTAL_BYTES_FIELD_NUMBER: int
     FAILURE_FIELD_NUMBER: int
     ENDPOINTS_FIELD_NUMBER: int
+    FAILURE_KIND_FIELD_NUMBER: int
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: int
+    KV_USED_TOKENS_FIELD_NUMBER: int
+    WAITING_COUNT_FIELD_NUMBER: int
+    MEMORY_BYTES_FIELD_NUMBER: int
+    MEMORY_UTILIZATION_PERCENT_FIELD_NUMBER: int
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: int
+    DECODE_TOKENS_PER_SECOND_FIELD_NUMBER: int
+    GROUP_ID_FIELD_NUMBER: int
+    GROUP_RANK_FIELD_NUMBER: int
+    GROUP_GENERATION_FIELD_NUMBER: int
     replica_id: str
     model_id: str
     state: EngineState.ValueType
@@ -486,6 +636,22 @@ class EngineStatus(Message):
     fetch_total_bytes: int
     failure: str
     """Why the engine is not ready, for its owner and the operator."""
+    failure_kind: FailureKind.ValueType
+    kv_capacity_tokens: int
+    """As the engine itself reports them, in tokens and requests; not set where it does not."""
+    kv_used_tokens: int
+    waiting_count: int
+    memory_bytes: int
+    """What the engine takes of the cards, or of the machine's memory where it has none; not set where that is unknown."""
+    memory_utilization_percent: int
+    """The share of each card's memory that it was started with; lower than wished after it ran out of memory. 0: does not apply."""
+    prefill_tokens_per_second: float
+    """Rates of the newest answers, as the node measured them."""
+    decode_tokens_per_second: float
+    group_id: str
+    """Of the group that the replica is part of; empty for one that is whole."""
+    group_rank: int
+    group_generation: int
     @property
     def endpoints(self) -> RepeatedScalarFieldContainer[Endpoint.ValueType]: ...
     def __init__(
@@ -503,8 +669,32 @@ class EngineStatus(Message):
         fetch_total_bytes: int = ...,
         failure: str = ...,
         endpoints: Iterable[Endpoint.ValueType] | None = ...,
+        failure_kind: FailureKind.ValueType = ...,
+        kv_capacity_tokens: int | None = ...,
+        kv_used_tokens: int | None = ...,
+        waiting_count: int | None = ...,
+        memory_bytes: int | None = ...,
+        memory_utilization_percent: int = ...,
+        prefill_tokens_per_second: float | None = ...,
+        decode_tokens_per_second: float | None = ...,
+        group_id: str = ...,
+        group_rank: int = ...,
+        group_generation: int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["context_length_tokens", b"context_length_tokens", "endpoints", b"endpoints", "engine_kind", b"engine_kind", "engine_version", b"engine_version", "failure", b"failure", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "model_id", b"model_id", "replica_id", b"replica_id", "running_count", b"running_count", "slot_count", b"slot_count", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_memory_bytes", b"_memory_bytes", "_prefill_tokens_per_second", b"_prefill_tokens_per_second", "_waiting_count", b"_waiting_count", "decode_tokens_per_second", b"decode_tokens_per_second", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "memory_bytes", b"memory_bytes", "prefill_tokens_per_second", b"prefill_tokens_per_second", "waiting_count", b"waiting_count"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_memory_bytes", b"_memory_bytes", "_prefill_tokens_per_second", b"_prefill_tokens_per_second", "_waiting_count", b"_waiting_count", "context_length_tokens", b"context_length_tokens", "decode_tokens_per_second", b"decode_tokens_per_second", "endpoints", b"endpoints", "engine_kind", b"engine_kind", "engine_version", b"engine_version", "failure", b"failure", "failure_kind", b"failure_kind", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "group_generation", b"group_generation", "group_id", b"group_id", "group_rank", b"group_rank", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "memory_bytes", b"memory_bytes", "memory_utilization_percent", b"memory_utilization_percent", "model_id", b"model_id", "prefill_tokens_per_second", b"prefill_tokens_per_second", "replica_id", b"replica_id", "running_count", b"running_count", "slot_count", b"slot_count", "state", b"state", "waiting_count", b"waiting_count"]) -> None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second"]) -> Literal["decode_tokens_per_second"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_kv_capacity_tokens", b"_kv_capacity_tokens"]) -> Literal["kv_capacity_tokens"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_kv_used_tokens", b"_kv_used_tokens"]) -> Literal["kv_used_tokens"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_memory_bytes", b"_memory_bytes"]) -> Literal["memory_bytes"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_prefill_tokens_per_second", b"_prefill_tokens_per_second"]) -> Literal["prefill_tokens_per_second"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_waiting_count", b"_waiting_count"]) -> Literal["waiting_count"] | None: ...
 
 @final
 class Inventory(Message):
@@ -515,12 +705,35 @@ class Inventory(Message):
     MEMORY_BYTES_FIELD_NUMBER: int
     DISK_FREE_BYTES_FIELD_NUMBER: int
     ACCELERATORS_FIELD_NUMBER: int
+    DRIVER_VERSION_FIELD_NUMBER: int
+    CUDA_VERSION_FIELD_NUMBER: int
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: int
+    ENGINE_KINDS_FIELD_NUMBER: int
+    GROUP_OFFER_FIELD_NUMBER: int
+    ATTACHED_MODEL_NAMES_FIELD_NUMBER: int
     operating_system: str
     cpu_count: int
     memory_bytes: int
     disk_free_bytes: int
+    driver_version: str
+    cuda_version: str
+    """The newest CUDA that the driver can run, such as "12.8"."""
+    memory_budget_bytes: int
+    """What the owner lets engines take of the machine's memory."""
     @property
     def accelerators(self) -> RepeatedCompositeFieldContainer[Accelerator]: ...
+    @property
+    def engine_kinds(self) -> RepeatedScalarFieldContainer[str]:
+        """The engines that this node can run, such as "llamacpp" and "vllm"."""
+
+    @property
+    def group_offer(self) -> GroupOffer:
+        """Set where the owner lets this node be part of a group."""
+
+    @property
+    def attached_model_names(self) -> RepeatedScalarFieldContainer[str]:
+        """What engines that the owner runs here already, and attached, call their models."""
+
     def __init__(
         self,
         *,
@@ -529,8 +742,15 @@ class Inventory(Message):
         memory_bytes: int = ...,
         disk_free_bytes: int = ...,
         accelerators: Iterable[Accelerator] | None = ...,
+        driver_version: str = ...,
+        cuda_version: str = ...,
+        memory_budget_bytes: int = ...,
+        engine_kinds: Iterable[str] | None = ...,
+        group_offer: GroupOffer | None = ...,
+        attached_model_names: Iterable[str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["accelerators", b"accelerators", "cpu_count", b"cpu_count", "disk_free_bytes", b"disk_free_bytes", "memory_bytes", b"memory_bytes", "operating_system", b"operating_system"]) -> None: ...
+    def HasField(self, field_name: Literal["group_offer", b"group_offer"]) -> bool: ...
+    def ClearField(self, field_name: Literal["accelerators", b"accelerators", "attached_model_names", b"attached_model_names", "cpu_count", b"cpu_count", "cuda_version", b"cuda_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine_kinds", b"engine_kinds", "group_offer", b"group_offer", "memory_budget_bytes", b"memory_budget_bytes", "memory_bytes", b"memory_bytes", "operating_system", b"operating_system"]) -> None: ...
 
 @final
 class Accelerator(Message):
@@ -539,17 +759,83 @@ class Accelerator(Message):
     NAME_FIELD_NUMBER: int
     UUID_FIELD_NUMBER: int
     MEMORY_BYTES_FIELD_NUMBER: int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: int
+    PCIE_WIDTH_FIELD_NUMBER: int
+    PCIE_WIDTH_MAX_FIELD_NUMBER: int
+    PCIE_GENERATION_MAX_FIELD_NUMBER: int
+    POWER_LIMIT_MILLIWATTS_FIELD_NUMBER: int
+    NUMA_NODE_FIELD_NUMBER: int
+    NVLINK_PEER_UUIDS_FIELD_NUMBER: int
     name: str
     uuid: str
     memory_bytes: int
+    compute_capability: str
+    """Such as "8.6"; empty where unknown."""
+    pcie_width: int
+    pcie_width_max: int
+    pcie_generation_max: int
+    power_limit_milliwatts: int
+    numa_node: int
+    @property
+    def nvlink_peer_uuids(self) -> RepeatedScalarFieldContainer[str]:
+        """Cards that this one reaches by NVLink, proved by the driver's peer-to-peer status."""
+
     def __init__(
         self,
         *,
         name: str = ...,
         uuid: str = ...,
         memory_bytes: int = ...,
+        compute_capability: str = ...,
+        pcie_width: int | None = ...,
+        pcie_width_max: int | None = ...,
+        pcie_generation_max: int | None = ...,
+        power_limit_milliwatts: int | None = ...,
+        numa_node: int | None = ...,
+        nvlink_peer_uuids: Iterable[str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["memory_bytes", b"memory_bytes", "name", b"name", "uuid", b"uuid"]) -> None: ...
+    def HasField(self, field_name: Literal["_numa_node", b"_numa_node", "_pcie_generation_max", b"_pcie_generation_max", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_power_limit_milliwatts", b"_power_limit_milliwatts", "numa_node", b"numa_node", "pcie_generation_max", b"pcie_generation_max", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "power_limit_milliwatts", b"power_limit_milliwatts"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_numa_node", b"_numa_node", "_pcie_generation_max", b"_pcie_generation_max", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_power_limit_milliwatts", b"_power_limit_milliwatts", "compute_capability", b"compute_capability", "memory_bytes", b"memory_bytes", "name", b"name", "numa_node", b"numa_node", "nvlink_peer_uuids", b"nvlink_peer_uuids", "pcie_generation_max", b"pcie_generation_max", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "power_limit_milliwatts", b"power_limit_milliwatts", "uuid", b"uuid"]) -> None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_numa_node", b"_numa_node"]) -> Literal["numa_node"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_pcie_generation_max", b"_pcie_generation_max"]) -> Literal["pcie_generation_max"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_pcie_width", b"_pcie_width"]) -> Literal["pcie_width"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_pcie_width_max", b"_pcie_width_max"]) -> Literal["pcie_width_max"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_power_limit_milliwatts", b"_power_limit_milliwatts"]) -> Literal["power_limit_milliwatts"] | None: ...
+
+@final
+class GroupOffer(Message):
+    """What an owner allows: this machine together with others of its site as one replica."""
+
+    DESCRIPTOR: Descriptor
+
+    SITE_FIELD_NUMBER: int
+    ADDRESS_FIELD_NUMBER: int
+    PORT_FIELD_NUMBER: int
+    TRUSTED_ACCOUNT_IDS_FIELD_NUMBER: int
+    site: str
+    """The owner's word for the place; only nodes that say the same form a group."""
+    address: str
+    """Of the interface that the owner names for it; never a public one."""
+    port: int
+    """Where a leader's engine meets its members, and, one above, where peers are measured."""
+    @property
+    def trusted_account_ids(self) -> RepeatedScalarFieldContainer[str]:
+        """Accounts whose nodes may be in a group with this one, beside its owner's."""
+
+    def __init__(
+        self,
+        *,
+        site: str = ...,
+        address: str = ...,
+        port: int = ...,
+        trusted_account_ids: Iterable[str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["address", b"address", "port", b"port", "site", b"site", "trusted_account_ids", b"trusted_account_ids"]) -> None: ...
 
 @final
 class DesiredState(Message):
@@ -557,17 +843,52 @@ class DesiredState(Message):
 
     REVISION_FIELD_NUMBER: int
     ENGINES_FIELD_NUMBER: int
+    PEERS_FIELD_NUMBER: int
     revision: int
     """Grows with every change; an agent ignores an older one."""
     @property
     def engines(self) -> RepeatedCompositeFieldContainer[DesiredEngine]: ...
+    @property
+    def peers(self) -> RepeatedCompositeFieldContainer[Peer]:
+        """To be measured before a group is made of them."""
+
     def __init__(
         self,
         *,
         revision: int = ...,
         engines: Iterable[DesiredEngine] | None = ...,
+        peers: Iterable[Peer] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["engines", b"engines", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: Literal["engines", b"engines", "peers", b"peers", "revision", b"revision"]) -> None: ...
+
+@final
+class Peer(Message):
+    """Another node of the same site, and how to prove to it that the coordinator wishes the measurement."""
+
+    DESCRIPTOR: Descriptor
+
+    NODE_ID_FIELD_NUMBER: int
+    ADDRESS_FIELD_NUMBER: int
+    PORT_FIELD_NUMBER: int
+    SECRET_FIELD_NUMBER: int
+    DIAL_FIELD_NUMBER: int
+    node_id: str
+    address: str
+    port: int
+    secret: bytes
+    """Known to these two nodes and the coordinator."""
+    dial: bool
+    """One of the two dials, the other listens."""
+    def __init__(
+        self,
+        *,
+        node_id: str = ...,
+        address: str = ...,
+        port: int = ...,
+        secret: bytes = ...,
+        dial: bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["address", b"address", "dial", b"dial", "node_id", b"node_id", "port", b"port", "secret", b"secret"]) -> None: ...
 
 @final
 class DesiredEngine(Message):
@@ -578,12 +899,20 @@ class DesiredEngine(Message):
     ENGINE_KIND_FIELD_NUMBER: int
     SLOT_COUNT_FIELD_NUMBER: int
     CONTEXT_LENGTH_TOKENS_FIELD_NUMBER: int
+    SHAPE_FIELD_NUMBER: int
+    GROUP_FIELD_NUMBER: int
     replica_id: str
     engine_kind: str
     slot_count: int
     context_length_tokens: int
     @property
     def model(self) -> ModelFile: ...
+    @property
+    def shape(self) -> EngineShape: ...
+    @property
+    def group(self) -> GroupPlace:
+        """Set where the replica is spread over several nodes."""
+
     def __init__(
         self,
         *,
@@ -592,13 +921,88 @@ class DesiredEngine(Message):
         engine_kind: str = ...,
         slot_count: int = ...,
         context_length_tokens: int = ...,
+        shape: EngineShape | None = ...,
+        group: GroupPlace | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: Literal["model", b"model"]) -> bool: ...
-    def ClearField(self, field_name: Literal["context_length_tokens", b"context_length_tokens", "engine_kind", b"engine_kind", "model", b"model", "replica_id", b"replica_id", "slot_count", b"slot_count"]) -> None: ...
+    def HasField(self, field_name: Literal["group", b"group", "model", b"model", "shape", b"shape"]) -> bool: ...
+    def ClearField(self, field_name: Literal["context_length_tokens", b"context_length_tokens", "engine_kind", b"engine_kind", "group", b"group", "model", b"model", "replica_id", b"replica_id", "shape", b"shape", "slot_count", b"slot_count"]) -> None: ...
+
+@final
+class EngineShape(Message):
+    """How an engine is spread over what one node has."""
+
+    DESCRIPTOR: Descriptor
+
+    CARD_UUIDS_FIELD_NUMBER: int
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: int
+    QUANTIZATION_FIELD_NUMBER: int
+    KV_CACHE_BYTES_FIELD_NUMBER: int
+    MEMORY_BYTES_FIELD_NUMBER: int
+    tensor_parallel_size: int
+    quantization: str
+    """"awq", "gptq", …; empty: as the model's files say."""
+    kv_cache_bytes: int
+    """Without cards: how much memory the cache of keys and values gets. 0: the engine's own choice."""
+    memory_bytes: int
+    """What one card, or the machine without cards, gives to the engine in all."""
+    @property
+    def card_uuids(self) -> RepeatedScalarFieldContainer[str]:
+        """The cards to use; none: the machine's processors, or whatever the engine takes."""
+
+    def __init__(
+        self,
+        *,
+        card_uuids: Iterable[str] | None = ...,
+        tensor_parallel_size: int = ...,
+        quantization: str = ...,
+        kv_cache_bytes: int = ...,
+        memory_bytes: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["card_uuids", b"card_uuids", "kv_cache_bytes", b"kv_cache_bytes", "memory_bytes", b"memory_bytes", "quantization", b"quantization", "tensor_parallel_size", b"tensor_parallel_size"]) -> None: ...
+
+@final
+class GroupPlace(Message):
+    """One node's place in a group."""
+
+    DESCRIPTOR: Descriptor
+
+    GROUP_ID_FIELD_NUMBER: int
+    GENERATION_FIELD_NUMBER: int
+    RANK_FIELD_NUMBER: int
+    LEADER_ADDRESS_FIELD_NUMBER: int
+    LEADER_PORT_FIELD_NUMBER: int
+    ADDRESS_FIELD_NUMBER: int
+    LAYER_COUNTS_FIELD_NUMBER: int
+    group_id: str
+    generation: int
+    """Grows whenever the group is formed anew; members of different generations never meet."""
+    rank: int
+    """0 leads: it answers requests."""
+    leader_address: str
+    """The leader's."""
+    leader_port: int
+    address: str
+    """This node's own."""
+    @property
+    def layer_counts(self) -> RepeatedScalarFieldContainer[int]:
+        """Of each stage, by rank."""
+
+    def __init__(
+        self,
+        *,
+        group_id: str = ...,
+        generation: int = ...,
+        rank: int = ...,
+        leader_address: str = ...,
+        leader_port: int = ...,
+        address: str = ...,
+        layer_counts: Iterable[int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["address", b"address", "generation", b"generation", "group_id", b"group_id", "layer_counts", b"layer_counts", "leader_address", b"leader_address", "leader_port", b"leader_port", "rank", b"rank"]) -> None: ...
 
 @final
 class ModelFile(Message):
-    """One pinned file: where it comes from and what it must hash to."""
+    """One pinned file, or several of one source: where they come from and what they must hash to."""
 
     DESCRIPTOR: Descriptor
 
@@ -608,6 +1012,7 @@ class ModelFile(Message):
     SHA256_FIELD_NUMBER: int
     SIZE_BYTES_FIELD_NUMBER: int
     SOURCE_SHA256_FIELD_NUMBER: int
+    FURTHER_FILES_FIELD_NUMBER: int
     model_id: str
     source: str
     """"hf:ORG/NAME@REVISION", "wheel:NAME==VERSION" or "path:/absolute/folder"."""
@@ -617,6 +1022,10 @@ class ModelFile(Message):
     size_bytes: int
     source_sha256: str
     """For a wheel: the hash of the wheel itself."""
+    @property
+    def further_files(self) -> RepeatedCompositeFieldContainer[PinnedFile]:
+        """The others of a model of several files. The engine then gets the folder that holds all of them and nothing else."""
+
     def __init__(
         self,
         *,
@@ -626,8 +1035,28 @@ class ModelFile(Message):
         sha256: str = ...,
         size_bytes: int = ...,
         source_sha256: str = ...,
+        further_files: Iterable[PinnedFile] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["file_name", b"file_name", "model_id", b"model_id", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "source_sha256", b"source_sha256"]) -> None: ...
+    def ClearField(self, field_name: Literal["file_name", b"file_name", "further_files", b"further_files", "model_id", b"model_id", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "source_sha256", b"source_sha256"]) -> None: ...
+
+@final
+class PinnedFile(Message):
+    DESCRIPTOR: Descriptor
+
+    FILE_NAME_FIELD_NUMBER: int
+    SHA256_FIELD_NUMBER: int
+    SIZE_BYTES_FIELD_NUMBER: int
+    file_name: str
+    sha256: str
+    size_bytes: int
+    def __init__(
+        self,
+        *,
+        file_name: str = ...,
+        sha256: str = ...,
+        size_bytes: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["file_name", b"file_name", "sha256", b"sha256", "size_bytes", b"size_bytes"]) -> None: ...
 
 @final
 class StartAttempt(Message):
