@@ -26,6 +26,7 @@ from rich.console import Console
 
 from potluck_node import enrolment
 from potluck_node.control import STATUS_STALE_MS, AgentStatus, read_control, read_status, write_control
+from potluck_node.doctor_command import doctor
 from potluck_node.identity_store import StateFolder
 from potluck_node.probe.inventory import take_inventory
 from potluck_node.progress import ProgressLine, engine_words, link_words
@@ -267,3 +268,6 @@ def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
         # A single line stands in the engine's own line already.
         lines += [f"             | {line}" for line in last_words if len(last_words) > 1]
     return "\n".join(lines)
+
+
+app.command()(_explained()(doctor))

@@ -36,6 +36,18 @@ class Settings(BaseSettings):
     """Model ids that may run here; empty: any of the pool's."""
     slot_count_max: int | None = Field(default=None, gt=0)
     """How many requests one engine may answer at once, at most."""
+    power_supply_watts: int | None = Field(default=None, gt=0)
+    """What is written on the machine's power supply, for `potluck node doctor`."""
+    memory_budget_bytes: int | None = Field(default=None, gt=0)
+    """How much of the machine's memory engines without cards may take together; none: all of it."""
+    group_site: str = Field(default="", max_length=64)
+    """The owner's word for the place, where this machine may be one of several that serve a model together. Only nodes with the same word do."""
+    group_address: str = ""
+    """An address of a private network, or the name of its interface: where this node and others of its group reach each other."""
+    group_port: int = Field(default=29_600, ge=1_024, le=65_534)
+    """Where a group's leader meets its members; one above it, other nodes of the site are measured."""
+    group_trusts: Annotated[tuple[str, ...], NoDecode] = Field(default=(), max_length=64)
+    """Accounts of other owners whose nodes may be in a group with this one, if they trust this one's owner, too."""
     drain_seconds: float = Field(default=10.0, ge=0)
     """How long answers under way may go on after the first Ctrl-C."""
     url: str | None = None
@@ -45,7 +57,7 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("models_allowed", mode="before")
+    @field_validator("models_allowed", "group_trusts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """The environment gives one text: `model-a,model-b`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from pathlib import Path
 
 import psutil
 
@@ -13,11 +15,51 @@ def operating_system() -> str:
     return f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
 
 
+def cpu_name(information: Path = Path("/proc/cpuinfo")) -> str:
+    """Such as "AMD EPYC 7302 16-Core Processor"; raises OSError, LookupError."""
+    for line in information.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    raise LookupError("the kernel does not name the processor")
+
+
 def cpu_count() -> int:
     """Processors that this process may use; a container often has fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+    return len(_allowed_processors()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
 
 
 def memory_bytes() -> int:
     """Memory of the machine."""
     return int(psutil.virtual_memory().total)
+
+
+def memory_available_bytes() -> int:
+    """Memory that a new process could take."""
+    return int(psutil.virtual_memory().available)
+
+
+def numa_nodes_allowed(root: Path = Path("/sys/devices/system/node")) -> tuple[int, ...]:
+    """The memory nodes that have a processor which this process may use; raises OSError."""
+    allowed = _allowed_processors()
+    return tuple(
+        sorted(
+            int(node.name.removeprefix("node"))
+            for node in root.iterdir()
+            if re.fullmatch(r"node\d+", node.name) and allowed & _listed((node / "cpulist").read_text())
+        )
+    )
+
+
+def _allowed_processors() -> set[int]:
+    return os.sched_getaffinity(0)
+
+
+def _listed(text: str) -> set[int]:
+    """The numbers in the kernel's "0-7,16-23"."""
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
