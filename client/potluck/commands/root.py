@@ -14,7 +14,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from potluck.commands import access, chat, demo, money, pool, up
+from potluck.commands import access, chat, demo, deployments, models, money, pool, up
 from potluck.commands.terminal import EXIT_FAILED, explain, say
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.version import package_version
@@ -53,8 +53,12 @@ def build_app(wanted: str | None) -> typer.Typer:
     app.command("up", short_help="Run a whole pool on this machine.")(up.up)
     app.command("demo", short_help="Start a pool, ask it one question, stop it.")(demo.demo)
     app.command("chat", short_help="Ask a model of the pool.")(chat.chat)
-    app.command("models", short_help="List the models and their prices.")(pool.models)
+    app.add_typer(models.models_app, name="models", short_help="List the models and their prices.")
     app.add_typer(pool.nodes_app, name="nodes")
+    app.command("deploy", short_help="Have a model served.")(deployments.deploy)
+    app.command("undeploy", short_help="No longer have it served.")(deployments.undeploy)
+    app.command("deployments", short_help="List the models that should be served.")(deployments.list_deployments)
+    app.command("explain", short_help="Say why a model is where it is.")(deployments.explain)
     app.command("credits", short_help="Show your credits.")(money.credits_command)
     app.command("audit", short_help="Check that the books balance.")(money.audit)
     app.add_typer(access.tokens_app, name="tokens")
@@ -72,15 +76,17 @@ def _add_role(app: typer.Typer, entry: EntryPoint) -> None:
         app.add_typer(entry.load(), name=entry.name)
     except ModuleNotFoundError as error:
         missing = error.name
+        # The extra is called as its package is: potluck_coordinator brings `fit` too.
+        extra = entry.module.partition(".")[0].removeprefix("potluck_")
 
         @app.command(
             entry.name,
-            help=f"Not installed: pip install 'potluck[{entry.name}]'",
+            help=f"Not installed: pip install 'potluck[{extra}]'",
             context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
             add_help_option=False,
         )
         def hint() -> None:
-            say(f"error: `potluck {entry.name}` needs {missing}, which is not installed. Run: pip install 'potluck[{entry.name}]'")
+            say(f"error: `potluck {entry.name}` needs {missing}, which is not installed. Run: pip install 'potluck[{extra}]'")
             raise typer.Exit(EXIT_FAILED)
 
 

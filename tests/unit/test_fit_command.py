@@ -1,0 +1,145 @@
+"""`potluck fit` as it is typed: the table, the JSON, the exit codes and what wrong usage is answered with."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from potluck.commands import root
+from potluck_coordinator.fit_command import app
+
+CONFIG = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_a_model_that_fits_is_answered_with_its_shapes_and_the_flags_and_exit_code_0() -> None:
+    result = run("qwen2.5-32b-instruct-awq", "--gpu", "rtx3090:4", "--nvlink", "0-1,2-3", "--context", "8192")
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0].startswith("qwen2.5-32b-instruct-awq on vllm: 32.8 billion weights in 18.0 GiB (awq, 256 KiB of KV a token)")
+    assert lines[1].startswith("2 sequences of 8,192 tokens: fits. 2 x tensor parallel 2 (NVLink): ")
+    assert lines[3].split()[:3] == ["SHAPE", "VERDICT", "MEMORY"]
+    assert "tensor parallel 4 (PCIe through host memory): refused: loses to 2 x tensor parallel 2 (NVLink): " in result.output
+    assert lines[-2] == "Run tensor parallel 2 (NVLink) with"
+    assert lines[-1].startswith("  CUDA_VISIBLE_DEVICES=0,1 --max-model-len 8192 ")
+
+
+def test_a_model_that_does_not_fit_is_exit_code_1_with_the_reason_and_no_flags() -> None:
+    result = run("llama-3-70b-instruct", "--gpu", "NVIDIA GeForce RTX 3090:4")
+    assert result.exit_code == 1
+    assert "does not fit" in result.output
+    assert "of 22.4 GiB" in result.output
+    assert "Run " not in result.output
+
+
+def test_json_holds_the_answer_in_short_and_everything_behind_it() -> None:
+    report = json.loads(run("llama-3-70b-instruct", "--quant", "Q4_K_M", "--gpu", "rtx3090:2", "--json").output)
+    assert (report["engine"], report["verdict"], report["best"]) == ("llamacpp", "tight", "layers over 2 cards (40+40)")
+    shape = next(shape for shape in report["shapes"] if shape["label"] == report["best"])
+    assert shape["rates"]["decode_single"] == pytest.approx(16.29, rel=0.25)
+    assert shape["memory"][0]["weight_bytes"] > 19 * 1024**3
+    assert shape["flags"]["arguments"] == ["--context", "4096", "--slots", "2"]
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_config_file_is_a_model_too(tmp_path: Path, as_folder: bool) -> None:
+    path = tmp_path / "my-llama" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(CONFIG))
+    result = run(str(path if as_folder else path.rename(path.parent / "other.json")), "--gpu", "rtx3090")
+    assert result.exit_code == 0
+    assert result.output.startswith("my-llama on vllm: 8.0 billion weights in 15.0 GiB (none, 128 KiB of KV a token)")
+
+
+def test_further_boxes_make_a_pipeline_over_the_line_that_is_given() -> None:
+    result = run("llama-3-70b-instruct-awq", "--gpu", "rtx3090", *["--box", "rtx3090"] * 3, "--lan-gbit", "10", "--round-trip-ms", "0.2")
+    assert result.exit_code == 0
+    assert "pipeline over 4 boxes (20+20+20+20 layers), single card each" in result.output
+    assert "VLLM_PP_LAYER_PARTITION=20,20,20,20" in result.output
+
+
+def test_a_processor_runs_small_models() -> None:
+    assert run("smollm2-135m-instruct", "--cpu", "2:40").exit_code == 0
+    assert run("llama-3-8b-instruct", "--cpu", "2").exit_code == 1
+
+
+def test_less_power_and_fewer_lanes_are_slower() -> None:
+    def rate(*words: str, key: str) -> float:
+        report = json.loads(run("qwen2.5-32b-instruct-awq", "--json", *words).output)
+        return float(next(shape for shape in report["shapes"] if shape["shape"]["kind"] != "single card")["rates"][key])
+
+    assert rate("--gpu", "rtx3090:2@200W", key="prefill") < rate("--gpu", "rtx3090:2", key="prefill")
+    assert rate("--gpu", "rtx3090:2", "--pcie-width", "4", key="prefill") < rate("--gpu", "rtx3090:2", key="prefill")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llama-9", "--gpu", "rtx3090"], "no model is known as llama-9. Give the path of its config.json, or one of\n  smollm2-135m"),
+        (["qwen3-8b"], "say what the model is to run on: --gpu with one of rtx3090,"),
+        (["qwen3-8b", "--gpu", "rtx3090", "--cpu", "8"], "say what the model is to run on"),
+        (["qwen3-8b", "--gpu", "voodoo2"], "voodoo2 names no cards; write one such as rtx3090:4"),
+        (["qwen3-8b", "--gpu", "rtx3090:0"], "a box has 1 to 64 cards"),
+        (["qwen3-8b", "--gpu", "rtx3090:2", "--nvlink", "0+1"], "0+1 is no list of pairs; write 0-1,2-3"),
+        (["qwen3-8b", "--gpu", "rtx3090:2", "--nvlink", "0-2"], "NVLink pair 0-2 names no two of the 2 cards"),
+        (["qwen3-8b", "--gpu", "rtx4090:2", "--nvlink", "0-1"], "the rtx4090 has no NVLink"),
+        (["qwen3-8b", "--cpu", "much"], "much is no memory; write GiB, or GiB:GB/s such as 16:40"),
+        (["qwen3-8b", "--cpu", "8", "--box", "rtx3090"], "--nvlink and --box go with --gpu"),
+        (["qwen3-8b", "--gpu", "rtx3090", "--quant", "q9"], "q9 is no quantisation that the fit knows"),
+        (["qwen3-8b", "--gpu", "rtx3090", "--engine", "ollama"], "the fit models vllm and llamacpp, not ollama"),
+        (["qwen3-8b", "--gpu", "rtx3090", "--context", "0"], "at least one sequence of at least one token"),
+        (["qwen3-8b", "--gpu", "rtx3090", "--pcie-width", "0"], "a card has at least one PCIe lane"),
+        (["missing/config.json", "--gpu", "rtx3090"], "missing/config.json: No such file or directory"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_to_write(words: list[str], message: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert f"error: {message}" in result.output or message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "is not JSON"), ("[]", "is not a model's config.json"), ("{}", "has no num_attention_heads")]
+)
+def test_a_file_that_is_no_config_is_wrong_usage(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    result = run(str(path), "--gpu", "rtx3090")
+    assert result.exit_code == 2
+    assert reason in result.output
+
+
+def test_help_teaches_the_words_the_columns_and_the_exit_codes() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    shown = " ".join(result.output.split())
+    for words in ("--gpu rtx3090:4 --nvlink 0-1,2-3", "--box rtx3090:2", "KV TOKENS is what the cache holds", "Exit codes: 0 it fits, 1"):
+        assert words in shown
+
+
+def test_without_its_extra_the_command_says_what_to_install() -> None:
+    """The root loads it as an entry point of the coordinator, whatever the command is called."""
+    parent = typer.Typer()
+    entry = EntryPoint("fit", "potluck_coordinator.not_installed:app", "potluck.commands")
+    root._add_role(parent, entry)
+    parent.command("other")(lambda: None)
+    result = CliRunner().invoke(parent, ["fit"])
+    assert result.exit_code != 0
+    assert "potluck[coordinator]" in result.output
