@@ -1,7 +1,8 @@
 """Kills a process that writes the ledger, again and again: `python -m tests.chaos.ledger_crash --rounds 50`.
 
 After each SIGKILL the books are opened again: every acknowledged payment must be there, every other one whole or absent, the audit clean.
-Ends 1 otherwise. `--write FOLDER ROUND` is the process that is killed.
+Every second payment is shared by two payees, of whom neither may have got a part without the other. Ends 1 otherwise.
+`--write FOLDER ROUND` is the process that is killed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ REPOSITORY = Path(__file__).parents[2]
 BALANCE = 10**12
 THREAD_COUNT = 8
 ACKNOWLEDGED_MAX = 400
+PRICE = 5
+SHARES = ({"bob": 1}, {"bob": 3, "cat": 1})
+"""Of 5 cat's share is 1, rounded down."""
 
 
 @dataclass
@@ -34,11 +38,12 @@ class CrashOutcome:
     acknowledged: int = 0
     lost: int = 0
     half_done: int = 0
+    misdivided: int = 0
     findings: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
-        return not (self.lost or self.half_done or self.findings)
+        return not (self.lost or self.half_done or self.misdivided or self.findings)
 
 
 def crash(folder: Path, *, rounds: int, seed: int) -> CrashOutcome:
@@ -78,13 +83,22 @@ def _check(folder: Path, acknowledged: set[str], outcome: CrashOutcome) -> None:
     books = Books(f"sqlite:///{folder / 'potluck.db'}")
     try:
         holds = books.run_now(lambda work: work.audit._connection.execute(text("SELECT hold_id, state, settled FROM hold")).all())
+        share_count = books.run_now(lambda work: work.audit._connection.execute(text("SELECT COUNT(*) FROM hold_payee")).scalar())
         posted, held = books.run_now(lambda work: work.ledger.position("user:ann"))
-        whole = {hold_id for hold_id, state, settled in holds if (state, settled) == ("settled", 1)}
+        earned = [books.run_now(lambda work, name=name: work.ledger.position(f"node_owner:{name}"))[0] for name in ("bob", "cat")]
+        whole = {hold_id for hold_id, state, settled in holds if (state, settled) == ("settled", PRICE)}
+        shared_count = sum(_shares(hold_id) is SHARES[1] for hold_id in whole)
         outcome.lost = len(acknowledged - whole)
-        outcome.half_done = len(holds) - len(whole) + abs(BALANCE - posted - len(whole)) + held
+        outcome.half_done = len(holds) - len(whole) + abs(BALANCE - posted - len(whole) * PRICE) + held
+        earned_wrongly = abs(earned[0] - len(whole) * PRICE + shared_count) + abs(earned[1] - shared_count)
+        outcome.misdivided = earned_wrongly + abs(share_count - shared_count * len(SHARES[1]))
         outcome.findings = books.audit_now().findings
     finally:
         books.store.close()
+
+
+def _shares(hold_id: str) -> dict[str, int]:
+    return SHARES[int(hold_id.rpartition("-")[2]) % len(SHARES)]
 
 
 def write(folder: Path, number: int) -> None:
@@ -92,13 +106,14 @@ def write(folder: Path, number: int) -> None:
     books = Books(f"sqlite:///{folder / 'potluck.db'}")
     if number == 0:
         books.add_people("ann", grant=BALANCE)
-        books.add_people("bob", grant=0)
+        books.add_people("bob", "cat", grant=0)
     printing = threading.Lock()
 
     def pay(thread: int) -> None:
         for payment in range(10**9):
             hold_id = f"{number}-{thread}-{payment}"
-            assert set(books.apply_now(open_hold(hold_id, amount=1), SettleHold(hold_id, 1))) == {LedgerOutcome.APPLIED}
+            hold = open_hold(hold_id, payees=_shares(hold_id), amount=PRICE)
+            assert set(books.apply_now(hold, SettleHold(hold_id, PRICE))) == {LedgerOutcome.APPLIED}
             with printing:
                 os.write(1, f"{hold_id}\n".encode())
 

@@ -10,6 +10,7 @@ import pytest
 from potluck_coordinator.directory import ledger
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID
 from potluck_coordinator.domain.ledger import OpenHold, SettleHold
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_protocol.metadata import ERROR_DETAIL
 from potluck_protocol.v1 import account_pb2, account_pb2_grpc, common_pb2
 from tests.support.open_pool import open_pool
@@ -48,7 +49,7 @@ async def test_bounds_on_statements_and_claims_are_the_desks(tmp_path: Path, mon
         stub = account_pb2_grpc.AccountServiceStub(channel)
         user, key = await pool.user_key("user")
         metadata = (("authorization", f"Bearer {key}"),)
-        holds = [OpenHold(f"h{number}", user, user, 1, 1, 1) for number in range(5)]
+        holds = [OpenHold(f"h{number}", user, (PayeeShare(user, 1),), 1, 1, 1) for number in range(5)]
         await pool.directory.ledger.apply([*holds, *(SettleHold(hold.hold_id, 1) for hold in holds)])
         for limit, line_count in ((-1, 3), (0, 3), (2, 2), (1000, 3)):
             answer = await stub.ListStatement(account_pb2.ListStatementRequest(limit=limit), metadata=metadata)

@@ -17,7 +17,7 @@ APPLIED, CONFLICT, INSUFFICIENT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT,
 @pytest.fixture
 def books():
     with open_books() as opened:
-        opened.add_people("ann", "bob")
+        opened.add_people("ann", "bob", "cat")
         yield opened
         assert opened.audit_now().findings == ()
 
@@ -34,8 +34,8 @@ async def test_hold_mark_settle(books):
     assert await position(books, "ann") == (GRANT - 60, 0, 0)
     assert await position(books, "bob") == (GRANT, 0, 57)
     report = await books.ledger.audit()
-    assert (report.account_count, report.transaction_count, report.posting_count, report.open_hold_count) == (6, 3, 7, 0)
-    assert report.issued_micro_credits == 2 * GRANT
+    assert (report.account_count, report.transaction_count, report.posting_count, report.open_hold_count) == (8, 4, 9, 0)
+    assert report.issued_micro_credits == 3 * GRANT
 
 
 async def test_one_refusal_does_not_touch_the_others(books):
@@ -43,11 +43,11 @@ async def test_one_refusal_does_not_touch_the_others(books):
         [
             open_hold("h1", amount=GRANT),
             open_hold("h2", amount=1),
-            open_hold("h3", payee="nobody"),
+            open_hold("h3", payees={"nobody": 1}),
             open_hold("h4", payer="nobody"),
             SettleHold("h1", GRANT + 1),
             SettleHold("h9", 1),
-            open_hold("h5", payer="bob", payee="bob", amount=0),
+            open_hold("h5", payer="bob", amount=0),
             SettleHold("h1", 1),
             open_hold("h2", amount=1),
         ]
@@ -63,6 +63,47 @@ async def test_repeated_commands_answer_the_same_and_change_nothing(books):
         assert await books.ledger.apply(commands) == (APPLIED,) * 3
     assert await books.ledger.apply([replace(commands[0], amount_micro_credits=101), SettleHold("h1", 21)]) == (CONFLICT,) * 2
     assert (await position(books, "ann"), await position(books, "bob"), await books.ledger.audit()) == before
+
+
+async def test_several_payees_earn_by_their_shares(books):
+    shared = open_hold("h1", payees={"cat": 1, "bob": 2})
+    assert await books.ledger.apply([shared, shared, SettleHold("h1", 60), SettleHold("h1", 60), shared]) == (APPLIED,) * 5
+    assert await position(books, "ann") == (GRANT - 60, 0, 0)
+    assert (await position(books, "bob"), await position(books, "cat")) == ((GRANT, 0, 38), (GRANT, 0, 19))
+    paid = [line for name in ("ann", "bob", "cat") for line in await books.ledger.statement(name, 0) if line.transaction_id == "settle:h1"]
+    assert [line.amount_micro_credits for line in paid] == [-60, 38, 19]  # and 3 to the pool
+    assert (await books.ledger.audit()).posting_count == 3 * 2 + 4
+
+
+async def test_a_payee_whose_part_rounds_to_nothing_gets_no_line(books):
+    await books.ledger.apply([open_hold("h1", payees={"cat": 1, "bob": 2}), SettleHold("h1", 1)])
+    assert ((await position(books, "bob"))[2], (await position(books, "cat"))[2]) == (1, 0)
+    assert (await books.ledger.audit()).posting_count == 3 * 2 + 2
+
+
+async def test_the_same_hold_with_other_shares_is_a_conflict(books):
+    alone, shared = open_hold("h1"), open_hold("h2", payees={"bob": 2, "cat": 1})
+    assert await books.ledger.apply([alone, shared]) == (APPLIED,) * 2
+    others = [
+        open_hold("h1", payees={"bob": 2, "cat": 1}),
+        open_hold("h2"),
+        open_hold("h2", payees={"bob": 1, "cat": 2}),
+        open_hold("h2", payees={"bob": 2, "ann": 1}),
+        open_hold("h2", payees={"bob": 2, "cat": 1, "ann": 1}),
+    ]
+    assert await books.ledger.apply(others) == (CONFLICT,) * 5
+    assert await books.ledger.apply([open_hold("h3", payees={"bob": 1, "nobody": 1})]) == (CONFLICT,)
+    assert await books.ledger.apply([alone, open_hold("h2", payees={"cat": 2, "bob": 4})]) == (APPLIED,) * 2
+    await books.ledger.apply([SettleHold("h1", 0), SettleHold("h2", 0)])
+
+
+async def test_whoever_does_not_come_back_pays_by_shares_too(books):
+    await books.ledger.apply([open_hold("late", payees={"bob": 1, "cat": 1}, expires_in_ms=1000), MarkDelivered("late", 40)])
+    await books.ledger.apply([open_hold("orphan", payees={"bob": 1, "cat": 3}), MarkDelivered("orphan", 40)])
+    assert await books.ledger.settle_expired(books.clock.unix_ms() + 1000) == 1
+    assert ((await position(books, "bob"))[2], (await position(books, "cat"))[2]) == (19, 19)
+    assert await books.ledger.settle_orphans(2) == 1
+    assert ((await position(books, "bob"))[2], (await position(books, "cat"))[2]) == (19 + 10, 19 + 28)  # 38 is 9.5 and 28.5
 
 
 async def test_a_hold_past_its_deadline_is_settled_at_its_mark(books):

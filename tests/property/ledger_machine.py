@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
@@ -15,6 +16,7 @@ from sqlalchemy import text
 
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold, SettleHold
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.storage.state import StateName
 from potluck_protocol.values import AccountId
 from tests.support.books import FEE_BASIS_POINTS, Books
@@ -26,13 +28,23 @@ OPERATIONS: Counter[str] = Counter()
 
 amounts = st.integers(0, 400)
 people = st.sampled_from(PEOPLE)
+everybody = st.sampled_from([*PEOPLE, "nobody"])
+
+
+def payees_among(names):
+    """Up to four (name, weight) pairs, half of the time one; a name may come twice."""
+    share = st.tuples(names, st.integers(1, 6))
+    return st.one_of(st.lists(share, min_size=1, max_size=1), st.lists(share, min_size=2, max_size=4))
+
+
+payees = payees_among(people)
 
 
 @dataclass
 class ModelHold:
     opened_as: tuple
     payer: str
-    payee: str
+    proportions: dict[str, Fraction]
     amount: int
     expires: int
     epoch: int
@@ -68,11 +80,12 @@ class Model:
         return "applied" if hold.paid == amount else "conflict"
 
     def _open(self, command: OpenHold) -> str:
-        values = (command.payer, command.payee, command.amount_micro_credits, command.expires_at_unix_ms, command.gateway_epoch)
+        proportions = proportions_of(command.payees)
+        values = (command.payer, proportions, command.amount_micro_credits, command.expires_at_unix_ms, command.gateway_epoch)
         known = self.holds.get(command.hold_id)
         if known is not None:
             return "applied" if known.opened_as == values else "conflict"
-        if command.payee not in PEOPLE or command.gateway_epoch < self.epoch:
+        if not proportions.keys() <= set(PEOPLE) or command.gateway_epoch < self.epoch:
             return "conflict"
         if command.payer not in PEOPLE or self.spendable[command.payer] - self.held(command.payer) < command.amount_micro_credits:
             return "insufficient_credits"
@@ -83,7 +96,8 @@ class Model:
         fee = amount * FEE_BASIS_POINTS // 10_000
         hold.paid = amount
         self.spendable[hold.payer] -= amount
-        self.earned[hold.payee] += amount - fee
+        for person, part in parts_of(amount - fee, hold.proportions).items():
+            self.earned[person] += part
         self.fees += fee
 
     def claim(self, person: str, claim_id: str) -> int:
@@ -92,6 +106,23 @@ class Model:
             self.spendable[person] += self.earned[person]
             self.earned[person] = 0
         return self.claims[person, claim_id]
+
+
+def proportions_of(shares) -> dict[str, Fraction]:
+    total = sum(share.weight for share in shares)
+    proportions: Counter[str] = Counter()
+    for share in shares:
+        proportions[share.account_id] += Fraction(share.weight, total)
+    return dict(proportions)
+
+
+def parts_of(amount: int, proportions: dict[str, Fraction]) -> dict[str, int]:
+    """Everyone's whole part; then one more, again and again, to whoever is furthest below the exact one, of equals the first by name."""
+    parts = {name: int(amount * proportion) for name, proportion in proportions.items()}
+    while sum(parts.values()) < amount:
+        poorest = min(sorted(parts), key=lambda name: parts[name] - amount * proportions[name])
+        parts[poorest] += 1
+    return parts
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -114,20 +145,20 @@ class LedgerMachine(RuleBasedStateMachine):
         OPERATIONS.update(str(outcome) for outcome in outcomes)
         assert [str(outcome) for outcome in outcomes] == [self.model.answer(command) for command in commands]
 
-    def new_hold(self, payer: str, payee: str, amount: int, lifetime_ms: int) -> OpenHold:
+    def new_hold(self, payer: str, payees: list[tuple[str, int]], amount: int, lifetime_ms: int) -> OpenHold:
         self.hold_count += 1
         expires = self.books.clock.now_ms + lifetime_ms
-        return OpenHold(f"h{self.hold_count}", AccountId(payer), AccountId(payee), amount, expires, self.epoch)
+        return OpenHold(f"h{self.hold_count}", AccountId(payer), shares_of(payees), amount, expires, self.epoch)
 
-    @rule(target=commands, payer=people, payee=people, amount=amounts, lifetime_ms=st.integers(0, 5_000))
-    def open(self, payer, payee, amount, lifetime_ms):
-        command = self.new_hold(payer, payee, amount, lifetime_ms)
+    @rule(target=commands, payer=people, payees=payees, amount=amounts, lifetime_ms=st.integers(0, 5_000))
+    def open(self, payer, payees, amount, lifetime_ms):
+        command = self.new_hold(payer, payees, amount, lifetime_ms)
         self.send(command)
         return command
 
-    @rule(payer=st.sampled_from([*PEOPLE, "nobody"]), payee=st.sampled_from([*PEOPLE, "nobody"]), amount=amounts)
-    def open_for_strangers(self, payer, payee, amount):
-        self.send(self.new_hold(payer, payee, amount, 1_000))
+    @rule(payer=everybody, payees=payees_among(everybody), amount=amounts)
+    def open_for_strangers(self, payer, payees, amount):
+        self.send(self.new_hold(payer, payees, amount, 1_000))
 
     @rule(target=commands, known=commands, amount=amounts)
     def mark(self, known, amount):
@@ -141,9 +172,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.send(command)
         return command
 
-    @rule(payer=people, payee=people, amount=amounts)
-    def a_replaced_gateway_speaks(self, payer, payee, amount):
-        self.send(replace(self.new_hold(payer, payee, amount, 1_000), gateway_epoch=self.epoch - 1))
+    @rule(payer=people, payees=payees, amount=amounts)
+    def a_replaced_gateway_speaks(self, payer, payees, amount):
+        self.send(replace(self.new_hold(payer, payees, amount, 1_000), gateway_epoch=self.epoch - 1))
 
     @rule(known=commands)
     def repeat(self, known):
@@ -151,13 +182,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(known=commands, payer=people, amount=amounts)
     def contradict(self, known, payer, amount):
-        self.send(OpenHold(known.hold_id, AccountId(payer), AccountId("bob"), amount, self.books.clock.now_ms, self.epoch))
+        self.send(OpenHold(known.hold_id, AccountId(payer), shares_of([("bob", 1)]), amount, self.books.clock.now_ms, self.epoch))
 
-    @rule(target=commands, payer=people, payee=people, batch=st.lists(st.tuples(amounts, amounts, amounts), min_size=2, max_size=5))
-    def batch(self, payer, payee, batch):
+    @rule(known=commands, payees=payees)
+    def contradict_the_shares(self, known, payees):
+        if isinstance(known, OpenHold):
+            self.send(replace(known, payees=shares_of(payees)))
+
+    @rule(target=commands, payer=people, payees=payees, batch=st.lists(st.tuples(amounts, amounts, amounts), min_size=2, max_size=5))
+    def batch(self, payer, payees, batch):
         sent = []
         for amount, marked, settled in batch:
-            hold = self.new_hold(payer, payee, amount, 2_000)
+            hold = self.new_hold(payer, payees, amount, 2_000)
             sent += [hold, MarkDelivered(hold.hold_id, marked), SettleHold(hold.hold_id, settled)]
         self.send(*sent)
         return multiple(*sent[-3:])
@@ -225,8 +261,13 @@ class LedgerMachine(RuleBasedStateMachine):
             by_account[account] += amount
         assert set(by_transaction.values()) <= {0}
         assert [by_account[f"user:{person}"] for person in PEOPLE] == list(self.model.spendable.values())
+        assert [by_account[f"node_owner:{person}"] for person in PEOPLE] == list(self.model.earned.values())
         paid = {f"settle:{hold_id}" for hold_id, hold in self.model.holds.items() if hold.paid}
         assert {transaction_id for transaction_id in by_transaction if transaction_id.startswith("settle:")} == paid
+
+
+def shares_of(payees: list[tuple[str, int]]) -> tuple[PayeeShare, ...]:
+    return tuple(PayeeShare(AccountId(name), weight) for name, weight in payees)
 
 
 def _rows(work, query):

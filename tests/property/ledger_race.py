@@ -1,6 +1,7 @@
 """Many threads spend one balance: `python -m tests.property.ledger_race --threads 16 --spends 1000 --balance 1000`.
 
-Each spend holds and settles 1 micro-credit in one commit of its own. Exactly the balance may be spent. Ends 1 otherwise.
+Each spend holds and settles 5 micro-credits in one commit of its own: by turns all of them bob's, and four of them bob's and one cat's. Of
+a balance for 1000 spends exactly that may be spent. Ends 1 otherwise.
 """
 
 from __future__ import annotations
@@ -18,44 +19,60 @@ from pathlib import Path
 from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
 from tests.support.books import Books, open_hold
 
+PRICE = 5
+SHARES = ({"bob": 1}, {"bob": 3, "cat": 1})
+"""Of 5 cat's share is 1, rounded down."""
+
 
 @dataclass(frozen=True)
 class RaceOutcome:
     spent: int
+    """How many spends were applied, of them `shared`."""
+    shared: int
     refused: int
     available_after: int
-    earned_after: int
+    bob_earned: int
+    cat_earned: int
     findings: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether each payee earned just its part of every spend."""
+        return (self.bob_earned, self.cat_earned) == (self.spent * PRICE - self.shared, self.shared)
 
 
 def race(url: str, *, thread_count: int, spend_count: int, balance: int) -> RaceOutcome:
-    """Every thread spends `spend_count` times out of one account of `balance`."""
+    """Every thread spends `spend_count` times out of one account whose balance is enough for so many."""
     books = Books(url)
     try:
-        books.add_people("ann", grant=balance)
-        books.add_people("bob", grant=0)
+        books.add_people("ann", grant=balance * PRICE)
+        books.add_people("bob", "cat", grant=0)
         barrier = threading.Barrier(thread_count)
 
-        def spend(thread: int) -> Counter[LedgerOutcome]:
-            outcomes: Counter[LedgerOutcome] = Counter()
+        def spend(thread: int) -> Counter[tuple[LedgerOutcome, int]]:
+            outcomes: Counter[tuple[LedgerOutcome, int]] = Counter()
             barrier.wait(60)
             for number in range(spend_count):
                 hold_id = f"{thread}-{number}"
-                opened, settled = books.apply_now(open_hold(hold_id, amount=1), SettleHold(hold_id, 1))
+                payees = SHARES[number % len(SHARES)]
+                opened, settled = books.apply_now(open_hold(hold_id, payees=payees, amount=PRICE), SettleHold(hold_id, PRICE))
                 assert settled is (LedgerOutcome.APPLIED if opened is LedgerOutcome.APPLIED else LedgerOutcome.CONFLICT)
-                outcomes[opened] += 1
+                outcomes[opened, len(payees)] += 1
             return outcomes
 
         with ThreadPoolExecutor(thread_count) as threads:
             outcomes = sum(threads.map(spend, range(thread_count)), Counter())
-        positions = [
-            books.run_now(lambda work, account=account: work.ledger.position(account)) for account in ("user:ann", "node_owner:bob")
-        ]
+        ann, bob, cat = (
+            books.run_now(lambda work, account=account: work.ledger.position(account))
+            for account in ("user:ann", "node_owner:bob", "node_owner:cat")
+        )
         return RaceOutcome(
-            spent=outcomes[LedgerOutcome.APPLIED],
-            refused=outcomes[LedgerOutcome.INSUFFICIENT_CREDITS],
-            available_after=positions[0][0] - positions[0][1],
-            earned_after=positions[1][0],
+            spent=outcomes[LedgerOutcome.APPLIED, 1] + outcomes[LedgerOutcome.APPLIED, 2],
+            shared=outcomes[LedgerOutcome.APPLIED, 2],
+            refused=outcomes[LedgerOutcome.INSUFFICIENT_CREDITS, 1] + outcomes[LedgerOutcome.INSUFFICIENT_CREDITS, 2],
+            available_after=ann[0] - ann[1],
+            bob_earned=bob[0],
+            cat_earned=cat[0],
             findings=books.audit_now().findings,
         )
     finally:
@@ -79,7 +96,7 @@ def main() -> int:
     attempts = arguments.threads * arguments.spends
     print(f"{attempts} spends of a balance of {arguments.balance} in {time.monotonic() - started:.1f} s: {outcome}")
     expected = min(attempts, arguments.balance)
-    exact = outcome.spent == expected == outcome.earned_after and outcome.available_after == arguments.balance - expected
+    exact = outcome.spent == expected and outcome.exact and outcome.available_after == (arguments.balance - expected) * PRICE
     return 0 if exact and not outcome.findings else 1
 
 

@@ -15,4 +15,5 @@ TestLedger.settings = settings(
 
 def test_sixteen_threads_spend_a_balance_exactly_once(tmp_path):
     outcome = race(f"sqlite:///{tmp_path / 'race.db'}", thread_count=16, spend_count=20, balance=100)
-    assert (outcome.spent, outcome.refused, outcome.findings) == (100, 220, ())
+    assert (outcome.spent, outcome.refused, outcome.available_after, outcome.findings) == (100, 220, 0, ())
+    assert outcome.exact, outcome

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from potluck_coordinator.desks import AccountRecord
 from potluck_coordinator.directory.accounts import Accounts, open_account
@@ -13,9 +14,11 @@ from potluck_coordinator.directory.bootstrap import found_pool
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.storage.store import Store, _Unit, _with_session
 from potluck_protocol.values import AccountId
 
+BOB_ALONE = MappingProxyType({"bob": 1})
 START_UNIX_MS = 1_750_000_000_000
 FEE_BASIS_POINTS = 500
 GRANT = 1_000
@@ -107,6 +110,14 @@ def open_books(folder: Path | None = None, grant: int = GRANT) -> Iterator[Books
 
 
 def open_hold(
-    hold_id: str, *, payer: str = "ann", payee: str = "bob", amount: int = 100, expires_in_ms: int = 60_000, epoch: int = 1
+    hold_id: str,
+    *,
+    payer: str = "ann",
+    payees: Mapping[str, int] = BOB_ALONE,
+    amount: int = 100,
+    expires_in_ms: int = 60_000,
+    epoch: int = 1,
 ) -> OpenHold:
-    return OpenHold(hold_id, AccountId(payer), AccountId(payee), amount, START_UNIX_MS + expires_in_ms, epoch)
+    """`payees` are weights by account id."""
+    shares = tuple(PayeeShare(AccountId(account_id), weight) for account_id, weight in payees.items())
+    return OpenHold(hold_id, AccountId(payer), shares, amount, START_UNIX_MS + expires_in_ms, epoch)

@@ -26,12 +26,15 @@ from potluck_coordinator.domain.ledger import (
     ledger_account_id,
     settlement,
 )
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_protocol.values import AccountId
 from tests.support.books import open_hold
 
-ANN, BOB = AccountId("ann"), AccountId("bob")
+ANN, BOB, CAT = AccountId("ann"), AccountId("bob"), AccountId("cat")
+BOB_ALONE, BOB_AND_CAT = (PayeeShare(BOB, 1),), (PayeeShare(BOB, 2), PayeeShare(CAT, 1))
 OPENED = open_hold("h1")
-HOLD = Hold("h1", ANN, BOB, 100, 40, 0, HoldState.OPEN, OPENED.gateway_epoch, OPENED.expires_at_unix_ms)
+HOLD = Hold("h1", ANN, BOB_ALONE, 100, 40, 0, HoldState.OPEN, OPENED.gateway_epoch, OPENED.expires_at_unix_ms)
+SHARED = replace(HOLD, payees=BOB_AND_CAT)
 SETTLED = replace(HOLD, state=HoldState.SETTLED, settled_micro_credits=60)
 EXPIRED = replace(HOLD, state=HoldState.EXPIRED, settled_micro_credits=40)
 APPLIED, CONFLICT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT
@@ -45,7 +48,13 @@ APPLIED, CONFLICT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT
         (SETTLED, OPENED, APPLIED),
         (HOLD, replace(OPENED, amount_micro_credits=99), CONFLICT),
         (HOLD, replace(OPENED, payer=BOB), CONFLICT),
-        (HOLD, replace(OPENED, payee=ANN), CONFLICT),
+        (HOLD, replace(OPENED, payees=(PayeeShare(ANN, 1),)), CONFLICT),
+        (HOLD, replace(OPENED, payees=(PayeeShare(BOB, 7),)), APPLIED),
+        (HOLD, replace(OPENED, payees=BOB_AND_CAT), CONFLICT),
+        (SHARED, OPENED, CONFLICT),
+        (SHARED, replace(OPENED, payees=BOB_AND_CAT), APPLIED),
+        (SHARED, replace(OPENED, payees=(PayeeShare(CAT, 2), PayeeShare(BOB, 3), PayeeShare(BOB, 1))), APPLIED),
+        (SHARED, replace(OPENED, payees=(PayeeShare(BOB, 1), PayeeShare(CAT, 2))), CONFLICT),
         (HOLD, replace(OPENED, gateway_epoch=2), CONFLICT),
         (HOLD, replace(OPENED, expires_at_unix_ms=1), CONFLICT),
         (None, MarkDelivered("h1", 1), CONFLICT),
@@ -99,6 +108,21 @@ def test_a_settlement_moves_the_amount_and_nothing_else(amount, fee_share):
     assert moved.get(ledger_account_id("node_owner", BOB), 0) == amount - fee
     assert moved.get(FEE, 0) == fee
     assert sum(moved.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("amount", "fee", "expected"),
+    [
+        (100, 5, {"user:ann": -100, "node_owner:bob": 63, "node_owner:cat": 32, "fee": 5}),
+        (60, 0, {"user:ann": -60, "node_owner:bob": 40, "node_owner:cat": 20}),
+        (1, 0, {"user:ann": -1, "node_owner:bob": 1}),
+        (5, 5, {"user:ann": -5, "fee": 5}),
+    ],
+)
+def test_a_shared_settlement_has_a_line_for_each_payee_who_gets_something(amount, fee, expected):
+    postings = settlement(SHARED, amount, fee).postings
+    assert {posting.ledger_account_id: posting.amount_micro_credits for posting in postings} == expected
+    assert len(postings) == len(expected)
 
 
 def test_a_settlement_above_the_hold_cannot_be_made():

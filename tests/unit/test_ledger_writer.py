@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold, SettleHold
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.gateway import ledger_writer
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -41,7 +42,7 @@ class Ledger:
 
 
 def hold(hold_id):
-    return OpenHold(hold_id, AccountId("payer"), AccountId("payee"), 1, 1, 1)
+    return OpenHold(hold_id, AccountId("payer"), (PayeeShare(AccountId("payee"), 1),), 1, 1, 1)
 
 
 @asynccontextmanager

@@ -165,8 +165,9 @@ class LedgerDesk:
 
 
 def _open(work: UnitOfWork, command: OpenHold, now_ms: int) -> LedgerOutcome:
-    if work.ledger.position(ledger_account_id(LedgerAccountKind.NODE_OWNER, command.payee)) is None:
-        return LedgerOutcome.CONFLICT
+    for share in command.payees:
+        if work.ledger.position(ledger_account_id(LedgerAccountKind.NODE_OWNER, share.account_id)) is None:
+            return LedgerOutcome.CONFLICT
     if not work.ledger.hold(ledger_account_id(LedgerAccountKind.USER, command.payer), command.amount_micro_credits):
         return LedgerOutcome.INSUFFICIENT_CREDITS
     work.holds.add(command, now_ms)

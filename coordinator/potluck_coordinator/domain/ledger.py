@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NewType
 
+from potluck_coordinator.domain.payees import PayeeShare, merged, split
 from potluck_protocol.values import AccountId
 
 AMOUNT_MICRO_CREDITS_MAX: Final = 10**15
@@ -46,8 +47,8 @@ class OpenHold:
 
     hold_id: str
     payer: AccountId
-    payee: AccountId
-    """The owner of the node that the attempt runs on."""
+    payees: tuple[PayeeShare, ...]
+    """The owner of the node that the attempt runs on, or of several nodes that answer it together their owners; kept `merged`."""
     amount_micro_credits: int
     expires_at_unix_ms: int
     gateway_epoch: int
@@ -55,6 +56,7 @@ class OpenHold:
 
     def __post_init__(self) -> None:
         _check_amount(self.amount_micro_credits)
+        object.__setattr__(self, "payees", merged(self.payees))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class MarkDelivered:
 
 @dataclass(frozen=True, slots=True)
 class SettleHold:
-    """Pays the payee for what was delivered, less the fee, and frees the rest. 0 frees all of it."""
+    """Pays the payees for what was delivered, less the fee, and frees the rest. 0 frees all of it."""
 
     hold_id: str
     amount_micro_credits: int
@@ -134,7 +136,7 @@ class Hold:
 
     hold_id: str
     payer: AccountId
-    payee: AccountId
+    payees: tuple[PayeeShare, ...]
     amount_micro_credits: int
     delivered_micro_credits: int
     settled_micro_credits: int
@@ -207,7 +209,7 @@ def judge(hold: Hold | None, command: LedgerCommand, gateway_epoch: int) -> Ledg
 def _judge_repeated_open(hold: Hold, command: OpenHold) -> LedgerOutcome:
     same = (
         hold.payer == command.payer
-        and hold.payee == command.payee
+        and hold.payees == command.payees
         and hold.amount_micro_credits == command.amount_micro_credits
         and hold.expires_at_unix_ms == command.expires_at_unix_ms
         and hold.gateway_epoch == command.gateway_epoch
@@ -222,20 +224,17 @@ def grant(account_id: AccountId, amount_micro_credits: int) -> Transaction | Non
 
 
 def settlement(hold: Hold, amount_micro_credits: int, fee_micro_credits: int) -> Transaction | None:
-    """The payer pays the amount; the payee gets it less the fee. None for an amount of nothing."""
+    """The payer pays the amount; the payees get it less the fee, by their shares. None for an amount of nothing."""
     if not 0 <= fee_micro_credits <= amount_micro_credits <= hold.amount_micro_credits:
         raise ValueError(
             f"hold {hold.hold_id} of {hold.amount_micro_credits} cannot settle {amount_micro_credits}, fee {fee_micro_credits}"
         )
-    return _transfer(
-        f"settle:{hold.hold_id}",
-        TransactionKind.SETTLE,
-        {
-            ledger_account_id(LedgerAccountKind.USER, hold.payer): -amount_micro_credits,
-            ledger_account_id(LedgerAccountKind.NODE_OWNER, hold.payee): amount_micro_credits - fee_micro_credits,
-            FEE: fee_micro_credits,
-        },
-    )
+    parts = split(amount_micro_credits - fee_micro_credits, [share.weight for share in hold.payees])
+    amounts = {ledger_account_id(LedgerAccountKind.USER, hold.payer): -amount_micro_credits}
+    for share, part in zip(hold.payees, parts, strict=True):
+        amounts[ledger_account_id(LedgerAccountKind.NODE_OWNER, share.account_id)] = part
+    amounts[FEE] = fee_micro_credits
+    return _transfer(f"settle:{hold.hold_id}", TransactionKind.SETTLE, amounts)
 
 
 def claim(account_id: AccountId, claim_id: str, amount_micro_credits: int) -> Transaction | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import groupby, islice
 from typing import Final
 
 from sqlalchemy import text
 from sqlmodel import Session
 
 from potluck_coordinator.domain.ledger import AuditReport
+from potluck_coordinator.domain.payees import split
 
 HOLD_OVERDUE_MS: Final = 60_000
 """How long past its deadline an open hold may wait for the reaper before the audit asks why."""
@@ -73,6 +75,15 @@ _RULES: Final = (
 _OVERDUE: Final = "SELECT hold_id, :now - expires_at_unix_ms FROM hold WHERE state = 'open' AND expires_at_unix_ms < :now - :grace"
 _LINES: Final = """SELECT t.transaction_id, t.kind, t.fingerprint, p.ledger_account_id, p.amount
 FROM ledger_transaction t JOIN posting p ON p.transaction_id = t.transaction_id ORDER BY t.transaction_id, p.line"""
+# What each payee of a closed hold got, of what was left of the payment after the fee: of every hold with several payees, and of those with
+# one that did not get just this.
+_EARNINGS: Final = """SELECT h.hold_id, h.settled - COALESCE(f.amount, 0),
+COALESCE(s.account_id, h.payee_account_id), COALESCE(s.weight, 1), COALESCE(p.amount, 0) FROM hold h
+LEFT JOIN hold_payee s ON s.hold_id = h.hold_id
+LEFT JOIN posting f ON f.transaction_id = 'settle:' || h.hold_id AND f.ledger_account_id || '' = 'fee'
+LEFT JOIN posting p ON p.transaction_id = 'settle:' || h.hold_id
+AND p.ledger_account_id || '' = 'node_owner:' || COALESCE(s.account_id, h.payee_account_id)
+WHERE h.state <> 'open' AND (s.hold_id IS NOT NULL OR COALESCE(p.amount, 0) <> h.settled - COALESCE(f.amount, 0)) ORDER BY h.hold_id"""
 
 
 class Audit:
@@ -89,7 +100,8 @@ class Audit:
             findings += [sentence.format(*row) for row in rows]
         overdue = self._connection.execute(text(_OVERDUE), {"now": now_unix_ms, "grace": HOLD_OVERDUE_MS}).fetchmany(FINDINGS_PER_RULE_MAX)
         findings += [f"hold {hold_id} is open {late_ms} ms past its deadline" for hold_id, late_ms in overdue]
-        altered = [found for _, found in zip(range(FINDINGS_PER_RULE_MAX), self._altered_transactions(), strict=False)]
+        findings += islice(self._misdivided_holds(), FINDINGS_PER_RULE_MAX)
+        altered = islice(self._altered_transactions(), FINDINGS_PER_RULE_MAX)
         findings += [f"transaction {transaction_id} is not what was booked" for transaction_id in altered]
         return AuditReport(
             findings=tuple(findings),
@@ -99,6 +111,16 @@ class Audit:
             open_hold_count=self._number("SELECT COUNT(*) FROM hold WHERE state = 'open'"),
             issued_micro_credits=-self._number("SELECT COALESCE(SUM(amount), 0) FROM posting WHERE ledger_account_id = 'issuer'"),
         )
+
+    def _misdivided_holds(self) -> Iterator[str]:
+        """Holds whose payees did not get what `domain.payees.split` gives them; nobody else can have got it, for transactions balance."""
+        for hold_id, rows in groupby(self._connection.execute(text(_EARNINGS)), lambda row: row[0]):
+            lines = sorted((account_id, earned, weight, part) for _, earned, account_id, weight, part in rows)
+            parts = tuple(part for *_, part in lines)
+            due = split(lines[0][1], [weight for _, _, weight, _ in lines])
+            if parts != due:
+                payees = ", ".join(account_id for account_id, *_ in lines)
+                yield f"hold {hold_id} paid {payees} {'+'.join(map(str, parts))}, their shares are {'+'.join(map(str, due))}"
 
     def _altered_transactions(self) -> Iterator[str]:
         """Transactions whose postings no longer give their fingerprint (`domain.ledger.Transaction.fingerprint`)."""

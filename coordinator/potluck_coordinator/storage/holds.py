@@ -1,26 +1,34 @@
 """Holds, as rows.
 
-Decides that of all who would close a hold one does. A trigger lets a hold leave `open` once, keeps what it was opened with, and lets its
-mark only grow. It must not know whose credits are moved.
+Decides that of all who would close a hold one does. Triggers let a hold leave `open` once, keep what it was opened with, and let its mark
+only grow. Almost every hold has one payee and is one row; several payees' shares are rows of their own, beside it. It must not know whose
+credits are moved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import Row, bindparam, select
+from sqlalchemy import bindparam, select
 from sqlmodel import Session, col, insert, update
 
 from potluck_coordinator.domain.ledger import Hold, HoldState, OpenHold
-from potluck_coordinator.storage.tables import HoldRow
+from potluck_coordinator.domain.payees import PayeeShare, merged
+from potluck_coordinator.storage.tables import HoldPayeeRow, HoldRow
 from potluck_protocol.values import AccountId
 
 # Built once and run past the session: putting them together anew was most of what a payment cost.
-_GET: Final = select(HoldRow).where(col(HoldRow.hold_id) == bindparam("hold"))
-_OPEN: Final = select(HoldRow).where(col(HoldRow.state) == HoldState.OPEN).limit(bindparam("count_max"))
+_GET: Final = (
+    select(HoldRow, col(HoldPayeeRow.account_id), col(HoldPayeeRow.weight))
+    .join(HoldPayeeRow, col(HoldPayeeRow.hold_id) == col(HoldRow.hold_id), isouter=True)
+    .where(col(HoldRow.hold_id) == bindparam("hold"))
+)
+_OPEN: Final = select(col(HoldRow.hold_id)).where(col(HoldRow.state) == HoldState.OPEN).limit(bindparam("count_max"))
 _OVERDUE: Final = _OPEN.where(col(HoldRow.expires_at_unix_ms) <= bindparam("now")).order_by(col(HoldRow.expires_at_unix_ms))
 _ORPHANED: Final = _OPEN.where(col(HoldRow.gateway_epoch) < bindparam("epoch"))
 _ADD: Final = insert(HoldRow)
+_ADD_PAYEE: Final = insert(HoldPayeeRow)
 _MARK: Final = update(HoldRow).where(col(HoldRow.hold_id) == bindparam("hold")).values(delivered=bindparam("mark"))
 _CLOSE: Final = (
     update(HoldRow)
@@ -30,20 +38,23 @@ _CLOSE: Final = (
 
 
 class HoldRepository:
-    """The `hold` table."""
+    """The `hold` and `hold_payee` tables."""
 
     def __init__(self, session: Session) -> None:
         self._connection = session.connection()
 
     def get(self, hold_id: str) -> Hold | None:
-        row = self._connection.execute(_GET, {"hold": hold_id}).first()
-        return None if row is None else _hold(row)
+        rows = self._connection.execute(_GET, {"hold": hold_id}).all()
+        return _hold(rows) if rows else None
 
     def add(self, command: OpenHold, now_unix_ms: int) -> None:
+        if len(command.payees) > 1:
+            shares = [{"hold_id": command.hold_id, "account_id": share.account_id, "weight": share.weight} for share in command.payees]
+            self._connection.execute(_ADD_PAYEE, shares)
         opened = {
             "hold_id": command.hold_id,
             "payer_account_id": command.payer,
-            "payee_account_id": command.payee,
+            "payee_account_id": command.payees[0].account_id,
             "amount": command.amount_micro_credits,
             "delivered": 0,
             "settled": 0,
@@ -64,18 +75,27 @@ class HoldRepository:
 
     def overdue(self, now_unix_ms: int, limit: int) -> tuple[Hold, ...]:
         """Open holds whose deadline has come, the oldest deadlines first."""
-        return tuple(_hold(row) for row in self._connection.execute(_OVERDUE, {"now": now_unix_ms, "count_max": limit}))
+        return self._each(self._connection.execute(_OVERDUE, {"now": now_unix_ms, "count_max": limit}).scalars().all())
 
     def orphaned(self, before_epoch: int, limit: int) -> tuple[Hold, ...]:
         """Open holds of gateway epochs before that one."""
-        return tuple(_hold(row) for row in self._connection.execute(_ORPHANED, {"epoch": before_epoch, "count_max": limit}))
+        return self._each(self._connection.execute(_ORPHANED, {"epoch": before_epoch, "count_max": limit}).scalars().all())
+
+    def _each(self, hold_ids: Sequence[str]) -> tuple[Hold, ...]:
+        return tuple(hold for hold_id in hold_ids if (hold := self.get(hold_id)) is not None)
 
 
-def _hold(row: Row[Any]) -> Hold:
+def _hold(rows: Sequence[Any]) -> Hold:
+    """One hold of as many rows as it has shares, or of the one that has none."""
+    row = rows[0]
+    if row.weight is None:
+        payees: tuple[PayeeShare, ...] = (PayeeShare(AccountId(row.payee_account_id), 1),)
+    else:
+        payees = merged([PayeeShare(AccountId(share.account_id), share.weight) for share in rows])
     return Hold(
         hold_id=row.hold_id,
         payer=AccountId(row.payer_account_id),
-        payee=AccountId(row.payee_account_id),
+        payees=payees,
         amount_micro_credits=row.amount,
         delivered_micro_credits=row.delivered,
         settled_micro_credits=row.settled,

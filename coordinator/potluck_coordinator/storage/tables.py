@@ -129,7 +129,7 @@ class PostingRow(SQLModel, table=True):
 
 
 class HoldRow(SQLModel, table=True):
-    """Credits set aside for one attempt."""
+    """Credits set aside for one attempt. Its payee earns by it alone, unless `hold_payee` names shares: of these it is the first."""
 
     __tablename__ = "hold"
     __table_args__ = (
@@ -154,6 +154,19 @@ class HoldRow(SQLModel, table=True):
     closed_at_unix_ms: int | None = _big(nullable=True)
 
 
+class HoldPayeeRow(SQLModel, table=True):
+    """One of several owners' share of a hold, by weight; written before the hold, which seals its shares. A single payee has none."""
+
+    __tablename__ = "hold_payee"
+    __table_args__ = (CheckConstraint("weight > 0", name="hold_payee_weight"),)
+
+    hold_id: str = Field(
+        sa_column=Column(ForeignKey("hold.hold_id", deferrable=True, initially="DEFERRED"), primary_key=True, nullable=False)
+    )
+    account_id: str = Field(primary_key=True, foreign_key="account.account_id")
+    weight: int = _big()
+
+
 class EarningsClaimRow(SQLModel, table=True):
     """What a claim moved, so that the same claim, even one of nothing, answers the same again."""
 
@@ -166,22 +179,47 @@ class EarningsClaimRow(SQLModel, table=True):
 
 
 class CatalogueModelRow(SQLModel, table=True):
-    """A model on offer. `entry` is JSON of the `CatalogueEntry`."""
+    """A model on offer. `entry` is JSON of the `CatalogueEntry`; `origin` says who offers it, and so who may take it away."""
 
     __tablename__ = "catalogue_model"
+    __table_args__ = (CheckConstraint("origin IN ('built_in', 'file', 'added')", name="catalogue_model_origin"),)
 
     model_id: str = Field(primary_key=True)
     entry: str
+    origin: str
 
 
 class DeploymentRow(SQLModel, table=True):
     """The wish to have a model served; no count asks for one replica on every node that may serve."""
 
     __tablename__ = "deployment"
-    __table_args__ = (CheckConstraint("replica_count >= 0", name="deployment_replica_count"),)
+    __table_args__ = (
+        CheckConstraint("replica_count >= 0", name="deployment_replica_count"),
+        CheckConstraint("tier IN ('flex', 'default')", name="deployment_tier"),
+    )
 
     model_id: str = Field(primary_key=True, foreign_key="catalogue_model.model_id")
     replica_count: int | None = None
+    tier: str
+
+
+class PlannedReplicaRow(SQLModel, table=True):
+    """A replica that is wished of a node, so that a directory that starts anew disturbs none. `plan` is JSON of the `PlannedReplica`."""
+
+    __tablename__ = "planned_replica"
+
+    replica_id: str = Field(primary_key=True)
+    node_id: str = Field(foreign_key="node.node_id")
+    plan: str
+
+
+class ShardGroupRow(SQLModel, table=True):
+    """A replica over several nodes, in its present generation. `shard_group` is JSON of the value of that name."""
+
+    __tablename__ = "shard_group"
+
+    replica_id: str = Field(primary_key=True)
+    shard_group: str
 
 
 class NodeUptimeHourRow(SQLModel, table=True):
