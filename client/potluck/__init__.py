@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         QueueFullError,
         QueueTimeoutError,
         RequestCancelledError,
+        RequestRefusedError,
         RequestTooLargeError,
     )
     from potluck.results import ChatResult, Credits, ModelInfo, NodeInfo
@@ -84,6 +85,7 @@ __all__ = [
     "QueueFullError",
     "QueueTimeoutError",
     "RequestCancelledError",
+    "RequestRefusedError",
     "RequestTooLargeError",
     "Usage",
 ]

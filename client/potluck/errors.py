@@ -5,6 +5,7 @@
         ├── InvalidRequestError
         │   ├── ContextLengthExceededError
         │   ├── RequestTooLargeError
+        │   ├── RequestRefusedError
         │   ├── MethodNotAllowedError
         │   └── AlreadyExistsError
         ├── CredentialError           the pool does not know, or does not allow, whoever asks
@@ -80,6 +81,10 @@ class ContextLengthExceededError(InvalidRequestError):
 
 class RequestTooLargeError(InvalidRequestError):
     """The request body is over the pool's bound."""
+
+
+class RequestRefusedError(InvalidRequestError):
+    """Engines died of this request more than once, so the pool does not run it again."""
 
 
 class MethodNotAllowedError(InvalidRequestError):
@@ -188,6 +193,7 @@ CLASS_OF_CODE: Final[dict[ErrorCode, type[PoolError]]] = {
     ErrorCode.NO_CAPACITY: NoCapacityError,
     ErrorCode.NODE_LOST: NodeLostError,
     ErrorCode.ENGINE_FAILED: EngineFailedError,
+    ErrorCode.REQUEST_REFUSED: RequestRefusedError,
     ErrorCode.COORDINATOR_UNAVAILABLE: CoordinatorUnavailableError,
     ErrorCode.PROTOCOL_VERSION_UNSUPPORTED: ProtocolVersionUnsupportedError,
     ErrorCode.CANCELLED: RequestCancelledError,

@@ -2,8 +2,8 @@
 
 Decides what the owner's words (pause, resume, leave, stop) do to the parts, and in which order things end: no new attempts, those under way
 finish within the owner's limit, the coordinator hears a goodbye, engines stop. After a leave that was heard the state folder is removed
-here; `--force` is `command`'s. Here `supervisor`, `attempts`, `report` and `link` are made and joined. It must not know frames, nor how an
-engine is run.
+here; `--force` is `command`'s. Here `supervisor`, `attempts`, `watchdog`, `readings`, `report` and `link` are made and joined. It must not
+know frames, nor how an engine is run.
 """
 
 from __future__ import annotations
@@ -11,29 +11,38 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import structlog
 
+from potluck_node.attached_servers import AttachedServers
 from potluck_node.attempts import Attempts, engine_session
+from potluck_node.ceilings import FILE_NAME as CEILINGS_FILE
+from potluck_node.ceilings import Ceilings, machine_words
 from potluck_node.control import POLL_SECONDS, AgentStatus, read_control, remove_status, write_control, write_status
 from potluck_node.credentials import Credentials
+from potluck_node.domain.attached import parse_attached
 from potluck_node.domain.plan import LocalLimits
 from potluck_node.domain.session import Phase
 from potluck_node.engines.registry import available_engines
+from potluck_node.group_offer import group_offer
 from potluck_node.identity_store import StateFolder
 from potluck_node.link import Link
 from potluck_node.model_store.store import ModelStore
+from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.probe.inventory import take_inventory
+from potluck_node.readings import Readings
 from potluck_node.replicas import Replicas
 from potluck_node.report import NodeReport
 from potluck_node.settings import Settings
 from potluck_node.supervisor import EngineSupervisor
+from potluck_node.watchdog import Watchdog
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import GoodbyeReason, ModelId, NodeState, SessionId
+from potluck_protocol.values import GoodbyeReason, Inventory, ModelId, NodeState, SessionId
 
 LEAVE_LINK_SECONDS: Final = 15.0
 """How long leaving waits for a link that is not up."""
@@ -50,6 +59,7 @@ class Agent:
         settings: the owner's.
         replicas: the engines.
         attempts: what runs on them.
+        chores: what else goes on beside them, by name, each without an end.
         link: to the coordinator.
         report: the node's voice.
         show: called every second with what the owner should see.
@@ -62,6 +72,7 @@ class Agent:
         settings: Settings,
         replicas: Replicas,
         attempts: Attempts,
+        chores: Mapping[str, Callable[[], Coroutine[Any, Any, None]]],
         link: Link,
         report: NodeReport,
         show: Callable[[AgentStatus], None],
@@ -70,6 +81,7 @@ class Agent:
         self._settings = settings
         self._replicas = replicas
         self._attempts = attempts
+        self._chores = chores
         self._link = link
         self._report = report
         self._show = show
@@ -97,6 +109,7 @@ class Agent:
             asyncio.create_task(self._replicas.run(), name="engines"),
             asyncio.create_task(self._link.run(), name="link"),
             asyncio.create_task(self._watch_owner(), name="owner"),
+            *(asyncio.create_task(chore(), name=name) for name, chore in self._chores.items()),
         ]
         ending = asyncio.create_task(self._end_wanted.wait(), name="ending")
         try:
@@ -198,12 +211,21 @@ async def run_agent(
     with folder.lock():
         # A wish to leave that was not carried out belongs to an earlier run.
         write_control(folder.path, leaving=False)
-        engines = available_engines(scripted=settings.scripted_engine)
+        attached = AttachedServers([parse_attached(url) for url in settings.attach_urls])
+        engines = available_engines(settings, attached)
         store = ModelStore(settings.cache_dir, disk_budget_bytes=settings.disk_budget_bytes, environment=environment)
         models_allowed = frozenset(ModelId(model_id) for model_id in settings.models_allowed)
-        limits = LocalLimits(frozenset(engines), models_allowed, settings.disk_budget_bytes, paused=read_control(folder.path).paused)
-        supervisor = EngineSupervisor(engines=engines, store=store, limits=limits, clock=clock, environment=environment)
-        async with agent_of(settings, folder, supervisor, clock, show) as agent:
+        limits = LocalLimits(
+            frozenset(engines),
+            models_allowed,
+            settings.disk_budget_bytes,
+            settings.memory_budget_bytes,
+            group_offer(settings),
+            paused=read_control(folder.path).paused,
+        )
+        ceilings = Ceilings(folder.path / CEILINGS_FILE, machine_words(await asyncio.to_thread(take_inventory, settings.cache_dir)))
+        supervisor = EngineSupervisor(engines=engines, store=store, limits=limits, ceilings=ceilings, clock=clock, environment=environment)
+        async with agent_of(settings, folder, supervisor, attached, engine_kinds=sorted(engines), clock=clock, show=show) as agent:
             started(agent)
             heard = await agent.run()
         if read_control(folder.path).leaving:
@@ -218,7 +240,7 @@ async def leave_without_agent(settings: Settings) -> None:
     folder = StateFolder(settings.state_dir)
     folder.identity()
     with folder.lock():
-        async with agent_of(settings, folder, _NoReplicas(), SystemClock(), lambda _status: None) as agent:
+        async with agent_of(settings, folder, _NoReplicas(), AttachedServers(()), clock=SystemClock(), show=lambda _: None) as agent:
             agent.stop(GoodbyeReason.LEAVING)
             if await agent.run() is not GoodbyeReason.LEAVING:
                 raise _not_heard()
@@ -227,9 +249,17 @@ async def leave_without_agent(settings: Settings) -> None:
 
 @asynccontextmanager
 async def agent_of(
-    settings: Settings, folder: StateFolder, replicas: Replicas, clock: Clock, show: Callable[[AgentStatus], None]
+    settings: Settings,
+    folder: StateFolder,
+    replicas: Replicas,
+    attached: AttachedServers,
+    *,
+    engine_kinds: Iterable[str] = (),
+    clock: Clock,
+    show: Callable[[AgentStatus], None],
 ) -> AsyncIterator[Agent]:
     """The parts of one node, put together."""
+    inventory = await _inventory_of(settings, engine_kinds)
     jitter = random.SystemRandom().random
     credentials = Credentials(folder, clock, jitter)
     if settings.url is not None:
@@ -237,7 +267,7 @@ async def agent_of(
     report = NodeReport(
         credentials=credentials,
         session_id=SessionId(secrets.token_hex(16)),
-        inventory=await asyncio.to_thread(take_inventory, settings.cache_dir),
+        inventory=inventory,
         replicas=replicas,
         cache_dir=settings.cache_dir,
         slot_count_max=settings.slot_count_max,
@@ -251,11 +281,34 @@ async def agent_of(
             node_state=lambda: report.state,
             slot_count_max=settings.slot_count_max,
         )
-        report.attempts = attempts
+        report.attempts, report.attached = attempts, attached
+        readings = report.readings = Readings(replicas, http)
+        peers = report.peers = PeerMeasuring(credentials.identity.node_id, inventory.group_offer, clock)
         if read_control(folder.path).paused:
             report.state = NodeState.PAUSED
-        link = Link(credentials=credentials, attempts=attempts, replicas=replicas, report=report, clock=clock, jitter=jitter)
-        yield Agent(folder=folder, settings=settings, replicas=replicas, attempts=attempts, link=link, report=report, show=show)
+        link = Link(credentials=credentials, attempts=attempts, replicas=replicas, peers=peers, report=report, clock=clock, jitter=jitter)
+        watchdog = Watchdog(attempts=attempts, replicas=replicas, clock=clock)
+        async with attached.watched(link.introduce_again):
+            yield Agent(
+                folder=folder,
+                settings=settings,
+                replicas=replicas,
+                attempts=attempts,
+                chores={"peers": peers.run, "readings": readings.run, "watchdog": watchdog.run},
+                link=link,
+                report=report,
+                show=show,
+            )
+
+
+async def _inventory_of(settings: Settings, engine_kinds: Iterable[str]) -> Inventory:
+    """What the machine has, and what its owner offers of it."""
+    return replace(
+        await asyncio.to_thread(take_inventory, settings.cache_dir),
+        engine_kinds=tuple(engine_kinds),
+        group_offer=group_offer(settings),
+        memory_budget_bytes=settings.memory_budget_bytes or 0,
+    )
 
 
 class _NoReplicas:
@@ -264,12 +317,17 @@ class _NoReplicas:
     def set_desired(self, desired: object) -> None: ...
     def set_paused(self, paused: bool) -> None: ...
     def on_change(self, callback: Callable[[], None]) -> None: ...
+    def on_death(self, callback: object) -> None: ...
+    def end_hung(self, replica_id: object, why: object) -> None: ...
 
     def statuses(self) -> tuple[()]:
         return ()
 
     def ready_address(self, _replica_id: object) -> None:
         return None
+
+    async def answers(self, replica_id: object, *, token_seconds_max: object) -> bool:  # noqa: ARG002 - as the protocol names it
+        return True
 
     async def run(self) -> None:
         await asyncio.Event().wait()

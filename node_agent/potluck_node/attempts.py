@@ -5,7 +5,8 @@ streams or channels: `orders` feeds it starts, acknowledgements and cancels, `li
 without a word), and `delivery` writes their chunks into frames.
 
 Reading stops while an attempt's window is full, so a slow client slows its own engine answer by TCP's back-pressure and nothing else.
-Cancelling closes the engine's connection at once, which frees its slot.
+Cancelling closes the engine's connection at once, which frees its slot. What is noticed of the engines themselves goes to `engine_watches`:
+who waits for them, what they say, and who was there when one died.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Final
 
 import aiohttp
@@ -21,11 +23,14 @@ import structlog
 
 from potluck_node.delivery import Delivery, ResponseHead
 from potluck_node.domain.event_stream import cut_at_event_end
+from potluck_node.domain.failures import MAY_BE_A_REQUESTS_FAULT
+from potluck_node.engine_watches import EngineWatches
 from potluck_node.engines.base import EngineAddress
+from potluck_node.engines.standstill import Ear
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, EndReason, NodeState, ReplicaId, StartAttempt
+from potluck_protocol.values import AttemptId, EndReason, FailureKind, NodeState, ReplicaId, StartAttempt
 
 PIECE_BYTES_MAX: Final = 64 * 1024
 """How much of an answer is read at once; a quarter of the window where that is less, so that a window holds several pieces."""
@@ -39,6 +44,12 @@ CONNECTION_KEPT_SECONDS: Final = 2.0
 DELIVERED_KEPT_SECONDS: Final = 20.0
 """How long an attempt whose chunks are all acknowledged is remembered after its end was sent, in case the link broke under that; longer
 than the usual lease."""
+DEATH_KNOWN_SECONDS: Final = 1.0
+"""How long an attempt whose answer broke off waits to hear that its engine died: connections close a moment before a process is gone."""
+DYING_WORDS: Final = (b"EngineCore encountered an issue", b"EngineDeadError")
+"""In what vLLM answers when the process that holds its model is gone, before the one that answers ends as well."""
+DYING_SECONDS: Final = 10.0
+"""For that one to end: on two cores it took 2.1 s."""
 UNDELIVERED_KEPT_SECONDS: Final = 600.0
 """How long an ended attempt waits for the coordinator to acknowledge its end; a lease that lapses before drops it sooner."""
 
@@ -47,6 +58,10 @@ _log = structlog.get_logger()
 
 class _EventTooLargeError(Exception):
     """The engine wrote an event without an end."""
+
+
+class _EngineDyingError(Exception):
+    """The engine answered that it cannot any more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,10 +73,17 @@ class _Attempt:
     ended_at_seconds: float | None = None
     queued: bool = False
     """It stands in the line of attempts with something to send."""
+    start: StartAttempt | None = None
+    """While it is with its engine."""
+    ear: Ear | None = None
 
 
 def _no_link_yet(_urgent: bool) -> None:
     return
+
+
+def _is_dying(http_status: int, piece: bytes) -> bool:
+    return (http_status >= HTTPStatus.INTERNAL_SERVER_ERROR or b'data: {"error"' in piece) and any(word in piece for word in DYING_WORDS)
 
 
 def engine_session() -> aiohttp.ClientSession:
@@ -105,7 +127,9 @@ class Attempts:
         self._attempts: dict[AttemptId, _Attempt] = {}
         self._line: deque[_Attempt] = deque()
         self._running: dict[ReplicaId, int] = {}
+        self.watches = EngineWatches(clock.monotonic_seconds)
         self.progress_count = 0
+        replicas.on_death(self._lose_engine)
 
     # What the agent, the link and the report read.
 
@@ -131,12 +155,16 @@ class Attempts:
             return
         attempt = _Attempt(start.replica_id, Delivery(start.attempt_id, start.window_bytes))
         self._attempts[start.attempt_id] = attempt
+        if self.watches.refuses(start):
+            self._end(attempt, EndReason.REFUSED, "engines of this node died of this request", blamed=True)
+            return
         address = self._replicas.ready_address(start.replica_id)
         refusal = self._refusal(start.replica_id) if address else "the replica has no ready engine"
         if refusal or address is None:
             self._end(attempt, EndReason.REFUSED, refusal)
             return
         self._running[start.replica_id] = self.running_count(start.replica_id) + 1
+        attempt.start = start
         attempt.task = asyncio.create_task(self._run(attempt, start, address), name=f"attempt {start.attempt_id}")
 
     def refuse(self, attempt_id: AttemptId, detail: str) -> None:
@@ -156,6 +184,8 @@ class Attempts:
             self._forget(attempt)
             return
         del self._attempts[attempt_id]
+        if attempt.start is not None:
+            self.watches.left(attempt.start)
         attempt.delivery.cancel()
         self._end(attempt, EndReason.CANCELLED)
 
@@ -243,20 +273,30 @@ class Attempts:
         return ""
 
     async def _run(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress) -> None:
+        attempt.ear = self.watches.listen(start)
         try:
-            await self._relay(attempt, start, address)
+            try:
+                await self._relay(attempt, start, address, attempt.ear)
+            except aiohttp.ClientConnectorError:
+                # It has just gone, and its next heartbeat would have said so.
+                self._end(attempt, EndReason.REFUSED, "the engine takes no connections")
+            except _EngineDyingError:
+                await asyncio.sleep(DYING_SECONDS)
+                self._end(attempt, EndReason.ENGINE_FAILED, "the engine said that it failed")
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                # Should the engine have died, `_lose_engine` ends this attempt before that.
+                await asyncio.sleep(DEATH_KNOWN_SECONDS)
+                # Only the kind of failure: an exception's own text may quote the request.
+                self._end(attempt, EndReason.ENGINE_FAILED, f"the engine's connection failed: {type(error).__name__}")
         except _EventTooLargeError:
             self._end(attempt, EndReason.ENGINE_FAILED, f"the engine wrote an event of more than {EVENT_BYTES_MAX} bytes")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            # Only the kind of failure: an exception's own text may quote the request.
-            self._end(attempt, EndReason.ENGINE_FAILED, f"the engine's connection failed: {type(error).__name__}")
         except Exception as error:  # noqa: BLE001 - an attempt always gets its end, and the traceback could hold the request
             _log.error("attempt_broke", attempt_id=start.attempt_id, error_kind=type(error).__name__)
             self._end(attempt, EndReason.ENGINE_FAILED, "the agent failed to relay the answer")
         else:
             self._end(attempt, EndReason.COMPLETED)
 
-    async def _relay(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress) -> None:
+    async def _relay(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress, ear: Ear) -> None:
         piece_bytes = max(1, min(PIECE_BYTES_MAX, start.window_bytes // 4))
         async with self._http.post(address.url + start.endpoint.value, data=start.body, headers=address.headers) as response:
             try:
@@ -264,7 +304,12 @@ class Attempts:
                 head = ResponseHead(response.status, content_type)
                 cut_at_events = start.stream and content_type.startswith("text/event-stream")
                 remainder = b""
+                is_token = not cut_at_events
                 while piece := await response.content.read(piece_bytes):
+                    # A stream's first words name the role, which some engines do before they begin.
+                    if is_token:
+                        ear.heard()
+                    is_token = True
                     whole = piece
                     if cut_at_events:
                         whole, remainder = cut_at_event_end(remainder, piece)
@@ -272,8 +317,13 @@ class Attempts:
                             raise _EventTooLargeError
                     if whole:
                         await self._send(attempt, whole, head)
+                    if _is_dying(head.http_status, whole):
+                        raise _EngineDyingError
                 if remainder or attempt.delivery.next_sequence == 0:
                     await self._send(attempt, remainder, head)
+                ear.heard()
+                if head.http_status == HTTPStatus.OK:
+                    self.watches.answered(start)
             finally:
                 if not response.content.at_eof():
                     # Not released but closed: that is what tells the engine to stop.
@@ -282,24 +332,44 @@ class Attempts:
     async def _send(self, attempt: _Attempt, data: bytes, head: ResponseHead) -> None:
         delivery = attempt.delivery
         while not delivery.has_room(len(data)):
+            if attempt.ear is not None:
+                attempt.ear.turn_away()
             attempt.room.clear()
             await attempt.room.wait()
+        if attempt.ear is not None:
+            attempt.ear.turn_back()
         piece_number = delivery.next_sequence
         delivery.push(data, head if piece_number == 0 else None)
         self.progress_count += 1
         self._stand_in_line(attempt, urgent=piece_number < URGENT_PIECE_COUNT)
+
+    def _lose_engine(self, replica_id: ReplicaId, kind: FailureKind) -> None:
+        """Ends what waited for it. An answer that only its client holds up may have come whole before, and is read on."""
+        waiting = [
+            attempt
+            for attempt in self._attempts.values()
+            if attempt.replica_id == replica_id and attempt.start is not None and attempt.ear is not None and attempt.ear.listening
+        ]
+        blamed = kind in MAY_BE_A_REQUESTS_FAULT
+        self.watches.died(replica_id, [attempt.start for attempt in waiting if attempt.start], may_be_their_fault=blamed)
+        for attempt in waiting:
+            self._end(attempt, EndReason.ENGINE_FAILED, f"the engine ended ({kind})", blamed=blamed)
 
     def _end_unknown(self, attempt_id: AttemptId, reason: EndReason, detail: str, sequence: int) -> None:
         attempt = _Attempt(ReplicaId(""), Delivery(attempt_id, 0, sequence))
         self._attempts[attempt_id] = attempt
         self._end(attempt, reason, detail)
 
-    def _end(self, attempt: _Attempt, reason: EndReason, detail: str = "") -> None:
-        attempt.delivery.finish(reason, detail)
+    def _end(self, attempt: _Attempt, reason: EndReason, detail: str = "", *, blamed: bool = False) -> None:
+        attempt.delivery.finish(reason, detail, blamed=blamed)
         self._free_slot(attempt)
         self._stand_in_line(attempt, urgent=True)
 
     def _free_slot(self, attempt: _Attempt) -> None:
+        if attempt.ear is not None:
+            attempt.ear.close()
+        # The request itself is not kept for as long as its end.
+        attempt.ear = attempt.start = None
         task, attempt.task = attempt.task, None
         if task is None:
             return

@@ -21,10 +21,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import IO, Final
 
-STDERR_LINES_MAX: Final = 50
+STDERR_LINES_MAX: Final = 200
+"""An engine of several processes says why one of them failed, and then a traceback for each of the others."""
 STDERR_LINE_BYTES_MAX: Final = 300
 STOP_LIMIT_SECONDS: Final = 5.0
 """After it, a child that was asked to end is killed."""
+GROUP_LIMIT_SECONDS: Final = 2.0
+"""For the rest of a killed group to be gone, where whoever reaps orphans does so."""
+GROUP_LOOK_SECONDS: Final = 0.02
 _READ_BYTES: Final = 8192
 OUTPUT_LINE_BYTES_MAX: Final = 64 * 1024
 
@@ -102,18 +106,32 @@ class ChildProcess:
             pass
 
     async def stop(self) -> None:
-        """Ends the child and its whole group; returns when it is gone, at the latest after twice STOP_LIMIT_SECONDS."""
-        for order in (signal.SIGTERM, signal.SIGKILL):
-            self._signal_group(order)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._ending), STOP_LIMIT_SECONDS)
-                break
-        # The leader is gone; what it started is not asked twice.
+        """Ends the child and its whole group; returns when it is gone, at the latest after twice STOP_LIMIT_SECONDS and a little."""
+        self._signal_group(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._ending), STOP_LIMIT_SECONDS)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """As `stop`, without asking first: for a child that does not hear, or was stopped (SIGSTOP), where only SIGKILL reaches it."""
+        # Where the leader is gone already, what it started is not asked either.
         self._signal_group(signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._ending), STOP_LIMIT_SECONDS)
+        await self._until_group_gone()
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._listening.cancel()
         await asyncio.wait({self._listening}, timeout=1.0)
+
+    async def _until_group_gone(self) -> None:
+        """What a leader started may outlive it by the time that its memory takes to be freed, and the next child would find that taken."""
+        for _ in range(int(GROUP_LIMIT_SECONDS / GROUP_LOOK_SECONDS)):
+            try:
+                os.killpg(self._process.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return
+            await asyncio.sleep(GROUP_LOOK_SECONDS)
 
     def _signal_group(self, order: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

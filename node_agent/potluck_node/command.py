@@ -57,6 +57,28 @@ Your limits win over the pool's wishes. Set them in node.toml, as POTLUCK_NODE_*
 app = typer.Typer(name="node", help=_HELP, no_args_is_help=True, rich_markup_mode=None)
 
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where the node's key and settings lie.", show_default=False)]
+ModelsAllowed = Annotated[
+    str | None, typer.Option(help="Model ids that may run here, with commas between; any if not given.", show_default=False)
+]
+SlotCountMax = Annotated[int | None, typer.Option(help="Answers at the same time, at most, for each engine.", show_default=False)]
+MemoryBudget = Annotated[
+    int | None, typer.Option(help="How much of this machine's memory engines without cards may take.", show_default=False)
+]
+GroupSite = Annotated[
+    str | None, typer.Option(help="Let this machine serve models together with others of the place of this name.", show_default=False)
+]
+GroupAddress = Annotated[
+    str | None, typer.Option(help="The private address, or its interface, where they reach each other.", show_default=False)
+]
+GroupTrusts = Annotated[
+    str | None, typer.Option(help="Accounts of other owners to share models with, with commas between.", show_default=False)
+]
+Attach = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='A server that runs here already: http://127.0.0.1:11434, or "URL FILE" with its key in the file.', show_default=False
+    ),
+]
 
 
 @app.command()
@@ -87,12 +109,14 @@ def run(
     state_dir: StateDir = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where model files are kept.", show_default=False)] = None,
     disk_budget_bytes: Annotated[int | None, typer.Option(help="How much model files may take together.", show_default=False)] = None,
-    models_allowed: Annotated[
-        str | None, typer.Option(help="Model ids that may run here, with commas between; any if not given.", show_default=False)
-    ] = None,
-    slot_count_max: Annotated[
-        int | None, typer.Option(help="Answers at the same time, at most, for each engine.", show_default=False)
-    ] = None,
+    models_allowed: ModelsAllowed = None,
+    slot_count_max: SlotCountMax = None,
+    memory_budget_bytes: MemoryBudget = None,
+    group_site: GroupSite = None,
+    group_address: GroupAddress = None,
+    group_port: Annotated[int | None, typer.Option(help="And the port there; 29600 and the one above.", show_default=False)] = None,
+    group_trusts: GroupTrusts = None,
+    attach: Attach = None,
     drain_seconds: Annotated[float | None, typer.Option(help="How long answers may go on after Ctrl-C.", show_default=False)] = None,
     url: Annotated[str | None, typer.Option(help="Where the coordinator answers now, if it has moved.", show_default=False)] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json.", show_default=False)] = None,
@@ -114,6 +138,12 @@ def run(
             disk_budget_bytes=disk_budget_bytes,
             models_allowed=models_allowed,
             slot_count_max=slot_count_max,
+            memory_budget_bytes=memory_budget_bytes,
+            group_site=group_site,
+            group_address=group_address,
+            group_port=group_port,
+            group_trusts=group_trusts,
+            attach_urls=tuple(attach) if attach else None,
             drain_seconds=drain_seconds,
             url=url,
             log_format=log_format,

@@ -35,6 +35,7 @@ class _End:
     sequence: int
     reason: EndReason
     detail: str
+    blamed: bool
 
 
 class Delivery:
@@ -106,10 +107,10 @@ class Delivery:
         self._next_sequence += 1
         self._held_bytes += len(data)
 
-    def finish(self, reason: EndReason, detail: str = "") -> None:
-        """Ends the attempt; the first end counts."""
+    def finish(self, reason: EndReason, detail: str = "", *, blamed: bool = False) -> None:
+        """Ends the attempt; the first end counts. `blamed` where engines may die of its request."""
         if self._end is None:
-            self._end = _End(self._next_sequence, reason, detail)
+            self._end = _End(self._next_sequence, reason, detail, blamed)
 
     def cancel(self) -> None:
         """Ends the attempt as cancelled, after what was sent, and forgets all its bytes: nobody waits for them or resumes them."""
@@ -163,6 +164,7 @@ class Delivery:
                 sequence=self._end.sequence,
                 reason=END_REASON_NUMBER[self._end.reason],
                 detail=self._end.detail,
+                blamed=self._end.blamed,
             )
             self._end_sent = True
         return moved_bytes

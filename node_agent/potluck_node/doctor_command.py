@@ -70,7 +70,7 @@ def look(settings: Settings, folder: StateFolder, identity: NodeIdentity | None)
     hardware = examine(settings.cache_dir, own_process_ids=agent_process_ids)
     listening = listening_beyond_loopback(agent_process_ids) if agent_process_ids else None
     network = None if identity is None else asyncio.run(_network(settings, identity, listening))
-    engine_kinds = frozenset(available_engines(scripted=False))
+    engine_kinds = frozenset(available_engines(settings))
     return Examination(hardware, network, OwnerWord(settings.power_supply_watts, engine_kinds, bool(settings.group_site)))
 
 

@@ -29,6 +29,7 @@ from potluck_node.enrolment import rpc_failure
 from potluck_node.farewell import Farewells, Outcome
 from potluck_node.link_connection import LinkConnection
 from potluck_node.orders import Orders
+from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.codec import (
@@ -71,6 +72,7 @@ class Link:
         credentials: what the node shows, and where it dials.
         attempts: where attempts run; from now on they wake this link.
         replicas: who takes the coordinator's wishes; from now on their changes are reported at once.
+        peers: who measures the lines to other nodes of the site; the same goes for what it finds.
         report: what hellos and heartbeats say.
         clock: time.
         jitter: random numbers from 0 to 1, for the pauses between dials.
@@ -82,13 +84,14 @@ class Link:
         credentials: Credentials,
         attempts: Attempts,
         replicas: Replicas,
+        peers: PeerMeasuring,
         report: SelfReport,
         clock: Clock,
         jitter: Callable[[], float],
     ) -> None:
         self._credentials = credentials
         self._attempts = attempts
-        self._orders = Orders(attempts, replicas)
+        self._orders = Orders(attempts, replicas, peers)
         self._report = report
         self._clock = clock
         self._jitter = jitter
@@ -108,6 +111,7 @@ class Link:
         self._failure: BaseException | None = None
         attempts.wake = self.wake
         replicas.on_change(self.report_now)
+        peers.on_change(self.report_now)
 
     # What the agent asks.
 
@@ -157,6 +161,11 @@ class Link:
         self._beat_wanted = True
         if self._clock.monotonic_seconds() - self.session.last_beat_at_seconds >= BEAT_GAP_SECONDS:
             self.wake(True)
+
+    def introduce_again(self) -> None:
+        """What a hello shows has changed: the link moves to a new connection, which begins with another."""
+        self._move_at_seconds = self._clock.monotonic_seconds()
+        self._changed.set()
 
     def wake(self, urgent: bool) -> None:
         """Something waits to be sent; True: at once."""
@@ -319,8 +328,7 @@ class Link:
             _log.error("certificate_not_taken", reason=error.message)
             return
         _log.info("certificate_renewed", way="link")
-        self._move_at_seconds = self._clock.monotonic_seconds()
-        self._changed.set()
+        self.introduce_again()
 
     def _after_loss(self, outcome: Outcome) -> None:
         lived_seconds = self._lived_seconds()
@@ -363,6 +371,7 @@ class Link:
             return
         self.session = lease.after_lapse(self.session)
         dropped_count = self._attempts.abandon_all()
+        self._orders.lease_ended()
         _log.warning("fenced", epoch=self.session.epoch, dropped_count=dropped_count)
         connection, self._current = self._current, None
         if connection is not None:

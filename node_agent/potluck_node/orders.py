@@ -1,12 +1,15 @@
-"""What a frame of the coordinator asks of attempts and engines.
+"""What a frame of the coordinator asks of attempts, engines and the measuring of peers.
 
-Decides the order in which a frame's parts are carried out, and that an older wish never undoes a newer one. It must not know connections
-or leases.
+Decides the order in which a frame's parts are carried out, that an older wish never undoes a newer one, and what of a wish outlives its
+lease. It must not know connections, nor when a lease ends.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from potluck_node.attempts import Attempts
+from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.replicas import Replicas
 from potluck_protocol.codec import start_attempt_value
 from potluck_protocol.engine_codec import desired_state_value
@@ -20,12 +23,14 @@ class Orders:
 
     Args:
         attempts: where attempts run.
-        replicas: who takes the coordinator's wishes.
+        replicas: who takes the coordinator's wishes about engines.
+        peers: who takes those about other nodes of the site.
     """
 
-    def __init__(self, attempts: Attempts, replicas: Replicas) -> None:
+    def __init__(self, attempts: Attempts, replicas: Replicas, peers: PeerMeasuring) -> None:
         self._attempts = attempts
         self._replicas = replicas
+        self._peers = peers
         self._desired = DesiredState()
 
     def take(self, frame: node_pb2.CoordinatorFrame) -> None:
@@ -44,7 +49,20 @@ class Orders:
         """Hands a wish on if it is newer than the last; `outright`: even if it is not, for revisions of another epoch do not compare."""
         if outright or desired.revision > self._desired.revision:
             self._desired = desired
-            self._replicas.set_desired(desired)
+            self._hand_on(desired)
+
+    def lease_ended(self) -> None:
+        """Ends what must not outlive the lease: stages of groups, which the coordinator forms anew without this node, and measuring.
+
+        A whole engine goes on: it is of use again as soon as the coordinator is.
+        """
+        whole = tuple(engine for engine in self._desired.engines if engine.group is None)
+        if whole != self._desired.engines or self._desired.peers:
+            self._hand_on(replace(self._desired, engines=whole, peers=()))
+
+    def _hand_on(self, desired: DesiredState) -> None:
+        self._replicas.set_desired(desired)
+        self._peers.set_peers(desired.peers)
 
     def _start(self, message: node_pb2.StartAttempt) -> None:
         try:

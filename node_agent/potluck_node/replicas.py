@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from potluck_node.engines.base import EngineAddress
-from potluck_protocol.values import DesiredState, EngineStatus, ReplicaId
+from potluck_protocol.values import DesiredState, EngineStatus, FailureKind, ReplicaId
 
 
 class Replicas(Protocol):
@@ -37,6 +37,24 @@ class Replicas(Protocol):
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Calls back, on the event loop, after any status changed; the callback is quick and never raises."""
+        ...
+
+    def on_death(self, callback: Callable[[ReplicaId, FailureKind], None]) -> None:
+        """Calls back, on the event loop, as soon as an engine that was READY is none any more: it ended, hung, or is about to be stopped.
+
+        The callback is quick and never raises.
+        """
+        ...
+
+    def end_hung(self, replica_id: ReplicaId, why: str) -> None:
+        """Its engine has work and says nothing: it is killed with its whole group, and starts again as after a crash.
+
+        `why` is for people. One that this node did not start is left alone, and is none of this node's until it answers again.
+        """
+        ...
+
+    async def answers(self, replica_id: ReplicaId, *, token_seconds_max: float | None) -> bool:
+        """Whether the replica's engine lives: it says a word, and, with a limit, gives a token within it. True if it is not READY."""
         ...
 
     async def run(self) -> None:

@@ -12,11 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from potluck_node.attached_servers import AttachedServers
 from potluck_node.attempts import Attempts
 from potluck_node.control import AgentStatus, EngineLine
 from potluck_node.credentials import Credentials
 from potluck_node.domain.session import Session, lease_left_seconds
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX
+from potluck_node.engines.metrics import EngineLoad
+from potluck_node.peer_measurement import PeerMeasuring
+from potluck_node.readings import Readings
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, SessionId
@@ -58,6 +62,9 @@ class NodeReport:
         self._slot_count_max = slot_count_max
         self._clock = clock
         self.attempts: Attempts | None = None
+        self.peers: PeerMeasuring | None = None
+        self.readings: Readings | None = None
+        self.attached: AttachedServers | None = None
         self.state = NodeState.SERVING
 
     def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello:
@@ -66,7 +73,11 @@ class NodeReport:
             node_id=self._credentials.identity.node_id,
             session_id=self._session_id,
             agent_version=package_version(),
-            inventory=replace(self._inventory, disk_free_bytes=self._disk_free_bytes()),
+            inventory=replace(
+                self._inventory,
+                disk_free_bytes=self._disk_free_bytes(),
+                attached_model_names=self.attached.model_names if self.attached else (),
+            ),
             state=self.state,
             in_flight=in_flight,
             engines=self.engines(),
@@ -78,6 +89,8 @@ class NodeReport:
             state=self.state,
             engines=self.engines(),
             disk_free_bytes=self._disk_free_bytes(),
+            cards=self.readings.cards if self.readings else (),
+            peer_measurements=self.peers.measurements() if self.peers else (),
         )
 
     def engines(self) -> tuple[EngineStatus, ...]:
@@ -103,12 +116,15 @@ class NodeReport:
         )
 
     def _with_slots(self, status: EngineStatus) -> EngineStatus:
-        limit = self._slot_count_max
+        limit, load = self._slot_count_max, self.readings.load(status.replica_id) if self.readings else EngineLoad()
         return replace(
             status,
             slot_count=status.slot_count if limit is None else min(limit, status.slot_count),
             running_count=self.attempts.running_count(status.replica_id) if self.attempts else 0,
             failure=status.failure[-FAILURE_CHARACTERS_MAX:],
+            kv_capacity_tokens=load.kv_capacity_tokens,
+            kv_used_tokens=load.kv_used_tokens,
+            waiting_count=load.waiting_count,
         )
 
     def _disk_free_bytes(self) -> int:

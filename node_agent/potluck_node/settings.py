@@ -13,6 +13,7 @@ import platformdirs
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from potluck_node.domain.attached import parse_attached
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 
@@ -39,15 +40,21 @@ class Settings(BaseSettings):
     power_supply_watts: int | None = Field(default=None, gt=0)
     """What is written on the machine's power supply, for `potluck node doctor`."""
     memory_budget_bytes: int | None = Field(default=None, gt=0)
-    """How much of the machine's memory engines without cards may take together; none: all of it."""
+    """How much of the machine's memory engines without cards may take together; none: the pool leaves a part to the system."""
     group_site: str = Field(default="", max_length=64)
-    """The owner's word for the place, where this machine may be one of several that serve a model together. Only nodes with the same word do."""
+    """The owner's word for the place, if this machine may be one of several that serve a model together: those with the same word."""
     group_address: str = ""
     """An address of a private network, or the name of its interface: where this node and others of its group reach each other."""
     group_port: int = Field(default=29_600, ge=1_024, le=65_534)
     """Where a group's leader meets its members; one above it, other nodes of the site are measured."""
     group_trusts: Annotated[tuple[str, ...], NoDecode] = Field(default=(), max_length=64)
     """Accounts of other owners whose nodes may be in a group with this one, if they trust this one's owner, too."""
+    attach_urls: Annotated[tuple[str, ...], NoDecode] = Field(default=(), max_length=16)
+    """Servers that run here already and are shared as they are: "http://127.0.0.1:11434", with the file of their key after a blank."""
+    vllm_python: Path | None = None
+    """The Python of an environment with vLLM in it; none: this node runs no vLLM."""
+    sglang_python: Path | None = None
+    """The Python of an environment with SGLang in it; none: this node runs no SGLang."""
     drain_seconds: float = Field(default=10.0, ge=0)
     """How long answers under way may go on after the first Ctrl-C."""
     url: str | None = None
@@ -57,11 +64,16 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("models_allowed", "group_trusts", mode="before")
+    @field_validator("models_allowed", "group_trusts", "attach_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """The environment gives one text: `model-a,model-b`."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("attach_urls")
+    @classmethod
+    def _on_loopback(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(parse_attached(url)) for url in urls)
 
     @classmethod
     def settings_customise_sources(

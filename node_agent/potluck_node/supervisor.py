@@ -1,8 +1,9 @@
 """Runs the engines that the directory wishes and the owner allows: observe, plan, act, and again after every change.
 
 `domain.plan` says what to do; files come from `model_store.store`, engines run as `engines.process`. Decides that a replica has at most one
-piece of work at a time (a fetch, a start, a running engine, or a stop), and which failures are costly to repeat. It must not know the link;
-it implements `replicas.Replicas` for it.
+piece of work at a time (a fetch, a start, a running engine, or a stop), which failures are costly to repeat, and, with `domain.step_down`
+and `ceilings`, what an engine that ran out of memory is started with next. It must not know the link; it implements `replicas.Replicas`
+for it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from http import HTTPStatus
 from typing import Any, Final, assert_never
 
 import aiohttp
 import structlog
 
+from potluck_node.ceilings import Ceilings
+from potluck_node.domain.failures import Shortage
 from potluck_node.domain.plan import (
     Fetch,
     Forget,
@@ -26,41 +29,26 @@ from potluck_node.domain.plan import (
     Refuse,
     Start,
     Stop,
-    failures_in_a_row,
+    crashed,
+    failed_fetch,
+    given_up,
     plan,
+    stepped_down,
 )
+from potluck_node.domain.step_down import UTILIZATION_PERCENT_NOTCHES, Ceiling, MemoryPlan, step_down, under
 from potluck_node.engines.base import Engine, EngineAddress, EngineLaunch
-from potluck_node.engines.process import EngineFailedError, EngineProcess
+from potluck_node.engines.process import EngineFailedError, EngineProcess, ask, has_token
 from potluck_node.model_store.download import FetchFailedError
 from potluck_node.model_store.store import ModelStore
 from potluck_node.model_store.verification import FileMismatchError
+from potluck_node.replica_record import ReplicaRecord, breaker_words
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import DesiredEngine, DesiredState, EngineState, EngineStatus, ReplicaId
+from potluck_protocol.values import DesiredEngine, DesiredState, EngineStatus, FailureKind, ReplicaId
 
 _log = structlog.get_logger()
 
-_STATE_OF_PHASE: Final = {
-    Phase.FETCHING: EngineState.FETCHING,
-    Phase.FETCHED: EngineState.STARTING,
-    Phase.STARTING: EngineState.STARTING,
-    Phase.READY: EngineState.READY,
-    Phase.FAILED: EngineState.BACKING_OFF,
-    Phase.REFUSED: EngineState.REFUSED,
-    Phase.STOPPING: EngineState.STOPPING,
-}
-
-
-@dataclass(slots=True, eq=False)
-class _Replica:
-    """One replica's present. `work` is the only task that changes it, apart from the supervisor's own actions."""
-
-    observed: ObservedReplica
-    work: asyncio.Task[None] | None = None
-    path: Path | None = None
-    process: EngineProcess | None = None
-    ready_at_seconds: float | None = None
-    fetched_bytes: int = 0
-    failure: str = ""
+_ANY_WORD: Final = aiohttp.ClientTimeout(total=4.0)
+"""For any word of an engine at all, on loopback."""
 
 
 class EngineSupervisor:
@@ -70,21 +58,31 @@ class EngineSupervisor:
         engines: what this node can run, by kind.
         store: where model files come from.
         limits: the owner's. `set_paused` changes `paused` later.
+        ceilings: how far engines were stepped down for want of memory.
         clock: time.
         environment: the agent's, of which engines see a part.
     """
 
     def __init__(
-        self, *, engines: Mapping[str, Engine], store: ModelStore, limits: LocalLimits, clock: Clock, environment: Mapping[str, str]
+        self,
+        *,
+        engines: Mapping[str, Engine],
+        store: ModelStore,
+        limits: LocalLimits,
+        ceilings: Ceilings,
+        clock: Clock,
+        environment: Mapping[str, str],
     ) -> None:
         self._engines = dict(engines)
         self._store = store
         self._limits = limits
+        self._ceilings = ceilings
         self._clock = clock
         self._environment = dict(environment)
         self._desired = DesiredState()
-        self._replicas: dict[ReplicaId, _Replica] = {}
+        self._replicas: dict[ReplicaId, ReplicaRecord] = {}
         self._callbacks: list[Callable[[], None]] = []
+        self._death_callbacks: list[Callable[[ReplicaId, FailureKind], None]] = []
         self._changed = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
 
@@ -102,37 +100,47 @@ class EngineSupervisor:
 
     def statuses(self) -> tuple[EngineStatus, ...]:
         """See `Replicas`."""
-        return tuple(self._status(replica) for replica in self._replicas.values())
+        return tuple(replica.status(self._engines.get(replica.observed.engine.engine_kind)) for replica in self._replicas.values())
 
     def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
         """See `Replicas`."""
         replica = self._replicas.get(replica_id)
         if replica is None or replica.process is None or replica.observed.phase is not Phase.READY:
             return None
-        return replica.process.address
+        # A stage of a group that does not lead has none.
+        return replica.process.address if replica.process.address.url else None
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """See `Replicas`."""
         self._callbacks.append(callback)
 
-    def _status(self, replica: _Replica) -> EngineStatus:
-        wish, phase = replica.observed.engine, replica.observed.phase
-        engine = self._engines.get(wish.engine_kind)
-        fetching = phase is Phase.FETCHING
-        return EngineStatus(
-            replica_id=wish.replica_id,
-            model_id=wish.model.model_id,
-            state=_STATE_OF_PHASE[phase],
-            engine_kind=wish.engine_kind,
-            engine_version=engine.version if engine else "",
-            slot_count=wish.slot_count,
-            context_length_tokens=wish.context_length_tokens,
-            # A wheel is not exactly as long as the file in it; a bar never shows more than all of it.
-            fetched_bytes=min(replica.fetched_bytes, wish.model.size_bytes) if fetching else wish.model.size_bytes if replica.path else 0,
-            fetch_total_bytes=wish.model.size_bytes,
-            failure=replica.failure,
-            endpoints=engine.endpoints if engine else (),
-        )
+    def on_death(self, callback: Callable[[ReplicaId, FailureKind], None]) -> None:
+        """See `Replicas`."""
+        self._death_callbacks.append(callback)
+
+    def end_hung(self, replica_id: ReplicaId, why: str) -> None:
+        """See `Replicas`."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None and replica.process is not None:
+            replica.process.condemn(why)
+
+    async def answers(self, replica_id: ReplicaId, *, token_seconds_max: float | None) -> bool:
+        """See `Replicas`."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or replica.process is None or self._session is None or not replica.process.address.url:
+            return True
+        address, wish = replica.process.address, replica.observed.engine
+        try:
+            async with self._session.get(address.url + "/health", headers=address.headers, timeout=_ANY_WORD) as response:
+                await response.read()
+            if token_seconds_max is None:
+                return True
+            assert replica.memory_plan is not None
+            probe = self._engines[wish.engine_kind].probe(self._launch(replica, replica.memory_plan))
+            status, answer = await ask(self._session, address, probe, token_seconds_max)
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+        return status != HTTPStatus.OK or has_token(answer)
 
     # The loop.
 
@@ -158,10 +166,8 @@ class EngineSupervisor:
                     self._begin(self._replicas[engine.replica_id], Phase.STARTING, self._serve)
                 case Stop(replica_id):
                     self._begin(self._replicas[replica_id], Phase.STOPPING, self._stop)
-                case Refuse(engine, reason):
-                    refused = ObservedReplica(engine, Phase.REFUSED, refusal=reason)
-                    self._replicas[engine.replica_id] = _Replica(refused, failure=reason)
-                    _log.warning("engine_refused", replica_id=engine.replica_id, model_id=engine.model.model_id, reason=reason)
+                case Refuse():
+                    self._refuse(action)
                 case Forget(replica_id):
                     del self._replicas[replica_id]
                 case _:
@@ -173,19 +179,21 @@ class EngineSupervisor:
 
     async def _wait(self, wake_at_seconds: float | None) -> None:
         limit_seconds = None if wake_at_seconds is None else max(0.0, wake_at_seconds - self._clock.monotonic_seconds())
+        # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), limit_seconds)
+            async with asyncio.timeout(limit_seconds):
+                await self._changed.wait()
 
     # Work, one task a replica.
 
     def _begin_fetch(self, engine: DesiredEngine) -> None:
         replica = self._replicas.get(engine.replica_id)
         if replica is None:
-            replica = self._replicas[engine.replica_id] = _Replica(ObservedReplica(engine, Phase.FETCHING))
+            replica = self._replicas[engine.replica_id] = ReplicaRecord(ObservedReplica(engine, Phase.FETCHING))
         replica.fetched_bytes = 0
         self._begin(replica, Phase.FETCHING, self._fetch)
 
-    def _begin(self, replica: _Replica, phase: Phase, work: Callable[[_Replica], Coroutine[Any, Any, None]]) -> None:
+    def _begin(self, replica: ReplicaRecord, phase: Phase, work: Callable[[ReplicaRecord], Coroutine[Any, Any, None]]) -> None:
         earlier, replica.observed = replica.work, replace(replica.observed, phase=phase)
         if earlier is not None:
             earlier.cancel()
@@ -194,7 +202,7 @@ class EngineSupervisor:
         replica.work = asyncio.create_task(self._after(earlier, replica, work))
 
     async def _after(
-        self, earlier: asyncio.Task[None] | None, replica: _Replica, work: Callable[[_Replica], Coroutine[Any, Any, None]]
+        self, earlier: asyncio.Task[None] | None, replica: ReplicaRecord, work: Callable[[ReplicaRecord], Coroutine[Any, Any, None]]
     ) -> None:
         """Never two pieces of work on one replica: the earlier one has let go of its process before the next begins."""
         cancelled = False
@@ -210,68 +218,135 @@ class EngineSupervisor:
             await work(replica)
         except Exception as error:  # noqa: BLE001 - a fault of ours must show as a failed replica, not as one that hangs
             _log.exception("engine_work_failed", replica_id=replica.observed.engine.replica_id)
-            self._fail(replica, f"the agent itself failed here: {type(error).__name__}")
+            self._fail(replica, EngineFailedError(f"the agent itself failed here: {type(error).__name__}"))
 
-    async def _fetch(self, replica: _Replica) -> None:
+    async def _fetch(self, replica: ReplicaRecord) -> None:
         def on_progress(present_bytes: int) -> None:
             replica.fetched_bytes = present_bytes
             self._announce()
 
-        keep = frozenset(engine.model.sha256 for engine in self._desired.engines)
+        keep = frozenset(engine.model for engine in self._desired.engines)
         try:
             replica.path = await self._store.ensure(replica.observed.engine.model, keep=keep, on_progress=on_progress)
         except FetchFailedError as error:
-            self._fail(replica, str(error))
+            self._fail_fetch(replica, str(error), costly=False)
         except (FileMismatchError, ValueError) as error:
-            self._fail(replica, str(error), costly=True)
+            self._fail_fetch(replica, str(error), costly=True)
         else:
+            replica.observed = replace(replica.observed, fetch_failure_count=0)
             self._enter(replica, Phase.FETCHED)
 
-    async def _serve(self, replica: _Replica) -> None:
+    async def _serve(self, replica: ReplicaRecord) -> None:
         wish = replica.observed.engine
-        assert replica.path is not None
+        engine = self._engines[wish.engine_kind]
         assert self._session is not None
-        launch = EngineLaunch(wish.model.model_id, replica.path, wish.slot_count, wish.context_length_tokens)
+        replica.memory_plan = _plan_under(self._ceilings.of(wish, engine.version), wish)
+        launch = self._launch(replica, replica.memory_plan)
+        replica.heeds_utilization = (
+            len({engine.arguments(replace(launch, memory_utilization_percent=n)) for n in UTILIZATION_PERCENT_NOTCHES}) > 1
+        )
         try:
-            replica.process = await EngineProcess.start(self._engines[wish.engine_kind], launch, self._environment, self._session)
+            replica.process = await EngineProcess.start(engine, launch, self._environment, self._session)
         except EngineFailedError as error:
-            self._fail(replica, str(error))
+            self._fail(replica, error)
             return
+        died_of = FailureKind.KILLED  # by ourselves, unless it ends before
         try:
             replica.ready_at_seconds = self._clock.monotonic_seconds()
-            replica.failure = ""
+            replica.failure, replica.failure_kind = "", None
             self._enter(replica, Phase.READY)
-            ending = await replica.process.wait()
+            failure = await replica.process.wait()
+            died_of = failure.kind
         finally:
             process, replica.process = replica.process, None
+            # Those who wait for its answers hear of it first: clearing it away may take seconds.
+            for callback in self._death_callbacks:
+                callback(wish.replica_id, died_of)
             await process.stop()
-        self._fail(replica, ending)
+        self._fail(replica, failure)
 
-    async def _stop(self, replica: _Replica) -> None:
+    @staticmethod
+    def _launch(replica: ReplicaRecord, memory_plan: MemoryPlan) -> EngineLaunch:
+        wish = replica.observed.engine
+        assert replica.path is not None
+        return EngineLaunch(
+            model_id=wish.model.model_id,
+            model_path=replica.path,
+            slot_count=memory_plan.slot_count,
+            context_length_tokens=memory_plan.context_length_tokens,
+            shape=wish.shape,
+            memory_utilization_percent=memory_plan.memory_utilization_percent,
+            group=wish.group,
+        )
+
+    async def _stop(self, replica: ReplicaRecord) -> None:
         # The work before this one has stopped its process on the way out.
         del self._replicas[replica.observed.engine.replica_id]
         self._announce()
 
-    def _enter(self, replica: _Replica, phase: Phase) -> None:
+    def _enter(self, replica: ReplicaRecord, phase: Phase) -> None:
         replica.observed = replace(replica.observed, phase=phase)
         wish = replica.observed.engine
         _log.info("engine_" + phase.value, replica_id=wish.replica_id, model_id=wish.model.model_id)
         self._announce()
 
-    def _fail(self, replica: _Replica, failure: str, *, costly: bool = False) -> None:
-        now_seconds = self._clock.monotonic_seconds()
-        ready_for_seconds = 0.0 if replica.ready_at_seconds is None else now_seconds - replica.ready_at_seconds
-        replica.ready_at_seconds = None
-        replica.failure = failure
-        replica.observed = replace(
-            replica.observed,
-            phase=Phase.FAILED,
-            failure_count=failures_in_a_row(replica.observed.failure_count, ready_for_seconds),
-            failed_at_seconds=now_seconds,
-            failure_was_costly=costly,
-        )
+    def _refuse(self, action: Refuse) -> None:
+        wish, known = action.engine, self._replicas.get(action.engine.replica_id)
+        given_up_for = known.observed.given_up if known is not None and known.observed.engine == wish else ""
+        refused = ObservedReplica(wish, Phase.REFUSED, given_up=given_up_for, refusal=action.reason)
+        self._replicas[wish.replica_id] = ReplicaRecord(refused, failure=action.reason, failure_kind=action.kind)
+        _log.warning("engine_refused", replica_id=wish.replica_id, model_id=wish.model.model_id, kind=action.kind, reason=action.reason)
+
+    def _fail_fetch(self, replica: ReplicaRecord, failure: str, *, costly: bool) -> None:
+        observed = failed_fetch(replica.observed, self._clock.monotonic_seconds(), costly=costly)
+        self._note_failure(replica, observed, failure, FailureKind.FETCH_FAILED)
+
+    def _fail(self, replica: ReplicaRecord, failure: EngineFailedError) -> None:
+        """Its engine failed. One that ran out of memory is given less next time, as long as there is less to give.
+
+        One that had served gives up its share of a card's memory at most: a request may have brought it down, and must not take slots or
+        context from the others.
+        """
+        now_seconds, words, tried = self._clock.monotonic_seconds(), str(failure), replica.memory_plan
+        served_since, replica.ready_at_seconds = replica.ready_at_seconds, None
+        if failure.shortage is None or tried is None:
+            lower = None
+        else:
+            lower = self._lower(replica, tried, failure.shortage, share_only=served_since is not None)
+        if lower is not None and tried is not None:
+            observed = stepped_down(replica.observed, now_seconds)
+            words += f"\nout of memory with {_plan_words(tried)}; next: {_plan_words(lower)}"
+            replica.memory_plan = lower
+        elif failure.shortage is not None and tried is not None and served_since is None:
+            reason = f"out of memory even with {_plan_words(tried)}; it needs a bigger card, or a smaller model"
+            observed = given_up(replica.observed, reason)
+        else:
+            observed = crashed(replica.observed, now_seconds, 0.0 if served_since is None else now_seconds - served_since)
+            if observed.crashes.is_open:
+                wait_ms = (observed.retry_at_seconds - now_seconds) * 1000
+                words += "\n" + breaker_words(observed.crashes, self._clock.unix_ms() + wait_ms)
+        self._note_failure(replica, observed, words, failure.kind)
+
+    def _lower(self, replica: ReplicaRecord, failed: MemoryPlan, shortage: Shortage, *, share_only: bool) -> MemoryPlan | None:
+        """The next plan that its engine can tell from the one that failed, remembered; None where there is none."""
         wish = replica.observed.engine
-        _log.warning("engine_failed", replica_id=wish.replica_id, model_id=wish.model.model_id, failure=failure)
+        engine = self._engines[wish.engine_kind]
+        command = engine.arguments(self._launch(replica, failed))
+        ceiling, lower = self._ceilings.of(wish, engine.version), failed
+        # The same again: what is left to lower is not this node's to lower, as in a group.
+        while (lowered := step_down(ceiling, lower, shortage)) is not None and lowered != ceiling:
+            ceiling, lower = lowered, _plan_under(lowered, wish)
+            if share_only and lower.memory_utilization_percent == failed.memory_utilization_percent:
+                return None
+            if engine.arguments(self._launch(replica, lower)) != command:
+                self._ceilings.lower(wish, engine.version, ceiling)
+                return lower
+        return None
+
+    def _note_failure(self, replica: ReplicaRecord, observed: ObservedReplica, failure: str, kind: FailureKind) -> None:
+        replica.observed, replica.failure, replica.failure_kind = observed, failure, kind
+        wish = observed.engine
+        _log.warning("engine_failed", replica_id=wish.replica_id, model_id=wish.model.model_id, kind=kind, failure=failure)
         self._announce()
 
     async def _stop_all(self) -> None:
@@ -286,3 +361,15 @@ class EngineSupervisor:
         self._changed.set()
         for callback in self._callbacks:
             callback()
+
+
+def _plan_under(ceiling: Ceiling, wish: DesiredEngine) -> MemoryPlan:
+    plan = under(ceiling, wish.slot_count, wish.context_length_tokens)
+    if wish.group is None:
+        return plan
+    # The stages of a group have to agree on what they serve; memory is each node's own.
+    return replace(plan, slot_count=wish.slot_count, context_length_tokens=wish.context_length_tokens)
+
+
+def _plan_words(plan: MemoryPlan) -> str:
+    return f"{plan.memory_utilization_percent} % of memory, {plan.slot_count} slots of {plan.context_length_tokens} tokens"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TEXT_CHARACTERS_MAX: Final = 256
 """Of an id, a name or a version."""
+CATALOGUE_CHARACTERS_MAX: Final = 256 * 1024
+"""Of a catalogue file's text: some hundred models."""
 
 _Word = TypeVar("_Word", bound="StrEnum")
 _Item = TypeVar("_Item")

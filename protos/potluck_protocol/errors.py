@@ -34,6 +34,7 @@ class ErrorCode(StrEnum):
     NO_CAPACITY = "no_capacity"
     NODE_LOST = "node_lost"
     ENGINE_FAILED = "engine_failed"
+    REQUEST_REFUSED = "request_refused"
     COORDINATOR_UNAVAILABLE = "coordinator_unavailable"
     PROTOCOL_VERSION_UNSUPPORTED = "protocol_version_unsupported"
     CANCELLED = "cancelled"
@@ -97,6 +98,12 @@ CATALOGUE: Final[dict[ErrorCode, ErrorSpec]] = {
     ErrorCode.NO_CAPACITY: ErrorSpec(_STATUS.UNAVAILABLE, 503, "server_error", "No node serves the model right now.", retry_is_safe=True),
     ErrorCode.NODE_LOST: ErrorSpec(_STATUS.ABORTED, 502, "server_error", "The node that was answering is gone."),
     ErrorCode.ENGINE_FAILED: ErrorSpec(_STATUS.ABORTED, 502, "server_error", "The engine broke the answer off."),
+    ErrorCode.REQUEST_REFUSED: ErrorSpec(
+        _STATUS.FAILED_PRECONDITION,
+        422,
+        "invalid_request_error",
+        "Engines died while they worked on this request, more than once, so it is not run again. Send another.",
+    ),
     ErrorCode.COORDINATOR_UNAVAILABLE: ErrorSpec(
         _STATUS.UNAVAILABLE, 503, "server_error", "The coordinator cannot be reached or is starting.", retry_is_safe=True
     ),

@@ -184,7 +184,7 @@ class ModelFile:
 
     model_id: ModelId
     source: str
-    """ "hf:ORG/NAME@REVISION", "wheel:NAME==VERSION" or "path:/absolute/folder"."""
+    """ "hf:ORG/NAME@REVISION", "wheel:NAME==VERSION", "path:/absolute/folder", or, without files, "attach:NAME"."""
     file_name: str
     sha256: str
     size_bytes: int

@@ -8,10 +8,12 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
+import psutil
 import pytest
 
 from potluck_node.child_process import ChildProcess
@@ -49,6 +51,26 @@ async def test_each_end_is_heard_however_often_it_is_asked_for():
     short = await ChildProcess.spawn(("-c", "raise SystemExit(3)"), os.environ)
     assert await asyncio.wait_for(short.wait(), 10) == "exit status 3"
     await short.stop()
+
+
+PARENT = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("order", [None, signal.SIGSTOP])
+async def test_a_killed_child_leaves_nothing_of_its_group_not_even_what_was_stopped(order):
+    child = await ChildProcess.spawn(("-c", PARENT), os.environ)
+    grandchild_pid = int(await asyncio.wait_for(child.first_line(), 10))
+    if order is not None:
+        os.killpg(child.pid, order)
+    began = time.monotonic()
+    await child.kill()
+    assert time.monotonic() - began < 2.0
+    assert not psutil.pid_exists(grandchild_pid)
+    assert await child.wait() == "signal SIGKILL"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -19,7 +19,7 @@ import pytest
 
 from potluck_node.domain.plan import LocalLimits
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.values import Endpoint, EngineState, ModelId
+from potluck_protocol.values import Endpoint, EngineState, FailureKind, ModelId
 from tests.support.engines import MovedClock, children_of, pinned, running, script_file, supervisor_of, wished
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -168,6 +168,7 @@ async def test_killed_engine_comes_back_after_its_backoff(tmp_path):
         os.kill(pid, signal.SIGKILL)
         failed = await node.until_state(EngineState.BACKING_OFF)
         assert "signal SIGKILL" in failed.failure
+        assert failed.failure_kind is FailureKind.KILLED
         assert node.supervisor.ready_address(engine.replica_id) is None
         clock.now_seconds += 0.9
         node.wish(engine)
@@ -180,13 +181,14 @@ async def test_killed_engine_comes_back_after_its_backoff(tmp_path):
         assert (await ask(node.url(), CHAT))[0] == 200
 
 
-async def test_bad_model_file_shows_the_engines_own_words(tmp_path):
-    bad = tmp_path / "bad.gguf"
-    bad.write_bytes(b"GGUF" + bytes(1000))
+async def test_a_model_that_its_engine_cannot_load_shows_the_engines_own_words(tmp_path, tiny_gguf):
+    unknown = tmp_path / "unknown.gguf"
+    unknown.write_bytes(tiny_gguf.read_bytes().replace(b"llama", b"lmama"))
     async with running(supervisor_of(tmp_path, MovedClock())) as node:
-        node.wish(wished(pinned(bad), kind="llamacpp"))
+        node.wish(wished(pinned(unknown), kind="llamacpp"))
         status = await node.until_state(EngineState.BACKING_OFF)
-        assert "bad GGUF version" in status.failure
+        assert "unknown model architecture: 'lmama'" in status.failure
+        assert status.failure_kind is FailureKind.UNSUPPORTED_ARCHITECTURE
         assert len(status.failure) < 3000
         assert children_of(os.getpid()) == []
 
@@ -206,6 +208,7 @@ async def test_flipped_byte_is_never_loaded(tmp_path, tiny_gguf):
         node.wish(engine)
         status = await node.until_state(EngineState.BACKING_OFF)
         assert status.failure == "tiny.gguf does not match the catalogue"
+        assert status.failure_kind is FailureKind.FETCH_FAILED
         assert children_of(os.getpid()) == [], "no engine was started on it"
 
 
@@ -234,6 +237,7 @@ async def test_refused_model_shows_one_line_and_starts_nothing(tmp_path):
         node.wish(wished(pinned(script_file(tmp_path))))
         status = await node.until_state(EngineState.REFUSED)
         assert status.failure == "this node's settings do not allow the model tiny"
+        assert status.failure_kind is FailureKind.NOT_ALLOWED
 
 
 async def test_cancelled_start_leaves_no_process(tmp_path):

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from potluck_node.domain import silence
 from potluck_node.engines import llamacpp_front, standstill
 from potluck_node.engines.llamacpp_front import Front
 from tests.support.node_engine import directed_engine
@@ -92,7 +93,7 @@ async def test_nobody_gets_in_who_was_not_told_the_url():
 
 @pytest.fixture
 def quick_to_doubt(monkeypatch):
-    monkeypatch.setattr(standstill, "STANDSTILL_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(silence, "SILENCE_SECONDS_MAX", 0.2)  # and 0.15 for the prompt's few bytes
     monkeypatch.setattr(standstill, "DOUBT_SECONDS", 0.1)
     monkeypatch.setattr(llamacpp_front, "LOOK_SECONDS", 0.02)
 
@@ -123,20 +124,3 @@ async def test_an_engine_that_answers_after_a_hang_up_is_left_in_peace(quick_to_
         # Longer than a standstill; nobody listens, so nothing is expected of the engine.
         await asyncio.sleep(0.6)
         assert engine.conversations.empty()
-
-
-async def test_a_client_that_reads_slowly_is_no_standstill():
-    now = [0.0]
-    silence = standstill.Standstill(lambda: now[0])
-    await silence.hear(asyncio.sleep(0))
-    now[0] += 1_000
-    assert not silence.is_over_time
-    words = asyncio.get_running_loop().create_future()
-    listening = asyncio.create_task(silence.hear(words))
-    await asyncio.sleep(0)
-    assert not silence.is_over_time
-    now[0] += standstill.STANDSTILL_SECONDS_MAX + 1
-    assert silence.is_over_time
-    words.set_result(b"")
-    await listening
-    assert not silence.is_over_time

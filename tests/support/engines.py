@@ -10,9 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from potluck_node.ceilings import Ceilings
 from potluck_node.domain.plan import LocalLimits
+from potluck_node.engines.base import Engine
 from potluck_node.engines.registry import available_engines
 from potluck_node.model_store.store import ModelStore
+from potluck_node.settings import Settings
 from potluck_node.supervisor import EngineSupervisor
 from potluck_protocol.clock import Clock
 from potluck_protocol.values import DesiredEngine, DesiredState, EngineState, EngineStatus, ModelFile, ModelId, ReplicaId
@@ -50,11 +53,14 @@ def wished(file: ModelFile, *, kind: str = "scripted", replica_id: str = "replic
     return DesiredEngine(ReplicaId(replica_id), file, kind, slots, context)
 
 
-def supervisor_of(folder: Path, clock: Clock, *, limits: LocalLimits | None = None) -> EngineSupervisor:
-    engines = available_engines(scripted=True)
+def supervisor_of(
+    folder: Path, clock: Clock, *, limits: LocalLimits | None = None, engines: dict[str, Engine] | None = None
+) -> EngineSupervisor:
+    engines = engines or available_engines(Settings(scripted_engine=True))
     store = ModelStore(folder / "cache", disk_budget_bytes=None, environment=os.environ)
     limits = limits or LocalLimits(frozenset(engines))
-    return EngineSupervisor(engines=engines, store=store, limits=limits, clock=clock, environment=os.environ)
+    ceilings = Ceilings(folder / "ceilings.json", "machine")
+    return EngineSupervisor(engines=engines, store=store, limits=limits, ceilings=ceilings, clock=clock, environment=os.environ)
 
 
 class Watched:

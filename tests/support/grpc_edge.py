@@ -157,6 +157,11 @@ async def failure_code(call: Any) -> tuple[str, list[bytes]]:
 
 def code_in(trailing_metadata: Any) -> str:
     """The catalogue's code; empty where gRPC itself ended the call."""
+    return detail_in(trailing_metadata).code
+
+
+def detail_in(trailing_metadata: Any) -> common_pb2.ErrorDetail:
+    """What our side says of a failure; empty where gRPC itself ended the call."""
     raw = dict(trailing_metadata or ()).get(ERROR_DETAIL, b"")
     assert isinstance(raw, bytes)
-    return common_pb2.ErrorDetail.FromString(raw).code
+    return common_pb2.ErrorDetail.FromString(raw)

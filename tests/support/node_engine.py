@@ -15,6 +15,7 @@ from potluck_node.credentials import Credentials
 from potluck_node.engines.base import EngineAddress
 from potluck_node.identity_store import StateFolder
 from potluck_node.link import Link
+from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.report import NodeReport
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.values import (
@@ -22,6 +23,7 @@ from potluck_protocol.values import (
     Endpoint,
     EngineState,
     EngineStatus,
+    FailureKind,
     Inventory,
     ModelId,
     ReplicaId,
@@ -116,6 +118,10 @@ class FixedReplicas:
         self.desired: list[DesiredState] = []
         self.paused: list[bool] = []
         self._callbacks: list[Callable[[], None]] = []
+        self.death_callbacks: list[Callable[[ReplicaId, FailureKind], None]] = []
+        self.ended: list[str] = []
+        self.questions: list[float | None] = []
+        self.answers_when_asked = True
 
     def set_desired(self, desired: DesiredState) -> None:
         before = self.replica_id
@@ -142,6 +148,22 @@ class FixedReplicas:
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
+
+    def on_death(self, callback: Callable[[ReplicaId, FailureKind], None]) -> None:
+        self.death_callbacks.append(callback)
+
+    def end_hung(self, replica_id: ReplicaId, why: str) -> None:
+        self.ended.append(why)
+        self.die(FailureKind.HUNG)
+
+    async def answers(self, replica_id: ReplicaId, *, token_seconds_max: float | None) -> bool:
+        self.questions.append(token_seconds_max)
+        return self.answers_when_asked
+
+    def die(self, kind: FailureKind) -> None:
+        """Its engine is gone, and the next one is there at once."""
+        for callback in self.death_callbacks:
+            callback(self.replica_id, kind)
 
     def change(self, state: EngineState) -> None:
         self.state = state
@@ -179,7 +201,7 @@ async def wired_node(
     report = NodeReport(
         credentials=credentials,
         session_id=SessionId("session-1"),
-        inventory=Inventory(cpu_count=2),
+        inventory=Inventory(cpu_count=2, memory_bytes=8 << 30),
         replicas=replicas,
         cache_dir=folder,
         slot_count_max=slot_count_max,
@@ -194,7 +216,10 @@ async def wired_node(
             slot_count_max=slot_count_max,
         )
         report.attempts = attempts
-        link = Link(credentials=credentials, attempts=attempts, replicas=replicas, report=report, clock=used_clock, jitter=lambda: 0.5)
+        peers = PeerMeasuring(credentials.identity.node_id, None, used_clock)
+        link = Link(
+            credentials=credentials, attempts=attempts, replicas=replicas, peers=peers, report=report, clock=used_clock, jitter=lambda: 0.5
+        )
         node = WiredNode(link, attempts, report, replicas, state)
         node.task = asyncio.create_task(link.run())
         try:

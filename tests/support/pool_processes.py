@@ -29,14 +29,16 @@ SCRIPT = {"tokens": [f" {number}" for number in range(100)], "token_count": 400,
 """Four seconds of counting: long enough to break something in the middle."""
 
 
-def write_catalogue(folder: Path, script: dict[str, Any] | None = None, *, with_llamacpp: bool = False) -> Path:
+def write_catalogue(
+    folder: Path, script: dict[str, Any] | None = None, *, with_llamacpp: bool = False, llamacpp_context_tokens: int = 256
+) -> Path:
     """A catalogue whose model is the script, and, if asked for, a tiny real one for llama.cpp beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "scripted.json"
     model.write_text(json.dumps(SCRIPT if script is None else script))
     entries = [_catalogue_entry(MODEL, model, "scripted", 4096, SLOT_COUNT)]
     if with_llamacpp:
-        entries.append(_catalogue_entry(LLAMACPP_MODEL, write_tiny_gguf(folder / "tiny.gguf"), "llamacpp", 256, 2))
+        entries.append(_catalogue_entry(LLAMACPP_MODEL, write_tiny_gguf(folder / "tiny.gguf"), "llamacpp", llamacpp_context_tokens, 2))
     catalogue = folder / "catalogue.toml"
     catalogue.write_text("\n".join(entries))
     return catalogue
@@ -120,6 +122,18 @@ class NodeProcess:
 
     def log(self) -> str:
         return self.log_file.read_text()
+
+    def status_words(self) -> str:
+        """`potluck node status`."""
+        shown = subprocess.run(
+            [sys.executable, "-m", "potluck", "node", "status"],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return shown.stdout
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -243,9 +257,10 @@ def running_pool(
     node_module: str = "potluck",
     *,
     with_llamacpp: bool = False,
+    llamacpp_context_tokens: int = 256,
 ) -> Iterator[Pool]:
     """Starts a coordinator and its nodes, waits until all serve, and stops everything."""
-    catalogue = write_catalogue(folder / "models", script, with_llamacpp=with_llamacpp)
+    catalogue = write_catalogue(folder / "models", script, with_llamacpp=with_llamacpp, llamacpp_context_tokens=llamacpp_context_tokens)
     with ExitStack() as stack:
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", "--catalogue", str(catalogue)))
         coordinator.wait_ready()

@@ -44,7 +44,9 @@ async def enrol(coordinator: Coordinator) -> Credentials:
     accounts = await coordinator.directory.accounts.list_accounts()
     token, secret = await coordinator.directory.accounts.create_join_token(accounts[0].account_id, 60)
     key = new_private_key()
-    enrolment = await coordinator.directory.enrolment.join(certificate_request(key), token.token_id, secret, "raw", Inventory())
+    enrolment = await coordinator.directory.enrolment.join(
+        certificate_request(key), token.token_id, secret, "raw", Inventory(memory_bytes=8 << 30)
+    )
     return Credentials(enrolment.node_id, key, enrolment.certificate_pem)
 
 
@@ -82,7 +84,7 @@ class RawNode:
             "node_id": self.credentials.node_id,
             "session_id": SessionId(self.session_id),
             "agent_version": "raw",
-            "inventory": Inventory(),
+            "inventory": Inventory(memory_bytes=8 << 30),
             "state": NodeState.SERVING,
             "in_flight": in_flight,
             "engines": (self.status,),

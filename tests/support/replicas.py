@@ -31,7 +31,7 @@ def catalogue_entry(model_id: str = "tiny", **changes: Any) -> CatalogueEntry:
     values: dict[str, Any] = {
         "model_id": ModelId(model_id),
         "file": ModelFile(ModelId(model_id), "path:/models", f"{model_id}.gguf", "0" * 64, 1000),
-        "engine_kind": "scripted",
+        "engine_kinds": ("scripted",),
         "context_length_tokens": 2048,
         "slot_count": 4,
         "prompt_price_micro_credits": 1,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_protocol.channels import SERVER_OPTIONS
@@ -136,11 +137,23 @@ class ScriptedPool:
     unary_calls: list[str] = field(default_factory=list)
     models: list[inference_pb2.Model] = field(default_factory=list)
     node_connection: str = "connected"
+    operator_requests: list[Message] = field(default_factory=list)
+    """What was asked about models and deployments."""
+    operator_replies: deque[Message] = field(default_factory=deque)
+    """What that is answered with, in turn; where there is nothing left, with an empty message."""
 
     def admit(self, name: str, context: grpc.ServicerContext) -> None:
         self.unary_calls.append(name)
         if self.unary_refusals:
             abort(context, self.unary_refusals.popleft())
+
+    def reply(self, request: Message, empty: Message, context: grpc.ServicerContext) -> Any:
+        """To the operator's call whose reply is of the kind of the empty one."""
+        self.operator_requests.append(request)
+        self.admit(type(request).__name__.removesuffix("Request"), context)
+        reply = self.operator_replies.popleft() if self.operator_replies else empty
+        assert type(reply) is type(empty)
+        return reply
 
 
 class _Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -154,7 +167,8 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     def ListModels(self, request: Any, context: Any) -> inference_pb2.ListModelsResponse:
         self._pool.admit("ListModels", context)
-        return inference_pb2.ListModelsResponse(models=self._pool.models)
+        shown = [model for model in self._pool.models if request.with_offers or not model.offered_repository]
+        return inference_pb2.ListModelsResponse(models=shown)
 
 
 class _Accounts(account_pb2_grpc.AccountServiceServicer):
@@ -181,7 +195,7 @@ class _Accounts(account_pb2_grpc.AccountServiceServicer):
         return account_pb2.AuditLedgerResponse(account_count=4, findings=["acct_a: balance 3, postings 2"])
 
 
-class _Nodes(pool_pb2_grpc.PoolServiceServicer):
+class _Pool(pool_pb2_grpc.PoolServiceServicer):
     def __init__(self, pool: ScriptedPool) -> None:
         self._pool = pool
 
@@ -197,6 +211,27 @@ class _Nodes(pool_pb2_grpc.PoolServiceServicer):
             up_minutes=7,
         )
         return pool_pb2.ListNodesResponse(nodes=[node])
+
+    def AddModel(self, request: Any, context: Any) -> pool_pb2.AddModelResponse:
+        return self._pool.reply(request, pool_pb2.AddModelResponse(), context)
+
+    def RemoveModel(self, request: Any, context: Any) -> pool_pb2.RemoveModelResponse:
+        return self._pool.reply(request, pool_pb2.RemoveModelResponse(), context)
+
+    def GetModel(self, request: Any, context: Any) -> pool_pb2.GetModelResponse:
+        return self._pool.reply(request, pool_pb2.GetModelResponse(), context)
+
+    def Deploy(self, request: Any, context: Any) -> pool_pb2.DeployResponse:
+        return self._pool.reply(request, pool_pb2.DeployResponse(), context)
+
+    def Undeploy(self, request: Any, context: Any) -> pool_pb2.UndeployResponse:
+        return self._pool.reply(request, pool_pb2.UndeployResponse(), context)
+
+    def ListDeployments(self, request: Any, context: Any) -> pool_pb2.ListDeploymentsResponse:
+        return self._pool.reply(request, pool_pb2.ListDeploymentsResponse(), context)
+
+    def ExplainDeployment(self, request: Any, context: Any) -> pool_pb2.ExplainDeploymentResponse:
+        return self._pool.reply(request, pool_pb2.ExplainDeploymentResponse(), context)
 
 
 @contextmanager
@@ -215,7 +250,7 @@ def scripted_pool(folder: Path) -> Iterator[ScriptedPool]:
     server = grpc.server(ThreadPoolExecutor(8), options=SERVER_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(pool), server)
     account_pb2_grpc.add_AccountServiceServicer_to_server(_Accounts(pool), server)
-    pool_pb2_grpc.add_PoolServiceServicer_to_server(_Nodes(pool), server)
+    pool_pb2_grpc.add_PoolServiceServicer_to_server(_Pool(pool), server)
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(identity.private_key_pem, identity.certificate_chain_pem)]))
     document = ConnectionDocument(
         protocol_version=PROTOCOL_VERSION,

@@ -29,11 +29,11 @@ def _tokens() -> tuple[list[bytes], list[float], list[int]]:
     return texts, scores, [int(kind) for kind in types]
 
 
-def write_tiny_gguf(path: Path, *, seed: int = 1) -> Path:
-    """Writes the model; the same seed gives the same bytes."""
+def write_tiny_gguf(path: Path, *, seed: int = 1, tensors_per_file: int = 0) -> Path:
+    """Writes the model; the same seed gives the same bytes. With a number of tensors for each file, several are written beside the path."""
     random = np.random.default_rng(seed)
     texts, scores, types = _tokens()
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=tensors_per_file)
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT_LENGTH_TOKENS)
     writer.add_embedding_length(WIDTH)

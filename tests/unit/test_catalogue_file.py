@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from potluck_coordinator.catalogue_file import built_in_catalogue, parse_catalogue, read_catalogue
+from potluck_coordinator.domain.planning.sizing import Misfit, Sizer, whole_room
+from potluck_coordinator.domain.planning.words import Sizing
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import ModelFile
+from tests.support.planning import node
 
 GOOD = """
 [[model]]
@@ -25,11 +31,53 @@ created_at_unix_seconds = 1
 """.format(sha256="a" * 64)
 
 
-def test_the_built_in_catalogue_offers_a_model_that_needs_no_hub():
-    (entry,) = built_in_catalogue()
+def test_the_built_in_catalogue_pins_one_model_that_needs_no_hub():
+    (entry,) = [entry for entry in built_in_catalogue() if entry.file is not None]
     assert entry.model_id == "smollm2-135m-instruct"
     assert entry.file.source.startswith("wheel:")
     assert len(entry.file.sha256) == len(entry.file.source_sha256) == 64
+    assert entry.architecture.weight_bytes_of_files == entry.file.size_bytes
+
+
+def test_the_other_built_in_models_claim_nothing_that_nobody_checked():
+    offers = [entry for entry in built_in_catalogue() if entry.file is None]
+    assert len(offers) >= 10
+    for entry in offers:
+        assert entry.repository.startswith("hf:"), entry
+        assert "hashes" in entry.unchecked, entry
+        assert entry.architecture is not None, entry
+        assert not entry.quantization or entry.architecture.quantization.name == entry.quantization
+
+
+@pytest.mark.parametrize(
+    ("model_id", "card_count"),
+    [
+        ("mistral-7b-instruct-v0.3", 1),
+        ("llama-2-13b-chat-gptq", 1),
+        ("llama-3-8b-instruct-awq", 1),
+        ("llama-3-70b-instruct-awq", 2),
+        ("qwen2.5-32b-instruct-awq", 1),
+        ("qwen2.5-coder-32b-instruct-awq", 1),
+        ("mixtral-8x22b-instruct-v0.1-awq", 4),
+        ("deepseek-r1-distill-llama-70b-awq", 2),
+        ("qwen3-4b-awq", 1),
+        ("qwen3-8b-awq", 1),
+        ("gpt-oss-20b", 1),
+    ],
+)
+def test_every_offer_fits_as_many_rtx_3090_as_its_comment_says_and_no_fewer(model_id, card_count):
+    (offer,) = [entry for entry in built_in_catalogue() if entry.model_id == model_id]
+    weight_bytes = int(offer.architecture.weight_bytes)
+    entry = replace(offer, file=ModelFile(offer.model_id, f"hf:org/name@{'a' * 40}", "model.safetensors", "0" * 64, weight_bytes))
+    sizer = Sizer()
+
+    def sized(count):
+        box = node("box", cards=count)
+        return sizer.size(entry, box, sizer.kind_of(box), whole_room(box.inventory))
+
+    assert isinstance(sized(card_count), Sizing)
+    assert sized(card_count).slot_count >= 1
+    assert card_count == 1 or isinstance(sized(card_count // 2), Misfit)
 
 
 def test_a_good_file_is_read(tmp_path):
@@ -68,3 +116,67 @@ def test_a_model_named_twice_is_refused():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(PotluckError, match=r"absent\.toml"):
         read_catalogue(tmp_path / "absent.toml")
+
+
+def changed(**words):
+    """The good file with some lines replaced; None drops a line."""
+    lines = [line for line in GOOD.splitlines() if line.partition(" = ")[0] not in words]
+    return "\n".join([*lines, *(f"{name} = {word}" for name, word in words.items() if word is not None)])
+
+
+SEVERAL = {"file_name": None, "sha256": None, "size_bytes": None}
+
+
+def test_several_files_are_pinned_in_their_order():
+    pins = ", ".join(
+        f'{{name = "{name}", sha256 = "{"ab"[number] * 64}", size_bytes = {5 + number}}}'
+        for number, name in enumerate(("x.json", "y.json"))
+    )
+    (entry,) = parse_catalogue(changed(**SEVERAL, files=f"[{pins}]"), "mine.toml")
+    assert [file.file_name for file in entry.file.files] == ["x.json", "y.json"]
+    assert entry.file.total_bytes == 11
+
+
+def test_engine_kinds_are_in_the_order_of_preference():
+    (entry,) = parse_catalogue(changed(engine_kind=None, engine_kinds='["vllm", "llamacpp"]'), "mine.toml")
+    assert entry.engine_kinds == ("vllm", "llamacpp")
+
+
+def test_a_model_of_owners_own_engines_has_a_name_and_no_files():
+    (entry,) = parse_catalogue(changed(**SEVERAL, source='"attach:llama3.2:3b"', engine_kind='"attach"'), "mine.toml")
+    assert entry.attached_name == "llama3.2:3b"
+    assert entry.file.files[0].sha256 == ""
+
+
+def test_an_architecture_is_named_or_written_out():
+    (named,) = parse_catalogue(changed(architecture='"smollm2-135m-instruct"'), "mine.toml")
+    assert named.architecture.layer_count == 30
+    words = "layer_count = 2, hidden_size = 64, attention_head_count = 4, kv_head_count = 2, head_dim = 16, intermediate_size = 128"
+    more = 'vocabulary_size = 99, context_length_max_tokens = 512, model_id = "x"'
+    (written,) = parse_catalogue(changed(architecture=f"{{{words}, {more}}}"), "mine.toml")
+    assert written.architecture.kv_head_count == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({**SEVERAL}, "it has no files"),
+        ({"file_name": '"tiny.bin"'}, r"tiny\.bin: only safetensors"),
+        ({"size_bytes": None}, "one file is pinned by file_name, sha256 and size_bytes"),
+        ({"engine_kind": None}, "it needs engine_kinds"),
+        ({"engine_kinds": '["vllm"]'}, "it needs engine_kinds"),
+        ({"engine_kind": '"attach"'}, "go together"),
+        ({"source": '"attach:x"'}, "go together"),
+        ({"source": '"attach:x"', "engine_kind": '"attach"'}, "has no files"),
+        ({"source": '"hf:org/name@main"'}, "its source must be"),
+        ({**SEVERAL, "pinned": "false", "source": '"hf:org/name"'}, "must say in `unchecked`"),
+        ({"pinned": "false", "source": '"hf:org/name"', "unchecked": '"all"'}, "has no files"),
+        ({**SEVERAL, "pinned": "false", "source": '"hf:org/name@main"', "unchecked": '"all"'}, "without a revision"),
+        ({"architecture": '"no-such-model"'}, "no architecture is known as no-such-model"),
+        ({"architecture": '"smollm2-135m-instruct"', "context_length_tokens": "100_000"}, "longer than the model's"),
+    ],
+)
+def test_words_that_do_not_go_together_are_named(words, reason):
+    with pytest.raises(PotluckError, match=reason) as failure:
+        parse_catalogue(changed(**words), "mine.toml")
+    assert "mine.toml: tiny is not a good entry" in failure.value.message

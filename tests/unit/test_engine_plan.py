@@ -17,11 +17,13 @@ from potluck_node.domain.plan import (
     Refuse,
     Start,
     Stop,
-    backoff_seconds,
-    failures_in_a_row,
+    crashed,
+    failed_fetch,
+    given_up,
     plan,
+    stepped_down,
 )
-from potluck_protocol.values import DesiredEngine, DesiredState, ModelFile, ModelId, ReplicaId
+from potluck_protocol.values import DesiredEngine, DesiredState, FailureKind, ModelFile, ModelId, ReplicaId
 
 FILE = ModelFile(ModelId("tiny"), "wheel:tiny==1", "tiny.gguf", "a" * 64, 100)
 ENGINE = DesiredEngine(ReplicaId("r1"), FILE, "scripted", 2, 256)
@@ -35,8 +37,12 @@ def planned(engine: DesiredEngine | None, observed: ObservedReplica | None, limi
     return plan(desired, {observed.engine.replica_id: observed} if observed else {}, limits, NOW_SECONDS)
 
 
-def failed(seconds_ago: float, count: int = 1, *, costly: bool = False) -> ObservedReplica:
-    return ObservedReplica(ENGINE, Phase.FAILED, count, NOW_SECONDS - seconds_ago, costly)
+def failed(retry_in_seconds: float) -> ObservedReplica:
+    return ObservedReplica(ENGINE, Phase.FAILED, retry_at_seconds=NOW_SECONDS + retry_in_seconds)
+
+
+GIVEN_UP = given_up(ObservedReplica(ENGINE, Phase.STARTING), "out of memory")
+REFUSED_FOR_GOOD = ObservedReplica(ENGINE, Phase.REFUSED, given_up="out of memory", refusal="out of memory")
 
 
 @pytest.mark.parametrize(
@@ -50,10 +56,12 @@ def failed(seconds_ago: float, count: int = 1, *, costly: bool = False) -> Obser
         (ENGINE, ObservedReplica(ENGINE, Phase.READY), None, None),
         (ENGINE, ObservedReplica(ENGINE, Phase.STOPPING), None, None),
         (ENGINE, failed(0.5), None, NOW_SECONDS + 0.5),
-        (ENGINE, failed(1.0), Fetch(ENGINE), None),
-        (ENGINE, failed(7.0, count=4), None, NOW_SECONDS + 1.0),
-        (ENGINE, failed(61.0, count=40), Fetch(ENGINE), None),
-        (ENGINE, failed(61.0, costly=True), None, NOW_SECONDS + 539.0),
+        (ENGINE, failed(0.0), Fetch(ENGINE), None),
+        (ENGINE, GIVEN_UP, Refuse(ENGINE, "out of memory", FailureKind.OUT_OF_MEMORY), None),
+        (ENGINE, REFUSED_FOR_GOOD, None, None),
+        (OTHER, REFUSED_FOR_GOOD, Forget(ENGINE.replica_id), None),
+        (OTHER, GIVEN_UP, Forget(ENGINE.replica_id), None),
+        (None, REFUSED_FOR_GOOD, Forget(ENGINE.replica_id), None),
         (OTHER, ObservedReplica(ENGINE, Phase.READY), Stop(ENGINE.replica_id), None),
         (OTHER, failed(0.0), Forget(ENGINE.replica_id), None),
         (ENGINE, ObservedReplica(ENGINE, Phase.REFUSED, refusal="was too big"), Forget(ENGINE.replica_id), None),
@@ -107,10 +115,21 @@ def test_paused_stops_everything_and_starts_nothing():
     assert planned(ENGINE, ObservedReplica(ENGINE, Phase.READY), paused).actions == (Stop(ENGINE.replica_id),)
 
 
-def test_backoff_doubles_to_a_minute_and_starts_again_after_five_healthy_minutes():
-    assert [backoff_seconds(count) for count in (1, 2, 3, 6, 7, 5000)] == [1, 2, 4, 32, 60, 60]
-    assert failures_in_a_row(4, ready_for_seconds=299.0) == 5
-    assert failures_in_a_row(4, ready_for_seconds=300.0) == 1
+def test_each_failure_has_its_own_pause():
+    fetching = ObservedReplica(ENGINE, Phase.FETCHING)
+    for count, pause_seconds in enumerate((1.0, 2.0, 4.0, 8.0), start=1):
+        fetching = failed_fetch(fetching, NOW_SECONDS, costly=False)
+        assert (fetching.phase, fetching.fetch_failure_count) == (Phase.FAILED, count)
+        assert fetching.retry_at_seconds == NOW_SECONDS + pause_seconds
+    assert failed_fetch(fetching, NOW_SECONDS, costly=True).retry_at_seconds == NOW_SECONDS + 600.0
+    assert fetching.crashes.in_a_row_count == 0, "an engine whose file was late has not crashed"
+
+    serving = ObservedReplica(ENGINE, Phase.READY)
+    for pause_seconds in (1.0, 2.0, 4.0, 8.0, 60.0, 120.0):
+        serving = crashed(serving, NOW_SECONDS, ready_for_seconds=0.0)
+        assert (serving.phase, serving.retry_at_seconds) == (Phase.FAILED, NOW_SECONDS + pause_seconds)
+    lower = stepped_down(serving, NOW_SECONDS)
+    assert (lower.crashes, lower.retry_at_seconds) == (serving.crashes, NOW_SECONDS + 1.0), "a planned step is no crash"
 
 
 @pytest.mark.parametrize(

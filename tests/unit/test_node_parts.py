@@ -1,26 +1,23 @@
-"""Small parts of the agent: the stderr ring, what engines see of the environment, probes that fail."""
+"""Small parts of the agent: the stderr ring, what engines see of the environment."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
 import pytest
-import structlog.testing
 
 from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, ChildProcess, StderrTail
+from potluck_node.engines import process
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, EngineLaunch
 from potluck_node.engines.process import EngineFailedError, EngineProcess, engine_environment
 from potluck_node.engines.registry import available_engines
 from potluck_node.model_store.sources import client_environment
-from potluck_node.probe import host, inventory, nvidia
 from potluck_node.report import ENGINES_MAX, NodeReport
 from potluck_node.settings import Settings
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.values import Accelerator, EngineState, EngineStatus, Inventory, ModelId, ReplicaId, SessionId
+from potluck_protocol.values import EngineState, EngineStatus, FailureKind, Inventory, ModelId, ReplicaId, SessionId
 
 
 def test_stderr_tail_keeps_the_last_lines_however_they_are_cut():
@@ -56,62 +53,16 @@ def test_package_clients_keep_their_own_settings_and_see_none_of_ours():
 
 
 def test_every_engine_tells_what_the_plan_and_the_link_need():
-    for kind, engine in available_engines(scripted=True).items():
+    for kind, engine in available_engines(Settings(scripted_engine=True)).items():
         assert engine.kind == kind
         assert engine.version
         assert engine.endpoints
 
 
 def test_the_engine_that_makes_its_answers_up_is_offered_only_where_the_owner_says_so():
-    assert "scripted" not in available_engines(scripted=False)
-    assert set(available_engines(scripted=True)) - set(available_engines(scripted=False)) == {"scripted"}
+    assert "scripted" not in available_engines(Settings())
+    assert set(available_engines(Settings(scripted_engine=True))) - set(available_engines(Settings())) == {"scripted"}
     assert not Settings().scripted_engine
-
-
-def test_failing_probe_costs_its_own_fact_and_is_logged_once(monkeypatch, tmp_path):
-    def broken() -> int:
-        raise OSError("no such thing")
-
-    class NoDriverError(Exception):
-        pass
-
-    def no_driver() -> None:
-        raise NoDriverError
-
-    monkeypatch.setattr(host, "memory_bytes", broken)
-    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=no_driver))
-    monkeypatch.setattr(inventory, "_failed", set())
-    with structlog.testing.capture_logs() as logs:
-        first = inventory.take_inventory(tmp_path / "not" / "yet")
-        inventory.take_inventory(tmp_path)
-    assert (first.memory_bytes, first.accelerators) == (0, ())
-    assert first.cpu_count > 0
-    assert first.disk_free_bytes > 0
-    assert first.operating_system != Inventory().operating_system
-    assert sorted(log["fact"] for log in logs) == ["accelerators", "memory_bytes"]
-
-
-def test_cards_as_the_driver_names_them(monkeypatch):
-    driver = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName=lambda _: "NVIDIA GeForce RTX 3090",
-        nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
-        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=25_769_803_776),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    cards = inventory.take_inventory(Path("/")).accelerators
-    assert cards == tuple(Accelerator("NVIDIA GeForce RTX 3090", f"GPU-{index}", 25_769_803_776) for index in range(2))
-
-
-def test_a_fact_is_a_line_and_not_a_book(monkeypatch, tmp_path):
-    monkeypatch.setattr(host, "operating_system", lambda: "L" * 10_000)
-    monkeypatch.setattr(nvidia, "accelerators", lambda: (Accelerator("N" * 10_000, "G" * 10_000, 1),))
-    found = inventory.take_inventory(tmp_path)
-    (card,) = found.accelerators
-    assert {len(found.operating_system), len(card.name), len(card.uuid)} == {inventory.TEXT_CHARACTERS_MAX}
 
 
 SHOUTING = ("-c", "import sys; [print(str(n) * 290, file=sys.stderr) for n in range(10, 60)]; raise SystemExit('the reason: bad_alloc')")
@@ -128,11 +79,27 @@ async def test_the_last_words_of_an_engine_that_did_not_start_are_bounded_and_ke
     assert len(str(failure.value)) == FAILURE_CHARACTERS_MAX
 
 
+async def test_an_engine_that_the_kernel_killed_for_want_of_memory_says_so_although_it_could_not(tmp_path, monkeypatch):
+    counts = tmp_path / "vmstat"
+    counts.write_text("pgfault 7\noom_kill 1\n")
+    monkeypatch.setattr(process, "_KERNEL_COUNTS", counts)
+    for count, kind in ((1, FailureKind.KILLED), (2, FailureKind.OUT_OF_MEMORY)):
+        code = f"import os; open({str(counts)!r}, 'w').write('pgfault 9\\noom_kill {count}\\n'); os.kill(os.getpid(), 9)"
+        engine = EngineProcess(await ChildProcess.spawn(("-c", code), os.environ))
+        assert (await engine.wait()).kind is kind
+        await engine.stop()
+    monkeypatch.setattr(process, "_KERNEL_COUNTS", tmp_path / "not" / "there")
+    engine = EngineProcess(await ChildProcess.spawn(("-c", "import os; os.kill(os.getpid(), 9)"), os.environ))
+    assert (await engine.wait()).kind is FailureKind.KILLED
+    await engine.stop()
+
+
 async def test_of_an_engine_that_ended_only_known_causes_are_told():
     engine = EngineProcess(await ChildProcess.spawn(SHOUTING, os.environ))
     failure = await engine.wait()
     await engine.stop()
-    assert failure == "the engine ended: exit status 1; its last lines speak of bad_alloc"
+    assert str(failure) == "the engine ended: exit status 1; its last lines speak of bad_alloc"
+    assert failure.kind is FailureKind.OUT_OF_MEMORY
 
 
 def test_a_node_says_a_bounded_amount_of_itself(tmp_path):

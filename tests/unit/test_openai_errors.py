@@ -35,8 +35,9 @@ def test_only_what_may_succeed_later_says_when() -> None:
     assert saying == {code for code, spec in CATALOGUE.items() if spec.retry_is_safe}
 
 
-def test_no_retry_without_credits_or_once_billed() -> None:
-    assert dict(http_error(PotluckError(ErrorCode.INSUFFICIENT_CREDITS)).headers)[b"x-should-retry"] == b"false"
+def test_no_retry_without_credits_nor_of_what_kills_engines_nor_once_billed() -> None:
+    for code in (ErrorCode.INSUFFICIENT_CREDITS, ErrorCode.REQUEST_REFUSED):
+        assert dict(http_error(PotluckError(code)).headers)[b"x-should-retry"] == b"false"
     billed = dict(http_error(PotluckError(ErrorCode.NODE_LOST, retry_after_seconds=1), billed=True).headers)
     assert billed[b"x-should-retry"] == b"false"
     assert b"retry-after" not in billed

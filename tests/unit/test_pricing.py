@@ -13,7 +13,7 @@ from potluck_protocol.values import Endpoint, ModelFile, ModelId, Usage
 ENTRY = CatalogueEntry(
     model_id=ModelId("small"),
     file=ModelFile(ModelId("small"), "path:/models", "small.gguf", "00", 1),
-    engine_kind="scripted",
+    engine_kinds=("scripted",),
     context_length_tokens=2048,
     slot_count=4,
     prompt_price_micro_credits=1,

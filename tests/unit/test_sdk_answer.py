@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import potluck
-from potluck import calls
+from potluck import calls, catalogue_calls
 from potluck.address import pool_address
 from potluck.answer import AnswerReader
 from potluck.errors import CLASS_OF_CODE, PoolError, pool_error
-from potluck.results import ModelInfo
+from potluck.results import Deployment, ModelInfo
 from potluck.retry import RETRY_AFTER_MAX_SECONDS, TRIES_MAX, delay_before_retry_seconds
 from potluck_protocol.errors import CATALOGUE, ErrorCode
 from potluck_protocol.money import credits_text
@@ -89,6 +89,14 @@ def test_every_call_names_a_method_of_the_contract_and_its_reply():
         calls.create_account("a"),
         calls.list_accounts(),
         calls.audit_ledger(),
+        catalogue_calls.add_model_text(""),
+        catalogue_calls.add_model_from_hub("hf:org/name@main"),
+        catalogue_calls.remove_model(ModelId("m")),
+        catalogue_calls.get_model(ModelId("m")),
+        catalogue_calls.deploy(Deployment(ModelId("m"))),
+        catalogue_calls.undeploy(ModelId("m")),
+        catalogue_calls.list_deployments(),
+        catalogue_calls.explain_deployment(ModelId("m")),
     ]
     methods = {
         f"/{service.full_name}/{method.name}": method
@@ -101,7 +109,8 @@ def test_every_call_names_a_method_of_the_contract_and_its_reply():
         assert method.input_type is call.request.DESCRIPTOR
         assert method.output_type is call.reply_type.DESCRIPTOR
     assert {call.method for call in made} == methods.keys() - {calls.GENERATE_METHOD}
-    assert {call.method.rsplit("/")[-1] for call in made if not call.repeatable} == {"CreateKey", "CreateJoinToken", "CreateAccount"}
+    made_once = {call.method.rsplit("/")[-1] for call in made if not call.repeatable}
+    assert made_once == {"CreateKey", "CreateJoinToken", "CreateAccount", "RemoveModel", "Undeploy"}
 
 
 @given(texts=st.lists(st.text(min_size=1), max_size=8), cuts=st.lists(st.integers(0, 2000), max_size=10), crlf=st.booleans())

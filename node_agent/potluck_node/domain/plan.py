@@ -1,29 +1,29 @@
 """What to do next about the engines of this node: wish and observation in, actions out.
 
-Decides which engines are fetched, started, stopped and refused, and when a failed one is tried again. The owner's limits win over the
-coordinator's wish. It must not know processes, files or clocks: `supervisor` observes, acts, and asks again after every change.
+Decides which engines are fetched, started, stopped and refused, and when a failed one is tried again: of one that crashes `breaker` says
+when. The owner's limits win over the coordinator's wish. It must not know processes, files or clocks: `supervisor` observes, acts, and asks
+again after every change.
 
 A replica's life: (absent) → FETCHING → FETCHED → STARTING → READY; a fetch, start or run that fails → FAILED, and after a pause FETCHING
 again; what is no longer wished, or wished otherwise, → STOPPING → (absent). REFUSED while the owner's limits, or what this node would ever
-run, forbid it; from READY and the phases before by way of STOPPING. Of what is FAILED or REFUSED nothing lives: → (absent) at once.
+run, forbid it; from READY and the phases before by way of STOPPING; and, until it is wished otherwise, once it ran out of memory with the
+least that is worth starting. Of what is FAILED or REFUSED nothing lives: → (absent) at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from potluck_node.domain.model_source import FolderSource, check_model_file, parse_source
-from potluck_protocol.values import DesiredEngine, DesiredState, ModelId, ReplicaId
+from potluck_node.domain.breaker import BACKOFF_FIRST_SECONDS, NO_CRASHES, CrashRecord, after_crash, backoff_seconds, pause_seconds
+from potluck_node.domain.group_place import place_refusal
+from potluck_node.domain.model_source import ATTACHED_KIND, AttachedSource, HubSource, WheelSource, check_model_file, parse_source
+from potluck_protocol.values import DesiredEngine, DesiredState, FailureKind, GroupOffer, ModelId, ReplicaId
 
-BACKOFF_FIRST_SECONDS: Final = 1.0
-BACKOFF_LAST_SECONDS: Final = 60.0
 COSTLY_BACKOFF_SECONDS: Final = 600.0
 """After a file that was fetched whole and was not what the catalogue says: fetching it again at once would burn the owner's uplink."""
-HEALTHY_AFTER_SECONDS: Final = 300.0
-"""An engine that was ready this long starts again from the first backoff."""
 
 
 class Phase(StrEnum):
@@ -49,10 +49,13 @@ class ObservedReplica:
     engine: DesiredEngine
     """The wish it was made for."""
     phase: Phase
-    failure_count: int = 0
-    """Failures in a row."""
-    failed_at_seconds: float = 0.0
-    failure_was_costly: bool = False
+    retry_at_seconds: float = 0.0
+    """Of what is FAILED: nothing is tried before."""
+    fetch_failure_count: int = 0
+    """In a row."""
+    crashes: CrashRecord = NO_CRASHES
+    given_up: str = ""
+    """Why it will not be tried again for this wish."""
     refusal: str = ""
 
 
@@ -66,6 +69,10 @@ class LocalLimits:
     """Empty: all."""
     disk_budget_bytes: int | None = None
     """For model files that this node fetches; None: as much as is free."""
+    memory_budget_bytes: int | None = None
+    """For engines without cards together; None: as the coordinator plans."""
+    group_offer: GroupOffer | None = None
+    """None: in no group."""
     paused: bool = False
 
 
@@ -96,6 +103,7 @@ class Refuse:
 
     engine: DesiredEngine
     reason: str
+    kind: FailureKind = FailureKind.NOT_ALLOWED
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,27 +139,34 @@ def plan(desired: DesiredState, observed: Mapping[ReplicaId, ObservedReplica], l
             action = _refuse(engine, replica, reason)
         else:
             action = _advance(engine, replica, now_seconds)
-            if action is None and replica is not None and replica.phase is Phase.FAILED:
-                retry_at_seconds = _retry_at_seconds(replica)
-                wake_at_seconds = retry_at_seconds if wake_at_seconds is None else min(wake_at_seconds, retry_at_seconds)
+            if action is None and replica is not None and _is_tried_again(replica):
+                wake_at_seconds = replica.retry_at_seconds if wake_at_seconds is None else min(wake_at_seconds, replica.retry_at_seconds)
         if action is not None:
             actions.append(action)
     return Plan(tuple(actions), wake_at_seconds)
 
 
-def failures_in_a_row(earlier_count: int, ready_for_seconds: float) -> int:
-    """The count after one more failure of an engine that had been ready for so long (0: it never was)."""
-    return 1 if ready_for_seconds >= HEALTHY_AFTER_SECONDS else earlier_count + 1
+def failed_fetch(replica: ObservedReplica, now_seconds: float, *, costly: bool) -> ObservedReplica:
+    """Its files could not be had; `costly` where they came whole and were not what the catalogue says."""
+    count = replica.fetch_failure_count + 1
+    pause = COSTLY_BACKOFF_SECONDS if costly else backoff_seconds(count)
+    return replace(replica, phase=Phase.FAILED, fetch_failure_count=count, retry_at_seconds=now_seconds + pause)
 
 
-def backoff_seconds(failure_count: int) -> float:
-    """The pause after so many failures in a row: 1, 2, 4 … 60 s."""
-    return min(BACKOFF_LAST_SECONDS, BACKOFF_FIRST_SECONDS * 2.0 ** min(failure_count - 1, 16))
+def crashed(replica: ObservedReplica, now_seconds: float, ready_for_seconds: float) -> ObservedReplica:
+    """Its engine failed, in its start (ready for 0 s) or later, and the next one will be the same."""
+    crashes = after_crash(replica.crashes, now_seconds, ready_for_seconds)
+    return replace(replica, phase=Phase.FAILED, crashes=crashes, retry_at_seconds=now_seconds + pause_seconds(crashes))
 
 
-def _retry_at_seconds(replica: ObservedReplica) -> float:
-    pause_seconds = COSTLY_BACKOFF_SECONDS if replica.failure_was_costly else backoff_seconds(replica.failure_count)
-    return replica.failed_at_seconds + pause_seconds
+def stepped_down(replica: ObservedReplica, now_seconds: float) -> ObservedReplica:
+    """Its engine failed, and the next one will be given less: there are only so many such steps, so it is no crash."""
+    return replace(replica, phase=Phase.FAILED, retry_at_seconds=now_seconds + BACKOFF_FIRST_SECONDS)
+
+
+def given_up(replica: ObservedReplica, reason: str) -> ObservedReplica:
+    """Its engine failed, and no other start is worth trying."""
+    return replace(replica, phase=Phase.FAILED, given_up=reason)
 
 
 def _dismiss(replica: ObservedReplica | None) -> Action | None:
@@ -172,33 +187,56 @@ def _refuse(engine: DesiredEngine, replica: ObservedReplica | None, reason: str)
 def _advance(engine: DesiredEngine, replica: ObservedReplica | None, now_seconds: float) -> Action | None:
     if replica is None:
         return Fetch(engine)
-    if replica.engine != engine or replica.phase is Phase.REFUSED:
+    if replica.engine != engine or (replica.phase is Phase.REFUSED and not replica.given_up):
         return _dismiss(replica)
     if replica.phase is Phase.FETCHED:
         return Start(engine)
-    if replica.phase is Phase.FAILED and now_seconds >= _retry_at_seconds(replica):
+    if replica.phase is Phase.FAILED and replica.given_up:
+        return Refuse(engine, replica.given_up, FailureKind.OUT_OF_MEMORY)
+    if _is_tried_again(replica) and now_seconds >= replica.retry_at_seconds:
         return Fetch(engine)
     return None
 
 
+def _is_tried_again(replica: ObservedReplica) -> bool:
+    """Of a group's stage only the directory says so, by a new generation: the others of this one are stopped by then."""
+    return replica.phase is Phase.FAILED and replica.engine.group is None
+
+
 def _refusals(engines: tuple[DesiredEngine, ...], limits: LocalLimits) -> dict[ReplicaId, str]:
-    """Why replicas will not run here. The disk budget goes to replicas in the order of their ids, each file counted once."""
+    """Why replicas will not run here. The budgets go to replicas in the order of their ids, each file counted once."""
     refusals: dict[ReplicaId, str] = {}
     counted: dict[str, int] = {}
+    memory_left_bytes = limits.memory_budget_bytes
     for engine in engines:
-        reason = _own_refusal(engine, limits)
-        if not reason and limits.disk_budget_bytes is not None and not isinstance(parse_source(engine.model.source), FolderSource):
-            taken_bytes = sum(size for sha256, size in counted.items() if sha256 != engine.model.sha256)
-            if taken_bytes + engine.model.size_bytes > limits.disk_budget_bytes:
+        reason = _own_refusal(engine, limits) or _memory_refusal(engine, memory_left_bytes)
+        if not reason and limits.disk_budget_bytes is not None and isinstance(parse_source(engine.model.source), HubSource | WheelSource):
+            needed = {file.sha256: file.size_bytes for file in engine.model.files}
+            taken_bytes = sum(size for sha256, size in counted.items() if sha256 not in needed)
+            if taken_bytes + sum(needed.values()) > limits.disk_budget_bytes:
                 reason = (
-                    f"{engine.model.model_id} needs {engine.model.size_bytes} bytes of disk; "
+                    f"{engine.model.model_id} needs {sum(needed.values())} bytes of disk; "
                     f"{max(0, limits.disk_budget_bytes - taken_bytes)} of this node's budget of {limits.disk_budget_bytes} are left"
                 )
             else:
-                counted[engine.model.sha256] = engine.model.size_bytes
+                counted |= needed
         if reason:
             refusals[engine.replica_id] = reason
+        elif memory_left_bytes is not None:
+            memory_left_bytes -= _memory_bytes(engine)
     return refusals
+
+
+def _memory_refusal(engine: DesiredEngine, left_bytes: int | None) -> str:
+    needed_bytes = _memory_bytes(engine)
+    if left_bytes is None or needed_bytes <= left_bytes:
+        return ""
+    return f"{engine.model.model_id} is given {needed_bytes} bytes of memory; {left_bytes} of this node's budget are left"
+
+
+def _memory_bytes(engine: DesiredEngine) -> int:
+    """Of the machine's own memory."""
+    return 0 if engine.shape.card_uuids else engine.shape.memory_bytes
 
 
 def _own_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
@@ -212,4 +250,6 @@ def _own_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
         check_model_file(engine.model)
     except ValueError as error:
         return str(error)
-    return ""
+    if (engine.engine_kind == ATTACHED_KIND) != isinstance(parse_source(engine.model.source), AttachedSource):
+        return f"the engine {engine.engine_kind!r} does not go with the source {engine.model.source!r}"
+    return place_refusal(engine.group, limits.group_offer)

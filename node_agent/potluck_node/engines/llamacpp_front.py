@@ -39,6 +39,8 @@ BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
 LOOK_SECONDS: Final = 0.5
 """Between looks for a standstill."""
+BATCH_BYTES_MAX: Final = 8 * 1024
+"""Of a prompt is read before the next word of its progress: a batch of 2,048 tokens."""
 _QUESTION: Final = b'{"prompt":"Hello","max_tokens":1}'
 """Asked of an engine in doubt: it costs a token."""
 _JSON: Final = "application/json; charset=utf-8"
@@ -93,7 +95,7 @@ class Front:
         assert self._session is not None
         try:
             asking = self._session.post(self._engine_url + endpoint.value, data=body, headers={"content-type": "application/json"})
-            return await self._standstill.hear(asking)
+            return await self._standstill.hear(asking, min(len(body), BATCH_BYTES_MAX))
         except ClientError as error:
             text = json.dumps({"error": {"code": 502, "message": "llama.cpp did not answer", "type": "server_error"}})
             raise web.HTTPBadGateway(text=text, content_type="application/json") from error

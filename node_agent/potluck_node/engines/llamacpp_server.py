@@ -38,7 +38,7 @@ def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
     import xllamacpp  # noqa: PLC0415 - 100 MB of native code, loaded by this process only
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(options.model)
+    params.model.path = str(first_file(options.model))
     params.model_alias = {options.alias}
     params.hostnames = ["127.0.0.1"]
     params.port = 0
@@ -56,6 +56,11 @@ def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
     params.endpoint_props = False
     params.verbosity = ERRORS_ONLY
     return params
+
+
+def first_file(model: Path) -> Path:
+    """The file itself, or the first of several in a folder: their names are numbered, and llama.cpp finds the others beside it."""
+    return min(model.rglob("*.gguf"), default=model) if model.is_dir() else model
 
 
 def start_engine(options: argparse.Namespace) -> tuple[Any, str]:
@@ -82,7 +87,7 @@ async def _run(engine_url: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="potluck_node.engines.llamacpp_server", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
+    parser.add_argument("--model", type=Path, required=True, help="the GGUF file, or a folder of its parts")
     parser.add_argument("--alias", required=True, help="the model's name in answers")
     parser.add_argument("--context", type=int, required=True, help="tokens of one slot, prompt and answer together")
     parser.add_argument("--slots", type=int, required=True, help="requests answered at a time")

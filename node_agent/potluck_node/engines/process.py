@@ -1,21 +1,25 @@
 """One engine subprocess: started, ready after a real answer, failed with a reason.
 
-Decides when an engine counts as ready and how its failure reads. It is run as a `child_process`. It must not know why it runs or what
-happens after it fails: that is the plan's business.
+Decides when an engine counts as ready and how its failure reads; `domain.failures` says what kind of failure it is. It is run as a
+`child_process`. It must not know why it runs or what happens after it fails: that is the plan's business.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from potluck_node.child_process import ChildProcess
-from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineAddress, EngineLaunch
+from potluck_node.domain.failures import Shortage, diagnose
+from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineAddress, EngineLaunch, EngineProbe
+from potluck_protocol.values import FailureKind
 
 START_LIMIT_SECONDS: Final = 900.0
 """For loading the model; a large one comes from a slow disk."""
@@ -24,23 +28,24 @@ PROBE_LIMIT_SECONDS: Final = 120.0
 ENDING_LIMIT_SECONDS: Final = 5.0
 """For a process that closed its stdout to end."""
 FAILURE_LINES: Final = 12
-KNOWN_CAUSES: Final = (
-    "CUDA error",
-    "out of memory",
-    "bad_alloc",
-    "MemoryError",
-    "GGML_ASSERT",
-    "Segmentation fault",
-    "No space left",
-    "says nothing any more",
-)
+_KERNEL_COUNTS: Final = Path("/proc/vmstat")
 
 _PASSED_VARIABLES: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
 _PASSED_PREFIXES: Final = ("LC_", "CUDA_", "NVIDIA_", "GGML_", "OMP_")
 
 
 class EngineFailedError(Exception):
-    """An engine that did not start, did not answer, or ended; its text is for people."""
+    """An engine that did not start, did not answer, or ended; its text is for people.
+
+    Attributes:
+        kind: for whoever decides what to do about it.
+        shortage: of what there was too little, where it ran out of memory.
+    """
+
+    def __init__(self, text: str, kind: FailureKind = FailureKind.NOT_STARTED, shortage: Shortage | None = None) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.shortage = shortage
 
 
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -55,6 +60,8 @@ class EngineProcess:
     def __init__(self, child: ChildProcess) -> None:
         self._child = child
         self._draining: asyncio.Task[None] | None = None
+        self._condemned: asyncio.Future[EngineFailedError] = asyncio.get_running_loop().create_future()
+        self._kill_count = _kernel_kill_count()
         self.address = EngineAddress("")
 
     @classmethod
@@ -83,64 +90,120 @@ class EngineProcess:
         """The engine's process id."""
         return self._child.pid
 
-    async def wait(self) -> str:
-        """Waits for the engine's end; what happened. Never its last lines: once it serves, an engine may quote requests in them."""
-        what = f"the engine ended: {await self._child.wait() or 'exit status 0'}"
-        tail = self._child.stderr.text()
-        causes = [cause for cause in KNOWN_CAUSES if cause in tail]
-        return f"{what}; its last lines speak of {', '.join(causes)}" if causes else what
+    async def wait(self) -> EngineFailedError:
+        """Waits for the engine's end, or for it to be condemned; what happened, to be told and not raised.
+
+        Never its last lines: once it serves, an engine may quote requests in them.
+        """
+        waiting = asyncio.ensure_future(self._child.wait())
+        try:
+            await asyncio.wait((waiting, self._condemned), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if self._condemned.done():
+            return self._condemned.result()
+        ending = waiting.result()
+        told = diagnose(ending, self._lines(), served=True, memory_was_reclaimed=self._memory_was_reclaimed())
+        what = f"the engine ended: {ending or 'exit status 0'}"
+        return EngineFailedError(f"{what}; its last lines speak of {told.words}" if told.words else what, told.kind, told.shortage)
+
+    def condemn(self, why: str) -> None:
+        """It lives and is of no use any more: `wait` ends with this, and `stop` will not ask it first."""
+        if not self._condemned.done():
+            self._condemned.set_result(EngineFailedError(why, FailureKind.HUNG))
 
     async def stop(self) -> None:
         """Stops the engine and everything it started, within a bound."""
-        await self._child.stop()
+        await (self._child.kill() if self._condemned.done() else self._child.stop())
         if self._draining is not None:
             self._draining.cancel()
 
     async def _become_ready(self, engine: Engine, launch: EngineLaunch, session: aiohttp.ClientSession) -> None:
         try:
-            line = await asyncio.wait_for(self._child.first_line(), START_LIMIT_SECONDS)
+            # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
+            async with asyncio.timeout(START_LIMIT_SECONDS):
+                line = await self._child.first_line()
         except TimeoutError as error:
-            raise EngineFailedError(self._failure(f"the engine did not start within {START_LIMIT_SECONDS:.0f} s")) from error
+            raise self._failure(f"the engine did not start within {START_LIMIT_SECONDS:.0f} s") from error
         if not line:
-            raise EngineFailedError(self._failure(f"the engine did not start: {await self._ending()}"))
-        self.address = self._announced(line)
+            ending = await self._ending()
+            raise self._failure(f"the engine did not start: {ending or 'it closed its stdout and went on'}", ending)
+        self.address = self._announced(line, leads=launch.group is None or launch.group.rank == 0)
         self._draining = asyncio.create_task(self._child.drain_stdout())
-        probe = engine.probe(launch)
+        if not self.address.url:
+            return
         try:
-            limit = aiohttp.ClientTimeout(total=PROBE_LIMIT_SECONDS)
-            url = self.address.url + probe.endpoint.value
-            async with session.post(url, data=probe.body, headers=self.address.headers, timeout=limit) as response:
-                answer = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineFailedError(self._failure(f"the engine did not answer its first request: {type(error).__name__}")) from error
-        if response.status != 200 or not _has_token(answer):
-            raise EngineFailedError(self._failure(f"the engine's first answer had no token (HTTP status {response.status})"))
+            status, answer = await ask(session, self.address, engine.probe(launch), PROBE_LIMIT_SECONDS)
+        except TimeoutError as error:
+            self.condemn(f"the engine did not answer its first request within {PROBE_LIMIT_SECONDS:.0f} s")
+            raise self._failure(str(self._condemned.result()), otherwise=FailureKind.HUNG) from error
+        except aiohttp.ClientError as error:
+            ending = await self._ending()
+            what = f"the engine did not answer its first request: {ending or type(error).__name__}"
+            raise self._failure(what, ending) from error
+        if status != 200 or not has_token(answer):
+            raise self._failure(f"the engine's first answer had no token (HTTP status {status})")
 
     async def _ending(self) -> str:
+        """How it ended; empty if it goes on for longer than the limit."""
         try:
-            return await asyncio.wait_for(self._child.wait(), ENDING_LIMIT_SECONDS) or "exit status 0"
+            async with asyncio.timeout(ENDING_LIMIT_SECONDS):
+                return await self._child.wait() or "exit status 0"
         except TimeoutError:
-            return "it closed its stdout and went on"
+            return ""
 
-    def _announced(self, line: bytes) -> EngineAddress:
+    def _announced(self, line: bytes, *, leads: bool) -> EngineAddress:
         try:
             words = json.loads(line)
             url, api_key = str(words["url"]), str(words.get("api_key", ""))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineFailedError(self._failure("the engine's first line on stdout is not its URL")) from error
+            raise self._failure("the engine's first line on stdout is not its URL") from error
+        if not url and not leads:
+            # A stage behind the leader's: it stands, and the first token, which goes through it, is the leader's to ask for.
+            return EngineAddress("")
         if urlsplit(url).hostname != "127.0.0.1":
-            raise EngineFailedError(self._failure(f"the engine listens at {url}, not on loopback only"))
+            raise self._failure(f"the engine listens at {url}, not on loopback only")
         return EngineAddress(url, api_key)
 
-    def _failure(self, what: str) -> str:
+    def _failure(self, what: str, ending: str = "", otherwise: FailureKind = FailureKind.NOT_STARTED) -> EngineFailedError:
+        """Of an engine that has not served: with its last lines, and the one that says why, should that stand further up."""
+        told = diagnose(ending, self._lines(), served=False, memory_was_reclaimed=self._memory_was_reclaimed())
         tail = self._child.stderr.text(FAILURE_LINES)
+        if told.line and told.line not in tail:
+            what = f"{what}\n{told.line}"
         # The end of a traceback says what went wrong; its start only where.
         left_characters = max(1, FAILURE_CHARACTERS_MAX - len(what) - 1)
-        return f"{what}\n{tail[-left_characters:]}" if tail else what
+        kind = otherwise if told.kind is FailureKind.NOT_STARTED else told.kind
+        return EngineFailedError(f"{what}\n{tail[-left_characters:]}" if tail else what, kind, told.shortage)
+
+    def _lines(self) -> list[str]:
+        return self._child.stderr.text().splitlines()
+
+    def _memory_was_reclaimed(self) -> bool:
+        count = _kernel_kill_count()
+        return None not in (count, self._kill_count) and count != self._kill_count
 
 
-def _has_token(answer: bytes) -> bool:
+async def ask(session: aiohttp.ClientSession, address: EngineAddress, probe: EngineProbe, limit_seconds: float) -> tuple[int, bytes]:
+    """Asks an engine for its one token: HTTP status and body; raises aiohttp.ClientError, or TimeoutError after the limit."""
+    limit = aiohttp.ClientTimeout(total=limit_seconds)
+    async with session.post(address.url + probe.endpoint.value, data=probe.body, headers=address.headers, timeout=limit) as response:
+        return response.status, await response.read()
+
+
+def has_token(answer: bytes) -> bool:
+    """Whether an unstreamed answer counts at least one token of its own."""
     try:
         return int(json.loads(answer)["usage"]["completion_tokens"]) >= 1
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _kernel_kill_count() -> int | None:
+    """How many processes the kernel has killed for want of memory since it booted; None where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _KERNEL_COUNTS.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None

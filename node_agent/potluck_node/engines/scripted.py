@@ -29,6 +29,7 @@ class ScriptedEngine:
             *("-m", "potluck_node.engines.scripted_server", "--lifeline"),
             *("--model", str(launch.model_path), "--alias", launch.model_id),
             *("--context", str(launch.context_length_tokens), "--slots", str(launch.slot_count)),
+            *(("--stage",) if launch.group is not None and launch.group.rank > 0 else ()),
         )
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:

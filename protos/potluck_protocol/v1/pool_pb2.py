@@ -22,26 +22,69 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from potluck_protocol.v1 import common_pb2 as potluck__protocol_dot_v1_dot_common__pb2
 from potluck_protocol.v1 import node_pb2 as potluck__protocol_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epotluck_protocol/v1/pool.proto\x12\x13potluck_protocol.v1\x1a\x1epotluck_protocol/v1/node.proto\"\x12\n\x10ListNodesRequest\"=\n\x11ListNodesResponse\x12(\n\x05nodes\x18\x01 \x03(\x0b\x32\x19.potluck_protocol.v1.Node\"\xe9\x02\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x18\n\x10owner_account_id\x18\x03 \x01(\t\x12\x12\n\nconnection\x18\x04 \x01(\t\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.potluck_protocol.v1.NodeState\x12\x32\n\x07\x65ngines\x18\x06 \x03(\x0b\x32!.potluck_protocol.v1.EngineStatus\x12\x31\n\tinventory\x18\x07 \x01(\x0b\x32\x1e.potluck_protocol.v1.Inventory\x12\x15\n\ragent_version\x18\x08 \x01(\t\x12\x12\n\nup_minutes\x18\t \x01(\x03\x12\x14\n\x0c\x64own_minutes\x18\n \x01(\x03\x12\x17\n\x0funknown_minutes\x18\x0b \x01(\x03\x12\x1c\n\x14last_seen_at_unix_ms\x18\x0c \x01(\x03\"4\n\x11RevokeNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x14\n\x12RevokeNodeResponse2\xc8\x01\n\x0bPoolService\x12Z\n\tListNodes\x12%.potluck_protocol.v1.ListNodesRequest\x1a&.potluck_protocol.v1.ListNodesResponse\x12]\n\nRevokeNode\x12&.potluck_protocol.v1.RevokeNodeRequest\x1a\'.potluck_protocol.v1.RevokeNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epotluck_protocol/v1/pool.proto\x12\x13potluck_protocol.v1\x1a potluck_protocol/v1/common.proto\x1a\x1epotluck_protocol/v1/node.proto\"\x12\n\x10ListNodesRequest\"=\n\x11ListNodesResponse\x12(\n\x05nodes\x18\x01 \x03(\x0b\x32\x19.potluck_protocol.v1.Node\"\xe9\x02\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x18\n\x10owner_account_id\x18\x03 \x01(\t\x12\x12\n\nconnection\x18\x04 \x01(\t\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.potluck_protocol.v1.NodeState\x12\x32\n\x07\x65ngines\x18\x06 \x03(\x0b\x32!.potluck_protocol.v1.EngineStatus\x12\x31\n\tinventory\x18\x07 \x01(\x0b\x32\x1e.potluck_protocol.v1.Inventory\x12\x15\n\ragent_version\x18\x08 \x01(\t\x12\x12\n\nup_minutes\x18\t \x01(\x03\x12\x14\n\x0c\x64own_minutes\x18\n \x01(\x03\x12\x17\n\x0funknown_minutes\x18\x0b \x01(\x03\x12\x1c\n\x14last_seen_at_unix_ms\x18\x0c \x01(\x03\"4\n\x11RevokeNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x14\n\x12RevokeNodeResponse\"b\n\x0f\x41\x64\x64ModelRequest\x12\x18\n\x0e\x63\x61talogue_toml\x18\x01 \x01(\tH\x00\x12,\n\x03hub\x18\x02 \x01(\x0b\x32\x1d.potluck_protocol.v1.HubModelH\x00\x42\x07\n\x05model\"\xa0\x03\n\x08HubModel\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x15\n\x08model_id\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x16\n\tfile_name\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x31\n$prompt_price_micro_credits_per_token\x18\x04 \x01(\x03H\x02\x88\x01\x01\x12\x35\n(completion_price_micro_credits_per_token\x18\x05 \x01(\x03H\x03\x88\x01\x01\x12\x14\n\x0c\x65ngine_kinds\x18\x06 \x03(\t\x12\"\n\x15\x63ontext_length_tokens\x18\x07 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\nslot_count\x18\x08 \x01(\x05H\x05\x88\x01\x01\x42\x0b\n\t_model_idB\x0c\n\n_file_nameB\'\n%_prompt_price_micro_credits_per_tokenB+\n)_completion_price_micro_credits_per_tokenB\x18\n\x16_context_length_tokensB\r\n\x0b_slot_count\"Y\n\x10\x41\x64\x64ModelResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.potluck_protocol.v1.CatalogueModel\x12\x10\n\x08progress\x18\x02 \x01(\t\"&\n\x12RemoveModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\x15\n\x13RemoveModelResponse\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"F\n\x10GetModelResponse\x12\x32\n\x05model\x18\x01 \x01(\x0b\x32#.potluck_protocol.v1.CatalogueModel\"\x9a\x04\n\x0e\x43\x61talogueModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12.\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x1f.potluck_protocol.v1.PinnedFile\x12\x14\n\x0c\x65ngine_kinds\x18\x05 \x03(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x06 \x01(\x05\x12\x12\n\nslot_count\x18\x07 \x01(\x05\x12,\n$prompt_price_micro_credits_per_token\x18\x08 \x01(\x03\x12\x30\n(completion_price_micro_credits_per_token\x18\t \x01(\x03\x12\x0f\n\x07licence\x18\n \x01(\t\x12\x30\n\tendpoints\x18\x0b \x03(\x0e\x32\x1d.potluck_protocol.v1.Endpoint\x12\x1f\n\x17\x63reated_at_unix_seconds\x18\x0c \x01(\x03\x12\x14\n\x0cquantization\x18\r \x01(\t\x12;\n\x0c\x61rchitecture\x18\x0e \x03(\x0b\x32%.potluck_protocol.v1.ArchitectureFact\x12\x11\n\tunchecked\x18\x0f \x01(\t\x12\x33\n\ndeployment\x18\x10 \x01(\x0b\x32\x1f.potluck_protocol.v1.Deployment\"/\n\x10\x41rchitectureFact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"|\n\nDeployment\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1a\n\rreplica_count\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12.\n\x04tier\x18\x03 \x01(\x0e\x32 .potluck_protocol.v1.ServiceTierB\x10\n\x0e_replica_count\"D\n\rDeployRequest\x12\x33\n\ndeployment\x18\x01 \x01(\x0b\x32\x1f.potluck_protocol.v1.Deployment\"\x10\n\x0e\x44\x65ployResponse\"#\n\x0fUndeployRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\x12\n\x10UndeployResponse\"\x18\n\x16ListDeploymentsRequest\"U\n\x17ListDeploymentsResponse\x12:\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32%.potluck_protocol.v1.DeploymentStatus\"\xb6\x01\n\x10\x44\x65ploymentStatus\x12\x33\n\ndeployment\x18\x01 \x01(\x0b\x32\x1f.potluck_protocol.v1.Deployment\x12\x1b\n\x13ready_replica_count\x18\x02 \x01(\x05\x12\x1e\n\x16starting_replica_count\x18\x03 \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\x04 \x01(\x05\x12\x11\n\tshortfall\x18\x05 \x01(\t\",\n\x18\x45xplainDeploymentRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"O\n\x19\x45xplainDeploymentResponse\x12\x32\n\x08verdicts\x18\x01 \x03(\x0b\x32 .potluck_protocol.v1.NodeVerdict\"U\n\x0bNodeVerdict\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t*\\\n\x0bServiceTier\x12\x1c\n\x18SERVICE_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11SERVICE_TIER_FLEX\x10\x01\x12\x18\n\x14SERVICE_TIER_DEFAULT\x10\x02\x32\xea\x06\n\x0bPoolService\x12Z\n\tListNodes\x12%.potluck_protocol.v1.ListNodesRequest\x1a&.potluck_protocol.v1.ListNodesResponse\x12]\n\nRevokeNode\x12&.potluck_protocol.v1.RevokeNodeRequest\x1a\'.potluck_protocol.v1.RevokeNodeResponse\x12W\n\x08\x41\x64\x64Model\x12$.potluck_protocol.v1.AddModelRequest\x1a%.potluck_protocol.v1.AddModelResponse\x12`\n\x0bRemoveModel\x12\'.potluck_protocol.v1.RemoveModelRequest\x1a(.potluck_protocol.v1.RemoveModelResponse\x12W\n\x08GetModel\x12$.potluck_protocol.v1.GetModelRequest\x1a%.potluck_protocol.v1.GetModelResponse\x12Q\n\x06\x44\x65ploy\x12\".potluck_protocol.v1.DeployRequest\x1a#.potluck_protocol.v1.DeployResponse\x12W\n\x08Undeploy\x12$.potluck_protocol.v1.UndeployRequest\x1a%.potluck_protocol.v1.UndeployResponse\x12l\n\x0fListDeployments\x12+.potluck_protocol.v1.ListDeploymentsRequest\x1a,.potluck_protocol.v1.ListDeploymentsResponse\x12r\n\x11\x45xplainDeployment\x12-.potluck_protocol.v1.ExplainDeploymentRequest\x1a..potluck_protocol.v1.ExplainDeploymentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'potluck_protocol.v1.pool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTNODESREQUEST']._serialized_start=87
-  _globals['_LISTNODESREQUEST']._serialized_end=105
-  _globals['_LISTNODESRESPONSE']._serialized_start=107
-  _globals['_LISTNODESRESPONSE']._serialized_end=168
-  _globals['_NODE']._serialized_start=171
-  _globals['_NODE']._serialized_end=532
-  _globals['_REVOKENODEREQUEST']._serialized_start=534
-  _globals['_REVOKENODEREQUEST']._serialized_end=586
-  _globals['_REVOKENODERESPONSE']._serialized_start=588
-  _globals['_REVOKENODERESPONSE']._serialized_end=608
-  _globals['_POOLSERVICE']._serialized_start=611
-  _globals['_POOLSERVICE']._serialized_end=811
+  _globals['_SERVICETIER']._serialized_start=2799
+  _globals['_SERVICETIER']._serialized_end=2891
+  _globals['_LISTNODESREQUEST']._serialized_start=121
+  _globals['_LISTNODESREQUEST']._serialized_end=139
+  _globals['_LISTNODESRESPONSE']._serialized_start=141
+  _globals['_LISTNODESRESPONSE']._serialized_end=202
+  _globals['_NODE']._serialized_start=205
+  _globals['_NODE']._serialized_end=566
+  _globals['_REVOKENODEREQUEST']._serialized_start=568
+  _globals['_REVOKENODEREQUEST']._serialized_end=620
+  _globals['_REVOKENODERESPONSE']._serialized_start=622
+  _globals['_REVOKENODERESPONSE']._serialized_end=642
+  _globals['_ADDMODELREQUEST']._serialized_start=644
+  _globals['_ADDMODELREQUEST']._serialized_end=742
+  _globals['_HUBMODEL']._serialized_start=745
+  _globals['_HUBMODEL']._serialized_end=1161
+  _globals['_ADDMODELRESPONSE']._serialized_start=1163
+  _globals['_ADDMODELRESPONSE']._serialized_end=1252
+  _globals['_REMOVEMODELREQUEST']._serialized_start=1254
+  _globals['_REMOVEMODELREQUEST']._serialized_end=1292
+  _globals['_REMOVEMODELRESPONSE']._serialized_start=1294
+  _globals['_REMOVEMODELRESPONSE']._serialized_end=1315
+  _globals['_GETMODELREQUEST']._serialized_start=1317
+  _globals['_GETMODELREQUEST']._serialized_end=1352
+  _globals['_GETMODELRESPONSE']._serialized_start=1354
+  _globals['_GETMODELRESPONSE']._serialized_end=1424
+  _globals['_CATALOGUEMODEL']._serialized_start=1427
+  _globals['_CATALOGUEMODEL']._serialized_end=1965
+  _globals['_ARCHITECTUREFACT']._serialized_start=1967
+  _globals['_ARCHITECTUREFACT']._serialized_end=2014
+  _globals['_DEPLOYMENT']._serialized_start=2016
+  _globals['_DEPLOYMENT']._serialized_end=2140
+  _globals['_DEPLOYREQUEST']._serialized_start=2142
+  _globals['_DEPLOYREQUEST']._serialized_end=2210
+  _globals['_DEPLOYRESPONSE']._serialized_start=2212
+  _globals['_DEPLOYRESPONSE']._serialized_end=2228
+  _globals['_UNDEPLOYREQUEST']._serialized_start=2230
+  _globals['_UNDEPLOYREQUEST']._serialized_end=2265
+  _globals['_UNDEPLOYRESPONSE']._serialized_start=2267
+  _globals['_UNDEPLOYRESPONSE']._serialized_end=2285
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=2287
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=2311
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=2313
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=2398
+  _globals['_DEPLOYMENTSTATUS']._serialized_start=2401
+  _globals['_DEPLOYMENTSTATUS']._serialized_end=2583
+  _globals['_EXPLAINDEPLOYMENTREQUEST']._serialized_start=2585
+  _globals['_EXPLAINDEPLOYMENTREQUEST']._serialized_end=2629
+  _globals['_EXPLAINDEPLOYMENTRESPONSE']._serialized_start=2631
+  _globals['_EXPLAINDEPLOYMENTRESPONSE']._serialized_end=2710
+  _globals['_NODEVERDICT']._serialized_start=2712
+  _globals['_NODEVERDICT']._serialized_end=2797
+  _globals['_POOLSERVICE']._serialized_start=2894
+  _globals['_POOLSERVICE']._serialized_end=3768
 # @@protoc_insertion_point(module_scope)

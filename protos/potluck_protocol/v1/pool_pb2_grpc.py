@@ -44,6 +44,41 @@ class PoolServiceStub(object):
                 request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeRequest.SerializeToString,
                 response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeResponse.FromString,
                 _registered_method=True)
+        self.AddModel = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/AddModel',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.AddModelRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.AddModelResponse.FromString,
+                _registered_method=True)
+        self.RemoveModel = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/RemoveModel',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.RemoveModelRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.RemoveModelResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/GetModel',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.Deploy = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/Deploy',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.DeployRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.DeployResponse.FromString,
+                _registered_method=True)
+        self.Undeploy = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/Undeploy',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.UndeployRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.UndeployResponse.FromString,
+                _registered_method=True)
+        self.ListDeployments = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/ListDeployments',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ListDeploymentsRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ListDeploymentsResponse.FromString,
+                _registered_method=True)
+        self.ExplainDeployment = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/ExplainDeployment',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServiceServicer(object):
@@ -61,6 +96,53 @@ class PoolServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddModel(self, request, context):
+        """Puts models into the catalogue. Of a repository the hub is asked, which takes longer than a call may: while the answer is only
+        `progress`, the same call again waits for more of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveModel(self, request, context):
+        """Takes a model away that was added so, with the wish for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Deploy(self, request, context):
+        """Wishes a model served; replaces an earlier wish for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undeploy(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeployments(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainDeployment(self, request, context):
+        """What each node of the pool has to do with one deployment, and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +155,41 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.RevokeNode,
                     request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeRequest.FromString,
                     response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeResponse.SerializeToString,
+            ),
+            'AddModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddModel,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.AddModelRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.AddModelResponse.SerializeToString,
+            ),
+            'RemoveModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveModel,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.RemoveModelRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.RemoveModelResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.GetModelRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Deploy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deploy,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.DeployRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.DeployResponse.SerializeToString,
+            ),
+            'Undeploy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undeploy,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.UndeployRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.UndeployResponse.SerializeToString,
+            ),
+            'ListDeployments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeployments,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ListDeploymentsRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ListDeploymentsResponse.SerializeToString,
+            ),
+            'ExplainDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainDeployment,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +246,195 @@ class PoolService(object):
             '/potluck_protocol.v1.PoolService/RevokeNode',
             potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeRequest.SerializeToString,
             potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/AddModel',
+            potluck__protocol_dot_v1_dot_pool__pb2.AddModelRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.AddModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/RemoveModel',
+            potluck__protocol_dot_v1_dot_pool__pb2.RemoveModelRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.RemoveModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/GetModel',
+            potluck__protocol_dot_v1_dot_pool__pb2.GetModelRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deploy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/Deploy',
+            potluck__protocol_dot_v1_dot_pool__pb2.DeployRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.DeployResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undeploy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/Undeploy',
+            potluck__protocol_dot_v1_dot_pool__pb2.UndeployRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.UndeployResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeployments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/ListDeployments',
+            potluck__protocol_dot_v1_dot_pool__pb2.ListDeploymentsRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.ListDeploymentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/ExplainDeployment',
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,112 @@
+"""Engines that the owner runs already: where they are, which of them is which, and what they serve, as read from their own answers.
+
+Decides what may be attached (loopback only), and whose answers these are. It must not know HTTP: `attached_servers` asks.
+
+What each server says of itself, by its own source or documentation: the `owned_by` of its models (vLLM, SGLang, llama.cpp, TensorRT-LLM,
+TabbyAPI, LM Studio, KoboldCpp), `/api/version` (Ollama), `/info` (TGI), `/props` (llama.cpp), `/version` (vLLM, TensorRT-LLM). LM Studio
+answers 200 to a path that it does not know, so only words count, never a status alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from potluck_node.domain.model_source import is_attachable
+
+MODELS_PATH: Final = "/v1/models"
+NAMES_MAX: Final = 256
+"""Of one node, as many as the coordinator takes."""
+UNKNOWN: Final = "an OpenAI-compatible server"
+
+_BY_OWNER: Final = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "llamacpp": "llama.cpp",
+    "tensorrt_llm": "TensorRT-LLM",
+    "tabbyAPI": "TabbyAPI",
+    "organization_owner": "LM Studio",
+    "koboldcpp": "KoboldCpp",
+}
+RECOGNITION_PATHS: Final = ("/api/version", "/info", "/props", "/version")
+"""Asked once of a server, after its models."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedServer:
+    """One server of the owner's."""
+
+    url: str
+    """Its root, such as "http://127.0.0.1:11434"."""
+    key_file: str = ""
+    """A file with the key that it asks for; empty: it asks for none."""
+
+    @property
+    def place(self) -> str:
+        """For people: host and port, without a path that may be secret."""
+        return urlsplit(self.url).netloc
+
+    def __str__(self) -> str:
+        return f"{self.url} {self.key_file}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server said to a GET."""
+
+    status: int
+    value: Any = None
+    """Its JSON; None where it was none."""
+    server_header: str = ""
+
+
+def parse_attached(text: str) -> AttachedServer:
+    """The server that an owner's setting names: "URL" or "URL KEY_FILE"; raises ValueError with a one-line reason."""
+    url, _, key_file = text.strip().partition(" ")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        loopback, port = False, None
+    if not loopback or port is None or parts.scheme != "http" or parts.username or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} is no server on this machine's loopback; give one such as http://127.0.0.1:11434")
+    # People copy what they give to OpenAI's client, which wants it with the version.
+    return AttachedServer(url.rstrip("/").removesuffix("/v1"), key_file.strip())
+
+
+def model_names(models: Answer) -> tuple[str, ...]:
+    """What the server calls its models, as far as a catalogue can name them."""
+    names = {entry.get("id") for entry in _entries(models)}
+    return tuple(sorted(name for name in names if isinstance(name, str) and is_attachable(name)))
+
+
+def recognised(answers: Mapping[str, Answer]) -> str:
+    """Which software this is, with its version where it says so. What it says of its models' owner counts before everything else."""
+    models = answers.get(MODELS_PATH, Answer(0))
+    owners = [entry.get("owned_by") for entry in _entries(models)]
+    kind = next((_BY_OWNER[owner] for owner in owners if isinstance(owner, str) and owner in _BY_OWNER), "")
+    info, props = _fields(answers.get("/info")), _fields(answers.get("/props"))
+    if not kind and (models.server_header.startswith("llama.cpp") or "default_generation_settings" in props):
+        kind = "llama.cpp"
+    if not kind and (info.get("router") == "text-generation-router" or {"model_id", "docker_label"} <= info.keys()):
+        kind = "TGI"
+    if not kind and isinstance(_fields(answers.get("/api/version")).get("version"), str):
+        kind = "Ollama"
+    if not kind:
+        return UNKNOWN
+    said = {"Ollama": "/api/version", "TGI": "/info", "vLLM": "/version", "TensorRT-LLM": "/version"}.get(kind)
+    version = _fields(answers.get(said)).get("version") if said else props.get("build_info") if kind == "llama.cpp" else None
+    return f"{kind} {version}" if isinstance(version, str) and version.isprintable() and 0 < len(version) <= 40 else kind
+
+
+def _entries(models: Answer) -> list[dict[str, Any]]:
+    data = _fields(models).get("data")
+    return [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+
+
+def _fields(answer: Answer | None) -> dict[str, Any]:
+    return answer.value if answer is not None and answer.status == 200 and isinstance(answer.value, dict) else {}

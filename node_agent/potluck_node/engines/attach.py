@@ -1,0 +1,38 @@
+"""The engine kind `attach`: a server that the owner runs already, asked for one of its models.
+
+Decides nothing about that server: it is neither started nor stopped nor configured. `attach_server` is the process that stands for it here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from potluck_node.domain.model_source import ATTACHED_KIND
+from potluck_node.engines.base import EngineLaunch, EngineProbe
+from potluck_protocol.values import Endpoint
+
+if TYPE_CHECKING:
+    from potluck_node.attached_servers import AttachedServers
+
+
+@dataclass(frozen=True, slots=True)
+class AttachEngine:
+    """See the module. The launch's model path is what the server calls the model."""
+
+    servers: AttachedServers
+    kind: str = ATTACHED_KIND
+    endpoints: tuple[Endpoint, ...] = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS, Endpoint.EMBEDDINGS)
+
+    @property
+    def version(self) -> str:
+        return self.servers.kinds or "no answer"
+
+    def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
+        servers = tuple(part for server in self.servers.servers for part in ("--server", str(server)))
+        return ("-m", "potluck_node.engines.attach_server", "--lifeline", "--name", str(launch.model_path), *servers)
+
+    def probe(self, launch: EngineLaunch) -> EngineProbe:
+        body = {"model": str(launch.model_path), "prompt": "Hello", "max_tokens": 1}
+        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())

@@ -1,0 +1,95 @@
+"""The engine kind `sglang`: SGLang out of an environment of its own, for folders of safetensors on cards.
+
+Decides which of SGLang's flags a launch becomes. It must not import SGLang; `foreign_server`, the process that it names, runs the
+environment's interpreter. The flags are taken from the documentation of SGLang 0.5 and have not been run: SGLang wants an NVIDIA card and
+its own compiled kernels. It forms no groups here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from potluck_node import lifeline
+from potluck_node.engines.base import EngineLaunch, EngineProbe
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import Endpoint
+
+BESIDE_STATIC_PERCENT: Final = 10
+"""Of a card, for what SGLang does not count as static (activations, CUDA graphs); its own default leaves as much."""
+MADE_WHILE_LOADING: Final = frozenset({"fp8"})
+"""Quantisations that SGLang makes of unquantised files; those of quantised files it reads from them."""
+
+_METADATA: Final = re.compile(r"sglang-(?P<version>[^-]+)\.dist-info")
+
+
+@dataclass(frozen=True, slots=True)
+class SglangEngine:
+    """See the module.
+
+    Args:
+        python: the interpreter of the environment that has SGLang; `environment_of` checks it.
+    """
+
+    python: Path
+    kind: str = "sglang"
+    endpoints: tuple[Endpoint, ...] = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS)
+
+    @property
+    def version(self) -> str:
+        return f"sglang {_installed_version(self.python) or 'of an unknown version'}"
+
+    def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
+        cards = ("--set", f"CUDA_VISIBLE_DEVICES={','.join(launch.shape.card_uuids)}") if launch.shape.card_uuids else ()
+        return (
+            *("-m", "potluck_node.engines.foreign_server", "--lifeline", "--key-file-word", "api-key", *cards),
+            *("--", str(self.python), "-P", lifeline.__file__, "sglang.launch_server", *flags(launch)),
+        )
+
+    def probe(self, launch: EngineLaunch) -> EngineProbe:
+        body = {"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}
+        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())
+
+
+def environment_of(python: Path) -> SglangEngine:
+    """The engine of an environment; raises PotluckError(INVALID_REQUEST) where there is no SGLang in it."""
+    if _installed_version(python):
+        return SglangEngine(python)
+    folder = python.parent.parent
+    raise PotluckError(
+        ErrorCode.INVALID_REQUEST,
+        f"There is no SGLang in the environment of {python}. To make one: "
+        f"python3 -m venv {folder} && {folder}/bin/pip install sglang, then set sglang_python to {folder}/bin/python.",
+    )
+
+
+def flags(launch: EngineLaunch) -> tuple[str, ...]:
+    """What SGLang is started with; "{port}" and "{key_file}" stand for those of this start.
+
+    Raises:
+        ValueError: the launch is one of a group.
+    """
+    if launch.group is not None:
+        raise ValueError("SGLang forms no groups here")
+    shape = launch.shape
+    static_percent = launch.memory_utilization_percent - BESIDE_STATIC_PERCENT
+    return (
+        *("--config", "{key_file}", "--model-path", str(launch.model_path), "--served-model-name", launch.model_id),
+        *("--host", "127.0.0.1", "--port", "{port}", "--enable-metrics", "--load-format", "safetensors"),
+        *("--context-length", str(launch.context_length_tokens), "--max-running-requests", str(launch.slot_count)),
+        *("--mem-fraction-static", f"{static_percent / 100:.2f}"),
+        *(("--tp-size", str(shape.tensor_parallel_size)) if shape.tensor_parallel_size > 1 else ()),
+        *(("--quantization", shape.quantization) if shape.quantization in MADE_WHILE_LOADING else ()),
+    )
+
+
+@cache  # every status names the version
+def _installed_version(python: Path) -> str:
+    """Of the SGLang in an interpreter's environment, by its package's metadata; empty: there is none."""
+    folders = python.parent.parent.glob("lib*/python3*/site-packages/sglang-*.dist-info")
+    found = [match["version"] for folder in folders if (match := _METADATA.fullmatch(folder.name))]
+    return found[0] if found else ""

