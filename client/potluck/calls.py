@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 _ACCOUNTS: Final = "/potluck_protocol.v1.AccountService/"
 _INFERENCE: Final = "/potluck_protocol.v1.InferenceService/"
-_POOL: Final = "/potluck_protocol.v1.PoolService/"
+POOL_SERVICE: Final = "/potluck_protocol.v1.PoolService/"
 GENERATE_METHOD: Final = _INFERENCE + "Generate"
 
 
@@ -79,10 +79,11 @@ def choose_model(models: Sequence[ModelInfo], endpoint: Endpoint) -> ModelId:
     return next((model for model in able if model.ready_replica_count), able[0]).model_id
 
 
-def list_models() -> Call[inference_pb2.ListModelsResponse, tuple[ModelInfo, ...]]:
+def list_models(*, with_offers: bool = False) -> Call[inference_pb2.ListModelsResponse, tuple[ModelInfo, ...]]:
+    """The models that can be served; with offers, also those whose files are not pinned yet."""
     return Call(
         _INFERENCE + "ListModels",
-        inference_pb2.ListModelsRequest(),
+        inference_pb2.ListModelsRequest(with_offers=with_offers),
         inference_pb2.ListModelsResponse,
         lambda reply: tuple(_model(message) for message in reply.models),
     )
@@ -90,7 +91,7 @@ def list_models() -> Call[inference_pb2.ListModelsResponse, tuple[ModelInfo, ...
 
 def list_nodes() -> Call[pool_pb2.ListNodesResponse, tuple[NodeInfo, ...]]:
     return Call(
-        _POOL + "ListNodes",
+        POOL_SERVICE + "ListNodes",
         pool_pb2.ListNodesRequest(),
         pool_pb2.ListNodesResponse,
         lambda reply: tuple(_node(message) for message in reply.nodes),
@@ -99,7 +100,7 @@ def list_nodes() -> Call[pool_pb2.ListNodesResponse, tuple[NodeInfo, ...]]:
 
 def revoke_node(node_id: NodeId, reason: str) -> Call[pool_pb2.RevokeNodeResponse, None]:
     request = pool_pb2.RevokeNodeRequest(node_id=node_id, reason=reason)
-    return Call(_POOL + "RevokeNode", request, pool_pb2.RevokeNodeResponse, _nothing)
+    return Call(POOL_SERVICE + "RevokeNode", request, pool_pb2.RevokeNodeResponse, read_nothing)
 
 
 def get_balance(account_id: AccountId | None = None) -> Call[account_pb2.GetBalanceResponse, Credits]:
@@ -155,7 +156,7 @@ def list_keys(account_id: AccountId | None = None) -> Call[account_pb2.ListKeysR
 
 
 def revoke_key(key_prefix: KeyPrefix) -> Call[account_pb2.RevokeKeyResponse, None]:
-    return Call(_ACCOUNTS + "RevokeKey", account_pb2.RevokeKeyRequest(key_prefix=key_prefix), account_pb2.RevokeKeyResponse, _nothing)
+    return Call(_ACCOUNTS + "RevokeKey", account_pb2.RevokeKeyRequest(key_prefix=key_prefix), account_pb2.RevokeKeyResponse, read_nothing)
 
 
 def create_join_token(
@@ -181,7 +182,7 @@ def list_join_tokens(account_id: AccountId | None = None) -> Call[account_pb2.Li
 
 def revoke_join_token(token_id: TokenId) -> Call[account_pb2.RevokeJoinTokenResponse, None]:
     request = account_pb2.RevokeJoinTokenRequest(token_id=token_id)
-    return Call(_ACCOUNTS + "RevokeJoinToken", request, account_pb2.RevokeJoinTokenResponse, _nothing)
+    return Call(_ACCOUNTS + "RevokeJoinToken", request, account_pb2.RevokeJoinTokenResponse, read_nothing)
 
 
 def create_account(name: str) -> Call[account_pb2.CreateAccountResponse, AccountInfo]:
@@ -219,8 +220,8 @@ def audit_ledger() -> Call[account_pb2.AuditLedgerResponse, Audit]:
     )
 
 
-def _nothing(_reply: Message) -> None:
-    return None
+def read_nothing(_reply: Message) -> None:
+    """Of a reply that says no more than that it was done."""
 
 
 def _model(message: inference_pb2.Model) -> ModelInfo:
@@ -233,6 +234,7 @@ def _model(message: inference_pb2.Model) -> ModelInfo:
         created_at_unix_seconds=message.created_at_unix_seconds,
         licence=message.licence,
         endpoints=tuple(endpoint_from_number(number) for number in message.endpoints),
+        offered_repository=message.offered_repository,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from potluck_protocol.values import (
     AccountId,
@@ -18,10 +18,14 @@ from potluck_protocol.values import (
     ModelId,
     NodeId,
     NodeState,
+    PinnedFile,
     RequestId,
     TokenId,
     Usage,
 )
+
+Tier = Literal["default", "flex"]
+"""What is promised of a deployment, in OpenAI's `service_tier` words: "flex" makes room for "default", never the other way round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,79 @@ class ModelInfo:
     created_at_unix_seconds: int
     licence: str
     endpoints: tuple[Endpoint, ...]
+    offered_repository: str = ""
+    """Of a model whose files are not pinned: where `potluck models add` finds them, as "hf:ORG/NAME". Nobody can be served it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """The wish to have a model served."""
+
+    model_id: ModelId
+    replica_count: int | None = None
+    """None: one on every node that may serve."""
+    tier: Tier = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueModel:
+    """All that the catalogue says of one model. Prices are micro-credits a token, which are credits a million tokens."""
+
+    model_id: ModelId
+    origin: str
+    """ "built_in", "file" or "added"."""
+    source: str
+    """ "hf:ORG/NAME@COMMIT" and the like; of a model that is not pinned, the repository without a commit."""
+    files: tuple[PinnedFile, ...]
+    """Empty: not pinned, or served by engines that owners run themselves."""
+    engine_kinds: tuple[str, ...]
+    """The engines that can serve it, the preferred one first."""
+    context_length_tokens: int
+    slot_count: int
+    prompt_price_micro_credits_per_token: int
+    completion_price_micro_credits_per_token: int
+    licence: str
+    endpoints: tuple[Endpoint, ...]
+    created_at_unix_seconds: int
+    quantization: str
+    architecture: Mapping[str, int | float]
+    """Numbers by name, such as "layer_count"; empty where they are not known."""
+    unchecked: str
+    """Which facts nobody has compared with the repository, in words."""
+    deployment: Deployment | None
+    """None: nobody wishes it served."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinProgress:
+    """How far the coordinator has read a repository; the same call again waits for more."""
+
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentInfo:
+    """A wish, and how far it is met."""
+
+    deployment: Deployment
+    ready_replica_count: int
+    starting_replica_count: int
+    waiting_request_count: int
+    """Requests that wait for a slot of the model."""
+    shortfall: str
+    """Why there are not more replicas, in words; empty where there are as many as wished."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeVerdict:
+    """What one node has to do with a deployment, and why."""
+
+    node_id: NodeId
+    """Empty: this is not of one node, but of groups of them."""
+    display_name: str
+    verdict: str
+    """One word, such as "serves", "offline", "no_fit" or "outscored"."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

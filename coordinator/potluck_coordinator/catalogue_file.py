@@ -1,6 +1,8 @@
-"""Reads catalogue files: the built-in one, and the operator's beside it.
+"""Reads catalogue files: the built-in one, and the operator's.
 
-Decides what a well-formed entry is, and says where one is not. It must not know who serves the models.
+Decides what a well-formed entry is, and says where one is not. An entry has its files pinned, names an engine that owners run themselves,
+or is an offer that `potluck models add` has yet to pin: then it says so, and what nobody has checked. It must not know who serves the
+models.
 """
 
 from __future__ import annotations
@@ -13,38 +15,72 @@ from typing import Annotated, Final
 
 import msgspec
 
-from potluck_coordinator.domain.catalogue import CatalogueEntry
+from potluck_coordinator.architectures import known_architecture
+from potluck_coordinator.domain.catalogue import ATTACH_KIND, ATTACH_PREFIX, CatalogueEntry
+from potluck_coordinator.domain.fit.architecture import ModelArchitecture
+from potluck_coordinator.domain.repository import holds_no_code
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import Endpoint, ModelFile, ModelId
+from potluck_protocol.values import Endpoint, ModelFile, ModelId, PinnedFile
 
-_Price = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+MODEL_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}\Z"
+PRICE_MICRO_CREDITS_MAX: Final = 1_000_000_000
+"""A token: a thousand credits."""
+SLOTS_MAX: Final = 1024
+_Price = Annotated[int, msgspec.Meta(ge=0, le=PRICE_MICRO_CREDITS_MAX)]
 _Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-_SOURCE: Final = re.compile(r"hf:[^@]+@[0-9a-f]{40}\Z|wheel:[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+\Z|path:/.+\Z", re.DOTALL)
+_FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*\Z")]
+_Size = Annotated[int, msgspec.Meta(gt=0)]
+_PINNED_SOURCE: Final = re.compile(r"hf:[^@]+@[0-9a-f]{40}\Z|wheel:[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+\Z|path:/.+\Z", re.DOTALL)
+_ATTACHED: Final = re.compile(rf"{ATTACH_PREFIX}[A-Za-z0-9_./][!-~]{{0,199}}\Z")
+_REPOSITORY: Final = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    name: _FileName
+    sha256: _Sha256
+    size_bytes: _Size
 
 
 class _Model(msgspec.Struct, forbid_unknown_fields=True):
-    model_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}\Z")]
+    model_id: Annotated[str, msgspec.Meta(pattern=MODEL_ID_PATTERN)]
     source: str
-    file_name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
-    sha256: _Sha256
-    size_bytes: Annotated[int, msgspec.Meta(gt=0)]
-    engine_kind: str
     context_length_tokens: Annotated[int, msgspec.Meta(gt=0)]
-    slot_count: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    slot_count: Annotated[int, msgspec.Meta(ge=1, le=SLOTS_MAX)]
     prompt_price_micro_credits: _Price
     completion_price_micro_credits: _Price
     licence: str
     endpoints: Annotated[list[Endpoint], msgspec.Meta(min_length=1)]
     created_at_unix_seconds: int
+    engine_kind: str = ""
+    engine_kinds: list[str] = []
+    file_name: _FileName | None = None
+    sha256: _Sha256 | None = None
+    size_bytes: _Size | None = None
     source_sha256: str = ""
+    files: list[_File] = []
+    pinned: bool = True
+    architecture: str | ModelArchitecture | None = None
+    quantization: str = ""
+    unchecked: str = ""
 
     def entry(self) -> CatalogueEntry:
-        """The value behind the file's words."""
-        model_id = ModelId(self.model_id)
+        """The value behind the file's words; raises ValueError where they do not go together."""
+        engine_kinds = tuple(self.engine_kinds) or ((self.engine_kind,) if self.engine_kind else ())
+        if not engine_kinds or (self.engine_kind and self.engine_kinds):
+            raise ValueError("it needs engine_kinds, the preferred one first, or one engine_kind")
+        if (ATTACH_KIND in engine_kinds) != self.source.startswith(ATTACH_PREFIX) or (
+            ATTACH_KIND in engine_kinds and len(engine_kinds) > 1
+        ):
+            raise ValueError(f'the engine kind "{ATTACH_KIND}" and a source "{ATTACH_PREFIX}NAME" go together, and with no other')
+        if not self.pinned and not self.unchecked:
+            raise ValueError("an entry that is not pinned must say in `unchecked` which of its facts nobody has checked")
+        architecture = known_architecture(self.architecture) if isinstance(self.architecture, str) else self.architecture
+        if architecture is not None and self.context_length_tokens > architecture.context_length_max_tokens:
+            raise ValueError(f"its context is longer than the model's, {architecture.context_length_max_tokens} tokens")
         return CatalogueEntry(
-            model_id=model_id,
-            file=ModelFile(model_id, self.source, self.file_name, self.sha256, self.size_bytes, self.source_sha256),
-            engine_kind=self.engine_kind,
+            model_id=ModelId(self.model_id),
+            file=self._file(),
+            engine_kinds=engine_kinds,
             context_length_tokens=self.context_length_tokens,
             slot_count=self.slot_count,
             prompt_price_micro_credits=self.prompt_price_micro_credits,
@@ -52,10 +88,44 @@ class _Model(msgspec.Struct, forbid_unknown_fields=True):
             licence=self.licence,
             endpoints=tuple(self.endpoints),
             created_at_unix_seconds=self.created_at_unix_seconds,
+            architecture=architecture,
+            quantization=self.quantization,
+            repository="" if self.pinned else self.source,
+            unchecked=self.unchecked,
         )
 
+    def _file(self) -> ModelFile | None:
+        model_id = ModelId(self.model_id)
+        pins = self._pins()
+        if not self.pinned:
+            if pins or not _REPOSITORY.match(self.source):
+                raise ValueError("an entry that is not pinned has no files, and its source is hf:ORG/NAME without a revision")
+            return None
+        if self.source.startswith(ATTACH_PREFIX):
+            if pins or not _ATTACHED.match(self.source):
+                raise ValueError(f"a source {ATTACH_PREFIX}NAME has no files, for its owner's engine has them")
+            return ModelFile(model_id, self.source, file_name="", sha256="", size_bytes=0)
+        if not _PINNED_SOURCE.match(self.source):
+            raise ValueError(f"its source must be hf:ORG/NAME@COMMIT, wheel:NAME==VERSION, path:/FOLDER or {ATTACH_PREFIX}NAME")
+        if not pins:
+            raise ValueError("it has no files: give file_name, sha256 and size_bytes, or `files`")
+        if len({pin.file_name for pin in pins}) != len(pins):
+            raise ValueError("it names a file twice")
+        if unfit := [pin.file_name for pin in pins if not holds_no_code(pin.file_name)]:
+            raise ValueError(f"{', '.join(unfit)}: only safetensors, GGUF, JSON and tokenizer files are served, which hold no code")
+        first = pins[0]
+        return ModelFile(model_id, self.source, first.file_name, first.sha256, first.size_bytes, self.source_sha256, further_files=pins[1:])
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
+    def _pins(self) -> tuple[PinnedFile, ...]:
+        single = (self.file_name, self.sha256, self.size_bytes)
+        if any(word is not None for word in single):
+            if self.files or self.file_name is None or self.sha256 is None or self.size_bytes is None:
+                raise ValueError("one file is pinned by file_name, sha256 and size_bytes, several by `files`")
+            return (PinnedFile(self.file_name, self.sha256, self.size_bytes),)
+        return tuple(PinnedFile(file.name, file.sha256, file.size_bytes) for file in self.files)
+
+
+class _Catalogue(msgspec.Struct, forbid_unknown_fields=True):
     model: list[_Model]
 
 
@@ -76,13 +146,16 @@ def read_catalogue(path: Path) -> tuple[CatalogueEntry, ...]:
 def parse_catalogue(text: str, name: str) -> tuple[CatalogueEntry, ...]:
     """The entries of a TOML text with `[[model]]` tables; raises PotluckError(INVALID_REQUEST)."""
     try:
-        entries = tuple(model.entry() for model in msgspec.convert(tomllib.loads(text), _File).model)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        models = msgspec.convert(tomllib.loads(text), _Catalogue).model
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        # Beside its own TOMLDecodeError the parser lets through what numbers of many digits and deep nesting raise.
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"{name} is not a good catalogue: {error}.") from error
-    for entry in entries:
-        if not _SOURCE.match(entry.file.source):
-            message = f"{name}: the source of {entry.model_id} must be hf:ORG/NAME@COMMIT, wheel:NAME==VERSION or path:/FOLDER."
-            raise PotluckError(ErrorCode.INVALID_REQUEST, message)
+    entries = []
+    for model in models:
+        try:
+            entries.append(model.entry())
+        except ValueError as error:
+            raise PotluckError(ErrorCode.INVALID_REQUEST, f"{name}: {model.model_id} is not a good entry: {error}.") from error
     if len({entry.model_id for entry in entries}) != len(entries):
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"{name} names a model twice.")
-    return entries
+    return tuple(entries)

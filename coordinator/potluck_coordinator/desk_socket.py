@@ -21,11 +21,11 @@ from typing import Any, Final, cast
 
 import structlog
 
-from potluck_coordinator.desks import Accounts, DirectoryPort, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
+from potluck_coordinator.desks import Accounts, CatalogueDesk, DirectoryPort, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
-DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "pool"})
+DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "catalogue", "pool"})
 NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "report"})
 """Calls that would do their work twice if they were made again after a loss."""
 PATIENCE_SECONDS: Final = 10.0
@@ -230,6 +230,10 @@ class RemoteDirectory:
     @property
     def nodes(self) -> NodeDesk:
         return cast("NodeDesk", _Desk(self._ask, "nodes"))
+
+    @property
+    def catalogue(self) -> CatalogueDesk:
+        return cast("CatalogueDesk", _Desk(self._ask, "catalogue"))
 
     @property
     def pool(self) -> PoolDesk:

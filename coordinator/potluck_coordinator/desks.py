@@ -1,4 +1,4 @@
-"""What the gateway asks of the directory: five desks and their values.
+"""What the gateway asks of the directory: six desks and their values.
 
 Decides the calls between the two. The gateway holds a `DirectoryPort`: the directory itself (`directory.directory`) where both run in one
 process, as in tests, or `desk_socket.RemoteDirectory`. Every argument and answer is a frozen value, so that it may cross processes; every
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
     from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
+    from potluck_coordinator.domain.payees import PayeeShare
+    from potluck_coordinator.domain.repository import ModelWishes
     from potluck_protocol.values import (
         AccountId,
+        CardTelemetry,
         DesiredState,
         EngineStatus,
         GoodbyeReason,
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
         ModelId,
         NodeId,
         NodeState,
+        PeerMeasurement,
+        ReplicaId,
         TokenId,
     )
 
@@ -144,6 +149,53 @@ class PoolSnapshot:
     """Nodes that are no longer welcome, and why, in the words of whoever took them out; "" where there were none."""
     key_generation: int
     """Changes whenever a key is revoked: what the gateway remembered of keys is void."""
+    replica_payees: Mapping[ReplicaId, tuple[PayeeShare, ...]] = field(default_factory=dict)
+    """Who earns by the answers of a replica that several nodes make together; any other replica's node owner earns alone."""
+    broken_groups: Mapping[ReplicaId, str] = field(default_factory=dict)
+    """Replicas of several nodes of which one is lost, and why: answers of theirs that are under way end with these words."""
+    leaving: frozenset[ReplicaId] = frozenset()
+    """Replicas on their way out: they finish what they are answering, and get no new requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """One model as its operator keeps it."""
+
+    entry: CatalogueEntry
+    origin: str
+    """ "built_in", "file" or "added"."""
+    deployment: Deployment | None
+    """None: nobody wishes it served."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinProgress:
+    """How far the reading of a repository has come; the same call again waits for more."""
+
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRecord:
+    """One wish, and how far it is met."""
+
+    deployment: Deployment
+    ready_count: int
+    starting_count: int
+    waiting_request_count: int
+    shortfall: str
+    """Why there are not more replicas, in words; empty where there are as many as wished."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeVerdictRecord:
+    """What one node has to do with a deployment."""
+
+    node_id: NodeId
+    display_name: str
+    verdict: str
+    """A word of `domain.verdicts.Verdict`."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +218,13 @@ class NodeReport:
     suspect: bool
     state: NodeState
     engines: tuple[EngineStatus, ...]
+    attempt_counts: Mapping[ReplicaId, int] = field(default_factory=dict)
+    """The gateway's own count of attempts under way; a replica that had some since the last report, and has none now, is named with 0."""
+    disk_free_bytes: int = 0
+    cards: tuple[CardTelemetry, ...] = ()
+    peer_measurements: tuple[PeerMeasurement, ...] = ()
+    attached_model_names: tuple[str, ...] = ()
+    """Of its latest hello: its owner's engines come and go while the session lasts."""
 
 
 class Accounts(Protocol):
@@ -236,7 +295,33 @@ class NodeDesk(Protocol):
         """The session has ended: by that goodbye, or (None) by silence, a lost link, a newer agent, or the gateway's own stop."""
         ...
 
-    async def report(self, reports: Sequence[NodeReport]) -> None: ...
+    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:
+        """A gateway's nodes, and how many requests wait there for a slot of which model."""
+        ...
+
+
+class CatalogueDesk(Protocol):
+    """The operator's models, and the wishes to have them served. Unknown models raise MODEL_NOT_FOUND."""
+
+    async def add_models(self, catalogue_toml: str) -> tuple[ModelRecord, ...]:
+        """Puts the entries of a catalogue file's text into the catalogue, in place of those of the same names; INVALID_REQUEST."""
+        ...
+
+    async def pin_model(self, source: str, wishes: ModelWishes) -> ModelRecord | PinProgress:
+        """Puts a repository of the hub into the catalogue, its files pinned. Called again while it answers with progress."""
+        ...
+
+    async def remove_model(self, model_id: ModelId) -> None:
+        """Takes away what was added; INVALID_REQUEST for an entry of a file."""
+        ...
+
+    async def get_model(self, model_id: ModelId) -> ModelRecord: ...
+    async def deploy(self, deployment: Deployment) -> None: ...
+    async def undeploy(self, model_id: ModelId) -> None: ...
+    async def list_deployments(self) -> tuple[DeploymentRecord, ...]: ...
+    async def explain(self, model_id: ModelId) -> tuple[NodeVerdictRecord, ...]:
+        """Every node's part in the deployment, those that serve it first."""
+        ...
 
 
 class PoolDesk(Protocol):
@@ -262,5 +347,7 @@ class DirectoryPort(Protocol):
     def enrolment(self) -> EnrolmentDesk: ...
     @property
     def nodes(self) -> NodeDesk: ...
+    @property
+    def catalogue(self) -> CatalogueDesk: ...
     @property
     def pool(self) -> PoolDesk: ...

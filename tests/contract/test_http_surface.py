@@ -141,6 +141,7 @@ EXCEPTIONS = {
     503: openai.InternalServerError,
     405: openai.APIStatusError,
     413: openai.APIStatusError,
+    422: openai.UnprocessableEntityError,
     499: openai.APIStatusError,
 }
 

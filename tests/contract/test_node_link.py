@@ -292,13 +292,13 @@ async def test_an_engine_that_breaks_off_fails_the_attempt_after_its_last_whole_
         assert link.data("a1") == event(1)
 
 
-async def test_an_engine_that_is_not_there_fails_the_attempt(coordinator, tmp_path) -> None:
+async def test_an_engine_that_is_not_there_is_sent_nothing(coordinator, tmp_path) -> None:
     async with wired_node(coordinator, tmp_path, "http://127.0.0.1:9"):
         link = await coordinator.next_link()
         await link.welcome()
         await link.start("a1")
         end = await link.until_end("a1")
-        assert (end.reason, end.sequence) == (node_pb2.END_REASON_ENGINE_FAILED, 0)
+        assert (end.reason, end.sequence) == (node_pb2.END_REASON_REFUSED, 0)
 
 
 async def test_goodbye_reaches_the_coordinator_and_ends_the_run(coordinator, tmp_path) -> None:

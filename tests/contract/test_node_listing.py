@@ -52,7 +52,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
 
 
 async def shown_to(authority: CertificateAuthority, key: str) -> pool_pb2.Node:
-    async with GrpcEdge(authority, pool=PoolServicer(Desk())) as edge:
+    async with GrpcEdge(authority, pool=PoolServicer(Desk(), Desk())) as edge:
         stub = pool_pb2_grpc.PoolServiceStub(edge.channel)
         (node,) = (await stub.ListNodes(pool_pb2.ListNodesRequest(), metadata=authorization(key))).nodes
     return node

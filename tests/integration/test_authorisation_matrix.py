@@ -44,10 +44,8 @@ NO_HANDSHAKE = "no handshake"
 PREFIX = "/potluck_protocol.v1."
 JOINER_METHODS = [f"{PREFIX}EnrolmentService/Join", f"{PREFIX}EnrolmentService/Renew"]
 OPERATOR_METHODS = [
-    f"{PREFIX}AccountService/AuditLedger",
-    f"{PREFIX}AccountService/CreateAccount",
-    f"{PREFIX}AccountService/ListAccounts",
-    f"{PREFIX}PoolService/RevokeNode",
+    *(f"{PREFIX}AccountService/{name}" for name in ("AuditLedger", "CreateAccount", "ListAccounts")),
+    *(f"{PREFIX}PoolService/{name}" for name in ("AddModel", "Deploy", "ExplainDeployment", "RemoveModel", "RevokeNode", "Undeploy")),
 ]
 KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, LINK})
 OPEN_ROUTES = [("GET", "/health"), ("GET", "/pool/v1/connection"), ("GET", "/ready")]

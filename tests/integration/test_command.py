@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -13,44 +12,17 @@ from pathlib import Path
 import pytest
 import typer
 
-from potluck import command
 from potluck.commands import root
 from potluck.commands.terminal import duration_seconds
 from potluck_protocol.connection import Invite, fetch_connection
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.scripted_pool import API_KEY, MODEL, NODE, ScriptedPool, answers, breaks, data, finished, scripted_pool
-
-
-class Keyboard(io.StringIO):
-    """Standard input with a person behind it."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-class Terminal:
-    """Runs commands in this process and keeps what they print."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-        self.out = self.err = ""
-
-    def run(self, *arguments: str, stdin: str | Keyboard = "") -> int:
-        self._monkeypatch.setattr(sys, "argv", ["potluck", *arguments])
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        with pytest.raises(SystemExit) as ended:
-            command.main()
-        self.out, self.err = self._capsys.readouterr()
-        return int(ended.value.code or 0)
+from tests.support.terminal import Keyboard, Terminal, lonely_terminal
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Terminal:
-    for name in ("POTLUCK_URL", "POTLUCK_API_KEY", "POTLUCK_COORDINATOR_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return Terminal(monkeypatch, capsys)
+    return lonely_terminal(monkeypatch, capsys, tmp_path)
 
 
 @pytest.fixture
@@ -248,11 +220,14 @@ def test_help_names_every_command(terminal: Terminal):
     assert terminal.run("--help") == 0
     for name in ("up", "demo", "chat", "models", "nodes", "credits", "audit", "tokens", "keys", "accounts", "coordinator", "node"):
         assert f"\n  {name} " in terminal.out
+    for name in ("deploy", "undeploy", "deployments", "explain"):
+        assert f"\n  {name} " in terminal.out
 
 
 def test_a_role_that_is_not_installed_says_how_to_install_it(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
     class Absent:
         name = "node"
+        module = "potluck_node.command"
 
         def load(self) -> typer.Typer:
             raise ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp")

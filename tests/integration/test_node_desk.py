@@ -45,7 +45,7 @@ def add_node(books, name):
                 status=NodeStatus.ACTIVE,
                 status_reason="",
                 epoch=0,
-                inventory=Inventory(),
+                inventory=Inventory(memory_bytes=8 << 30),
                 agent_version="",
                 enrolled_at_unix_ms=books.clock.unix_ms(),
                 last_seen_at_unix_ms=0,
@@ -66,7 +66,7 @@ async def serve(books, nodes, seconds, *names):
     """Lets the time pass, with a gateway that reports the named nodes each second."""
     for _ in range(seconds):
         books.clock.advance(1)
-        await nodes.report([report(name) for name in names])
+        await nodes.report([report(name) for name in names], {})
         await nodes.judge_minutes()
 
 
@@ -119,10 +119,10 @@ async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(
     async with node_desk(tmp_path, "a") as (_, _, nodes):
         old = await nodes.open_session(hello("a"))
         new = await nodes.open_session(hello("a"))
-        await nodes.report([replace(report("a", epoch=old.epoch), suspect=True, state=NodeState.PAUSED)])
+        await nodes.report([replace(report("a", epoch=old.epoch), suspect=True, state=NodeState.PAUSED)], {})
         (record,) = await nodes.list_nodes()
         assert (record.connection, record.state) == ("connected", NodeState.SERVING)
-        await nodes.report([replace(report("a", epoch=new.epoch), state=NodeState.PAUSED)])
+        await nodes.report([replace(report("a", epoch=new.epoch), state=NodeState.PAUSED)], {})
         (record,) = await nodes.list_nodes()
         assert (record.connection, record.state) == ("connected", NodeState.PAUSED)
 
@@ -180,5 +180,5 @@ async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
         grant = await nodes.open_session(hello("a"))
         restarted = Nodes(books.store, board, books.clock, 15.0)
         assert (await restarted.list_nodes())[0].connection == "offline"
-        await restarted.report([report("a", epoch=grant.epoch)])
+        await restarted.report([report("a", epoch=grant.epoch)], {})
         assert (await restarted.list_nodes())[0].connection == "connected"

@@ -1,6 +1,6 @@
-"""`potluck models`, `potluck nodes`: what the pool has, and taking a node out of it.
+"""`potluck nodes`: which nodes the pool has, and taking one out of it.
 
-Decides the columns. It must not know how the pool chooses among models and nodes.
+Decides the columns. It must not know how the pool chooses among nodes.
 """
 
 from __future__ import annotations
@@ -16,31 +16,6 @@ from potluck.results import NodeInfo
 from potluck_protocol.values import EngineState, NodeId
 
 nodes_app = typer.Typer(help="See the pool's nodes; as its operator, take one out.", invoke_without_command=True)
-
-
-def models(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
-    """List the models of the pool, what they cost, and how many replicas are ready.
-
-    Prices are credits for a million tokens, of the prompt (IN) and of the answer (OUT).
-    """
-    with connected(url, api_key_file) as transport:
-        found = transport.unary(calls.list_models())
-    if as_json:
-        show_json(found)
-        return
-    # A micro-credit a token is a credit a million tokens.
-    rows = [
-        (
-            model.model_id,
-            model.ready_replica_count,
-            model.context_length_tokens,
-            model.prompt_price_micro_credits_per_token,
-            model.completion_price_micro_credits_per_token,
-            model.licence or "-",
-        )
-        for model in found
-    ]
-    show_table(("MODEL", "READY", "CONTEXT", "IN", "OUT", "LICENCE"), rows)
 
 
 @nodes_app.callback()

@@ -1,8 +1,8 @@
 """What a pool needs before its first request: an id, the ledger's own accounts, its operator, and a catalogue.
 
 Decides that id, ledger accounts and operator are founded once, in one transaction; that each start offers the catalogue anew, without
-undoing a wish for a model that is still offered; and that an operator's key which is lost or revoked is replaced at the next start. It must
-not know where the operator's key is kept.
+undoing a wish for a model that is still offered, or what the operator added or withdrew; and that an operator's key which is lost or
+revoked is replaced at the next start. It must not know where the operator's key is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from potluck_coordinator.directory.accounts import Accounts, open_account
 from potluck_coordinator.directory.credentials import RandomBytes, new_pool_id
 from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
 from potluck_coordinator.domain.ledger import LedgerAccountKind
+from potluck_coordinator.storage.catalogue import Origin
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
@@ -61,17 +62,25 @@ async def operator_key(accounts: Accounts, known_key: str | None) -> str:
     return api_key
 
 
-async def offer(store: Store, entries: Iterable[CatalogueEntry]) -> None:
-    """Makes the catalogue the given entries, each deployed on every node that may serve unless a wish for it stands already."""
-    offered = tuple(entries)
+async def offer(store: Store, built_in: Iterable[CatalogueEntry], own: Iterable[CatalogueEntry] = ()) -> None:
+    """Makes the catalogue the given entries beside those that the operator added by command.
+
+    The operator's word wins over a built-in entry of the same name: an entry of the catalogue file over all others, an added one over what
+    ships. A model that is new here and can be served is deployed on every node that may serve it; a wish that was withdrawn stays so.
+    """
+    files = {entry.model_id: entry for entry in own}
+    shipped = {entry.model_id: entry for entry in built_in if entry.model_id not in files}
 
     def write(work: UnitOfWork) -> None:
-        wished = {deployment.model_id for deployment in work.catalogue.deployments()}
-        for gone in set(work.catalogue.entries()) - {entry.model_id for entry in offered}:
+        origins = work.catalogue.origins()
+        added = {model_id for model_id, origin in origins.items() if origin is Origin.ADDED}
+        for gone in origins.keys() - files.keys() - shipped.keys() - added:
             work.catalogue.remove(gone)
-        work.catalogue.put(offered)
-        for entry in offered:
-            if entry.model_id not in wished:
+        wished = {deployment.model_id for deployment in work.catalogue.deployments()}
+        work.catalogue.put(files.values(), Origin.FILE)
+        work.catalogue.put((entry for entry in shipped.values() if entry.model_id not in added), Origin.BUILT_IN)
+        for entry in (*files.values(), *shipped.values()):
+            if entry.model_id not in origins.keys() | wished and entry.file is not None:
                 work.catalogue.deploy(Deployment(entry.model_id))
 
     await store.run(write)

@@ -1,4 +1,4 @@
-"""The directory's composition root: the books, five desks over them, and the chores that time brings.
+"""The directory's composition root: the books, six desks over them, and the chores that time brings.
 
 Decides what is made at a start, in which order, and how often chores run: overdue holds settled (`ledger`), ended minutes judged (`nodes`).
 It must not know Ray, gRPC or HTTP.
@@ -16,13 +16,14 @@ from potluck_coordinator.catalogue_file import built_in_catalogue, read_catalogu
 from potluck_coordinator.directory.accounts import Accounts
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import found_pool, offer, operator_key
+from potluck_coordinator.directory.catalogue import Catalogue
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.directory.enrolment import Enrolments
+from potluck_coordinator.directory.hub import Hub
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.directory.operator_file import known_operator_key, local_url, write_operator_file
 from potluck_coordinator.directory.pool import Pool
-from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
@@ -41,7 +42,16 @@ class Directory:
     """`DirectoryPort` in this process; `open` makes one."""
 
     def __init__(
-        self, *, store: Store, clock: Clock, accounts: Accounts, ledger: LedgerDesk, enrolment: Enrolments, nodes: Nodes, pool: Pool
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        accounts: Accounts,
+        ledger: LedgerDesk,
+        enrolment: Enrolments,
+        nodes: Nodes,
+        catalogue: Catalogue,
+        pool: Pool,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -49,6 +59,7 @@ class Directory:
         self.ledger: Final = ledger
         self.enrolment: Final = enrolment
         self.nodes: Final = nodes
+        self.catalogue: Final = catalogue
         self.pool: Final = pool
 
     @classmethod
@@ -58,13 +69,13 @@ class Directory:
         Raises:
             PotluckError: for a database, CA folder or catalogue that cannot be used, saying why.
         """
-        catalogue = _offered(settings)
+        own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
         authority = CertificateAuthority.load_or_create(settings.certificate_authority_dir, clock.unix_ms())
         store = Store(settings.database_url)
         try:
             store.migrate()
             pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits)
-            await offer(store, catalogue)
+            await offer(store, built_in_catalogue(), own)
             first_version = await store.run(lambda work: work.state.advance(StateName.SNAPSHOT_VERSION)) * SNAPSHOT_VERSIONS_PER_START
             board = SnapshotBoard(first_version)
             accounts = Accounts(
@@ -72,6 +83,7 @@ class Directory:
             )
             ledger = LedgerDesk(store, clock, fee_basis_points=settings.fee_basis_points)
             nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
+            catalogue = Catalogue(store, nodes, lambda stop: Hub(None, stop))
             enrolment = Enrolments(store, clock, authority, node_has_joined=nodes.refresh)
             pool = Pool(pool_id=pool_id, store=store, board=board, authority=authority, ledger=ledger, nodes=nodes, clock=clock)
             await nodes.refresh()
@@ -80,25 +92,29 @@ class Directory:
         except BaseException:
             store.close()
             raise
-        return cls(store=store, clock=clock, accounts=accounts, ledger=ledger, enrolment=enrolment, nodes=nodes, pool=pool)
+        return cls(
+            store=store,
+            clock=clock,
+            accounts=accounts,
+            ledger=ledger,
+            enrolment=enrolment,
+            nodes=nodes,
+            catalogue=catalogue,
+            pool=pool,
+        )
 
     async def run_background(self) -> None:
-        """Settles overdue holds and books judged minutes, until cancelled."""
+        """Settles overdue holds, books judged minutes and plans anew, until cancelled."""
         while True:
             await asyncio.sleep(CHORES_SECONDS)
             try:
                 await self.ledger.settle_expired(self._clock.unix_ms())
                 await self.nodes.judge_minutes()
+                await self.nodes.refresh_old_plan()
             except PotluckError as error:
                 _log.warning("chore_failed", code=error.code)
 
     def close(self) -> None:
         """Finishes what waits and lets go of the database."""
+        self.catalogue.close()
         self._store.close()
-
-
-def _offered(settings: Settings) -> tuple[CatalogueEntry, ...]:
-    """The built-in models and the operator's, whose entries win over built-in ones of the same name."""
-    own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
-    named = {entry.model_id for entry in own}
-    return own + tuple(entry for entry in built_in_catalogue() if entry.model_id not in named)

@@ -1,23 +1,25 @@
 """Which nodes there are, how they do, and what they should run.
 
-Decides what ends a node (its owner's leave, a revocation) and when one counts as offline; `domain.planning` says what runs where,
-`domain.uptime` what a minute was. What is live is kept in memory, for gateways report it anew every second; epochs, ends and uptime are
-kept in the books. It must not know links.
+Decides what ends a node (its owner's leave, a revocation), when one counts as offline, and which of its words call for a new plan;
+`planner` makes it, and `domain.uptime` says what a minute was. What is live is kept in memory, for gateways report it anew every second;
+epochs, ends, uptime and the plan are kept in the books. It must not know links.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import structlog
 
 from potluck_coordinator.desks import NodeRecord, NodeReport, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
-from potluck_coordinator.domain.catalogue import CatalogueEntry
-from potluck_coordinator.domain.planning import plan
+from potluck_coordinator.domain.node_view import NodeView
+from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
@@ -25,7 +27,21 @@ from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import DesiredEngine, DesiredState, EngineStatus, GoodbyeReason, Hello, ModelId, NodeId, NodeState
+from potluck_protocol.values import (
+    CardTelemetry,
+    DesiredState,
+    EngineStatus,
+    GoodbyeReason,
+    Hello,
+    ModelId,
+    NodeId,
+    NodeState,
+    PeerMeasurement,
+    ReplicaId,
+)
+
+PLAN_SECONDS_MAX: Final = 5.0
+"""How old a plan may be: time alone, an absence or an idle replica, may call for another one."""
 
 _log = structlog.get_logger()
 
@@ -39,6 +55,15 @@ class _LiveNode:
     engines: tuple[EngineStatus, ...]
     suspect: bool
     reported_at_seconds: float
+    disk_free_bytes: int = 0
+    cards: tuple[CardTelemetry, ...] = ()
+    peer_measurements: tuple[PeerMeasurement, ...] = ()
+    attached_model_names: tuple[str, ...] = ()
+
+    def planned_by(self) -> object:
+        """What of it may change a plan at once."""
+        engines = [(status.replica_id, status.state, status.group_generation, status.failure) for status in self.engines]
+        return self.epoch, self.state, engines, self.peer_measurements, self.attached_model_names
 
 
 class Nodes:
@@ -57,16 +82,63 @@ class Nodes:
         self._clock = clock
         self._silence_seconds_max = silence_seconds_max
         self._live: dict[NodeId, _LiveNode] = {}
+        self._attempt_counts: dict[ReplicaId, int] = {}
+        self._waiting_counts: Mapping[ModelId, int] = {}
+        self._planner: Planner | None = None
+        self._facts = PoolFacts((), {}, {})
+        self._planned_at = -PLAN_SECONDS_MAX
+        self._asked_count = self._answered_count = 0
         self._refreshing = asyncio.Lock()
         self._steady_offset_ms = clock.unix_ms() - clock.monotonic_seconds() * 1000
         self._uptime = uptime.start(self._steady_ms())
         self._reported_at_ms = self._steady_ms()
 
     async def refresh(self) -> None:
-        """Plans anew and tells the gateways: called at start, when models may have changed, and whenever a node has come or gone."""
+        """Plans anew and tells the gateways: called at start, when models or wishes may have changed, and when nodes come, go or do."""
+        self._asked_count += 1
+        asked_count = self._asked_count
         async with self._refreshing:
-            desired, outcasts, models = await self._store.run(self._planned)
-            self._board.publish(desired=desired, outcasts=outcasts, models=models)
+            if self._answered_count >= asked_count:
+                # Whoever waited before us saw what we saw.
+                return
+            self._answered_count = self._asked_count
+            self._planned_at = self._now()
+            facts, outcasts = await self._store.run(self._known)
+            if self._planner is None:
+                self._planner = await self._store.run(self._kept_planner)
+            planner, self._facts = self._planner, facts
+            before = (planner.replicas, planner.groups)
+            wishes = await asyncio.to_thread(planner.advance, facts, self._now())
+            if (planner.replicas, planner.groups) != before or not self._board.snapshot.desired:
+                await self._store.run(lambda work: _keep(work, planner))
+            desired = await self._store.run(lambda work: self._desired(work, wishes))
+            self._publish(
+                desired=desired,
+                outcasts=outcasts,
+                models=facts.catalogue,
+                replica_payees=wishes.replica_payees,
+                broken_groups=wishes.broken_groups,
+                leaving=wishes.leaving,
+            )
+
+    async def refresh_old_plan(self) -> None:
+        """Plans anew where the last time is too long ago."""
+        if self._now() - self._planned_at >= PLAN_SECONDS_MAX:
+            await self.refresh()
+
+    async def verdicts(self, model_id: ModelId) -> tuple[tuple[NodeVerdict, ...], Mapping[NodeId, str], str]:
+        """Every node's part in a deployment, the nodes' names, and what became of the model's groups."""
+        async with self._refreshing:
+            assert self._planner is not None, "the directory plans before it serves"
+            nodes = await self._store.run(lambda work: work.nodes.list_all())
+            verdicts = await asyncio.to_thread(self._planner.explain, self._facts, model_id, self._now())
+            return verdicts, {node.node_id: node.display_name for node in nodes}, self._planner.group_words(model_id)
+
+    async def standings(self) -> tuple[Mapping[ModelId, Standing], Mapping[ModelId, int]]:
+        """How far each wish is met, and how many requests wait for which model."""
+        async with self._refreshing:
+            assert self._planner is not None, "the directory plans before it serves"
+            return await asyncio.to_thread(self._planner.standings, self._facts, self._now()), self._waiting_counts
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]:
         """Every node that ever enrolled."""
@@ -83,7 +155,7 @@ class Nodes:
 
         await self._store.run(revoke)
         _log.info("node_revoked", node_id=node_id, reason=reason)
-        self._live.pop(node_id, None)
+        self._forget([node_id])
         await self.refresh()
 
     async def open_session(self, hello: Hello) -> SessionGrant:
@@ -99,7 +171,15 @@ class Nodes:
             return node
 
         node = await self._store.run(begin)
-        self._live[node.node_id] = _LiveNode(node.epoch, hello.state, hello.engines, suspect=False, reported_at_seconds=self._now())
+        self._live[node.node_id] = _LiveNode(
+            node.epoch,
+            hello.state,
+            hello.engines,
+            suspect=False,
+            reported_at_seconds=self._now(),
+            attached_model_names=hello.inventory.attached_model_names,
+        )
+        await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
 
@@ -108,19 +188,20 @@ class Nodes:
         live = self._live.get(node_id)
         replaced = live is not None and live.epoch > epoch
         if not replaced:
-            self._live.pop(node_id, None)
+            self._forget([node_id])
         await self._store.run(lambda work: work.nodes.saw(node_id, self._clock.unix_ms()))
         if reason is GoodbyeReason.LEAVING and not replaced:
             await self._store.run(lambda work: work.nodes.end(node_id, NodeStatus.LEFT, "taken out by its owner"))
+        if not replaced:
             await self.refresh()
 
-    async def report(self, reports: Sequence[NodeReport]) -> None:
+    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:
         """Takes a gateway's second-by-second word; it is also how a directory that was restarted learns who is there."""
-        now = self._now()
-        for report in reports:
-            known = self._live.get(report.node_id)
-            if known is None or known.epoch <= report.epoch:
-                self._live[report.node_id] = _LiveNode(report.epoch, report.state, report.engines, report.suspect, now)
+        now, waits_anew = self._now(), waiting_counts.keys() - self._waiting_counts.keys()
+        self._waiting_counts = dict(waiting_counts)
+        changed = [self._take(report, now) for report in reports]
+        if any(changed) or waits_anew:
+            await self.refresh()
         self._reported_at_ms = self._steady_ms()
         coverages = [Coverage(report.node_id, report.covered_seconds) for report in reports]
         self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
@@ -131,7 +212,8 @@ class Nodes:
 
     async def judge_minutes(self) -> None:
         """Books the minutes that have ended. While no gateway reports, nobody watches, and no minute counts."""
-        self._forget_silent()
+        oldest_seconds = self._now() - self._silence_seconds_max
+        self._forget([node_id for node_id, live in self._live.items() if live.reported_at_seconds < oldest_seconds])
         if (self._uptime.next_minute + 1) * uptime.MINUTE_MS + uptime.REPORT_DELAY_MS > self._reported_at_ms:
             return
         nodes = await self._store.run(lambda work: work.nodes.list_all())
@@ -147,21 +229,56 @@ class Nodes:
 
         await self._store.run(book)
 
-    def _planned(self, work: UnitOfWork) -> tuple[Mapping[NodeId, DesiredState], Mapping[NodeId, str], Mapping[ModelId, CatalogueEntry]]:
+    def _take(self, report: NodeReport, now: float) -> bool:
+        """Whether what a node does now may call for another plan."""
+        known = self._live.get(report.node_id)
+        if known is not None and known.epoch > report.epoch:
+            return False
+        live = _LiveNode(
+            report.epoch,
+            report.state,
+            report.engines,
+            report.suspect,
+            now,
+            report.disk_free_bytes,
+            report.cards,
+            report.peer_measurements,
+            report.attached_model_names,
+        )
+        self._live[report.node_id] = live
+        self._attempt_counts |= report.attempt_counts
+        return known is None or known.planned_by() != live.planned_by()
+
+    def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str]]:
+        """What a plan is made from, and who is out."""
         nodes = work.nodes.list_all()
-        models = work.catalogue.entries()
-        active = [node.node_id for node in nodes if node.status is NodeStatus.ACTIVE]
-        wishes = plan(work.catalogue.deployments(), models, active)
+        facts = PoolFacts(
+            deployments=work.catalogue.deployments(),
+            catalogue=work.catalogue.entries(),
+            nodes={node.node_id: _view(node, self._live.get(node.node_id)) for node in nodes if node.status is NodeStatus.ACTIVE},
+            attempt_counts=dict(self._attempt_counts),
+            waiting_counts=self._waiting_counts,
+        )
+        return facts, {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}
+
+    def _kept_planner(self, work: UnitOfWork) -> Planner:
+        return Planner(work.plan.all(), work.groups.all(), work.state.counter(StateName.GROUP_GENERATION), self._now())
+
+    def _desired(self, work: UnitOfWork, wishes: Wishes) -> Mapping[NodeId, DesiredState]:
         before = self._board.snapshot.desired
 
-        def state(node_id: NodeId, engines: tuple[DesiredEngine, ...]) -> DesiredState:
-            known = before.get(node_id)
-            if known is not None and known.engines == engines:
+        def state(node_id: NodeId) -> DesiredState:
+            known, engines, peers = before.get(node_id), wishes.engines[node_id], wishes.peers.get(node_id, ())
+            if known is not None and (known.engines, known.peers) == (engines, peers):
                 return known
-            return DesiredState(work.state.advance(StateName.DESIRED_REVISION), engines)
+            return DesiredState(work.state.advance(StateName.DESIRED_REVISION), engines, peers)
 
-        desired = {node_id: state(node_id, engines) for node_id, engines in wishes.items()}
-        return desired, {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}, models
+        return {node_id: state(node_id) for node_id in wishes.engines}
+
+    def _publish(self, **news: Any) -> None:
+        """Tells the gateways, if there is news."""
+        if any(getattr(self._board.snapshot, name) != value for name, value in news.items()):
+            self._board.publish(**news)
 
     def _record(self, node: EnrolledNode, up_minutes: int, down_minutes: int) -> NodeRecord:
         live = self._live.get(node.node_id)
@@ -181,16 +298,39 @@ class Nodes:
             last_seen_at_unix_ms=now_ms if live is not None else node.last_seen_at_unix_ms,
         )
 
-    def _forget_silent(self) -> None:
-        oldest = self._now() - self._silence_seconds_max
-        for node_id in [node_id for node_id, live in self._live.items() if live.reported_at_seconds < oldest]:
-            del self._live[node_id]
+    def _forget(self, node_ids: Sequence[NodeId]) -> None:
+        """They are not connected any more."""
+        for node_id in node_ids:
+            live = self._live.pop(node_id, None)
+            for status in live.engines if live is not None else ():
+                self._attempt_counts.pop(status.replica_id, None)
 
     def _now(self) -> float:
         return self._clock.monotonic_seconds()
 
     def _steady_ms(self) -> int:
         return int(self._steady_offset_ms + self._clock.monotonic_seconds() * 1000)
+
+
+def _view(node: EnrolledNode, live: _LiveNode | None) -> NodeView:
+    return NodeView(
+        node_id=node.node_id,
+        owner_account_id=node.owner_account_id,
+        inventory=replace(node.inventory, attached_model_names=live.attached_model_names) if live is not None else node.inventory,
+        connected=live is not None,
+        state=live.state if live is not None else NodeState.DRAINING,
+        engines=live.engines if live is not None else (),
+        peer_measurements={measured.node_id: measured for measured in live.peer_measurements} if live is not None else {},
+        epoch=node.epoch,
+        disk_free_bytes=live.disk_free_bytes if live is not None else 0,
+        card_foreign_bytes={card.uuid: card.memory_foreign_bytes for card in live.cards if card.memory_foreign_bytes} if live else {},
+    )
+
+
+def _keep(work: UnitOfWork, planner: Planner) -> None:
+    work.plan.keep(planner.replicas)
+    work.groups.keep(planner.groups)
+    work.state.put(StateName.GROUP_GENERATION, str(planner.generation))
 
 
 def _book_minute(work: UnitOfWork, minute: JudgedMinute) -> None:

@@ -5,7 +5,7 @@ Decides nothing; these are the words that `planning` and `grouping` share. It mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,3 +29,9 @@ class NodeView:
     """As it last reported them; empty while it is not connected."""
     peer_measurements: Mapping[NodeId, PeerMeasurement]
     """What it measured towards others of its site."""
+    epoch: int = 0
+    """Of its newest session; a new one that follows no restart of the coordinator's means that its agent began anew, or was away."""
+    disk_free_bytes: int = 0
+    """As it last said; 0: not known."""
+    card_foreign_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By card uuid: memory that programs of its owner's hold there."""

@@ -30,6 +30,8 @@ class ReplicaView:
     node_suspect: bool
     link_up: bool
     endpoints: tuple[Endpoint, ...]
+    leaving: bool = False
+    """It finishes what it is answering, and makes room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ def rejection(replica: ReplicaView, endpoint: Endpoint, excluded: frozenset[Node
         return "suspect"
     if replica.node_paused:
         return "paused"
+    if replica.leaving:
+        return "leaving"
     if not replica.ready:
         return "not ready"
     if endpoint not in replica.endpoints:

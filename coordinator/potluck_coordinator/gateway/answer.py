@@ -96,6 +96,11 @@ class Answer:
         """The attempt that answers it."""
         return self._relay.attempt_id
 
+    @property
+    def is_whole(self) -> bool:
+        """It came to its end, and its engine lived to count its tokens."""
+        return self._complete and (not self._request.stream or self._watcher.usage is not None)
+
     async def open(self) -> None:
         """Waits until the engine has begun a good answer and the hold stands.
 

@@ -54,6 +54,13 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.AccountService/AuditLedger": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/ListNodes": Audience.USER,
     "/potluck_protocol.v1.PoolService/RevokeNode": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/AddModel": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/RemoveModel": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/GetModel": Audience.USER,
+    "/potluck_protocol.v1.PoolService/Deploy": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/Undeploy": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/ListDeployments": Audience.USER,
+    "/potluck_protocol.v1.PoolService/ExplainDeployment": Audience.OPERATOR,
 }
 
 HTTP_ROUTES: Final[dict[tuple[str, str], Audience]] = {

@@ -111,6 +111,7 @@ class Gateway:
             links=self._links,
             ledger=self._ledger,
             catalogue=lambda: self._snapshot.models,
+            replica_payees=lambda: self._snapshot.replica_payees,
             limits=RequestLimits(AdmissionLimits(self._settings.queue_length_max, self._settings.queue_deadline_seconds)),
             clock=self._clock,
             draw=random.random,
@@ -166,7 +167,7 @@ class Gateway:
             enrolment=EnrolmentServicer(self._directory.enrolment),
             inference=InferenceServicer(requests, self._metrics, self._clock),
             account=AccountServicer(self._directory.accounts, self._directory.ledger),
-            pool=PoolServicer(self._directory.nodes),
+            pool=PoolServicer(self._directory.nodes, self._directory.catalogue),
         )
         nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock))
         self._ports = [people, nodes]
@@ -214,7 +215,7 @@ class Gateway:
 
     async def _report(self) -> None:
         self.requests.mark_delivered()
-        await self._links.report()
+        await self._links.report(self.requests.waiting_counts)
 
 
 async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -69,8 +69,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.ListModelsResponse:
         """The catalogue, with what is ready now."""
-        del request, context
-        return inference_pb2.ListModelsResponse(models=[_model_message(view) for view in self._requests.models()])
+        del context
+        views = self._requests.models(with_offers=request.with_offers)
+        return inference_pb2.ListModelsResponse(models=[_model_message(view) for view in views])
 
 
 def _model_message(view: ModelView) -> inference_pb2.Model:
@@ -84,4 +85,5 @@ def _model_message(view: ModelView) -> inference_pb2.Model:
         created_at_unix_seconds=entry.created_at_unix_seconds,
         licence=entry.licence,
         endpoints=[engine_codec.ENDPOINT_NUMBER[endpoint] for endpoint in entry.endpoints],
+        offered_repository=entry.repository,
     )

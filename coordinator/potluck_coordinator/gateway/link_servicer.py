@@ -18,7 +18,7 @@ from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
-from potluck_protocol.values import AttemptId, GoodbyeReason
+from potluck_protocol.values import AttemptId, EndReason, GoodbyeReason
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
@@ -143,12 +143,21 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
                 relay.head = AnswerHead(chunk.head.http_status, chunk.head.content_type)
             relay.receive(chunk.sequence, chunk.data, now)
 
-    @staticmethod
-    def _take_ends(frame: node_pb2.NodeFrame, session: NodeSession) -> None:
+    def _take_ends(self, frame: node_pb2.NodeFrame, session: NodeSession) -> None:
         for end in frame.ends:
-            relay = session.attempts.get(end.attempt_id)  # type: ignore[call-overload]
-            if relay is not None:
-                relay.end(end.sequence, codec.end_reason_from_number(end.reason), end.detail)
+            attempt_id = AttemptId(end.attempt_id)
+            relay = session.attempts.get(attempt_id)
+            if relay is None:
+                continue
+            reason = codec.end_reason_from_number(end.reason)
+            kills_engines = False
+            if end.blamed and reason is EndReason.ENGINE_FAILED:
+                self._links.engine_died(session, attempt_id)
+                kills_engines = self._links.kills_engines(session, attempt_id)
+            elif end.blamed:
+                # The node's word is enough to try no other engine now, and not enough to refuse the request to everyone.
+                kills_engines = True
+            relay.end(end.sequence, reason, end.detail, kills_engines=kills_engines)
 
     def _take_heartbeat(self, message: node_pb2.Heartbeat, session: NodeSession, outbox: Outbox, now: float) -> None:
         session.beat(codec.heartbeat_value(message), now)

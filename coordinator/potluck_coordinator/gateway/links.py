@@ -16,6 +16,7 @@ import structlog
 from potluck_coordinator.domain.nodes import attempt_is_silent, lapsed_nodes, link_grace_is_over
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
+from potluck_protocol.culprits import Culprits
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import GoodbyeReason, NodeId, Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.domain.placement import ReplicaView
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import DesiredState, Hello, ModelId
+    from potluck_protocol.values import AttemptId, DesiredState, Hello, ModelId, ReplicaId
 
 _log = structlog.get_logger()
 
@@ -50,9 +51,12 @@ class Links:
         self._limits = limits
         self._clock = clock
         self._on_change = on_change
+        self.culprits = Culprits(clock.monotonic_seconds)
+        """Which requests engines of these nodes died of."""
         self._sessions: dict[NodeId, NodeSession] = {}
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._outcasts: Mapping[NodeId, str] = {}
+        self._leaving: frozenset[ReplicaId] = frozenset()
         self._desired: Mapping[NodeId, DesiredState] = {}
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
@@ -83,6 +87,18 @@ class Links:
         """The node's session, if it has one."""
         return self._sessions.get(node_id)
 
+    def engine_died(self, session: NodeSession, attempt_id: AttemptId) -> None:
+        """A node says that an attempt's engine died while it worked on it."""
+        present = session.present_at_death(attempt_id)
+        if present:
+            _log.warning("engine_died", node_id=session.node_id, replica_id=present[0].replica_id, attempts_lost=len(present))
+            self.culprits.died(self.culprits.fingerprint(start.endpoint, start.body) for start in present)
+
+    def kills_engines(self, session: NodeSession, attempt_id: AttemptId) -> bool:
+        """Whether the attempt's request is known to."""
+        start = session.start_of(attempt_id)
+        return start is not None and self.culprits.is_refused(self.culprits.fingerprint(start.endpoint, start.body))
+
     def replicas(self, model_id: ModelId) -> Iterator[ReplicaView]:
         """Every replica of the model on a connected node."""
         for session in self._sessions.values():
@@ -107,6 +123,7 @@ class Links:
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
                 session.wish(self._desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
+                session.leaving = self._leaving
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
             elif session.outbox is not None:
                 session.outbox.close(GoodbyeReason.REPLACED, "A newer link of this node took over.")
@@ -171,18 +188,25 @@ class Links:
                     session.link_lost_at = min(now, session.link_lost_at + absence_seconds)
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
-        """Hands the directory's news to the nodes: new wishes, and the end for those revoked."""
-        self._outcasts, self._desired = snapshot.outcasts, snapshot.desired
+        """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
+        self._outcasts, self._desired, self._leaving = snapshot.outcasts, snapshot.desired, snapshot.leaving
         for session in self.sessions:
             if session.node_id in snapshot.outcasts:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
-            elif session.node_id in snapshot.desired:
+                continue
+            session.leaving = snapshot.leaving
+            session.fail_broken(snapshot.broken_groups)
+            if session.node_id in snapshot.desired:
                 session.wish(snapshot.desired[session.node_id])
 
-    async def report(self) -> None:
-        """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching."""
+    async def report(self, waiting_counts: Mapping[ModelId, int]) -> None:
+        """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching.
+
+        Args:
+            waiting_counts: the requests that wait for a slot, by model.
+        """
         now = self._clock.monotonic_seconds()
-        await self._directory.nodes.report([session.report(now) for session in self._sessions.values()])
+        await self._directory.nodes.report([session.report(now) for session in self._sessions.values()], waiting_counts)
 
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""

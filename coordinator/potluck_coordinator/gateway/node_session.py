@@ -17,19 +17,21 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EngineState, NodeState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from potluck_coordinator.desks import SessionGrant
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.gateway.outbox import Outbox
     from potluck_coordinator.gateway.relay import Relay
     from potluck_protocol.values import (
+        CardTelemetry,
         DesiredState,
         EngineStatus,
         Heartbeat,
         Hello,
         ModelId,
         NodeId,
+        PeerMeasurement,
         ReplicaId,
         StartAttempt,
     )
@@ -51,10 +53,20 @@ class NodeSession:
         self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
         self.attempts: dict[AttemptId, Relay] = {}
         self._starts: dict[AttemptId, StartAttempt] = {}
+        self._bereaved: set[AttemptId] = set()
+        """Those whose engine's death is known."""
         self.attempts_by_replica: dict[ReplicaId, int] = {}
+        self._used_replica_ids: set[ReplicaId] = set()
+        """Those with attempts since the last report."""
+        self._disk_free_bytes = hello.inventory.disk_free_bytes
+        self._attached_model_names = hello.inventory.attached_model_names
+        self._cards: tuple[CardTelemetry, ...] = ()
+        self._peer_measurements: tuple[PeerMeasurement, ...] = ()
         self.heartbeat_at = now
         self.busy_since: float | None = None
         self.suspect = False
+        self.leaving: frozenset[ReplicaId] = frozenset()
+        """Replicas that get no new requests, of this node and of others."""
         self.outbox: Outbox | None = None
         """None while the link is down."""
         self.link_lost_at: float | None = None
@@ -72,6 +84,7 @@ class NodeSession:
         self.suspect = False
         self.state = hello.state
         self.engines = {status.replica_id: status for status in hello.engines}
+        self._attached_model_names = hello.inventory.attached_model_names
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
         """A sign of life."""
@@ -81,6 +94,8 @@ class NodeSession:
         self.suspect = False
         self.state = heartbeat.state
         self.engines = {status.replica_id: status for status in heartbeat.engines}
+        self._disk_free_bytes = heartbeat.disk_free_bytes
+        self._cards, self._peer_measurements = heartbeat.cards, heartbeat.peer_measurements
 
     def start(self, start: StartAttempt, relay: Relay, now: float) -> None:
         """Sends an attempt to the node; raises NO_CAPACITY if the link has just gone or it has as many as it may."""
@@ -90,6 +105,7 @@ class NodeSession:
         self.attempts[start.attempt_id] = relay
         self._starts[start.attempt_id] = start
         self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
+        self._used_replica_ids.add(start.replica_id)
         self.outbox.start(start)
 
     def finish(self, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
@@ -98,6 +114,7 @@ class NodeSession:
         if relay is None:
             return
         del self._starts[attempt_id]
+        self._bereaved.discard(attempt_id)
         self.attempts_by_replica[replica_id] -= 1
         if not self.attempts and not self.suspect:
             # Of a suspect node only its next sign of life says so: its silence would else look like an idle node's.
@@ -114,6 +131,23 @@ class NodeSession:
                 self.outbox.start(self._starts[attempt_id])
             else:
                 relay.fail(PotluckError(ErrorCode.NODE_LOST))
+
+    def start_of(self, attempt_id: AttemptId) -> StartAttempt | None:
+        """What was asked, while the attempt is not finished."""
+        return self._starts.get(attempt_id)
+
+    def present_at_death(self, attempt_id: AttemptId) -> tuple[StartAttempt, ...]:
+        """Everything that was with the engine which, as the node says of this attempt, has died; nothing where that death is known."""
+        start = self._starts.get(attempt_id)
+        if start is None or attempt_id in self._bereaved:
+            return ()
+        present = tuple(
+            other
+            for other_id, other in self._starts.items()
+            if other.replica_id == start.replica_id and other_id not in self._bereaved and not self.attempts[other_id].over
+        )
+        self._bereaved.update(other.attempt_id for other in present)
+        return present
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """Tells the node what it may forget, and by how much it may go on."""
@@ -132,12 +166,19 @@ class NodeSession:
         for relay in self.attempts.values():
             relay.fail(error)
 
+    def fail_broken(self, broken_groups: Mapping[ReplicaId, str]) -> None:
+        """Ends the answers of groups that are no more; the engine of the one that leads may not have noticed yet."""
+        for attempt_id, relay in self.attempts.items():
+            reason = broken_groups.get(self._starts[attempt_id].replica_id)
+            if reason is not None:
+                relay.fail(PotluckError(ErrorCode.NODE_LOST, f"The group of nodes that was answering broke: {reason}."))
+
     def judge(self, now: float, limits: LivenessLimits) -> None:
         """Notes whether new work should keep away."""
         self.suspect = liveness(self.signs, now, limits) is not Liveness.FRESH
 
     def report(self, now: float) -> NodeReport:
-        """What happened since the last report, for the directory's count of uptime."""
+        """What happened since the last report, for the directory's count of uptime and its planning."""
         report = NodeReport(
             node_id=self.node_id,
             epoch=self.epoch,
@@ -145,16 +186,26 @@ class NodeSession:
             suspect=self.suspect,
             state=self.state,
             engines=tuple(self.engines.values()),
+            attempt_counts={replica_id: self.attempts_by_replica.get(replica_id, 0) for replica_id in self._used_replica_ids},
+            disk_free_bytes=self._disk_free_bytes,
+            cards=self._cards,
+            peer_measurements=self._peer_measurements,
+            attached_model_names=self._attached_model_names,
         )
+        self._used_replica_ids = {replica_id for replica_id, count in self.attempts_by_replica.items() if count}
         self._reported_at = now
         return report
 
     def replica_views(self, model_id: ModelId) -> Iterator[ReplicaView]:
         """Its replicas of a model as placement sees them: what was wished of it, as far as it says that it is there."""
         for wish in self.desired.engines:
-            if wish.model.model_id != model_id:
+            group = wish.group
+            if wish.model.model_id != model_id or (group is not None and group.rank > 0):
                 continue
             status = self.engines.get(wish.replica_id)
+            if group is not None and status is not None and status.group_generation != group.generation:
+                # Of an earlier generation, on its way out.
+                status = None
             in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
             # A node at its bound of attempts has no slot left, whatever its replicas offer.
             room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
@@ -169,4 +220,5 @@ class NodeSession:
                 node_suspect=self.suspect,
                 link_up=self.outbox is not None and not self.outbox.closed,
                 endpoints=status.endpoints if status is not None else (),
+                leaving=wish.replica_id in self.leaving,
             )

@@ -17,7 +17,7 @@ RETRY_AFTER_SECONDS_DEFAULT: Final = 1.0
 RETRY_AFTER_SECONDS_MAX: Final = 120.0
 """The openai package takes a longer wait for "never"."""
 
-_NEVER_RETRY: Final = frozenset({ErrorCode.INSUFFICIENT_CREDITS})
+_NEVER_RETRY: Final = frozenset({ErrorCode.INSUFFICIENT_CREDITS, ErrorCode.REQUEST_REFUSED})
 
 
 class _ErrorBody(msgspec.Struct):

@@ -1,7 +1,8 @@
-"""The pool as people see it: the gRPC side of the directory's node desk.
+"""The pool as people see it: the gRPC side of the directory's node and catalogue desks.
 
 Decides what of a node is shown to whom: its owner and the operator see everything; others see neither whose it is, nor its cards' uuids,
-nor why an engine failed. Revoking a node comes in here as well; `authorisation` keeps it to the operator. It must not know links.
+nor why an engine failed. The operator's words over nodes, models and deployments come in here as well; `authorisation` keeps them to the
+operator, and `catalogue_messages` within bounds. It must not know links.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any, Final
 
 import grpc
 
-from potluck_coordinator.desks import KeyIdentity, NodeDesk, NodeRecord
+from potluck_coordinator.desks import CatalogueDesk, KeyIdentity, NodeDesk, NodeRecord, PinProgress
+from potluck_coordinator.gateway import catalogue_messages
 from potluck_coordinator.gateway.interceptors import caller
 from potluck_protocol import codec, engine_codec, hardware_codec
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -20,31 +22,100 @@ from potluck_protocol.values import AccountId, NodeId
 
 REASON_CHARACTERS_MAX: Final = 500
 
+_Context = grpc.aio.ServicerContext[Any, Any]
+
 
 class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
     """Serves `PoolService`."""
 
-    def __init__(self, desk: NodeDesk) -> None:
-        self._desk = desk
+    def __init__(self, nodes: NodeDesk, catalogue: CatalogueDesk) -> None:
+        self._nodes = nodes
+        self._catalogue = catalogue
 
-    async def ListNodes(  # noqa: N802 - the contract's name
-        self, request: pool_pb2.ListNodesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    async def ListNodes(  # noqa: N802 - the contract's name, as for every method here
+        self, request: pool_pb2.ListNodesRequest, context: _Context
     ) -> pool_pb2.ListNodesResponse:
         """Every enrolled node."""
         del request, context
         identity = caller()
-        records = await self._desk.list_nodes()
+        records = await self._nodes.list_nodes()
         return pool_pb2.ListNodesResponse(nodes=[_node_message(_as_seen_by(identity, record)) for record in records])
 
-    async def RevokeNode(  # noqa: N802 - the contract's name
-        self, request: pool_pb2.RevokeNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    async def RevokeNode(  # noqa: N802
+        self, request: pool_pb2.RevokeNodeRequest, context: _Context
     ) -> pool_pb2.RevokeNodeResponse:
         """Shuts a node out for good."""
         del context
         if not request.node_id:
             raise PotluckError(ErrorCode.INVALID_REQUEST, "Name the node to revoke.", param="node_id")
-        await self._desk.revoke_node(NodeId(request.node_id), request.reason[:REASON_CHARACTERS_MAX])
+        await self._nodes.revoke_node(NodeId(request.node_id), request.reason[:REASON_CHARACTERS_MAX])
         return pool_pb2.RevokeNodeResponse()
+
+    async def AddModel(  # noqa: N802
+        self, request: pool_pb2.AddModelRequest, context: _Context
+    ) -> pool_pb2.AddModelResponse:
+        """Models into the catalogue: a file's, or a repository's, of which there may be no more than progress yet."""
+        del context
+        match request.WhichOneof("model"):
+            case "catalogue_toml":
+                records = await self._catalogue.add_models(catalogue_messages.catalogue_text_value(request.catalogue_toml))
+            case "hub":
+                wishes = catalogue_messages.wishes_value(request.hub)
+                found = await self._catalogue.pin_model(catalogue_messages.source_value(request.hub), wishes)
+                if isinstance(found, PinProgress):
+                    return pool_pb2.AddModelResponse(progress=found.words)
+                records = (found,)
+            case _:
+                raise PotluckError(ErrorCode.INVALID_REQUEST, "Send a catalogue file's text, or name a repository of the hub.")
+        return pool_pb2.AddModelResponse(models=[catalogue_messages.model_message(record) for record in records])
+
+    async def RemoveModel(  # noqa: N802
+        self, request: pool_pb2.RemoveModelRequest, context: _Context
+    ) -> pool_pb2.RemoveModelResponse:
+        """Takes a model out of the catalogue."""
+        del context
+        await self._catalogue.remove_model(catalogue_messages.model_id_value(request.model_id))
+        return pool_pb2.RemoveModelResponse()
+
+    async def GetModel(  # noqa: N802
+        self, request: pool_pb2.GetModelRequest, context: _Context
+    ) -> pool_pb2.GetModelResponse:
+        """All that the catalogue says of a model."""
+        del context
+        record = await self._catalogue.get_model(catalogue_messages.model_id_value(request.model_id))
+        return pool_pb2.GetModelResponse(model=catalogue_messages.model_message(record))
+
+    async def Deploy(  # noqa: N802
+        self, request: pool_pb2.DeployRequest, context: _Context
+    ) -> pool_pb2.DeployResponse:
+        """Wishes a model served."""
+        del context
+        await self._catalogue.deploy(catalogue_messages.deployment_value(request.deployment))
+        return pool_pb2.DeployResponse()
+
+    async def Undeploy(  # noqa: N802
+        self, request: pool_pb2.UndeployRequest, context: _Context
+    ) -> pool_pb2.UndeployResponse:
+        """Takes the wish back."""
+        del context
+        await self._catalogue.undeploy(catalogue_messages.model_id_value(request.model_id))
+        return pool_pb2.UndeployResponse()
+
+    async def ListDeployments(  # noqa: N802
+        self, request: pool_pb2.ListDeploymentsRequest, context: _Context
+    ) -> pool_pb2.ListDeploymentsResponse:
+        """Every wish, and how far it is met."""
+        del request, context
+        records = await self._catalogue.list_deployments()
+        return pool_pb2.ListDeploymentsResponse(deployments=map(catalogue_messages.deployment_status_message, records))
+
+    async def ExplainDeployment(  # noqa: N802
+        self, request: pool_pb2.ExplainDeploymentRequest, context: _Context
+    ) -> pool_pb2.ExplainDeploymentResponse:
+        """What each node has to do with a deployment."""
+        del context
+        records = await self._catalogue.explain(catalogue_messages.model_id_value(request.model_id))
+        return pool_pb2.ExplainDeploymentResponse(verdicts=map(catalogue_messages.node_verdict_message, records))
 
 
 def _as_seen_by(identity: KeyIdentity, record: NodeRecord) -> NodeRecord:

@@ -118,8 +118,8 @@ class Relay:
                 self._buffer.append(data)
             self._wake()
 
-    def end(self, sequence: int, reason: EndReason, detail: str) -> None:
-        """Takes the node's word that the attempt is over after `sequence` chunks."""
+    def end(self, sequence: int, reason: EndReason, detail: str, *, kills_engines: bool = False) -> None:
+        """Takes the node's word that the attempt is over after `sequence` chunks; `kills_engines` where its request is not to run again."""
         self._ended_by_node = True
         # One past the end tells the node that its word has arrived.
         self._acknowledge(self.attempt_id, sequence + 1)
@@ -127,6 +127,8 @@ class Relay:
             return
         if sequence != self.next_sequence:
             self.fail(PotluckError(ErrorCode.NODE_LOST, "The node lost a part of the answer."))
+        elif kills_engines:
+            self.fail(PotluckError(ErrorCode.REQUEST_REFUSED))
         elif reason is EndReason.COMPLETED:
             self._end = reason
             self._wake()
@@ -137,7 +139,8 @@ class Relay:
                 )
             )
         else:
-            self.fail(PotluckError(ErrorCode.ENGINE_FAILED))
+            words = f"The engine broke the answer off: {detail[:DETAIL_CHARACTERS_MAX]}" if detail else None
+            self.fail(PotluckError(ErrorCode.ENGINE_FAILED, words))
 
     def fail(self, error: PotluckError) -> None:
         """Ends the answer with an error, behind whatever has already arrived."""

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import AdmissionLimits, Dispatch, ModelLoad, Refuse, Wait, admit, retry_after_seconds
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.placement import place, rejection
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway.answer import Answer
 from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
+from potluck_coordinator.gateway.quarantine import Quarantine
 from potluck_coordinator.gateway.relay import Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AccountId, AttemptId, Endpoint, ModelId, NodeId, RequestId, StartAttempt
+from potluck_protocol.values import AccountId, AttemptId, Endpoint, ModelId, NodeId, ReplicaId, RequestId, StartAttempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,6 +103,7 @@ class RequestService:
         links: the nodes.
         ledger: where money events go.
         catalogue: the models as they are now.
+        replica_payees: who earns by a replica of several nodes, as of now; of any other the node's owner does.
         limits: queue and window bounds.
         clock: for durations and deadlines.
         draw: a random number in [0, 1) for ties.
@@ -114,6 +117,7 @@ class RequestService:
         links: Links,
         ledger: LedgerWriter,
         catalogue: Callable[[], Mapping[ModelId, CatalogueEntry]],
+        replica_payees: Callable[[], Mapping[ReplicaId, tuple[PayeeShare, ...]]],
         limits: RequestLimits,
         clock: Clock,
         draw: Callable[[], float],
@@ -121,8 +125,10 @@ class RequestService:
         gateway_epoch: int,
     ) -> None:
         self._links = links
+        self._quarantine = Quarantine(links.culprits)
         self._ledger = ledger
         self._catalogue = catalogue
+        self._replica_payees = replica_payees
         self._limits = limits
         self._clock = clock
         self._draw = draw
@@ -141,11 +147,17 @@ class RequestService:
         """Requests waiting for a slot of the model."""
         return len(self._queues.get(model_id, ()))
 
-    def models(self) -> tuple[ModelView, ...]:
-        """The catalogue with what is ready now."""
+    @property
+    def waiting_counts(self) -> Mapping[ModelId, int]:
+        """Requests waiting for a slot, of every model that has some."""
+        return {model_id: len(queue) for model_id, queue in self._queues.items() if queue}
+
+    def models(self, *, with_offers: bool = False) -> tuple[ModelView, ...]:
+        """The catalogue with what is ready now; the entries that are offers, with nothing to serve yet, only if they are asked for."""
         return tuple(
             ModelView(entry, sum(1 for replica in self._links.replicas(entry.model_id) if replica.ready and replica.link_up))
             for entry in self._catalogue().values()
+            if with_offers or entry.file is not None
         )
 
     async def begin(self, request: InferenceRequest) -> Answer:
@@ -155,7 +167,7 @@ class RequestService:
             PotluckError: whatever keeps the request from being answered; nothing is then owed.
         """
         entry = self._catalogue().get(request.model_id)
-        if entry is None:
+        if entry is None or entry.file is None:
             message = f"The model {request.model_id!r} does not exist in this pool; `potluck models` and GET /v1/models list those that do."
             raise PotluckError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
         if request.endpoint not in entry.endpoints:
@@ -164,6 +176,7 @@ class RequestService:
         if request.prompt_tokens_min > entry.context_length_tokens:
             message = f"The prompt is longer than the model's context of {entry.context_length_tokens} tokens. Send a shorter one."
             raise PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param=INPUT_PARAM[request.endpoint])
+        self._quarantine.check(request.endpoint, request.body)
         began_at = self._clock.monotonic_seconds()
         excluded: frozenset[NodeId] = frozenset()
         while True:
@@ -190,9 +203,13 @@ class RequestService:
             case Wait(wait_seconds_max):
                 return await self._wait_in_queue(_Waiting(request, entry, excluded, wait_seconds_max))
             case Dispatch():
-                placement = place(self._links.replicas(request.model_id), request.endpoint, excluded, self._draw())
+                shunned = self._quarantine.shunned(request.endpoint, request.body)
+                placement = place(self._links.replicas(request.model_id), request.endpoint, excluded | shunned, self._draw())
                 if placement.chosen is not None:
                     return self._dispatch(request, entry, placement.chosen)
+                if shunned:
+                    seconds_max = max(0.0, self._limits.admission.queue_wait_seconds_max - waited_seconds)
+                    return await self._wait_in_queue(_Waiting(request, entry, excluded, seconds_max))
         # Admission counted a free slot that placement did not find.
         raise self._refusal(ErrorCode.NO_CAPACITY, request, excluded, self._limits.admission.retry_after_seconds_min)
 
@@ -221,7 +238,8 @@ class RequestService:
                 if waiting.turn.done():
                     continue
                 request = waiting.request
-                placement = place(self._links.replicas(model_id), request.endpoint, waiting.excluded, self._draw())
+                excluded = waiting.excluded | self._quarantine.shunned(request.endpoint, request.body)
+                placement = place(self._links.replicas(model_id), request.endpoint, excluded, self._draw())
                 if placement.chosen is None:
                     # One that no free replica suits does not hold up those behind it.
                     continue
@@ -238,21 +256,15 @@ class RequestService:
         now = self._clock.monotonic_seconds()
         amount = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count, request.prompt_count)
         relay = Relay(attempt_id, self._limits.window_bytes, now, session.acknowledge)
-        command = OpenHold(
-            hold_id=attempt_id,
-            payer=request.account_id,
-            payee=session.owner_account_id,
-            amount_micro_credits=amount,
-            expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
-            gateway_epoch=self._gateway_epoch,
-        )
+        payees = self._replica_payees().get(replica.replica_id, (PayeeShare(session.owner_account_id, 1),))
         start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, self._limits.window_bytes)
         session.start(start, relay, now)
         try:
-            hold = self._ledger.submit(command)
+            hold = self._ledger.submit(self._hold(attempt_id, request.account_id, payees, amount))
         except BaseException:
             session.finish(attempt_id, replica.replica_id)
             raise
+        self._quarantine.begin(attempt_id, session.node_id, request.endpoint, request.body)
 
         def expire() -> None:
             relay.fail(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
@@ -265,6 +277,7 @@ class RequestService:
         def release() -> None:
             deadline.cancel()
             session.finish(attempt_id, replica.replica_id)
+            self._quarantine.end(attempt_id, request.endpoint, request.body, answered=answer.is_whole)
             del self._answers[attempt_id]
             self._learn_duration(request.model_id, self._clock.monotonic_seconds() - now)
             self.serve_queues()
@@ -281,6 +294,16 @@ class RequestService:
         )
         self._answers[attempt_id] = answer
         return answer
+
+    def _hold(self, attempt_id: AttemptId, payer: AccountId, payees: tuple[PayeeShare, ...], amount_micro_credits: int) -> OpenHold:
+        return OpenHold(
+            hold_id=attempt_id,
+            payer=payer,
+            payees=payees,
+            amount_micro_credits=amount_micro_credits,
+            expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
+            gateway_epoch=self._gateway_epoch,
+        )
 
     def mark_delivered(self) -> None:
         """Writes down what each unfinished answer has earned, for the case that this gateway dies before it settles."""

@@ -24,6 +24,7 @@ class StateName(StrEnum):
     GATEWAY_EPOCH = "gateway_epoch"
     DESIRED_REVISION = "desired_revision"
     SNAPSHOT_VERSION = "snapshot_version"
+    GROUP_GENERATION = "group_generation"
 
 
 class StateRepository:

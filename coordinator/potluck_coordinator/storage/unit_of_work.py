@@ -10,11 +10,13 @@ from sqlmodel import Session
 from potluck_coordinator.storage.accounts import AccountRepository
 from potluck_coordinator.storage.audit import Audit
 from potluck_coordinator.storage.catalogue import CatalogueRepository
+from potluck_coordinator.storage.groups import GroupRepository
 from potluck_coordinator.storage.holds import HoldRepository
 from potluck_coordinator.storage.join_tokens import JoinTokenRepository
 from potluck_coordinator.storage.keys import KeyRepository
 from potluck_coordinator.storage.ledger import LedgerRepository
 from potluck_coordinator.storage.nodes import NodeRepository
+from potluck_coordinator.storage.plan import PlanRepository
 from potluck_coordinator.storage.state import StateRepository
 from potluck_coordinator.storage.uptime import UptimeRepository
 
@@ -31,5 +33,7 @@ class UnitOfWork:
         self.holds = HoldRepository(session)
         self.audit = Audit(session)
         self.catalogue = CatalogueRepository(session)
+        self.plan = PlanRepository(session)
+        self.groups = GroupRepository(session)
         self.uptime = UptimeRepository(session)
         self.state = StateRepository(session)

@@ -1,0 +1,114 @@
+"""`potluck deploy`, `undeploy`, `deployments`, `explain`: which models should be served, and what became of that.
+
+Decides how a wish is written and how verdicts are summed up in one line. It must not know how nodes are chosen; the coordinator says why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import typer
+
+from potluck import catalogue_calls
+from potluck.commands.models import ModelArgument, wish_words
+from potluck.commands.session import KeyFileOption, UrlOption, connected
+from potluck.commands.terminal import JsonOption, say, show, show_json, show_table
+from potluck.results import Deployment, NodeVerdict, Tier
+from potluck_protocol.values import ModelId
+
+SERVES: Final = "serves"
+
+
+def deploy(
+    model: ModelArgument,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many. Else one on every node that can serve it.", show_default=False)
+    ] = None,
+    tier: Annotated[Tier, typer.Option(help="Where there is not enough for both, flex makes room for default.")] = "default",
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+) -> None:
+    """Have a model served. Operators only.
+
+    The coordinator chooses the nodes, by what fits them. This command does not wait for them: `potluck deployments` shows how far they
+    are, `potluck explain MODEL` why. To wish for more or fewer replicas, or another tier, deploy again.
+
+    For example: potluck deploy my-model --replicas 2
+    """
+    deployment = Deployment(ModelId(model), replicas, tier)
+    with connected(url, api_key_file) as transport:
+        transport.unary(catalogue_calls.deploy(deployment))
+    if as_json:
+        show_json(deployment)
+    say(f"Wished of {model}: {wish_words(deployment)}. How far it is: potluck deployments. Why: potluck explain {model}")
+
+
+def undeploy(model: ModelArgument, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """No longer have a model served. Operators only.
+
+    Its replicas finish what they are answering, and stop. The model stays in the catalogue.
+    """
+    with connected(url, api_key_file) as transport:
+        transport.unary(catalogue_calls.undeploy(ModelId(model)))
+    if as_json:
+        show_json({"model_id": model})
+    say(f"{model} is no longer deployed.")
+
+
+def list_deployments(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """List the models that should be served, how many replicas are ready, and what keeps further ones away.
+
+    STARTING are on their way; WAITING are requests that wait for a slot.
+    """
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(catalogue_calls.list_deployments())
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        (
+            each.deployment.model_id,
+            each.deployment.tier,
+            "every node" if each.deployment.replica_count is None else each.deployment.replica_count,
+            each.ready_replica_count,
+            each.starting_replica_count,
+            each.waiting_request_count,
+            each.shortfall or "-",
+        )
+        for each in found
+    ]
+    show_table(("MODEL", "TIER", "WISHED", "READY", "STARTING", "WAITING", "WHY NOT MORE"), rows)
+
+
+def explain(model: ModelArgument, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
+    """Say why a deployed model is where it is. Operators only.
+
+    Each node has a line: what it has to do with the model, and why; what rules it out, or why another node is better.
+    """
+    with connected(url, api_key_file) as transport:
+        found = transport.unary(catalogue_calls.explain_deployment(ModelId(model)))
+    if as_json:
+        show_json(found)
+        return
+    of_nodes = [verdict for verdict in found if verdict.node_id]
+    show(_summary(model, of_nodes))
+    for verdict in found:
+        if not verdict.node_id:
+            show(f"{verdict.verdict}: {verdict.reason}")
+    if of_nodes:
+        show("")
+        rows = [(verdict.node_id, verdict.display_name, verdict.verdict, verdict.reason) for verdict in of_nodes]
+        show_table(("NODE", "NAME", "VERDICT", "REASON"), rows)
+
+
+def _summary(model: str, verdicts: Sequence[NodeVerdict]) -> str:
+    """In one line: how many nodes serve it, and what the others are."""
+    if not verdicts:
+        return f"{model}: the pool has no node."
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    serving = counts.pop(SERVES, 0)
+    others = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return f"{model}: {serving} of {len(verdicts)} nodes {'serves' if serving == 1 else 'serve'} it{f'; {others}' if others else ''}."

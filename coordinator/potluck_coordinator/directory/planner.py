@@ -1,0 +1,164 @@
+"""The plan over time: what the last one was, what nodes have done since, and what follows for everyone.
+
+Decides what is remembered between two plans: the replicas that stand, the groups, which nodes are away and since when, when replicas last
+answered, and which nodes will not run which models. `domain.planning` makes the plan, `domain.grouping` the groups. It must not know how
+facts are heard, kept or told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from potluck_coordinator.directory.groups import PeerSecrets
+from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
+from potluck_coordinator.domain.grouping.explain import group_parts
+from potluck_coordinator.domain.grouping.life import adopted
+from potluck_coordinator.domain.grouping.plan import plan_groups
+from potluck_coordinator.domain.grouping.words import Formation, GroupPhase, GroupPlan, ShardGroup
+from potluck_coordinator.domain.node_view import NodeView
+from potluck_coordinator.domain.payees import PayeeShare
+from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing, explain, standing
+from potluck_coordinator.domain.planning.plan import drafted, plan
+from potluck_coordinator.domain.planning.sizing import Sizer
+from potluck_coordinator.domain.planning.state import group_prefix
+from potluck_coordinator.domain.planning.troubles import KnownTroubles, remember, troubles
+from potluck_coordinator.domain.planning.words import Phase, Plan, PlannedReplica, PlanningView
+from potluck_protocol.values import DesiredEngine, ModelId, NodeId, NodeState, Peer, ReplicaId
+
+ROUNDS_MAX: Final = 3
+"""A group that forms or breaks changes what is left for others, and the other way round."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """Everything a plan is made from that is not remembered here."""
+
+    deployments: tuple[Deployment, ...]
+    catalogue: Mapping[ModelId, CatalogueEntry]
+    nodes: Mapping[NodeId, NodeView]
+    """The active ones."""
+    attempt_counts: Mapping[ReplicaId, int] = field(default_factory=dict)
+    waiting_counts: Mapping[ModelId, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a plan asks of nodes, and what gateways must know of it."""
+
+    engines: Mapping[NodeId, tuple[DesiredEngine, ...]]
+    """Of every active node."""
+    peers: Mapping[NodeId, tuple[Peer, ...]]
+    replica_payees: Mapping[ReplicaId, tuple[PayeeShare, ...]]
+    broken_groups: Mapping[ReplicaId, str]
+    leaving: frozenset[ReplicaId]
+    """Replicas that get no new requests."""
+
+
+class Planner:
+    """One pool's plan.
+
+    Args:
+        standing: the replicas of an earlier run.
+        groups: its groups.
+        generation: the highest number that one of its groups had.
+        now: monotonic seconds.
+    """
+
+    def __init__(
+        self, standing: Mapping[ReplicaId, PlannedReplica], groups: Mapping[ReplicaId, ShardGroup], generation: int, now: float
+    ) -> None:
+        # An earlier run's seconds were of another clock.
+        self.replicas = {replica_id: replace(replica, since_seconds=now) for replica_id, replica in standing.items()}
+        self.groups = {replica_id: adopted(group, now) for replica_id, group in groups.items()}
+        self.generation = generation
+        self._formations: Mapping[ReplicaId, Formation] = {}
+        self._sizer = Sizer()
+        self._peer_secrets = PeerSecrets()
+        self._absent_since: dict[NodeId, float] = {}
+        self._used_at: dict[ReplicaId, float] = {}
+        self._troubles: KnownTroubles = {}
+
+    def advance(self, facts: PoolFacts, now: float) -> Wishes:
+        """Plans anew; the same facts at the same time lead to the same wishes."""
+        self._remember(facts, now)
+        for _ in range(ROUNDS_MAX):
+            before = self.groups
+            whole = plan(self._view(facts, now))
+            self.replicas = dict(whole.replicas)
+            grouped = plan_groups(whole.needs, facts.nodes, whole.rooms, before, next_generation=self._next_generation, now=now)
+            self.groups, self._formations = dict(grouped.groups), grouped.formations
+            if self.groups == before:
+                break
+        return self._wishes(facts, whole, grouped)
+
+    def explain(self, facts: PoolFacts, model_id: ModelId, now: float) -> tuple[NodeVerdict, ...]:
+        """Every node's part in a deployment."""
+        ids = [replica_id for replica_id in self.groups.keys() | self._formations.keys() if replica_id.startswith(group_prefix(model_id))]
+        parts = group_parts(ids, self.groups, self._formations, facts.nodes)
+        return explain(drafted(self._view(facts, now)), model_id, parts)
+
+    def standings(self, facts: PoolFacts, now: float) -> dict[ModelId, Standing]:
+        """How far each wish is met."""
+        draft = drafted(self._view(facts, now))
+        return {
+            model_id: standing(draft, deployment, self._ready_group_count(model_id)) for model_id, deployment in draft.deployments.items()
+        }
+
+    def group_words(self, model_id: ModelId) -> str:
+        """What became of a model's groups, in words; empty where none was thought of."""
+        words = []
+        for replica_id, group in self.groups.items():
+            if replica_id.startswith(group_prefix(model_id)):
+                members = ", ".join(stage.node_id for stage in group.stages)
+                why = f": {group.reason}" if group.reason and group.phase is not GroupPhase.READY else ""
+                words.append(f"group of {members}, generation {group.generation}, is {group.phase}{why}")
+        words += [
+            formation.reason
+            for replica_id, formation in self._formations.items()
+            if replica_id.startswith(group_prefix(model_id)) and formation.reason
+        ]
+        return "; ".join(dict.fromkeys(words))
+
+    def _ready_group_count(self, model_id: ModelId) -> int:
+        prefix = group_prefix(model_id)
+        return sum(1 for replica_id, group in self.groups.items() if replica_id.startswith(prefix) and group.phase is GroupPhase.READY)
+
+    def _remember(self, facts: PoolFacts, now: float) -> None:
+        away = [node for node in facts.nodes.values() if not node.connected or node.state is not NodeState.SERVING]
+        self._absent_since = {node.node_id: self._absent_since.get(node.node_id, now) for node in away}
+        self._used_at |= {replica_id: now for replica_id, count in facts.attempt_counts.items() if count}
+        self._used_at = {replica_id: used_at for replica_id, used_at in self._used_at.items() if replica_id in self.replicas}
+        self._troubles = remember(self._troubles, facts.nodes.values(), now)
+
+    def _view(self, facts: PoolFacts, now: float) -> PlanningView:
+        return PlanningView(
+            now_seconds=now,
+            deployments=facts.deployments,
+            catalogue=facts.catalogue,
+            nodes=facts.nodes,
+            sizer=self._sizer,
+            standing=self.replicas,
+            absent_since=self._absent_since,
+            troubles=troubles(self._troubles, now),
+            attempt_counts=facts.attempt_counts,
+            used_at=self._used_at,
+            waiting_counts=facts.waiting_counts,
+            groups=self.groups,
+        )
+
+    def _next_generation(self) -> int:
+        self.generation += 1
+        return self.generation
+
+    def _wishes(self, facts: PoolFacts, whole: Plan, grouped: GroupPlan) -> Wishes:
+        engines = {node_id: (*whole.desired.get(node_id, ()), *grouped.desired.get(node_id, ())) for node_id in facts.nodes}
+        broken = {replica_id: group.reason for replica_id, group in self.groups.items() if group.phase is GroupPhase.BROKEN}
+        return Wishes(
+            engines=engines,
+            peers=self._peer_secrets.peers(grouped.pairs, facts.nodes),
+            replica_payees=grouped.payees,
+            broken_groups=broken,
+            leaving=frozenset(replica.replica_id for replica in whole.replicas.values() if replica.phase is Phase.LEAVING),
+        )

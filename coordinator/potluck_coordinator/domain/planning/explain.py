@@ -1,0 +1,196 @@
+"""Why a deployment is where it is, and why it is not elsewhere: one verdict for each node of the pool.
+
+Decides which of several reasons is said: what a node does comes before what keeps it from doing it, and of those the first that would still
+stand if the others were gone. It must not change the plan that it explains.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from potluck_coordinator.domain.fit.architecture import GIB
+from potluck_coordinator.domain.grouping.words import GroupPhase
+from potluck_coordinator.domain.planning.placing import site_on
+from potluck_coordinator.domain.planning.sizing import Misfit
+from potluck_coordinator.domain.planning.sticking import is_worth_moving
+from potluck_coordinator.domain.planning.words import GAIN_MIN, Phase
+from potluck_protocol.values import EngineState, NodeState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from potluck_coordinator.domain.catalogue import Deployment
+    from potluck_coordinator.domain.grouping.explain import GroupPart
+    from potluck_coordinator.domain.planning.placing import Site
+    from potluck_coordinator.domain.planning.state import Draft
+    from potluck_coordinator.domain.planning.words import PlannedReplica
+    from potluck_protocol.values import EngineStatus, ModelId, NodeId
+
+
+class Verdict(StrEnum):
+    """What a node has to do with a deployment. Those that serve it come first in a list."""
+
+    SERVES = "serves"
+    STARTING = "starting"
+    WAITING = "waiting"
+    LEAVING = "leaving"
+    FAILING = "failing"
+    REFUSED = "refused"
+    OUTSCORED = "outscored"
+    FULL = "full"
+    NO_DISK = "no_disk"
+    NO_FIT = "no_fit"
+    NO_ENGINE = "no_engine"
+    PAUSED = "paused"
+    OFFLINE = "offline"
+
+
+_VERDICT_OF_GROUP: Final = {
+    GroupPhase.FORMING: Verdict.STARTING,
+    GroupPhase.READY: Verdict.SERVES,
+    GroupPhase.BROKEN: Verdict.FAILING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeVerdict:
+    """One node's part in a deployment, with its reason in one line."""
+
+    node_id: NodeId
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a wish is met."""
+
+    ready_count: int
+    starting_count: int
+    shortfall: str
+
+
+def explain(draft: Draft, model_id: ModelId, group_parts: Mapping[NodeId, GroupPart]) -> tuple[NodeVerdict, ...]:
+    """Every node's verdict on a deployed model. `group_parts` say what nodes do in its groups, or what keeps them out."""
+    deployment = draft.deployments[model_id]
+    verdicts = [_verdict(draft, deployment, node_id, group_parts.get(node_id)) for node_id in sorted(draft.view.nodes)]
+    order = list(Verdict)
+    return tuple(sorted(verdicts, key=lambda verdict: (order.index(verdict.verdict), verdict.node_id)))
+
+
+def standing(draft: Draft, deployment: Deployment, ready_group_count: int) -> Standing:
+    """The wish's replicas that answer, those on their way, and what keeps further ones away."""
+    replicas = draft.counting(deployment.model_id)
+    ready_count = sum(1 for replica in replicas if draft.is_ready(replica)) + ready_group_count
+    have_count = draft.have_count(deployment.model_id)
+    if have_count >= draft.wanted_count(deployment) and have_count:
+        return Standing(ready_count, have_count - ready_count, "")
+    counts = Counter(verdict.verdict for verdict in explain(draft, deployment.model_id, {}))
+    if not draft.view.nodes:
+        return Standing(ready_count, have_count - ready_count, "the pool has no node")
+    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict is not Verdict.SERVES)
+    return Standing(ready_count, have_count - ready_count, f"nodes: {words}" if words else "")
+
+
+def _verdict(draft: Draft, deployment: Deployment, node_id: NodeId, part: GroupPart | None) -> NodeVerdict:
+    model_id = deployment.model_id
+    here = [replica for replica in draft.on_node(node_id) if replica.model_id == model_id]
+    if here:
+        return min((_of_replica(draft, replica) for replica in here), key=lambda verdict: list(Verdict).index(verdict.verdict))
+    if part is not None and part.phase is not None:
+        alone = draft.obstacle(model_id, node_id)
+        return NodeVerdict(node_id, _VERDICT_OF_GROUP[part.phase], f"{part.reason}; alone: {alone}" if alone else part.reason)
+    if draft.is_absent(node_id):
+        return _of_absent(draft, node_id)
+    if trouble := draft.view.troubles.get((node_id, model_id)):
+        return NodeVerdict(node_id, Verdict.REFUSED if trouble.refused else Verdict.FAILING, trouble.reason)
+    sized = draft.sized(model_id, node_id, draft.whole_room(node_id))
+    if isinstance(sized, Misfit):
+        beside = f"; in a group: {part.reason}" if part is not None else ""
+        return NodeVerdict(node_id, Verdict.NO_ENGINE if sized.no_engine else Verdict.NO_FIT, sized.reason + beside)
+    site = site_on(draft, model_id, node_id, draft.room(node_id, soon=True))
+    if site is None:
+        return NodeVerdict(node_id, Verdict.FULL, _taken_by(draft, node_id))
+    return _of_free(draft, deployment, site)
+
+
+def _of_replica(draft: Draft, replica: PlannedReplica) -> NodeVerdict:
+    status, trouble = draft.status(replica), draft.trouble(replica)
+    if replica.phase is Phase.WAITING:
+        return NodeVerdict(replica.node_id, Verdict.WAITING, f"room is being made: {_taken_by(draft, replica.node_id, leaving=True)}")
+    if replica.phase is not Phase.WISHED:
+        words = "it finishes its answers" if draft.is_answering(replica) else "its engine stops"
+        return NodeVerdict(replica.node_id, Verdict.LEAVING, words)
+    if draft.is_absent(replica.node_id):
+        away = _of_absent(draft, replica.node_id)
+        return NodeVerdict(replica.node_id, away.verdict, f"{away.reason}; it keeps its replica")
+    if draft.is_ready(replica):
+        sizing = replica.sizing
+        where = f"{len(sizing.shape.card_uuids)} cards" if sizing.shape.card_uuids else "the machine's processors"
+        text = f"{sizing.engine_kind} on {where}, {sizing.slot_count} slots of {sizing.context_length_tokens} tokens"
+        return NodeVerdict(replica.node_id, Verdict.SERVES, f"{text}, {_rate(draft.score(replica))} predicted")
+    if trouble is not None:
+        return NodeVerdict(replica.node_id, Verdict.REFUSED if trouble.refused else Verdict.FAILING, trouble.reason)
+    return NodeVerdict(replica.node_id, Verdict.STARTING, _progress(status))
+
+
+def _progress(status: EngineStatus | None) -> str:
+    if status is None:
+        return "the node has not answered to the wish yet"
+    if status.state is EngineState.FETCHING:
+        share = 100 * status.fetched_bytes // status.fetch_total_bytes if status.fetch_total_bytes else 0
+        return f"it fetches its files, {share} % of {status.fetch_total_bytes / 1e9:.1f} GB"
+    if status.state is EngineState.BACKING_OFF:
+        return f"its engine failed and is tried again: {status.failure.partition(chr(10))[0]}"
+    return "its engine starts" if status.state is EngineState.STARTING else f"its engine is {status.state}"
+
+
+def _of_absent(draft: Draft, node_id: NodeId) -> NodeVerdict:
+    node = draft.view.nodes[node_id]
+    seconds = max(0.0, draft.view.now_seconds - draft.view.absent_since[node_id])
+    if not node.connected:
+        return NodeVerdict(node_id, Verdict.OFFLINE, f"not connected for {seconds:.0f} s")
+    if node.state is NodeState.PAUSED:
+        return NodeVerdict(node_id, Verdict.PAUSED, f"paused by its owner for {seconds:.0f} s")
+    return NodeVerdict(node_id, Verdict.OFFLINE, "its agent is stopping")
+
+
+def _of_free(draft: Draft, deployment: Deployment, site: Site) -> NodeVerdict:
+    """A node with room, and why the replicas are elsewhere."""
+    score = site.sizing.score
+    chosen = [draft.score(replica) for replica in draft.counting(deployment.model_id)]
+    if site.lacks_disk:
+        file = draft.entry(deployment.model_id).file
+        total_bytes = file.total_bytes if file is not None else 0
+        free_bytes = draft.view.nodes[site.node_id].disk_free_bytes
+        text = f"its files take {total_bytes / 1e9:.1f} GB of disk, and {free_bytes / 1e9:.1f} GB are free"
+        return NodeVerdict(site.node_id, Verdict.NO_DISK, text)
+    if not chosen:
+        return NodeVerdict(site.node_id, Verdict.OUTSCORED, f"{_rate(score)} here; no replica is wished")
+    slowest = min(chosen)
+    text = f"{_rate(score)} here, {_rate(slowest)} where it runs"
+    if score > slowest and not is_worth_moving(slowest, score):
+        text += f"; a replica moves for {100 * (GAIN_MIN - 1):.0f} % more"
+    return NodeVerdict(site.node_id, Verdict.OUTSCORED, text)
+
+
+def _taken_by(draft: Draft, node_id: NodeId, *, leaving: bool = False) -> str:
+    """Who has the node's cards and memory."""
+    phases = {Phase.LEAVING, Phase.STOPPING} if leaving else set(Phase)
+    models = sorted({replica.model_id for replica in draft.on_node(node_id) if replica.phase in phases})
+    grouped = any(stage.node_id == node_id for group in draft.view.groups.values() for stage in group.stages)
+    names = [*models, *(["a shard group"] if grouped and not leaving else [])]
+    room, whole = draft.room(node_id, soon=True), draft.whole_room(node_id)
+    if whole.card_uuids:
+        left = f"{len(room.card_uuids)} of {len(whole.card_uuids)} cards"
+    else:
+        left = f"{max(0, room.memory_bytes) / GIB:.1f} of {whole.memory_bytes / GIB:.1f} GiB"
+    holder = ", ".join(names) or "nobody"
+    return f"{holder} leaves" if leaving else f"{holder} has the room; {left} are free"
+
+
+def _rate(score: float) -> str:
+    return f"{score:.0f} tokens/s"

@@ -1,0 +1,97 @@
+"""What runs where: from wishes, catalogue, nodes and demand to each node's engines.
+
+Decides in four steps, again and again until nothing changes: `settling` sees to what stands, `placing` gives each wish its replicas, first
+to the one that is met least, `displacing` takes room from idle replicas for wishes that found none, and `sticking` drops what is too much
+and moves what is much better off elsewhere. So the same facts lead to the same plan, and a plan that was made leads to itself. It must not
+know how a plan is carried out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from potluck_coordinator.domain.planning.displacing import displace
+from potluck_coordinator.domain.planning.group_needs import group_needs, node_rooms
+from potluck_coordinator.domain.planning.placing import place
+from potluck_coordinator.domain.planning.settling import admit_waiting, settle
+from potluck_coordinator.domain.planning.state import Draft
+from potluck_coordinator.domain.planning.sticking import move, trim
+from potluck_coordinator.domain.planning.words import Phase, Plan
+from potluck_protocol.values import DesiredEngine
+
+if TYPE_CHECKING:
+    from potluck_coordinator.domain.planning.words import PlannedReplica, PlanningView
+    from potluck_protocol.values import ModelId, NodeId
+
+ROUNDS_MAX: Final = 20
+"""Each round acts on what the one before freed; two or three suffice."""
+FILL_STEPS_MAX: Final = 100_000
+"""Each step places a replica, takes room from idle ones for a wish that is met less, or gives a wish up."""
+
+
+def plan(view: PlanningView) -> Plan:
+    """The next plan; made of itself and the same facts it is the same."""
+    draft = drafted(view)
+    needs = group_needs(draft)
+    return Plan(
+        replicas=draft.replicas,
+        desired=_desired(draft),
+        leaving=frozenset(replica.replica_id for replica in draft.replicas.values() if replica.phase is Phase.LEAVING),
+        needs=needs,
+        rooms=node_rooms(draft) if needs else {},
+    )
+
+
+def drafted(view: PlanningView) -> Draft:
+    """The replicas of the next plan, with all that they were judged by."""
+    draft = Draft(view)
+    settle(draft)
+    for _ in range(ROUNDS_MAX):
+        before = dict(draft.replicas)
+        _fill(draft)
+        for deployment in draft.deployments.values():
+            trim(draft, deployment)
+        for deployment in draft.deployments.values():
+            move(draft, deployment)
+        admit_waiting(draft)
+        if draft.replicas == before:
+            break
+    return draft
+
+
+def _fill(draft: Draft) -> None:
+    """Gives replicas to wishes, one at a time, to the one that is met least; who finds no room may take that of idle ones."""
+    stuck: set[ModelId] = set()
+    for _ in range(FILL_STEPS_MAX):
+        short = [one for one in draft.deployments.values() if one.model_id not in stuck and draft.is_short(one)]
+        if not short:
+            return
+        deployment = min(short, key=draft.urgency)
+        if place(draft, deployment):
+            continue
+        displaced = displace(draft, deployment)
+        stuck -= displaced
+        if not displaced:
+            stuck.add(deployment.model_id)
+
+
+def _desired(draft: Draft) -> dict[NodeId, tuple[DesiredEngine, ...]]:
+    desired: dict[NodeId, list[DesiredEngine]] = {node_id: [] for node_id in draft.view.nodes}
+    for replica_id in sorted(draft.replicas):
+        replica = draft.replicas[replica_id]
+        if replica.phase in {Phase.WISHED, Phase.LEAVING}:
+            desired[replica.node_id].append(_engine(draft, replica))
+    return {node_id: tuple(engines) for node_id, engines in desired.items()}
+
+
+def _engine(draft: Draft, replica: PlannedReplica) -> DesiredEngine:
+    file = draft.entry(replica.model_id).file
+    assert file is not None, "an entry without files is never planned"
+    return DesiredEngine(
+        replica_id=replica.replica_id,
+        model=file,
+        engine_kind=replica.sizing.engine_kind,
+        slot_count=replica.sizing.slot_count,
+        context_length_tokens=replica.sizing.context_length_tokens,
+        shape=replica.sizing.shape,
+    )

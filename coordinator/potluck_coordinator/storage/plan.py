@@ -1,0 +1,35 @@
+"""The plan, as rows: which replica is wished of which node.
+
+Decides only the form in which it is kept, so that a directory that starts anew disturbs none. It must not know what follows from a phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from sqlmodel import Session, col, delete, select
+
+from potluck_coordinator.domain.planning.words import PlannedReplica
+from potluck_coordinator.storage.tables import PlannedReplicaRow
+from potluck_protocol.values import ReplicaId
+
+
+class PlanRepository:
+    """The `planned_replica` table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def all(self) -> dict[ReplicaId, PlannedReplica]:
+        """The replicas of the last plan; their seconds are of a clock that has stopped."""
+        rows = self._session.exec(select(PlannedReplicaRow).order_by(col(PlannedReplicaRow.replica_id)))
+        return {ReplicaId(row.replica_id): msgspec.json.decode(row.plan, type=PlannedReplica) for row in rows}
+
+    def keep(self, replicas: Mapping[ReplicaId, PlannedReplica]) -> None:
+        """Makes these the replicas that there are."""
+        self._session.exec(delete(PlannedReplicaRow).where(col(PlannedReplicaRow.replica_id).not_in(list(replicas))))
+        for replica_id, replica in replicas.items():
+            row = PlannedReplicaRow(replica_id=replica_id, node_id=replica.node_id, plan=msgspec.json.encode(replica).decode())
+            self._session.merge(row)
+        self._session.flush()
