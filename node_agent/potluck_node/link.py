@@ -14,6 +14,7 @@ the lease lapses the node is fenced: every attempt is dropped, and the next hell
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -287,10 +288,10 @@ class Link:
     async def _pause(self, delay_seconds: float) -> None:
         self._changed.clear()
         if delay_seconds > 0 and not self._stopping:
-            try:
-                await asyncio.wait_for(self._changed.wait(), delay_seconds)
-            except TimeoutError:
-                return
+            # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_seconds):
+                    await self._changed.wait()
 
     # Reading.
 

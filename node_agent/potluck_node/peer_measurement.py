@@ -108,8 +108,10 @@ class PeerMeasuring:
             # The port was taken.
             due.append(now + RETRY_LAST_SECONDS)
         limit_seconds = max(0.0, min(due) - now) if due else None
+        # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wished.wait(), limit_seconds)
+            async with asyncio.timeout(limit_seconds):
+                await self._wished.wait()
 
     # Dialling.
 

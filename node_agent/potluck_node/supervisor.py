@@ -36,6 +36,7 @@ from potluck_node.domain.plan import (
     stepped_down,
 )
 from potluck_node.domain.step_down import UTILIZATION_PERCENT_NOTCHES, Ceiling, MemoryPlan, step_down, under
+from potluck_node.domain.strict_json import BadModelError
 from potluck_node.engines.base import Engine, EngineAddress, EngineLaunch
 from potluck_node.engines.process import EngineFailedError, EngineProcess, ask, has_token
 from potluck_node.model_store.download import FetchFailedError
@@ -229,9 +230,10 @@ class EngineSupervisor:
         try:
             replica.path = await self._store.ensure(replica.observed.engine.model, keep=keep, on_progress=on_progress)
         except FetchFailedError as error:
-            self._fail_fetch(replica, str(error), costly=False)
+            self._fail_fetch(replica, str(error), FailureKind.FETCH_FAILED, costly=False)
         except (FileMismatchError, ValueError) as error:
-            self._fail_fetch(replica, str(error), costly=True)
+            kind = FailureKind.BAD_MODEL if isinstance(error, BadModelError) else FailureKind.FETCH_FAILED
+            self._fail_fetch(replica, str(error), kind, costly=True)
         else:
             replica.observed = replace(replica.observed, fetch_failure_count=0)
             self._enter(replica, Phase.FETCHED)
@@ -297,9 +299,9 @@ class EngineSupervisor:
         self._replicas[wish.replica_id] = ReplicaRecord(refused, failure=action.reason, failure_kind=action.kind)
         _log.warning("engine_refused", replica_id=wish.replica_id, model_id=wish.model.model_id, kind=action.kind, reason=action.reason)
 
-    def _fail_fetch(self, replica: ReplicaRecord, failure: str, *, costly: bool) -> None:
+    def _fail_fetch(self, replica: ReplicaRecord, failure: str, kind: FailureKind, *, costly: bool) -> None:
         observed = failed_fetch(replica.observed, self._clock.monotonic_seconds(), costly=costly)
-        self._note_failure(replica, observed, failure, FailureKind.FETCH_FAILED)
+        self._note_failure(replica, observed, failure, kind)
 
     def _fail(self, replica: ReplicaRecord, failure: EngineFailedError) -> None:
         """Its engine failed. One that ran out of memory is given less next time, as long as there is less to give.

@@ -97,8 +97,10 @@ class Front:
         """Looks again and again, and at once when a request found no server; raises GoneError."""
         missed_count = 0
         while missed_count < LOOKS_MISSED_MAX:
+            # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._in_doubt.wait(), WAIT_LOOK_SECONDS if missed_count else LOOK_SECONDS)
+                async with asyncio.timeout(WAIT_LOOK_SECONDS if missed_count else LOOK_SECONDS):
+                    await self._in_doubt.wait()
             self._in_doubt.clear()
             missed_count = missed_count + 1 if await self._is_missed() else 0
         raise GoneError(f"the attached server went away: {self._server.place} serves {self._name} no more")
