@@ -118,7 +118,7 @@ def test_python_is_not_looked_at_where_no_configuration_asks_for_it(hub: HubServ
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"repositories": {}}, ErrorCode.NOT_FOUND, "no such repository or revision"),
+        ({"repositories": {}}, ErrorCode.NOT_FOUND, "no such repository, revision or file"),
         ({"status": 500}, ErrorCode.COORDINATOR_UNAVAILABLE, "The hub refused with HTTP status 500"),
         ({"status": 403}, ErrorCode.COORDINATOR_UNAVAILABLE, "HTTP status 403"),
     ],
@@ -132,7 +132,7 @@ def test_what_the_hub_refuses_is_said(hub: HubServer, change, code, words):
 
 
 def test_a_revision_that_is_not_there_is_said(hub: HubServer):
-    with pytest.raises(PotluckError, match="no such repository or revision") as failure:
+    with pytest.raises(PotluckError, match="no such repository, revision or file") as failure:
         read(hub, revision="v9")
     assert failure.value.code is ErrorCode.NOT_FOUND
 

@@ -98,6 +98,20 @@ async def test_a_wish_keeps_its_revision_until_it_changes(tmp_path):
         assert set(board.snapshot.models) == {ModelId("tiny"), ModelId("second")}
 
 
+async def test_where_planning_fails_the_last_plan_holds_and_outcasts_are_out(tmp_path, monkeypatch):
+    async with node_desk(tmp_path, "a", "b") as (_, board, nodes):
+        before = board.snapshot.desired
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(nodes._planner, "advance", fail)
+        assert (await nodes.open_session(hello("a"))).desired == before[NodeId("a")]
+        await nodes.revoke_node(NodeId("b"), "test")
+        assert board.snapshot.outcasts == {"b": "test"}
+        assert board.snapshot.desired == before
+
+
 async def test_every_session_has_a_higher_epoch_even_after_a_restart(tmp_path):
     async with node_desk(tmp_path, "a") as (books, board, nodes):
         first = await nodes.open_session(hello("a"))

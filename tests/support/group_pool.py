@@ -127,6 +127,7 @@ class GroupPool:
         self.coordinator = coordinator
         self.nodes: dict[str, SiteNode] = {}
         self.accounts: dict[str, str] = {}
+        self._keys: dict[str, str] = {}
 
     def potluck(self, *arguments: str, **environment: str) -> str:
         """`potluck …` on the operator's host."""
@@ -143,6 +144,7 @@ class GroupPool:
         """Adds them to the pool."""
         for name in names:
             self.accounts[name] = json.loads(self.potluck("accounts", "create", name, "--json"))["account_id"]
+            self._keys[name] = self.potluck("keys", "create", "--account", self.accounts[name]).strip()
 
     def invite(self, name: str) -> str:
         """One for a node of theirs."""
@@ -151,7 +153,8 @@ class GroupPool:
 
     def verdicts(self) -> dict[str, dict[str, Any]]:
         """What `potluck explain` says of each node, by its name."""
-        return {row["display_name"]: row for row in json.loads(self.potluck("explain", MODEL, "--json"))}
+        # A row without a node is about the model's groups.
+        return {row["display_name"]: row for row in json.loads(self.potluck("explain", MODEL, "--json")) if row["node_id"]}
 
     def ready_count(self) -> int:
         models = json.loads(self.potluck("models", "--json"))
@@ -159,12 +162,14 @@ class GroupPool:
 
     def wait_ready(self) -> float:
         """Seconds until the group serves."""
-        return wait_until(lambda: self.ready_count() == 1, READY_SECONDS_MAX, f"the group serves\n{self.logs()}")
+        try:
+            return wait_until(lambda: self.ready_count() == 1, READY_SECONDS_MAX, "the group serves")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.potluck('explain', MODEL)}\n{self.logs()}") from None
 
     def credits(self, name: str) -> dict[str, Any]:
         """What `potluck credits` says to one of them."""
-        key = json.loads(self.potluck("keys", "create", "--account", self.accounts[name], "--name", f"{name}-{time.time_ns()}", "--json"))
-        return json.loads(self.potluck("credits", "--json", POTLUCK_API_KEY=key["secret"], POTLUCK_URL=self.url))
+        return json.loads(self.potluck("credits", "--json", POTLUCK_API_KEY=self._keys[name], POTLUCK_URL=self.url))
 
     @property
     def url(self) -> str:
@@ -175,7 +180,9 @@ class GroupPool:
         operator = self.coordinator.operator()
         messages = [{"role": "user", "content": prompt}]
         with self.host.entered():
-            return ChatStream(operator["url"], operator["api_key"], {"model": MODEL, "messages": messages, "temperature": 0, **fields})
+            # Beyond loopback the URL ends with the pool's fingerprint.
+            url = operator["url"].partition("#")[0]
+            return ChatStream(url, operator["api_key"], {"model": MODEL, "messages": messages, "temperature": 0, **fields})
 
     def greedy(self, prompt: str, max_tokens: int) -> str:
         """The text of a greedy answer."""
@@ -211,7 +218,8 @@ def group_pool(folder: Path) -> Iterator[GroupPool]:
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", *flags, wrap=operator.wrap))
         coordinator.wait_ready()
         pool = GroupPool(operator, coordinator)
-        pool.potluck("undeploy", MODEL)
+        for model_id in json.loads(pool.potluck("models", "--json")):
+            pool.potluck("undeploy", model_id["model_id"])
         pool.people("ann", "bob", "eve")
         trusts = {"ann": ("bob",), "bob": ("ann",), "eve": ("ann", "bob")}
         for number, (name, host) in enumerate(zip(trusts, hosts, strict=True)):

@@ -63,58 +63,61 @@ class HubServer:
         return sibling
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one connection's requests for `hub`."""
+
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        self.hub.requests.append(self.path)
+        path = [unquote(part) for part in parts.path.strip("/").split("/")]
+        if self.hub.status != 200:
+            self._reply(self.hub.status, b"{}")
+        elif path[:2] == ["api", "models"] and len(path) == 6 and path[4] == "revision":
+            self._describe("/".join(path[2:4]), path[5], parse_qs(parts.query))
+        elif len(path) > 4 and path[2] == "resolve":
+            self._send("/".join(path[:2]), path[3], "/".join(path[4:]))
+        else:
+            self._reply(404, b"{}")
+
+    def _describe(self, name: str, revision: str, query: dict[str, list[str]]) -> None:
+        if name not in self.hub.repositories:
+            self._reply(401, b'{"error": "Invalid username or password."}')
+        elif revision not in {"main", COMMIT}:
+            self._reply(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
+        else:
+            assert query.get("blobs") in (["true"], ["True"]), query
+            self._reply(200, self.hub.describe(name))
+
+    def _send(self, name: str, revision: str, file: str) -> None:
+        if self.hub.waiting is not None:
+            self.hub.waiting.wait(30)
+        content = self.hub.repositories.get(name, {}).get(file)
+        if revision != COMMIT or not isinstance(content, bytes):
+            self._reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+        else:
+            self._reply(200, content + self.hub.lying_bytes)
+
+    def _reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
 @contextmanager
 def running_hub() -> Iterator[HubServer]:
     """Serves until the block ends."""
     hub = HubServer()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            parts = urlsplit(self.path)
-            hub.requests.append(self.path)
-            path = [unquote(part) for part in parts.path.strip("/").split("/")]
-            if hub.status != 200:
-                self._reply(hub.status, b"{}")
-            elif path[:2] == ["api", "models"] and len(path) == 6 and path[4] == "revision":
-                self._describe("/".join(path[2:4]), path[5], parse_qs(parts.query))
-            elif len(path) > 4 and path[2] == "resolve":
-                self._send("/".join(path[:2]), path[3], "/".join(path[4:]))
-            else:
-                self._reply(404, b"{}")
-
-        def _describe(self, name: str, revision: str, query: dict[str, list[str]]) -> None:
-            if name not in hub.repositories:
-                self._reply(401, b'{"error": "Invalid username or password."}', {"X-Error-Message": "Repository not found"})
-            elif revision not in {"main", COMMIT}:
-                self._reply(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
-            else:
-                assert query.get("blobs") == ["true"] or query.get("blobs") == ["True"], query
-                self._reply(200, hub.describe(name))
-
-        def _send(self, name: str, revision: str, file: str) -> None:
-            if hub.waiting is not None:
-                hub.waiting.wait(30)
-            content = hub.repositories.get(name, {}).get(file)
-            if revision != COMMIT or not isinstance(content, bytes):
-                self._reply(404, b"", {"X-Error-Code": "EntryNotFound"})
-            else:
-                self._reply(200, content + hub.lying_bytes)
-
-        def _reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Event
 from typing import Final
@@ -33,6 +33,8 @@ PATIENCE_SECONDS: Final = 5.0
 """How long one call waits for the hub before it answers with progress."""
 READINGS_MAX: Final = 4
 """Repositories that are read at a time."""
+READING_SECONDS_MAX: Final = 300.0
+"""For one repository: its list of files, and a few small ones."""
 _SOURCE: Final = re.compile(r"hf:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*)")
 _log = structlog.get_logger()
 
@@ -42,6 +44,8 @@ class _Reading:
     """A repository on its way into the catalogue."""
 
     task: asyncio.Task[ModelRecord]
+    stop: Event
+    """Ends the thread that reads."""
     words: list[str]
     """Of its progress, the newest last."""
 
@@ -52,14 +56,15 @@ class Catalogue:
     Args:
         store: the books.
         nodes: who plans, and knows how far wishes are met.
+        shipped: the entries that come with Potluck.
         hub: makes the hub's client; its argument ends it.
     """
 
-    def __init__(self, store: Store, nodes: Nodes, hub: Callable[[Event], Hub]) -> None:
+    def __init__(self, store: Store, nodes: Nodes, shipped: Iterable[CatalogueEntry], hub: Callable[[Event], Hub]) -> None:
         self._store = store
         self._nodes = nodes
+        self._shipped = {entry.model_id: entry for entry in shipped}
         self._hub = hub
-        self._stop = Event()
         self._readings: dict[tuple[str, ModelWishes], _Reading] = {}
 
     async def add_models(self, catalogue_toml: str) -> tuple[ModelRecord, ...]:
@@ -86,6 +91,8 @@ class Catalogue:
                 message = f"{model_id} is in a catalogue file, not added by command. To have it served no more: potluck undeploy {model_id}"
                 raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="model_id")
             work.catalogue.remove(model_id)
+            if model_id in self._shipped:
+                work.catalogue.put((self._shipped[model_id],), Origin.BUILT_IN)
 
         await self._store.run(remove)
         _log.info("model_removed", model_id=model_id)
@@ -145,8 +152,8 @@ class Catalogue:
 
     def close(self) -> None:
         """Ends what is being read."""
-        self._stop.set()
         for reading in self._readings.values():
+            reading.stop.set()
             reading.task.cancel()
 
     def _begin_reading(self, source: str, wishes: ModelWishes) -> _Reading:
@@ -158,16 +165,21 @@ class Catalogue:
         if len(self._readings) >= READINGS_MAX:
             message = f"{READINGS_MAX} repositories are being read; try again when one of them is done."
             raise PotluckError(ErrorCode.NO_CAPACITY, message, retry_after_seconds=PATIENCE_SECONDS)
-        words = [f"Asking the hub for {parsed['name']}"]
-        task = asyncio.create_task(self._read(source, parsed["name"], parsed["revision"], wishes, words.append))
+        words, stop = [f"Asking the hub for {parsed['name']}"], Event()
+        reading = self._read(source, parsed["name"], parsed["revision"], wishes=wishes, hub=self._hub(stop), on_progress=words.append)
+        task = asyncio.create_task(reading)
+        # The thread ends at its next byte, and with it the task.
+        asyncio.get_running_loop().call_later(READING_SECONDS_MAX, stop.set)
         # One that nobody asks for again must not complain of that.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._readings[source, wishes] = reading = _Reading(task, words)
-        return reading
+        self._readings[source, wishes] = begun = _Reading(task, stop, words)
+        return begun
 
-    async def _read(self, source: str, name: str, revision: str, wishes: ModelWishes, on_progress: Callable[[str], None]) -> ModelRecord:
+    async def _read(
+        self, source: str, name: str, revision: str, *, wishes: ModelWishes, hub: Hub, on_progress: Callable[[str], None]
+    ) -> ModelRecord:
         try:
-            repository, pins, documents = await asyncio.to_thread(self._hub(self._stop).read, name, revision, wishes.file_name, on_progress)
+            repository, pins, documents = await asyncio.to_thread(hub.read, name, revision, wishes.file_name, on_progress)
             offers = await self._store.run(lambda work: work.catalogue.entries())
             wanted_id = ModelId(wishes.model_id) if wishes.model_id is not None else None
             offer = next((entry for entry in offers.values() if entry.file is None and _is_meant(entry, wanted_id, name)), None)
@@ -178,6 +190,10 @@ class Catalogue:
 
     async def _put(self, entries: tuple[CatalogueEntry, ...]) -> tuple[ModelRecord, ...]:
         def put(work: UnitOfWork) -> tuple[ModelRecord, ...]:
+            origins = work.catalogue.origins()
+            if fixed := [entry.model_id for entry in entries if origins.get(entry.model_id) is Origin.FILE]:
+                message = f"{', '.join(fixed)}: the coordinator's catalogue file has an entry of that name, and is read at each start."
+                raise PotluckError(ErrorCode.ALREADY_EXISTS, f"{message} Change it there, or choose another name.", param="model_id")
             work.catalogue.put(entries, Origin.ADDED)
             return tuple(_record(work, entry.model_id) for entry in entries)
 

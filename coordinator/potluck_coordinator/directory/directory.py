@@ -83,7 +83,7 @@ class Directory:
             )
             ledger = LedgerDesk(store, clock, fee_basis_points=settings.fee_basis_points)
             nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
-            catalogue = Catalogue(store, nodes, lambda stop: Hub(None, stop))
+            catalogue = Catalogue(store, nodes, built_in_catalogue(), lambda stop: Hub(None, stop))
             enrolment = Enrolments(store, clock, authority, node_has_joined=nodes.refresh)
             pool = Pool(pool_id=pool_id, store=store, board=board, authority=authority, ledger=ledger, nodes=nodes, clock=clock)
             await nodes.refresh()

@@ -32,6 +32,7 @@ SOURCE: Final = re.compile(
     r"hf:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?\Z"
 )
 
+_ABSENT: Final = "The hub has no such repository, revision or file, or hides it from whoever has no token (HF_TOKEN)."
 _READ: Final = frozenset({CONFIG, TOKENIZER_CONFIG})
 """Files whose content decides, hash or not."""
 
@@ -141,10 +142,11 @@ class Hub:
             message = "The repository's owners ask who fetches it: accept their terms at the hub, and set HF_TOKEN for the coordinator."
             raise PotluckError(ErrorCode.PERMISSION_DENIED, message) from error
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            message = "The hub has no such repository or revision, or hides it from whoever has no token (HF_TOKEN)."
-            raise PotluckError(ErrorCode.NOT_FOUND, message) from error
+            raise PotluckError(ErrorCode.NOT_FOUND, _ABSENT) from error
         except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else "none"
+            status = error.response.status_code if error.response is not None else 0
+            if status in {401, 404}:
+                raise PotluckError(ErrorCode.NOT_FOUND, _ABSENT) from error
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"The hub refused with HTTP status {status}.") from error
         except ValueError:
             raise

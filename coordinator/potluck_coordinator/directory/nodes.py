@@ -107,9 +107,14 @@ class Nodes:
             if self._planner is None:
                 self._planner = await self._store.run(self._kept_planner)
             planner, self._facts = self._planner, facts
-            before = (planner.replicas, planner.groups)
-            wishes = await asyncio.to_thread(planner.advance, facts, self._now())
-            if (planner.replicas, planner.groups) != before or not self._board.snapshot.desired:
+            before = (planner.replicas, planner.groups, planner.corrections)
+            try:
+                wishes = await asyncio.to_thread(planner.advance, facts, self._now())
+            except Exception:  # noqa: BLE001 - a fault of the planner's must not keep nodes out, or outcasts in: the last plan holds
+                _log.exception("planning_failed")
+                self._publish(outcasts=outcasts, models=facts.catalogue)
+                return
+            if (planner.replicas, planner.groups, planner.corrections) != before or not self._board.snapshot.desired:
                 await self._store.run(lambda work: _keep(work, planner))
             desired = await self._store.run(lambda work: self._desired(work, wishes))
             self._publish(
@@ -262,7 +267,8 @@ class Nodes:
         return facts, {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}
 
     def _kept_planner(self, work: UnitOfWork) -> Planner:
-        return Planner(work.plan.all(), work.groups.all(), work.state.counter(StateName.GROUP_GENERATION), self._now())
+        generation = work.state.counter(StateName.GROUP_GENERATION)
+        return Planner(work.plan.all(), work.groups.all(), generation, work.plan.corrections(), self._now())
 
     def _desired(self, work: UnitOfWork, wishes: Wishes) -> Mapping[NodeId, DesiredState]:
         before = self._board.snapshot.desired
@@ -331,6 +337,7 @@ def _keep(work: UnitOfWork, planner: Planner) -> None:
     work.plan.keep(planner.replicas)
     work.groups.keep(planner.groups)
     work.state.put(StateName.GROUP_GENERATION, str(planner.generation))
+    work.plan.keep_corrections(planner.corrections)
 
 
 def _book_minute(work: UnitOfWork, minute: JudgedMinute) -> None:

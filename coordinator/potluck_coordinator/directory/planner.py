@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Final
 
 from potluck_coordinator.directory.groups import PeerSecrets
 from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
+from potluck_coordinator.domain.fit.corrections import Corrections, Observation, learn
 from potluck_coordinator.domain.grouping.explain import group_parts
 from potluck_coordinator.domain.grouping.life import adopted
 from potluck_coordinator.domain.grouping.plan import plan_groups
@@ -20,12 +22,13 @@ from potluck_coordinator.domain.grouping.words import Formation, GroupPhase, Gro
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing, explain, standing
+from potluck_coordinator.domain.planning.learning import observations
 from potluck_coordinator.domain.planning.plan import drafted, plan
-from potluck_coordinator.domain.planning.sizing import Sizer
+from potluck_coordinator.domain.planning.sizing import Sizer, engine_versions
 from potluck_coordinator.domain.planning.state import group_prefix
 from potluck_coordinator.domain.planning.troubles import KnownTroubles, remember, troubles
 from potluck_coordinator.domain.planning.words import Phase, Plan, PlannedReplica, PlanningView
-from potluck_protocol.values import DesiredEngine, ModelId, NodeId, NodeState, Peer, ReplicaId
+from potluck_protocol.values import DesiredEngine, EngineStatus, ModelId, NodeId, NodeState, Peer, ReplicaId
 
 ROUNDS_MAX: Final = 3
 """A group that forms or breaks changes what is left for others, and the other way round."""
@@ -63,18 +66,25 @@ class Planner:
         standing: the replicas of an earlier run.
         groups: its groups.
         generation: the highest number that one of its groups had.
+        corrections: what its nodes showed of the fit's predictions.
         now: monotonic seconds.
     """
 
     def __init__(
-        self, standing: Mapping[ReplicaId, PlannedReplica], groups: Mapping[ReplicaId, ShardGroup], generation: int, now: float
+        self,
+        standing: Mapping[ReplicaId, PlannedReplica],
+        groups: Mapping[ReplicaId, ShardGroup],
+        generation: int,
+        corrections: Corrections,
+        now: float,
     ) -> None:
         # An earlier run's seconds were of another clock.
         self.replicas = {replica_id: replace(replica, since_seconds=now) for replica_id, replica in standing.items()}
         self.groups = {replica_id: adopted(group, now) for replica_id, group in groups.items()}
         self.generation = generation
         self._formations: Mapping[ReplicaId, Formation] = {}
-        self._sizer = Sizer()
+        self._sizer = Sizer(corrections)
+        self._learned: dict[ReplicaId, tuple[Observation, ...]] = {}
         self._peer_secrets = PeerSecrets()
         self._absent_since: dict[NodeId, float] = {}
         self._used_at: dict[ReplicaId, float] = {}
@@ -92,6 +102,11 @@ class Planner:
             if self.groups == before:
                 break
         return self._wishes(facts, whole, grouped)
+
+    @property
+    def corrections(self) -> Corrections:
+        """What nodes showed so far."""
+        return self._sizer.corrections
 
     def explain(self, facts: PoolFacts, model_id: ModelId, now: float) -> tuple[NodeVerdict, ...]:
         """Every node's part in a deployment."""
@@ -131,6 +146,21 @@ class Planner:
         self._used_at |= {replica_id: now for replica_id, count in facts.attempt_counts.items() if count}
         self._used_at = {replica_id: used_at for replica_id, used_at in self._used_at.items() if replica_id in self.replicas}
         self._troubles = remember(self._troubles, facts.nodes.values(), now)
+        self._learn(facts)
+
+    def _learn(self, facts: PoolFacts) -> None:
+        """Each replica's word counts once, until it says something else."""
+        corrections = self._sizer.corrections
+        for replica_id, status, node in _statuses(facts, self.replicas):
+            replica = self.replicas[replica_id]
+            shown = observations(facts.catalogue[replica.model_id], node, replica, status) if replica.model_id in facts.catalogue else ()
+            if shown and self._learned.get(replica_id) != shown:
+                self._learned[replica_id] = shown
+                corrections = reduce(learn, shown, corrections)
+        self._learned = {replica_id: shown for replica_id, shown in self._learned.items() if replica_id in self.replicas}
+        versions = tuple(sorted((dict(self._sizer.versions) | engine_versions(facts.nodes.values())).items()))
+        if (corrections, versions) != (self._sizer.corrections, self._sizer.versions):
+            self._sizer = Sizer(corrections, versions)
 
     def _view(self, facts: PoolFacts, now: float) -> PlanningView:
         return PlanningView(
@@ -162,3 +192,8 @@ class Planner:
             broken_groups=broken,
             leaving=frozenset(replica.replica_id for replica in whole.replicas.values() if replica.phase is Phase.LEAVING),
         )
+
+
+def _statuses(facts: PoolFacts, replicas: Mapping[ReplicaId, PlannedReplica]) -> list[tuple[ReplicaId, EngineStatus, NodeView]]:
+    """What nodes say of replicas that are planned."""
+    return [(status.replica_id, status, node) for node in facts.nodes.values() for status in node.engines if status.replica_id in replicas]

@@ -1,4 +1,4 @@
-"""The plan, as rows: which replica is wished of which node.
+"""The plan, as rows: which replica is wished of which node, and what nodes showed of the fit's predictions.
 
 Decides only the form in which it is kept, so that a directory that starts anew disturbs none. It must not know what follows from a phase.
 """
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import msgspec
 from sqlmodel import Session, col, delete, select
 
+from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED, Corrections
 from potluck_coordinator.domain.planning.words import PlannedReplica
+from potluck_coordinator.storage.state import StateName, StateRepository
 from potluck_coordinator.storage.tables import PlannedReplicaRow
 from potluck_protocol.values import ReplicaId
 
@@ -25,6 +27,17 @@ class PlanRepository:
         """The replicas of the last plan; their seconds are of a clock that has stopped."""
         rows = self._session.exec(select(PlannedReplicaRow).order_by(col(PlannedReplicaRow.replica_id)))
         return {ReplicaId(row.replica_id): msgspec.json.decode(row.plan, type=PlannedReplica) for row in rows}
+
+    def corrections(self) -> Corrections:
+        """What was learned; nothing where that was written by a version that kept it otherwise."""
+        text = StateRepository(self._session).get(StateName.FIT_CORRECTIONS)
+        try:
+            return NOTHING_LEARNED if text is None else msgspec.json.decode(text, type=Corrections)
+        except msgspec.DecodeError:
+            return NOTHING_LEARNED
+
+    def keep_corrections(self, corrections: Corrections) -> None:
+        StateRepository(self._session).put(StateName.FIT_CORRECTIONS, msgspec.json.encode(corrections).decode())
 
     def keep(self, replicas: Mapping[ReplicaId, PlannedReplica]) -> None:
         """Makes these the replicas that there are."""

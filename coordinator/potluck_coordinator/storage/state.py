@@ -25,6 +25,7 @@ class StateName(StrEnum):
     DESIRED_REVISION = "desired_revision"
     SNAPSHOT_VERSION = "snapshot_version"
     GROUP_GENERATION = "group_generation"
+    FIT_CORRECTIONS = "fit_corrections"
 
 
 class StateRepository:

@@ -16,7 +16,7 @@ from potluck_coordinator.domain.fit.memory import kv_wanted_bytes, stage_memory
 from potluck_coordinator.domain.fit.shapes import Stage, tensor_parallel_divides
 from potluck_coordinator.domain.fit.stage_speed import stage_speed
 from potluck_coordinator.domain.grouping.words import GroupNeed, GroupPhase, NodeRoom
-from potluck_coordinator.domain.planning.sizing import hardware_of
+from potluck_coordinator.domain.planning.sizing import cards_of, hardware_of
 from potluck_coordinator.domain.planning.state import group_prefix
 from potluck_protocol.values import ReplicaId
 
@@ -107,6 +107,6 @@ def _node_room(draft: Draft, node_id: NodeId) -> NodeRoom:
 def _stage(draft: Draft, node_id: NodeId) -> Stage:
     """One card of the node, or the machine where it has none."""
     node = draft.view.nodes[node_id]
-    hardware, _ = hardware_of(node, draft.whole_room(node_id), on_cards=bool(node.inventory.accelerators))
+    hardware, _ = hardware_of(node, draft.whole_room(node_id), on_cards=bool(cards_of(node.inventory)))
     cards = hardware.cards[:1]
     return Stage(0, (0,) if cards else (), cards, ALONE, None if cards else hardware.processor)

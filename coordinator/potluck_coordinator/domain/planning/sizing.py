@@ -19,13 +19,20 @@ from potluck_coordinator.domain.fit.architecture import GIB
 from potluck_coordinator.domain.fit.cards import CardModel, card_model, unlisted_card
 from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED, Corrections
 from potluck_coordinator.domain.fit.fitting import fit
-from potluck_coordinator.domain.fit.hardware import EngineOffer, NodeCard, NodeHardware, NodeProcessor
+from potluck_coordinator.domain.fit.hardware import (
+    PCIE_GENERATION_OF_MEASUREMENTS,
+    PCIE_LANES_MAX,
+    EngineOffer,
+    NodeCard,
+    NodeHardware,
+    NodeProcessor,
+)
 from potluck_coordinator.domain.fit.report import Verdict as FitVerdict
 from potluck_coordinator.domain.planning.words import Sizing
 from potluck_protocol.values import EngineShape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.domain.fit.architecture import ModelArchitecture
@@ -44,10 +51,13 @@ HOST_GB_PER_SECOND: Final = 40.0
 """Memory bandwidth of a machine: a guess, of two channels of DDR4, which the rates that nodes observe correct."""
 CARD_ENGINES: Final = frozenset({"vllm", "sglang"})
 """Engines that run on cards where a node has some. llama.cpp comes as a wheel for processors."""
+CARD_BYTES_MIN: Final = GIB
+PCIE_GENERATION_MAX: Final = 7
+CPU_COUNT_MAX: Final = 4096
 WEIGHT_SUFFIXES: Final = (".safetensors", ".gguf")
 KNOWN_SIZES_MAX: Final = 20_000
 _card_model = lru_cache(maxsize=256)(card_model)
-_FIT_KIND: Final = {"vllm": fit_engines.VLLM, "sglang": fit_engines.VLLM, "llamacpp": fit_engines.LLAMACPP}
+FIT_KIND: Final = {"vllm": fit_engines.VLLM, "sglang": fit_engines.VLLM, "llamacpp": fit_engines.LLAMACPP}
 """SGLang pages its cache and splits tensors as vLLM does; the fit has one set of figures for both."""
 
 
@@ -86,8 +96,15 @@ class Misfit:
 
 def whole_room(inventory: Inventory) -> Room:
     """What a node has for engines in all."""
-    memory_bytes = inventory.memory_budget_bytes or int(inventory.memory_bytes * MACHINE_SHARE) or UNKNOWN_MEMORY_BYTES
-    return Room(frozenset(card.uuid for card in inventory.accelerators), memory_bytes)
+    budget_bytes, known_bytes = max(0, inventory.memory_budget_bytes), max(0, inventory.memory_bytes)
+    memory_bytes = budget_bytes or int(known_bytes * MACHINE_SHARE) or UNKNOWN_MEMORY_BYTES
+    return Room(frozenset(card.uuid for card in cards_of(inventory)), memory_bytes)
+
+
+def cards_of(inventory: Inventory) -> tuple[Accelerator, ...]:
+    """The node's cards that an engine can use: those with a name of their own, each once."""
+    cards = {card.uuid: card for card in reversed(inventory.accelerators) if card.uuid and card.memory_bytes >= CARD_BYTES_MIN}
+    return tuple(reversed(cards.values()))
 
 
 @lru_cache(maxsize=1024)
@@ -101,17 +118,18 @@ def demands_of(entry: CatalogueEntry) -> str:
 class Sizer:
     """Sizes replicas, each question once: a plan asks the same ones again and again.
 
-    `corrections` are what nodes have observed so far.
+    `corrections` are what nodes have observed so far, `versions` what engines a node is taken to have that has not run one yet.
     """
 
     corrections: Corrections = NOTHING_LEARNED
+    versions: tuple[tuple[str, str], ...] = ()
     _numbers: Iterator[int] = field(default_factory=count, repr=False, compare=False)
     _kinds: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
     _known: dict[tuple[str, int, Room], Sizing | Misfit] = field(default_factory=dict, repr=False, compare=False)
 
     def kind_of(self, node: NodeView) -> int:
         """A number that nodes share on which everything runs alike."""
-        likeness = (node.inventory, tuple(sorted(node.card_foreign_bytes.items())), tuple(sorted(_versions(node).items())))
+        likeness = (node.inventory, tuple(sorted(node.card_foreign_bytes.items())), tuple(sorted(engine_versions([node]).items())))
         if likeness not in self._kinds:
             if len(self._kinds) >= KNOWN_SIZES_MAX:
                 self._kinds.clear()
@@ -145,11 +163,11 @@ class Sizer:
         return misfits[0]
 
     def _with_engine(self, entry: CatalogueEntry, kind: str, node: NodeView, room: Room) -> Sizing | Misfit:
-        architecture = _architecture(entry)
-        if architecture is None or kind not in _FIT_KIND:
+        architecture = architecture_of(entry)
+        if architecture is None or kind not in FIT_KIND:
             return _by_file_size(entry, kind, node.inventory, room)
-        on_cards = kind in CARD_ENGINES and bool(node.inventory.accelerators)
-        hardware, cards = hardware_of(node, room, on_cards=on_cards)
+        on_cards = kind in CARD_ENGINES and bool(cards_of(node.inventory))
+        hardware, cards = hardware_of(node, room, on_cards=on_cards, versions=self.versions)
         if on_cards and not cards:
             return Misfit("none of its cards is free")
         # On cards the cache takes all that is left of them, and serves as many sequences as come; elsewhere its size is fixed at the start.
@@ -168,7 +186,7 @@ class Sizer:
         return fit(
             architecture,
             (hardware,),
-            engine_kind=_FIT_KIND[kind],
+            engine_kind=FIT_KIND[kind],
             context_length_tokens=context,
             sequence_count_wanted=wanted,
             corrections=self.corrections,
@@ -181,10 +199,12 @@ def _smallest(report: FitReport) -> ShapeFit | None:
     return min(runs, key=lambda fit: (fit.verdict is FitVerdict.TIGHT, fit.shape.cards_per_replica), default=None)
 
 
-def hardware_of(node: NodeView, room: Room, *, on_cards: bool) -> tuple[NodeHardware, tuple[str, ...]]:
+def hardware_of(
+    node: NodeView, room: Room, *, on_cards: bool, versions: tuple[tuple[str, str], ...] = ()
+) -> tuple[NodeHardware, tuple[str, ...]]:
     """What is free of a node as the fit sees it, and the uuids of its cards in the same order."""
     inventory = node.inventory
-    free = [card for card in inventory.accelerators if card.uuid in room.card_uuids] if on_cards else []
+    free = [card for card in cards_of(inventory) if card.uuid in room.card_uuids] if on_cards else []
     cards = tuple(_node_card(card, node.card_foreign_bytes.get(card.uuid, 0)) for card in free)
     # A bridge that a node claims between cards which have none would be one of no speed.
     places = {card.uuid: place for place, card in enumerate(free) if cards[place].model.nvlink_gb_per_second > 0}
@@ -194,43 +214,54 @@ def hardware_of(node: NodeView, room: Room, *, on_cards: bool) -> tuple[NodeHard
         for peer in card.nvlink_peer_uuids
         if card.uuid in places and peer in places and peer != card.uuid
     }
-    processor = NodeProcessor(max(0, room.memory_bytes), HOST_GB_PER_SECOND, max(1, inventory.cpu_count))
+    processor = NodeProcessor(max(0, room.memory_bytes), HOST_GB_PER_SECOND, min(CPU_COUNT_MAX, max(1, inventory.cpu_count)))
     hardware = NodeHardware(
         cards=cards,
         nvlink_pairs=tuple(sorted(pairs)),
         processor=processor,
-        engines=tuple(EngineOffer(kind, version) for kind, version in _versions(node).items()),
+        engines=tuple(EngineOffer(kind, version) for kind, version in (dict(versions) | engine_versions([node])).items()),
     )
     return hardware, tuple(card.uuid for card in free)
 
 
-def _versions(node: NodeView) -> Mapping[str, str]:
-    """Of the engines that the node has told of; its corrections are kept by them."""
-    return {_FIT_KIND.get(status.engine_kind, status.engine_kind): status.engine_version for status in node.engines}
+def engine_versions(nodes: Iterable[NodeView]) -> dict[str, str]:
+    """Of the engines that nodes have told of, by the fit's kind; of several the last one in the order of the alphabet.
+
+    Corrections are kept by them.
+    """
+    told = sorted((FIT_KIND.get(status.engine_kind, ""), status.engine_version) for node in nodes for status in node.engines)
+    return {kind: version for kind, version in told if kind and version}
 
 
 def _node_card(card: Accelerator, foreign_bytes: int) -> NodeCard:
+    """The card with what of its node's words makes sense: no node keeps others from being planned for."""
     model = _card_model(card.name) or _unknown_card(card)
-    watts = None if card.power_limit_milliwatts is None else card.power_limit_milliwatts // 1000
-    usable_bytes = min(model.memory_bytes, card.memory_bytes) - foreign_bytes
-    lanes = {} if card.pcie_width_max is None else {"pcie_width": card.pcie_width_max}
-    generation = {} if card.pcie_generation_max is None else {"pcie_generation": card.pcie_generation_max}
-    return NodeCard(model, memory_usable_bytes=max(0, usable_bytes), power_limit_watts=watts, **lanes, **generation)
+    usable_bytes = min(model.memory_bytes, card.memory_bytes) - max(0, foreign_bytes)
+    watts = (card.power_limit_milliwatts or 0) // 1000
+    return NodeCard(
+        model,
+        memory_usable_bytes=max(0, usable_bytes),
+        power_limit_watts=watts if watts > 0 else None,
+        pcie_width=min(PCIE_LANES_MAX, max(1, card.pcie_width_max or PCIE_LANES_MAX)),
+        pcie_generation=min(PCIE_GENERATION_MAX, max(1, card.pcie_generation_max or PCIE_GENERATION_OF_MEASUREMENTS)),
+    )
 
 
 def _unknown_card(card: Accelerator) -> CardModel:
     """A card that the fit has no figures for: its memory is known, its speed is guessed low."""
     major, _, minor = card.compute_capability.partition(".")
-    capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (7, 5)
+    capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else (7, 5)
     return unlisted_card(card.name, card.memory_bytes, capability)
 
 
-def _architecture(entry: CatalogueEntry) -> ModelArchitecture | None:
-    """The entry's, with the exact size of its weights."""
-    if entry.architecture is None or entry.file is None or entry.architecture.weight_bytes_of_files is not None:
-        return entry.architecture
+@lru_cache(maxsize=1024)
+def architecture_of(entry: CatalogueEntry) -> ModelArchitecture | None:
+    """The entry's, under the entry's name and with the exact size of its weights."""
+    if entry.architecture is None or entry.file is None:
+        return None
     weight_bytes = sum(file.size_bytes for file in entry.file.files if file.file_name.endswith(WEIGHT_SUFFIXES))
-    return replace(entry.architecture, weight_bytes_of_files=weight_bytes or None)
+    known_bytes = entry.architecture.weight_bytes_of_files or weight_bytes
+    return replace(entry.architecture, model_id=entry.model_id, weight_bytes_of_files=known_bytes or None)
 
 
 def _attached(entry: CatalogueEntry, inventory: Inventory) -> Sizing | Misfit:
@@ -243,8 +274,8 @@ def _by_file_size(entry: CatalogueEntry, kind: str, inventory: Inventory, room: 
     """Without an architecture: all files in memory, and an allowance; on cards, on as many as that takes."""
     assert entry.file is not None, "an entry without files is never sized"
     needed_bytes = int(entry.file.total_bytes * (1 + FILES_ALLOWANCE_SHARE)) + FILES_ALLOWANCE_BYTES
-    if kind in CARD_ENGINES and inventory.accelerators:
-        free = [card for card in inventory.accelerators if card.uuid in room.card_uuids]
+    if kind in CARD_ENGINES and cards_of(inventory):
+        free = [card for card in cards_of(inventory) if card.uuid in room.card_uuids]
         return _on_fewest_cards(entry, kind, needed_bytes, sorted(free, key=lambda card: (-card.memory_bytes, card.uuid)))
     if needed_bytes > room.memory_bytes:
         free_gib = max(0, room.memory_bytes) / GIB

@@ -1,0 +1,203 @@
+"""The catalogue desk over a real database and a hub on loopback: what is pinned and deployed, who wins, and how long a reading may take."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from potluck_coordinator.desks import PinProgress
+from potluck_coordinator.directory import catalogue as catalogue_module
+from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.bootstrap import offer
+from potluck_coordinator.directory.catalogue import READINGS_MAX, Catalogue
+from potluck_coordinator.directory.hub import Hub
+from potluck_coordinator.directory.nodes import Nodes
+from potluck_coordinator.domain.catalogue import Deployment, ServiceTier
+from potluck_coordinator.domain.repository import ModelWishes
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import ModelId
+from tests.integration.test_hub import NAME, folder
+from tests.support.books import Books
+from tests.support.hub_server import COMMIT, running_hub
+from tests.support.replicas import catalogue_entry
+
+SHIPPED = catalogue_entry("shipped")
+OFFER = replace(catalogue_entry("offered", slot_count=3), file=None, repository=f"hf:{NAME}", unchecked="all")
+OWN = catalogue_entry("own")
+SOURCE = f"hf:{NAME}@main"
+TOML = """
+[[model]]
+model_id = "{model_id}"
+source = "path:/srv/models"
+file_name = "tiny.gguf"
+sha256 = "{sha256}"
+size_bytes = 10
+engine_kind = "llamacpp"
+context_length_tokens = 512
+slot_count = 2
+prompt_price_micro_credits = 1
+completion_price_micro_credits = 2
+licence = "MIT"
+endpoints = ["/v1/chat/completions"]
+created_at_unix_seconds = 1
+"""
+
+
+@asynccontextmanager
+async def desk(tmp_path):
+    """The desk, its books and a hub."""
+    books = Books(f"sqlite:///{tmp_path / 'books.db'}")
+    with running_hub() as hub:
+        hub.repositories[NAME] = folder()
+        try:
+            await books.found()
+            await offer(books.store, [SHIPPED, OFFER], [OWN])
+            nodes = Nodes(books.store, SnapshotBoard(1), books.clock, 15.0)
+            await nodes.refresh()
+            made = Catalogue(books.store, nodes, [SHIPPED, OFFER], lambda stop: Hub(hub.url, stop))
+            try:
+                yield made, books, hub
+            finally:
+                made.close()
+        finally:
+            books.store.close()
+
+
+async def pinned(made, wishes=None, source=SOURCE):
+    """The record, however often the desk says that it is not there yet."""
+    while True:
+        found = await made.pin_model(source, wishes or ModelWishes())
+        if not isinstance(found, PinProgress):
+            return found
+
+
+async def refusal(awaitable) -> PotluckError:
+    with pytest.raises(PotluckError) as failure:
+        await awaitable
+    return failure.value
+
+
+async def test_a_repository_takes_the_place_of_the_offer_that_waited_for_it_and_can_be_deployed(tmp_path):
+    async with desk(tmp_path) as (made, _, _):
+        before = await refusal(made.deploy(Deployment(ModelId("offered"), 1)))
+        assert (before.code, "potluck models add hf:org/tiny@REVISION --as offered" in before.message) == (ErrorCode.INVALID_REQUEST, True)
+        record = await pinned(made)
+        assert (record.entry.model_id, record.origin, record.deployment) == ("offered", "added", None)
+        assert (record.entry.file.source, record.entry.slot_count, record.entry.unchecked) == (f"hf:{NAME}@{COMMIT}", 3, "")
+        await made.deploy(Deployment(ModelId("offered"), 2, ServiceTier.FLEX))
+        (status,) = [one for one in await made.list_deployments() if one.deployment.model_id == "offered"]
+        assert (status.deployment.replica_count, status.deployment.tier, status.shortfall) == (2, "flex", "the pool has no node")
+
+
+async def test_a_repository_that_nobody_offered_is_called_as_it_is_or_as_the_operator_says(tmp_path):
+    async with desk(tmp_path) as (made, _, hub):
+        hub.repositories["org/Other"] = folder()
+        assert (await pinned(made, source="hf:org/Other@main")).entry.model_id == "other"
+        assert (await pinned(made, ModelWishes(model_id="mine"), "hf:org/Other@main")).entry.model_id == "mine"
+
+
+async def test_an_entry_of_the_catalogue_file_is_changed_there_alone(tmp_path):
+    async with desk(tmp_path) as (made, _, _):
+        for attempt in (
+            pinned(made, ModelWishes(model_id="own")),
+            made.add_models(TOML.format(model_id="own", sha256="a" * 64)),
+        ):
+            assert (await refusal(attempt)).code is ErrorCode.ALREADY_EXISTS
+        for model_id in ("own", "shipped"):
+            assert "potluck undeploy" in (await refusal(made.remove_model(ModelId(model_id)))).message
+
+
+async def test_what_was_added_over_a_shipped_entry_gives_way_to_it_when_it_is_removed(tmp_path):
+    async with desk(tmp_path) as (made, _, _):
+        await made.add_models(TOML.format(model_id="shipped", sha256="a" * 64))
+        assert (await made.get_model(ModelId("shipped"))).origin == "added"
+        await made.remove_model(ModelId("shipped"))
+        record = await made.get_model(ModelId("shipped"))
+        assert (record.origin, record.entry, record.deployment) == ("built_in", SHIPPED, None)
+
+
+async def test_what_the_operator_said_outlives_a_restart(tmp_path):
+    async with desk(tmp_path) as (made, books, _):
+        await pinned(made)
+        await made.undeploy(ModelId("shipped"))
+        await made.deploy(Deployment(ModelId("own"), 3, ServiceTier.FLEX))
+        await offer(books.store, [SHIPPED, OFFER, catalogue_entry("new")], [OWN])
+        assert (await made.get_model(ModelId("offered"))).origin == "added"
+        wishes = {one.deployment.model_id: one.deployment for one in await made.list_deployments()}
+        assert wishes == {
+            "new": Deployment(ModelId("new")),
+            "own": Deployment(ModelId("own"), 3, ServiceTier.FLEX),
+        }
+
+
+async def test_a_slow_hub_is_waited_for_with_words_and_asked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "PATIENCE_SECONDS", 0.1)
+    async with desk(tmp_path) as (made, _, hub):
+        hub.waiting = threading.Event()
+        first, second = await asyncio.gather(made.pin_model(SOURCE, ModelWishes()), made.pin_model(SOURCE, ModelWishes()))
+        assert isinstance(first, PinProgress)
+        assert isinstance(second, PinProgress)
+        await asyncio.sleep(0.2)
+        later = await made.pin_model(SOURCE, ModelWishes())
+        assert later.words.startswith("Hashing config.json")
+        hub.waiting.set()
+        assert (await pinned(made)).entry.model_id == "offered"
+        assert len([path for path in hub.requests if path.startswith("/api/")]) == 1
+
+
+async def test_no_reading_takes_for_ever_and_no_more_than_a_few_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(catalogue_module, "READING_SECONDS_MAX", 0.3)
+    async with desk(tmp_path) as (made, _, hub):
+        hub.waiting = threading.Event()
+        for number in range(READINGS_MAX):
+            assert isinstance(await made.pin_model(SOURCE, ModelWishes(model_id=f"model{number}")), PinProgress)
+        assert (await refusal(made.pin_model(SOURCE, ModelWishes(model_id="one-more")))).code is ErrorCode.NO_CAPACITY
+        await asyncio.sleep(0.4)
+        hub.waiting.set()
+        assert "took too long" in (await refusal(pinned(made, ModelWishes(model_id="model0")))).message
+        assert (await refusal(made.get_model(ModelId("model0")))).code is ErrorCode.MODEL_NOT_FOUND
+
+
+async def test_what_cannot_be_served_is_refused_with_the_reason_and_may_be_tried_again(tmp_path):
+    async with desk(tmp_path) as (made, _, hub):
+        good = hub.repositories[NAME]
+        hub.repositories[NAME] = {"a.gguf": 5_000, "b.gguf": 6_000}
+        assert "say which one with --file" in (await refusal(pinned(made))).message
+        hub.repositories[NAME] = good
+        assert (await pinned(made)).entry.model_id == "offered"
+
+
+async def test_nothing_unknown_is_deployed_undeployed_removed_or_explained(tmp_path):
+    async with desk(tmp_path) as (made, _, _):
+        gone = ModelId("gone")
+        for attempt in (
+            made.deploy(Deployment(gone)),
+            made.undeploy(gone),
+            made.remove_model(gone),
+            made.get_model(gone),
+            made.explain(gone),
+        ):
+            assert (await refusal(attempt)).code is ErrorCode.MODEL_NOT_FOUND
+        await made.undeploy(ModelId("shipped"))
+        assert (await refusal(made.undeploy(ModelId("shipped")))).code is ErrorCode.NOT_FOUND
+        assert "potluck deploy shipped" in (await refusal(made.explain(ModelId("shipped")))).message
+
+
+def test_the_hubs_address_may_be_a_mirrors(tmp_path):
+    code = (
+        "from threading import Event\nfrom potluck_coordinator.directory.hub import Hub\n"
+        f"print(Hub(None, Event()).read({NAME!r}, 'main', None, lambda _: None)[0].commit)"
+    )
+    with running_hub() as hub:
+        hub.repositories[NAME] = folder()
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == COMMIT
