@@ -292,7 +292,7 @@ class NodeDesk(Protocol):
         ...
 
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
-        """The session has ended: by that goodbye, or (None) by silence, a lost link, a newer agent, or the gateway's own stop."""
+        """The session has ended: by that goodbye, be it the coordinator's own, or (None) by silence, a lost link, or a newer agent."""
         ...
 
     async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:

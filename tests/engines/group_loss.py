@@ -167,10 +167,11 @@ def _engine(of: Callable[[GroupPool], SiteNode], place: int) -> Callable[[GroupP
 
 FAULTS: dict[str, Callable[[GroupPool], tuple[SiteNode, psutil.Process]]] = {
     "member's agent": _agent(GroupPool.member),
-    "leader's engine": _engine(GroupPool.leader, 0),
+    "leader's engine": _engine(GroupPool.leader, 1),
     "leader's agent": _agent(GroupPool.leader),
-    "member's engine": _engine(GroupPool.member, 0),
+    "member's engine": _engine(GroupPool.member, 1),
     "member's worker": _engine(GroupPool.member, -1),
+    "member's launcher": _engine(GroupPool.member, 0),
 }
 
 

@@ -5,47 +5,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-
-import aiohttp
 import pytest
 
-from potluck_node.engines.base import EngineLaunch
-from potluck_node.engines.process import EngineProcess
-from potluck_node.engines.vllm import environment_of
-from potluck_protocol.values import ModelId
-from tests.engines.group_loss import PROMPT, TOKENS, form, lose
+from tests.engines.group_loss import form, lose
 from tests.support import namespaces
-from tests.support.group_pool import CONTEXT_LENGTH_TOKENS, MODEL, SLOT_COUNT, VLLM_PYTHON, group_pool
-from tests.support.safetensors_model import built_in_folder
+from tests.support.group_pool import group_pool
 
 pytestmark = [
     pytest.mark.namespaces,
     pytest.mark.skipif(not namespaces.available(), reason="needs root and `ip netns` (Debian's iproute2)"),
     pytest.mark.timeout(1_500),
 ]
-
-
-@pytest.fixture(scope="module")
-def text_of_one_process():
-    """What one vLLM says that has the whole model."""
-
-    launch = EngineLaunch(ModelId(MODEL), built_in_folder(), SLOT_COUNT, CONTEXT_LENGTH_TOKENS)
-
-    async def ask() -> str:
-        async with aiohttp.ClientSession() as session:
-            engine = await EngineProcess.start(environment_of(VLLM_PYTHON), launch, os.environ, session)
-            try:
-                body = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "max_tokens": TOKENS}
-                url = f"{engine.address.url}/v1/chat/completions"
-                async with session.post(url, data=json.dumps(body), headers=engine.address.headers) as response:
-                    return (await response.json())["choices"][0]["message"]["content"]
-            finally:
-                await engine.stop()
-
-    return asyncio.run(ask())
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +40,7 @@ def test_a_group_listens_on_the_named_private_addresses_alone(pool, formed):
     assert formed.listeners["eve"] == []
 
 
-@pytest.mark.parametrize("fault", ["member's agent", "leader's engine"])
+@pytest.mark.parametrize("fault", ["member's agent"])
 def test_a_lost_member_breaks_the_group_within_five_seconds_and_it_forms_anew(pool, formed, fault):
     loss = lose(pool, fault, formed.text)
     assert loss.broken() == [], loss

@@ -18,6 +18,7 @@ from potluck_protocol.values import (
     AccountId,
     EngineState,
     EngineStatus,
+    GoodbyeReason,
     GroupOffer,
     Hello,
     Inventory,
@@ -57,8 +58,8 @@ class Pool:
         self.epochs[name] = (await self.nodes.open_session(hello)).epoch
         self.engines[name], self.measured[name] = (), ()
 
-    async def leave(self, name):
-        await self.nodes.close_session(NodeId(name), self.epochs.pop(name), None)
+    async def leave(self, name, reason=None):
+        await self.nodes.close_session(NodeId(name), self.epochs.pop(name), reason)
 
     async def report(self):
         """A second passes, and the gateway tells of everyone who is there."""
@@ -213,6 +214,32 @@ async def test_everyone_is_told_their_part(pool):
     assert "alone: " in said["b"][1]
     assert "does not trust its owner" in said["e"][1]
     assert "generation 1, is ready" in words
+
+
+async def come_back_to_another_gateway(pool, engines):
+    pool.epochs.clear()
+    pool.nodes.gateway_started()
+    for name in OWNERS:
+        await pool.join(name)
+        pool.engines[name] = engines[name]
+        await pool.report()
+
+
+async def test_a_gateway_that_stops_takes_no_group_along(pool):
+    before, engines = (await pool.serving()).stages(), dict(pool.engines)
+    for name in OWNERS:
+        await pool.leave(name, GoodbyeReason.COORDINATOR_STOPPING)
+        assert pool.stages() == before
+    await come_back_to_another_gateway(pool, engines)
+    assert pool.stages() == before
+    await pool.leave("b")
+    assert pool.stages() == {}
+
+
+async def test_nor_does_a_gateway_that_died(pool):
+    before, engines = (await pool.serving()).stages(), dict(pool.engines)
+    await come_back_to_another_gateway(pool, engines)
+    assert pool.stages() == before
 
 
 async def test_a_directory_that_starts_anew_leaves_the_group_alone(tmp_path):

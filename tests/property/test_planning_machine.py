@@ -1,4 +1,4 @@
-"""A thousand random joins, leaves and demands: what `planning_churn` checks, and that it would notice a planner gone wrong."""
+"""Random joins, leaves and demands: a sample of `planning_churn`, and that it would notice a planner gone wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from potluck_coordinator.domain.planning.sizing import Room
 from tests.property.planning_churn import BrokenRuleError, Churn
 
 STEPS = 250
-SEEDS = (1, 2, 3, 4)
+SEEDS = (1, 2)
 STEPS_TO_FIND = 150
 SEEDS_TO_FIND = 6
 
@@ -23,7 +23,7 @@ def run(seed, steps):
 
 def test_a_pool_under_churn_keeps_to_the_rules():
     counts = [run(seed, STEPS) for seed in SEEDS]
-    assert sum(count.events.total() for count in counts) == 1000
+    assert sum(count.events.total() for count in counts) == STEPS * len(SEEDS)
     # The rules would also hold for a planner that did nothing.
     assert min(count.placements for count in counts) > 50
     assert sum(count.moves for count in counts) > 0

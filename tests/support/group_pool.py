@@ -109,7 +109,7 @@ class SiteNode(NodeProcess):
         return {**super()._environment(), "POTLUCK_NODE_MODELS_ALLOWED": MODEL, **self._settings}
 
     def engine_processes(self) -> list[psutil.Process]:
-        """Every process of its vLLM, the one that was started first in front."""
+        """Every process of its vLLM: the launcher, vLLM's own first one, its children."""
         found = []
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):

@@ -87,6 +87,8 @@ class Nodes:
         self._planner: Planner | None = None
         self._facts = PoolFacts((), {}, {})
         self._planned_at = -PLAN_SECONDS_MAX
+        self._links_ended = False
+        """By the coordinator itself, since the last plan."""
         self._asked_count = self._answered_count = 0
         self._refreshing = asyncio.Lock()
         self._steady_offset_ms = clock.unix_ms() - clock.monotonic_seconds() * 1000
@@ -107,6 +109,9 @@ class Nodes:
             if self._planner is None:
                 self._planner = await self._store.run(self._kept_planner)
             planner, self._facts = self._planner, facts
+            if self._links_ended:
+                self._links_ended = False
+                planner.expect_back(self._now())
             before = (planner.replicas, planner.groups, planner.corrections)
             try:
                 wishes = await asyncio.to_thread(planner.advance, facts, self._now())
@@ -192,6 +197,8 @@ class Nodes:
         """As `NodeDesk.close_session`; a session that a newer one has replaced says nothing about the node."""
         live = self._live.get(node_id)
         replaced = live is not None and live.epoch > epoch
+        if reason is GoodbyeReason.COORDINATOR_STOPPING:
+            self._links_ended = True
         if not replaced:
             self._forget([node_id])
         await self._store.run(lambda work: work.nodes.saw(node_id, self._clock.unix_ms()))
@@ -212,8 +219,10 @@ class Nodes:
         self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
 
     def gateway_started(self) -> None:
-        """A new gateway needs its first minute: what nodes could not reach is not held against them."""
+        """A new gateway needs its first minute: what nodes could not reach is not held against them. The links of the last one are gone."""
         self._uptime = uptime.start(self._steady_ms())
+        self._links_ended = True
+        self._forget(list(self._live))
 
     async def judge_minutes(self) -> None:
         """Books the minutes that have ended. While no gateway reports, nobody watches, and no minute counts."""

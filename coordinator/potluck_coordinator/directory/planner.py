@@ -108,6 +108,10 @@ class Planner:
         """What nodes showed so far."""
         return self._sizer.corrections
 
+    def expect_back(self, now: float) -> None:
+        """Every link has ended, or will, for the coordinator's own reasons: members of groups that come back soon were never lost."""
+        self.groups = {replica_id: adopted(group, now) for replica_id, group in self.groups.items()}
+
     def explain(self, facts: PoolFacts, model_id: ModelId, now: float) -> tuple[NodeVerdict, ...]:
         """Every node's part in a deployment."""
         ids = [replica_id for replica_id in self.groups.keys() | self._formations.keys() if replica_id.startswith(group_prefix(model_id))]

@@ -211,7 +211,7 @@ class Links:
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""
         for session in self.sessions:
-            self.close(session, None, GoodbyeReason.COORDINATOR_STOPPING)
+            self.close(session, GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.COORDINATOR_STOPPING)
         if self._closings:
             await asyncio.wait(self._closings, timeout=2)
 
