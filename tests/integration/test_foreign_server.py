@@ -62,8 +62,8 @@ class Server:
         """Nothing of it is left: process, worker, shared memory."""
         told = self.told()
         files = memory_of(told["pid"]), Path(f"/dev/shm/sem.{told['semaphore'].lstrip('/')}")
-        ended = until(lambda: not runs(told["pid"]) and not runs(told["worker"]), SECONDS_MAX)
-        return ended and not any(file.exists() for file in files)
+        # Whoever cleans up does so after the processes have ended.
+        return until(lambda: not runs(told["pid"]) and not runs(told["worker"]) and not any(file.exists() for file in files), SECONDS_MAX)
 
 
 def runs(pid: int) -> bool:
