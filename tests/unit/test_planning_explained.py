@@ -92,8 +92,8 @@ def test_every_node_has_the_reason_that_ruled_it_out():
 def test_a_wish_that_is_not_met_says_what_keeps_it():
     pool = view([node("a", kinds=("llamacpp",)), node("b", connected=False)], [card_entry("8b")], [wish("8b", 2)])
     draft = drafted(pool)
-    found = standing(draft, pool.deployments[0], 0)
+    found = standing(draft, pool.deployments[0])
     assert (found.ready_count, found.starting_count) == (0, 0)
     assert found.shortfall == "nodes: 1 no_engine, 1 offline"
     met = view([node("a")], [TINY], [wish("tiny", 1)])
-    assert standing(drafted(met), met.deployments[0], 0).shortfall == ""
+    assert standing(drafted(met), met.deployments[0]).shortfall == ""

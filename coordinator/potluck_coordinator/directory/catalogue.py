@@ -8,7 +8,6 @@ from a wish (`nodes`).
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Event
@@ -18,7 +17,7 @@ import structlog
 
 from potluck_coordinator.catalogue_file import parse_catalogue
 from potluck_coordinator.desks import DeploymentRecord, ModelRecord, NodeVerdictRecord, PinProgress
-from potluck_coordinator.directory.hub import Hub
+from potluck_coordinator.directory.hub import SOURCE, Hub
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment, not_pinned
 from potluck_coordinator.domain.planning.explain import Standing
@@ -35,7 +34,6 @@ READINGS_MAX: Final = 4
 """Repositories that are read at a time."""
 READING_SECONDS_MAX: Final = 300.0
 """For one repository: its list of files, and a few small ones."""
-_SOURCE: Final = re.compile(r"hf:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*)")
 _log = structlog.get_logger()
 
 
@@ -157,7 +155,7 @@ class Catalogue:
             reading.task.cancel()
 
     def _begin_reading(self, source: str, wishes: ModelWishes) -> _Reading:
-        parsed = _SOURCE.fullmatch(source)
+        parsed = SOURCE.fullmatch(source)
         if parsed is None:
             message = f"{source!r} is not hf:ORG/NAME@REVISION; a revision is a branch, a tag or a commit, such as main."
             raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="source")

@@ -28,9 +28,7 @@ SMALL_FILE_BYTES_MAX: Final = 32 * 1024 * 1024
 SMALL_FILES_BYTES_MAX: Final = 128 * 1024 * 1024
 """Of all of them together."""
 ANSWER_SECONDS_MAX: Final = 20.0
-SOURCE: Final = re.compile(
-    r"hf:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?\Z"
-)
+SOURCE: Final = re.compile(r"hf:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*)")
 
 _ABSENT: Final = "The hub has no such repository, revision or file, or hides it from whoever has no token (HF_TOKEN)."
 _READ: Final = frozenset({CONFIG, TOKENIZER_CONFIG})

@@ -28,15 +28,12 @@ from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import (
-    CardTelemetry,
     DesiredState,
-    EngineStatus,
     GoodbyeReason,
     Hello,
     ModelId,
     NodeId,
     NodeState,
-    PeerMeasurement,
     ReplicaId,
 )
 
@@ -46,24 +43,18 @@ PLAN_SECONDS_MAX: Final = 5.0
 _log = structlog.get_logger()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _LiveNode:
-    """What the last report said of a connected node."""
+    """A connected node: its last report, or what its hello said, and when that was."""
 
-    epoch: int
-    state: NodeState
-    engines: tuple[EngineStatus, ...]
-    suspect: bool
+    report: NodeReport
     reported_at_seconds: float
-    disk_free_bytes: int = 0
-    cards: tuple[CardTelemetry, ...] = ()
-    peer_measurements: tuple[PeerMeasurement, ...] = ()
-    attached_model_names: tuple[str, ...] = ()
 
     def planned_by(self) -> object:
         """What of it may change a plan at once."""
-        engines = [(status.replica_id, status.state, status.group_generation, status.failure) for status in self.engines]
-        return self.epoch, self.state, engines, self.peer_measurements, self.attached_model_names
+        said = self.report
+        engines = [(status.replica_id, status.state, status.group_generation, status.failure) for status in said.engines]
+        return said.epoch, said.state, engines, said.peer_measurements, said.attached_model_names
 
 
 class Nodes:
@@ -119,7 +110,7 @@ class Nodes:
                 _log.exception("planning_failed")
                 self._publish(outcasts=outcasts, models=facts.catalogue)
                 return
-            if (planner.replicas, planner.groups, planner.corrections) != before or not self._board.snapshot.desired:
+            if (planner.replicas, planner.groups, planner.corrections) != before:
                 await self._store.run(lambda work: _keep(work, planner))
             desired = await self._store.run(lambda work: self._desired(work, wishes))
             self._publish(
@@ -181,14 +172,16 @@ class Nodes:
             return node
 
         node = await self._store.run(begin)
-        self._live[node.node_id] = _LiveNode(
-            node.epoch,
-            hello.state,
-            hello.engines,
+        said = NodeReport(
+            node_id=node.node_id,
+            epoch=node.epoch,
+            covered_seconds=0.0,
             suspect=False,
-            reported_at_seconds=self._now(),
+            state=hello.state,
+            engines=hello.engines,
             attached_model_names=hello.inventory.attached_model_names,
         )
+        self._live[node.node_id] = _LiveNode(said, self._now())
         await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
@@ -196,7 +189,7 @@ class Nodes:
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
         """As `NodeDesk.close_session`; a session that a newer one has replaced says nothing about the node."""
         live = self._live.get(node_id)
-        replaced = live is not None and live.epoch > epoch
+        replaced = live is not None and live.report.epoch > epoch
         if reason is GoodbyeReason.COORDINATOR_STOPPING:
             self._links_ended = True
         if not replaced:
@@ -246,20 +239,9 @@ class Nodes:
     def _take(self, report: NodeReport, now: float) -> bool:
         """Whether what a node does now may call for another plan."""
         known = self._live.get(report.node_id)
-        if known is not None and known.epoch > report.epoch:
+        if known is not None and known.report.epoch > report.epoch:
             return False
-        live = _LiveNode(
-            report.epoch,
-            report.state,
-            report.engines,
-            report.suspect,
-            now,
-            report.disk_free_bytes,
-            report.cards,
-            report.peer_measurements,
-            report.attached_model_names,
-        )
-        self._live[report.node_id] = live
+        live = self._live[report.node_id] = _LiveNode(report, now)
         self._attempt_counts |= report.attempt_counts
         return known is None or known.planned_by() != live.planned_by()
 
@@ -303,8 +285,8 @@ class Nodes:
             display_name=node.display_name,
             owner_account_id=node.owner_account_id,
             connection=_connection(node.status, live),
-            state=live.state if live is not None else NodeState.DRAINING,
-            engines=live.engines if live is not None else (),
+            state=live.report.state if live is not None else NodeState.DRAINING,
+            engines=live.report.engines if live is not None else (),
             inventory=node.inventory,
             agent_version=node.agent_version,
             up_minutes=up_minutes,
@@ -317,7 +299,7 @@ class Nodes:
         """They are not connected any more."""
         for node_id in node_ids:
             live = self._live.pop(node_id, None)
-            for status in live.engines if live is not None else ():
+            for status in live.report.engines if live is not None else ():
                 self._attempt_counts.pop(status.replica_id, None)
 
     def _now(self) -> float:
@@ -328,17 +310,28 @@ class Nodes:
 
 
 def _view(node: EnrolledNode, live: _LiveNode | None) -> NodeView:
-    return NodeView(
+    away = NodeView(
         node_id=node.node_id,
         owner_account_id=node.owner_account_id,
-        inventory=replace(node.inventory, attached_model_names=live.attached_model_names) if live is not None else node.inventory,
-        connected=live is not None,
-        state=live.state if live is not None else NodeState.DRAINING,
-        engines=live.engines if live is not None else (),
-        peer_measurements={measured.node_id: measured for measured in live.peer_measurements} if live is not None else {},
+        inventory=node.inventory,
+        connected=False,
+        state=NodeState.DRAINING,
+        engines=(),
+        peer_measurements={},
         epoch=node.epoch,
-        disk_free_bytes=live.disk_free_bytes if live is not None else 0,
-        card_foreign_bytes={card.uuid: card.memory_foreign_bytes for card in live.cards if card.memory_foreign_bytes} if live else {},
+    )
+    if live is None:
+        return away
+    said = live.report
+    return replace(
+        away,
+        inventory=replace(node.inventory, attached_model_names=said.attached_model_names),
+        connected=True,
+        state=said.state,
+        engines=said.engines,
+        peer_measurements={measured.node_id: measured for measured in said.peer_measurements},
+        disk_free_bytes=said.disk_free_bytes,
+        card_foreign_bytes={card.uuid: card.memory_foreign_bytes for card in said.cards if card.memory_foreign_bytes},
     )
 
 
@@ -360,4 +353,4 @@ def _connection(status: NodeStatus, live: _LiveNode | None) -> str:
         return str(status)
     if live is None:
         return "offline"
-    return "suspect" if live.suspect else "connected"
+    return "suspect" if live.report.suspect else "connected"

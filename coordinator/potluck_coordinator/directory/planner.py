@@ -121,9 +121,7 @@ class Planner:
     def standings(self, facts: PoolFacts, now: float) -> dict[ModelId, Standing]:
         """How far each wish is met."""
         draft = drafted(self._view(facts, now))
-        return {
-            model_id: standing(draft, deployment, self._ready_group_count(model_id)) for model_id, deployment in draft.deployments.items()
-        }
+        return {model_id: standing(draft, deployment) for model_id, deployment in draft.deployments.items()}
 
     def group_words(self, model_id: ModelId) -> str:
         """What became of a model's groups, in words; empty where none was thought of."""
@@ -139,10 +137,6 @@ class Planner:
             if replica_id.startswith(group_prefix(model_id)) and formation.reason
         ]
         return "; ".join(dict.fromkeys(words))
-
-    def _ready_group_count(self, model_id: ModelId) -> int:
-        prefix = group_prefix(model_id)
-        return sum(1 for replica_id, group in self.groups.items() if replica_id.startswith(prefix) and group.phase is GroupPhase.READY)
 
     def _remember(self, facts: PoolFacts, now: float) -> None:
         away = [node for node in facts.nodes.values() if not node.connected or node.state is not NodeState.SERVING]

@@ -6,6 +6,7 @@ beside it. It must not know when an engine is started or stopped.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -55,6 +56,11 @@ class EngineProbe:
 
     endpoint: Endpoint
     body: bytes
+
+
+def one_token_probe(launch: EngineLaunch) -> EngineProbe:
+    """Asks for one token. Not a chat: a base model without a chat template must become ready as well."""
+    return EngineProbe(Endpoint.COMPLETIONS, json.dumps({"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}).encode())
 
 
 class Engine(Protocol):

@@ -6,12 +6,11 @@ every generated token too. It must not import llama.cpp; `llamacpp_server`, the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
-from potluck_node.engines.base import EngineLaunch, EngineProbe
+from potluck_node.engines.base import EngineLaunch, EngineProbe, one_token_probe
 from potluck_protocol.values import Endpoint
 
 
@@ -34,9 +33,7 @@ class LlamaCppEngine:
         )
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:
-        # Not a chat: a base model without a chat template must become ready as well.
-        body = {"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}
-        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())
+        return one_token_probe(launch)
 
 
 @cache  # reading the metadata takes a millisecond, and every status names the version

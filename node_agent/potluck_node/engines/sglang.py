@@ -7,16 +7,13 @@ its own compiled kernels. It forms no groups here.
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
 from potluck_node import lifeline
-from potluck_node.engines.base import EngineLaunch, EngineProbe
-from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_node.engines.base import EngineLaunch, EngineProbe, one_token_probe
+from potluck_node.engines.environments import installed_version, not_installed
 from potluck_protocol.values import Endpoint
 
 BESIDE_STATIC_PERCENT: Final = 10
@@ -24,7 +21,7 @@ BESIDE_STATIC_PERCENT: Final = 10
 MADE_WHILE_LOADING: Final = frozenset({"fp8"})
 """Quantisations that SGLang makes of unquantised files; those of quantised files it reads from them."""
 
-_METADATA: Final = re.compile(r"sglang-(?P<version>[^-]+)\.dist-info")
+_PACKAGE: Final = "sglang"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class SglangEngine:
 
     @property
     def version(self) -> str:
-        return f"sglang {_installed_version(self.python) or 'of an unknown version'}"
+        return f"sglang {installed_version(self.python, _PACKAGE) or 'of an unknown version'}"
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
         cards = ("--set", f"CUDA_VISIBLE_DEVICES={','.join(launch.shape.card_uuids)}") if launch.shape.card_uuids else ()
@@ -51,20 +48,14 @@ class SglangEngine:
         )
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:
-        body = {"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}
-        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())
+        return one_token_probe(launch)
 
 
 def environment_of(python: Path) -> SglangEngine:
     """The engine of an environment; raises PotluckError(INVALID_REQUEST) where there is no SGLang in it."""
-    if _installed_version(python):
+    if installed_version(python, _PACKAGE):
         return SglangEngine(python)
-    folder = python.parent.parent
-    raise PotluckError(
-        ErrorCode.INVALID_REQUEST,
-        f"There is no SGLang in the environment of {python}. To make one: "
-        f"python3 -m venv {folder} && {folder}/bin/pip install sglang, then set sglang_python to {folder}/bin/python.",
-    )
+    raise not_installed(python, "SGLang", "sglang", "sglang_python")
 
 
 def flags(launch: EngineLaunch) -> tuple[str, ...]:
@@ -85,11 +76,3 @@ def flags(launch: EngineLaunch) -> tuple[str, ...]:
         *(("--tp-size", str(shape.tensor_parallel_size)) if shape.tensor_parallel_size > 1 else ()),
         *(("--quantization", shape.quantization) if shape.quantization in MADE_WHILE_LOADING else ()),
     )
-
-
-@cache  # every status names the version
-def _installed_version(python: Path) -> str:
-    """Of the SGLang in an interpreter's environment, by its package's metadata; empty: there is none."""
-    folders = python.parent.parent.glob("lib*/python3*/site-packages/sglang-*.dist-info")
-    found = [match["version"] for folder in folders if (match := _METADATA.fullmatch(folder.name))]
-    return found[0] if found else ""

@@ -8,14 +8,12 @@ run.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
-from potluck_node.engines.base import EngineLaunch, EngineProbe
-from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_node.engines.base import EngineLaunch, EngineProbe, one_token_probe
+from potluck_node.engines.environments import installed_version, not_installed
 from potluck_protocol.values import Endpoint, GroupPlace
 
 FIRST_UTILIZATION_PERCENT: Final = 95
@@ -29,7 +27,7 @@ MADE_WHILE_LOADING: Final = frozenset({"fp8", "fp8_per_tensor", "fp8_per_block",
 kernel by itself; named, it would keep to that kernel."""
 
 _INSIDE: Final = Path(__file__).with_name("vllm_inside.py")
-_METADATA: Final = re.compile(r"vllm(?:_cpu)?-(?P<version>[^-]+)\.dist-info")
+_PACKAGE: Final = r"vllm(?:_cpu)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class VllmEngine:
 
     @property
     def version(self) -> str:
-        return f"vllm {_installed_version(self.python) or 'of an unknown version'}"
+        return f"vllm {installed_version(self.python, _PACKAGE) or 'of an unknown version'}"
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
         group = launch.group
@@ -60,21 +58,14 @@ class VllmEngine:
         )
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:
-        # Not a chat: a base model without a chat template must become ready as well.
-        body = {"model": launch.model_id, "prompt": "Hello", "max_tokens": 1}
-        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())
+        return one_token_probe(launch)
 
 
 def environment_of(python: Path) -> VllmEngine:
     """The engine of an environment; raises PotluckError(INVALID_REQUEST) where there is no vLLM in it."""
-    if _installed_version(python):
+    if installed_version(python, _PACKAGE):
         return VllmEngine(python)
-    folder = python.parent.parent
-    raise PotluckError(
-        ErrorCode.INVALID_REQUEST,
-        f"There is no vLLM in the environment of {python}. To make one: "
-        f"python3 -m venv {folder} && {folder}/bin/pip install 'vllm>=0.30', then set vllm_python to {folder}/bin/python.",
-    )
+    raise not_installed(python, "vLLM", "'vllm>=0.30'", "vllm_python")
 
 
 def flags(launch: EngineLaunch) -> tuple[str, ...]:
@@ -152,11 +143,3 @@ def _front_flags() -> tuple[str, ...]:
         *("--host", "127.0.0.1", "--port", "{port}", "--middleware", "vllm_inside.Door"),
         *("--no-enable-log-requests", "--disable-uvicorn-access-log", "--disable-fastapi-docs"),
     )
-
-
-@cache  # every status names the version
-def _installed_version(python: Path) -> str:
-    """Of the vLLM in an interpreter's environment, by its package's metadata; empty: there is none."""
-    folders = python.parent.parent.glob("lib*/python3*/site-packages/vllm*.dist-info")
-    found = [match["version"] for folder in folders if (match := _METADATA.fullmatch(folder.name))]
-    return found[0] if found else ""

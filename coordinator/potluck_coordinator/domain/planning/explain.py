@@ -81,9 +81,11 @@ def explain(draft: Draft, model_id: ModelId, group_parts: Mapping[NodeId, GroupP
     return tuple(sorted(verdicts, key=lambda verdict: (order.index(verdict.verdict), verdict.node_id)))
 
 
-def standing(draft: Draft, deployment: Deployment, ready_group_count: int) -> Standing:
+def standing(draft: Draft, deployment: Deployment) -> Standing:
     """The wish's replicas that answer, those on their way, and what keeps further ones away."""
     replicas = draft.counting(deployment.model_id)
+    groups = [draft.view.groups[replica_id] for replica_id in draft.groups_of(deployment.model_id)]
+    ready_group_count = sum(1 for group in groups if group.phase is GroupPhase.READY)
     ready_count = sum(1 for replica in replicas if draft.is_ready(replica)) + ready_group_count
     have_count = draft.have_count(deployment.model_id)
     if have_count >= draft.wanted_count(deployment) and have_count:
