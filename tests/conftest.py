@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from hypothesis import settings
 
 # A shell without job control starts what runs in the background with Ctrl-C ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# And `nohup` with the terminal's end ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# How long an example takes says something of the machine alone; benchmarks measure. CI's own profile has no deadline either.
+settings.register_profile("patient", deadline=None)
+if settings.get_current_profile_name() == "default":
+    settings.load_profile("patient")
+# `pytest --hypothesis-profile deep tests/unit tests/property` looks for what a hundred examples a test do not find.
+settings.register_profile("deep", max_examples=3000, deadline=None, database=None)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command under test sets its process's logging up, to streams that are closed afterwards, and this process has other tests."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    structlog.reset_defaults()
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)

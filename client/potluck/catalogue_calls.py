@@ -84,9 +84,8 @@ def deploy(deployment: Deployment) -> Call[pool_pb2.DeployResponse, None]:
 
 
 def undeploy(model_id: ModelId) -> Call[pool_pb2.UndeployResponse, None]:
-    request = pool_pb2.UndeployRequest(model_id=model_id)
-    # A second call would say that the model is not deployed.
-    return Call(POOL_SERVICE + "Undeploy", request, pool_pb2.UndeployResponse, read_nothing, repeatable=False)
+    """Takes the wish back; once more changes nothing."""
+    return Call(POOL_SERVICE + "Undeploy", pool_pb2.UndeployRequest(model_id=model_id), pool_pb2.UndeployResponse, read_nothing)
 
 
 def list_deployments() -> Call[pool_pb2.ListDeploymentsResponse, tuple[DeploymentInfo, ...]]:

@@ -1,7 +1,8 @@
 """Where the `potluck` command is entered.
 
-Decides what Ctrl-C does to a command that is still being imported, which takes most of a second, and what gRPC reads when it is
-imported. It imports nothing heavy before that is settled, and must not know the sub-commands; `commands.root` does.
+Decides what Ctrl-C does to a command that is still being imported, which takes most of a second, what gRPC reads when it is imported, and
+that no other file ever stands where a standard stream would. It imports nothing heavy before that is settled, and must not know the
+sub-commands; `commands.root` does.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Final, NoReturn
 # not for people. Child processes inherit it.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+STANDARD_DESCRIPTOR_MAX: Final = 2
+"""Standard error's; input and output have the two before it."""
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 """What a shell reports of a command that Ctrl-C ended."""
 
 
 def main() -> NoReturn:
     """Runs the command line of this process and exits with its code."""
+    _keep_standard_places()
     # A shell without job control ignores SIGINT for what it starts in the background; that stays so.
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
@@ -34,6 +38,15 @@ def main() -> NoReturn:
         run(app)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _keep_standard_places() -> None:
+    """Opens nothing where a standard stream is closed. Else the next file gets its number, or an event loop's own, which ends us."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= STANDARD_DESCRIPTOR_MAX:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
 
 
 def _end_at_once(_number: int, _frame: object) -> NoReturn:

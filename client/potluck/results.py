@@ -116,7 +116,7 @@ class DeploymentInfo:
     ready_replica_count: int
     starting_replica_count: int
     waiting_request_count: int
-    """Requests that wait for a slot of the model."""
+    """Requests that wait for a slot of the model, and people who were refused one in the last minute."""
     shortfall: str
     """Why there are not more replicas, in words; empty where there are as many as wished."""
 

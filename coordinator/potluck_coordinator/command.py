@@ -5,7 +5,8 @@ Decides the flags and what an operator is told. It must not know how a coordinat
 
 from __future__ import annotations
 
-import sys
+import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,6 +111,25 @@ def serve(
         _fail(PotluckError(ErrorCode.CANCELLED, "Stopped before the coordinator was ready."), EXIT_FAILED)
 
 
+@app.command()
+def refused(
+    lift: Annotated[str | None, _option("Refuse a request no longer: its number, or all; all forgets suspects, too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    settings_file: SettingsFile = None,
+) -> None:
+    """List the requests that are refused for good, for two engines died of them. Stop the coordinator first."""
+    from potluck_coordinator.refused_command import refused as listed  # noqa: PLC0415 - `--help` need not wait for the database
+
+    try:
+        settings = load_settings({"data_dir": data_dir, "database_url": database_url}, settings_file)
+        lines = asyncio.run(listed(settings, lift, as_json=as_json))
+    except PotluckError as error:
+        _fail(error, EXIT_FAILED)
+    typer.echo("\n".join(lines))
+
+
 def public_url(settings: Settings, ca_certificate_pem: str) -> str:
     """The URL to hand out: with the CA's hash where plain HTTP leaves this machine, so that users can tell a forged answer."""
     secure = settings.http_tls_certificate is not None
@@ -120,21 +140,23 @@ def public_url(settings: Settings, ca_certificate_pem: str) -> str:
 
 
 def _say_ready(settings: Settings) -> None:
+    """Where nobody can read it the pool serves all the same: a service needs no standard output, which other commands are ended for."""
     url = public_url(settings, (settings.certificate_authority_dir / "ca.pem").read_text())
     default_folder = settings.data_dir == default_data_dir()
     hint = "" if default_folder else f"POTLUCK_COORDINATOR_DATA_DIR={settings.data_dir} "
-    print(  # noqa: T201 - what the operator asked to see
+    words = (
         f"Potluck coordinator is ready.\n"
         f"  http  {url}  (OpenAI API: {url.partition('#')[0]}/v1)\n"
         f"  grpc  {settings.host}:{settings.grpc_port}  (SDK, nodes that join)\n"
         f"  link  {settings.host}:{settings.link_port}  (links of nodes)\n"
         f"Operator's key: {settings.operator_file}; `potluck` on this machine finds it there.\n"
         f"Next: {hint}potluck tokens create\n"
-        f"Stop: Ctrl-C",
-        flush=True,
+        f"Stop: Ctrl-C"
     )
+    with suppress(SystemExit):
+        typer.echo(words)
 
 
 def _fail(error: PotluckError, exit_code: int) -> None:
-    print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+    typer.echo(f"error: {error.message}", err=True)
     raise typer.Exit(exit_code)

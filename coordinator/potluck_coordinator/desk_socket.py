@@ -21,13 +21,13 @@ from typing import Any, Final, cast
 
 import structlog
 
-from potluck_coordinator.desks import Accounts, CatalogueDesk, DirectoryPort, EnrolmentDesk, Ledger, NodeDesk, PoolDesk
+from potluck_coordinator.desks import Accounts, CatalogueDesk, DirectoryPort, EnrolmentDesk, Ledger, LethalDesk, NodeDesk, PoolDesk
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
-DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "catalogue", "pool"})
-NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "report"})
-"""Calls that would do their work twice if they were made again after a loss."""
+DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "catalogue", "lethal", "pool"})
+NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "remove_model", "report"})
+"""Calls that would do their work twice if they were made again after a loss, or fail for having done it."""
 PATIENCE_SECONDS: Final = 10.0
 """How long a call waits for a directory that is restarting; it takes about two seconds."""
 CALL_SECONDS_MAX: Final = 30.0
@@ -88,15 +88,17 @@ class DeskServer:
         connection = asyncio.current_task()
         assert connection is not None
         self._connections.add(connection)
-        # asyncio's stream server would write a traceback for a handler that ends as cancelled.
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-            await self._take_calls(reader, writer)
-        self._connections.discard(connection)
-        writer.close()
+        try:
+            # asyncio's stream server would write a traceback for a handler that ends as cancelled.
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                await self._take_calls(reader, writer)
+        finally:
+            self._connections.discard(connection)
+            writer.close()
 
     async def _take_calls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not _is_own_user(writer.get_extra_info("socket")):
-            _log.error("desk_socket_refused_a_stranger")
+        if refusal := _caller_refusal(writer.get_extra_info("socket")):
+            _log.error("desk_socket_refused_a_caller", reason=refusal)
             return
         while (frame := await _read_frame(reader)) is not None:
             task = asyncio.ensure_future(self._answer(*frame, writer))
@@ -236,6 +238,10 @@ class RemoteDirectory:
         return cast("CatalogueDesk", _Desk(self._ask, "catalogue"))
 
     @property
+    def lethal(self) -> LethalDesk:
+        return cast("LethalDesk", _Desk(self._ask, "lethal"))
+
+    @property
     def pool(self) -> PoolDesk:
         return cast("PoolDesk", _Desk(self._ask, "pool"))
 
@@ -298,6 +304,13 @@ def _read_outcome(content: bytes) -> Any:
         return PotluckError(ErrorCode.INTERNAL_ERROR)
 
 
-def _is_own_user(connection: socket.socket) -> bool:
-    _, user_id, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return bool(user_id == os.getuid())
+def _caller_refusal(connection: socket.socket | None) -> str:
+    """Why whoever called is not taken for a process of this user's; empty if it is one."""
+    if connection is None:
+        return "it has gone, and uvloop does not know any more whose it was"
+    try:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    except OSError as error:
+        return f"the system does not say whose it is: {error.strerror or error}"
+    _, user_id, _ = _PEER.unpack(credentials)
+    return "" if user_id == os.getuid() else f"it is of another user, {user_id}"

@@ -1,4 +1,4 @@
-"""What the gateway asks of the directory: six desks and their values.
+"""What the gateway asks of the directory: seven desks and their values.
 
 Decides the calls between the two. The gateway holds a `DirectoryPort`: the directory itself (`directory.directory`) where both run in one
 process, as in tests, or `desk_socket.RemoteDirectory`. Every argument and answer is a frozen value, so that it may cross processes; every
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
     from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
+    from potluck_coordinator.domain.lethal import LoneDeath
     from potluck_coordinator.domain.payees import PayeeShare
     from potluck_coordinator.domain.repository import ModelWishes
+    from potluck_protocol.culprits import Fingerprint
+    from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
         AccountId,
         CardTelemetry,
@@ -155,6 +158,10 @@ class PoolSnapshot:
     """Replicas of several nodes of which one is lost, and why: answers of theirs that are under way end with these words."""
     leaving: frozenset[ReplicaId] = frozenset()
     """Replicas on their way out: they finish what they are answering, and get no new requests."""
+    refused_requests: frozenset[Fingerprint] = frozenset()
+    """Requests that are refused for good, for engines die of them."""
+    suspect_requests: Mapping[Fingerprint, AccountId] = field(default_factory=dict)
+    """Requests that had one engine to themselves when it died, and whose it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +190,20 @@ class DeploymentRecord:
     ready_count: int
     starting_count: int
     waiting_request_count: int
+    """Requests that wait for a slot, and people who were refused one in the last minute."""
     shortfall: str
     """Why there are not more replicas, in words; empty where there are as many as wished."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeVerdictRecord:
-    """What one node has to do with a deployment."""
+    """What one node has to do with a deployment; at most one more, the last, is about groups of nodes."""
 
     node_id: NodeId
+    """Empty in what is said of groups."""
     display_name: str
     verdict: str
-    """A word of `domain.verdicts.Verdict`."""
+    """A word of `domain.planning.explain.Verdict`; "group" in what is said of groups."""
     reason: str
 
 
@@ -205,6 +214,8 @@ class GatewayGrant:
     epoch: int
     pool_id: str
     server: ServerIdentity
+    fingerprint_key: bytes = field(default=b"", repr=False)
+    """What requests that kill engines are hashed with; empty for one of the gateway's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +236,8 @@ class NodeReport:
     peer_measurements: tuple[PeerMeasurement, ...] = ()
     attached_model_names: tuple[str, ...] = ()
     """Of its latest hello: its owner's engines come and go while the session lasts."""
+    line: LineMeasurement | None = None
+    """Of its latest heartbeat that had one, or its hello."""
 
 
 class Accounts(Protocol):
@@ -277,6 +290,10 @@ class EnrolmentDesk(Protocol):
         """Spends the token; raises INVALID_INVITE. The same key with the same token again gets the same node."""
         ...
 
+    async def is_enrolled(self, node_id: NodeId) -> bool:
+        """Whether it is one of the pool's now: not for one that is revoked, left or unknown."""
+        ...
+
     async def renew(self, certificate_request_der: bytes) -> tuple[NodeId, str]:
         """A fresh certificate, PEM, for the enrolled key that signed the request; raises INVALID_CERTIFICATE for any other."""
         ...
@@ -296,7 +313,7 @@ class NodeDesk(Protocol):
         ...
 
     async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:
-        """A gateway's nodes, and how many requests wait there for a slot of which model."""
+        """A gateway's nodes, and how many requests wait there for a slot of which model, or people were refused one in the last minute."""
         ...
 
 
@@ -317,10 +334,25 @@ class CatalogueDesk(Protocol):
 
     async def get_model(self, model_id: ModelId) -> ModelRecord: ...
     async def deploy(self, deployment: Deployment) -> None: ...
-    async def undeploy(self, model_id: ModelId) -> None: ...
+    async def undeploy(self, model_id: ModelId) -> None:
+        """Takes the wish back; nothing is wrong where there is none, for the call may be made again."""
+        ...
+
     async def list_deployments(self) -> tuple[DeploymentRecord, ...]: ...
     async def explain(self, model_id: ModelId) -> tuple[NodeVerdictRecord, ...]:
-        """Every node's part in the deployment, those that serve it first."""
+        """Every node's part in the deployment, those that serve it first; last what became of groups of nodes, where any was thought of."""
+        ...
+
+
+class LethalDesk(Protocol):
+    """Requests that engines die of; what gateways must know of them comes with the snapshot."""
+
+    async def report_death(self, death: LoneDeath) -> None:
+        """An engine died while it worked on one request and no other. Told twice it counts once."""
+        ...
+
+    async def clear(self, fingerprint: Fingerprint) -> None:
+        """A suspect was answered in full; one that is refused already stays so."""
         ...
 
 
@@ -349,5 +381,7 @@ class DirectoryPort(Protocol):
     def nodes(self) -> NodeDesk: ...
     @property
     def catalogue(self) -> CatalogueDesk: ...
+    @property
+    def lethal(self) -> LethalDesk: ...
     @property
     def pool(self) -> PoolDesk: ...

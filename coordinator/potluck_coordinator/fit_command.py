@@ -10,27 +10,52 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from potluck_coordinator.architectures import known_architecture, known_model_ids
+from potluck_coordinator.catalogue_file import CONTEXT_TOKENS_MAX
 from potluck_coordinator.domain.fit.architecture import GIB, ModelArchitecture
-from potluck_coordinator.domain.fit.cards import CARD_MODELS, card_model
+from potluck_coordinator.domain.fit.card_order import CARDS_LOOKED_AT_MAX
+from potluck_coordinator.domain.fit.cards import CARD_MODELS, CardModel, card_model
 from potluck_coordinator.domain.fit.config_json import architecture_of_config
 from potluck_coordinator.domain.fit.engines import ENGINES, LLAMACPP, VLLM
 from potluck_coordinator.domain.fit.fitting import fit
-from potluck_coordinator.domain.fit.hardware import BoxLink, NodeCard, NodeHardware, NodeProcessor
+from potluck_coordinator.domain.fit.hardware import (
+    PCIE_GENERATION_OF_MEASUREMENTS,
+    PCIE_LANES_MAX,
+    BoxLink,
+    NodeCard,
+    NodeHardware,
+    NodeProcessor,
+)
 from potluck_coordinator.domain.fit.quantizations import quantization_named
 from potluck_coordinator.domain.fit.report import FitReport, ShapeFit
+from potluck_protocol.vllm_words import UTILIZATION_PERCENT_MAX
 
 EXIT_DOES_NOT_FIT: Final = 1
 EXIT_USAGE: Final = 2
 CONTEXT_DEFAULT_TOKENS: Final = 4096
 SEQUENCES_DEFAULT: Final = 2
 """Two, so that one long answer does not keep everyone else waiting."""
-CARDS_MAX: Final = 64
+SEQUENCES_MAX: Final = 100_000
+"""Beyond this and the bounds that follow nothing is built, and the arithmetic would end in words that help nobody."""
+ROUND_TRIP_MS_MAX: Final = 60_000
+LAN_GBIT_BOUNDS: Final = (0.001, 10_000)
+CPU_GIB_BOUNDS: Final = (0.1, 100_000)
+CPU_BANDWIDTH_BOUNDS: Final = (0.1, 100_000)
+PCIE_GENERATION_MAX: Final = 7
+UTILIZATION_PERCENT_MIN: Final = 10
+WEIGHTS_GIB_BOUNDS: Final = (0.001, 100_000)
+KV_BYTES: Final = {VLLM: 1.0, LLAMACPP: 34 / 32}
+"""Of a key or value in 8 bits: vLLM's FP8; llama.cpp's Q8_0, which has a scale of two bytes for every 32 of them."""
+ADOPTED: Final = (
+    "Potluck's nodes run llama.cpp on their processors. On cards this is of a llama-server that you start yourself, and share with "
+    "potluck node run --attach URL."
+)
 
 _CARDS: Final = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9 _-]*?)(?::(?P<count>\d{1,2}))?(?:@(?P<watts>\d{2,4})W?)?", re.IGNORECASE)
 _PAIR: Final = re.compile(r"(\d{1,2})-(\d{1,2})")
@@ -58,8 +83,15 @@ Cpu = Annotated[str | None, _option("Instead of cards: memory for engines in GiB
 Context = Annotated[int, _option(f"Tokens of one sequence, prompt and answer together. [{CONTEXT_DEFAULT_TOKENS}]")]
 Sequences = Annotated[int, _option(f"Sequences at a time. [{SEQUENCES_DEFAULT}]")]
 Engine = Annotated[str | None, _option(f"{' or '.join(ENGINES)}. [llamacpp for GGUF files and without a card, else vllm]")]
+Weights = Annotated[float | None, _option("What the weights' files hold, in GiB, where it is known. [by the model's shape]")]
+KvBits = Annotated[int, _option("Bits of a key or value in the cache: 16 or 8. [16]")]
+BatchTokens = Annotated[int | None, _option("Prompt tokens that go through the model at a time. [2048; 64 with llama.cpp without a card]")]
+Utilization = Annotated[int | None, _option("How much of each card vLLM may take, in percent. [95]")]
 Quant = Annotated[str | None, _option("Weights in another form than the model's own: none, awq, gptq, fp8, int8, Q4_K_M …")]
 PcieWidth = Annotated[int, _option("PCIe lanes of every card. [16]")]
+PcieGeneration = Annotated[int, _option("PCIe generation of every slot. [4]")]
+PeerToPeer = Annotated[bool, typer.Option("--p2p", help="The driver lets cards reach each other over PCIe; GeForce's own does not.")]
+CardGib = Annotated[float | None, _option("GiB of each card, where it has more than usual or others hold some of it. [the card's own]")]
 RoundTrip = Annotated[float, _option("Between boxes, in ms. [0.5]")]
 Lan = Annotated[float, _option("Between boxes, in Gbit/s. [1]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -76,7 +108,14 @@ def answer(  # noqa: PLR0917 - a command's parameters are its flags
     sequences: Sequences = SEQUENCES_DEFAULT,
     engine: Engine = None,
     quant: Quant = None,
-    pcie_width: PcieWidth = 16,
+    weights_gib: Weights = None,
+    kv_bits: KvBits = 16,
+    batch_tokens: BatchTokens = None,
+    utilization: Utilization = None,
+    card_gib: CardGib = None,
+    pcie_width: PcieWidth = PCIE_LANES_MAX,
+    pcie_generation: PcieGeneration = PCIE_GENERATION_OF_MEASUREMENTS,
+    p2p: PeerToPeer = False,
     round_trip_ms: RoundTrip = 0.5,
     lan_gbit: Lan = 1.0,
     as_json: Json = False,
@@ -97,15 +136,27 @@ def answer(  # noqa: PLR0917 - a command's parameters are its flags
     Exit codes: 0 it fits, 1 it does not, 2 wrong usage.
     """
     try:
-        architecture = _architecture(model, quant)
-        boxes = _boxes(gpu, nvlink, box or [], cpu, pcie_width)
+        _check("--context", context, 1, CONTEXT_TOKENS_MAX)
+        _check("--sequences", sequences, 1, SEQUENCES_MAX)
+        _check("--round-trip-ms", round_trip_ms, 0, ROUND_TRIP_MS_MAX)
+        _check("--lan-gbit", lan_gbit, *LAN_GBIT_BOUNDS)
+        if batch_tokens is not None:
+            _check("--batch-tokens", batch_tokens, 1, CONTEXT_TOKENS_MAX)
+        if utilization is not None:
+            _check("--utilization", utilization, UTILIZATION_PERCENT_MIN, UTILIZATION_PERCENT_MAX)
+        boxes = _boxes(gpu, nvlink, box or [], cpu, _Slot(pcie_width, pcie_generation, card_gib, p2p))
+        architecture = _architecture(model, quant, weights_gib)
+        kind = engine or _engine_for(architecture, boxes)
+        architecture = _with_cache_of(architecture, kv_bits, kind)
         report = fit(
             architecture,
             boxes,
-            engine_kind=engine or _engine_for(architecture, boxes),
+            engine_kind=kind,
             context_length_tokens=context,
             sequence_count_wanted=sequences,
             link=BoxLink(round_trip_ms, lan_gbit),
+            memory_utilization=None if utilization is None else utilization / 100,
+            batch_tokens=batch_tokens,
         )
     except ValueError as error:
         _fail(str(error))
@@ -114,7 +165,13 @@ def answer(  # noqa: PLR0917 - a command's parameters are its flags
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def _architecture(model: str, quant: str | None) -> ModelArchitecture:
+def _check(name: str, value: float, least: float, most: float) -> None:
+    """Raises ValueError for what is out of bounds, or no number."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} is from {least:g} to {most:,}")
+
+
+def _architecture(model: str, quant: str | None, weights_gib: float | None) -> ModelArchitecture:
     path = Path(model)
     if path.suffix == ".json" or path.is_file():
         found = _read_config(path)
@@ -124,9 +181,19 @@ def _architecture(model: str, quant: str | None) -> ModelArchitecture:
         except ValueError:
             known = "\n  ".join(known_model_ids())
             raise ValueError(f"no model is known as {model}. Give the path of its config.json, or one of\n  {known}") from None
-    if quant is None:
+    if quant is not None:
+        found = dataclasses.replace(found, quantization=quantization_named(quant), weight_bytes_of_files=None)
+    if weights_gib is None:
         return found
-    return dataclasses.replace(found, quantization=quantization_named(quant), weight_bytes_of_files=None)
+    _check("--weights-gib", weights_gib, *WEIGHTS_GIB_BOUNDS)
+    return dataclasses.replace(found, weight_bytes_of_files=int(weights_gib * GIB))
+
+
+def _with_cache_of(architecture: ModelArchitecture, kv_bits: int, engine_kind: str) -> ModelArchitecture:
+    """The model with keys and values of so many bits, as the engine stores them."""
+    if kv_bits not in {8, 16}:
+        raise ValueError("--kv-bits is 16 or 8")
+    return architecture if kv_bits == 16 else dataclasses.replace(architecture, kv_dtype_bytes=KV_BYTES.get(engine_kind, 1.0))
 
 
 def _read_config(path: Path) -> ModelArchitecture:
@@ -134,37 +201,60 @@ def _read_config(path: Path) -> ModelArchitecture:
         config = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a model's config.json")  # noqa: TRY004 - the file is wrong, not the caller
     return architecture_of_config(config, model_id=path.resolve().parent.name)
 
 
-def _boxes(gpu: str | None, nvlink: str, further: Sequence[str], cpu: str | None, pcie_width: int) -> tuple[NodeHardware, ...]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Slot:
+    """What is said of all cards alike."""
+
+    pcie_width: int
+    pcie_generation: int
+    card_gib: float | None
+    peer_to_peer: bool
+
+    def card(self, model: CardModel, watts: int | None) -> NodeCard:
+        """One card; raises ValueError for what no card has."""
+        _check("--pcie-width", self.pcie_width, 1, PCIE_LANES_MAX)
+        _check("--pcie-generation", self.pcie_generation, 1, PCIE_GENERATION_MAX)
+        if self.card_gib is not None:
+            _check("--card-gib", self.card_gib, *CPU_GIB_BOUNDS)
+            model = dataclasses.replace(model, memory_gib=self.card_gib)
+        return NodeCard(model, power_limit_watts=watts, pcie_width=self.pcie_width, pcie_generation=self.pcie_generation)
+
+    def box(self, cards: tuple[NodeCard, ...]) -> NodeHardware:
+        """The cards of one box."""
+        return NodeHardware(cards, pcie_peer_pairs=tuple(combinations(range(len(cards)), 2)) if self.peer_to_peer else ())
+
+
+def _boxes(gpu: str | None, nvlink: str, further: Sequence[str], cpu: str | None, slot: _Slot) -> tuple[NodeHardware, ...]:
     if (gpu is None) == (cpu is None):
         raise ValueError(f"say what the model is to run on: --gpu with one of {', '.join(CARD_MODELS)}, or --cpu")
     if cpu is not None:
-        if nvlink or further:
-            raise ValueError("--nvlink and --box go with --gpu")
+        if nvlink or further or slot.peer_to_peer or slot.card_gib is not None:
+            raise ValueError("--nvlink, --box, --p2p and --card-gib go with --gpu")
         return (NodeHardware(processor=_processor(cpu)),)
-    boxes = [NodeHardware(_cards(text, pcie_width)) for text in (gpu or "", *further)]
+    boxes = [slot.box(_cards(text, slot)) for text in (gpu or "", *further)]
     first = dataclasses.replace(boxes[0], nvlink_pairs=_pairs(nvlink))
     if nvlink and not first.cards[0].model.nvlink_gb_per_second:
         raise ValueError(f"the {first.cards[0].model.name} has no NVLink")
     return (first, *boxes[1:])
 
 
-def _cards(text: str, pcie_width: int) -> tuple[NodeCard, ...]:
+def _cards(text: str, slot: _Slot) -> tuple[NodeCard, ...]:
     match = _CARDS.fullmatch(text.strip())
     found = card_model(match["name"]) if match else None
     if match is None or found is None:
         raise ValueError(f"{text} names no cards; write one such as rtx3090:4, with one of {', '.join(CARD_MODELS)}")
     count = int(match["count"] or 1)
-    if not 1 <= count <= CARDS_MAX:
-        raise ValueError(f"{text}: a box has 1 to {CARDS_MAX} cards")
+    if not 1 <= count <= CARDS_LOOKED_AT_MAX:
+        raise ValueError(f"{text}: the fit looks at 1 to {CARDS_LOOKED_AT_MAX} cards of a box")
     watts = int(match["watts"]) if match["watts"] else None
-    return tuple(NodeCard(found, power_limit_watts=watts, pcie_width=pcie_width) for _ in range(count))
+    return tuple(slot.card(found, watts) for _ in range(count))
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
@@ -179,7 +269,10 @@ def _processor(text: str) -> NodeProcessor:
     match = _CPU.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text} is no memory; write GiB, or GiB:GB/s such as 16:40")
-    return NodeProcessor(int(float(match["gib"]) * GIB), float(match["bandwidth"] or 40.0), core_count=8)
+    memory_gib, bandwidth = float(match["gib"]), float(match["bandwidth"] or 40.0)
+    _check("the memory of --cpu", memory_gib, *CPU_GIB_BOUNDS)
+    _check("the bandwidth of --cpu", bandwidth, *CPU_BANDWIDTH_BOUNDS)
+    return NodeProcessor(int(memory_gib * GIB), bandwidth, core_count=8)
 
 
 def _engine_for(architecture: ModelArchitecture, boxes: Sequence[NodeHardware]) -> str:
@@ -196,6 +289,7 @@ def _plain(report: FitReport) -> dict[str, Any]:
         "verdict": report.verdict,
         "reason": report.reason,
         "best": None if report.best is None else report.best.shape.label,
+        "note": _note(report),
         "shapes": shapes,
     }
 
@@ -217,7 +311,15 @@ def _text(report: FitReport) -> str:
         flags = report.best.flags
         environment = "".join(f"{key}={value} " for key, value in flags.environment)
         lines += ["", f"Run {report.best.shape.replica_label} with", f"  {environment}{' '.join(flags.arguments)}"]
+        if note := _note(report):
+            lines.append(note)
     return "\n".join(lines)
+
+
+def _note(report: FitReport) -> str:
+    """What keeps a node from running the answer by itself."""
+    best = report.best
+    return ADOPTED if best is not None and report.engine_kind == LLAMACPP and best.shape.stages[0].cards else ""
 
 
 def _row(entry: ShapeFit) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ class PoolReading:
     queued_count_by_model: Mapping[ModelId, int]
     connected_node_count: int
     in_flight_count: int
+    refused_request_count: int = 0
 
 
 class Metrics:
@@ -64,6 +65,7 @@ class Metrics:
         self._queue_depth = Gauge("potluck_queue_depth", "Requests waiting for a slot.", ("model",), registry=registry)
         self._nodes = Gauge("potluck_nodes_connected", "Nodes with a link.", registry=registry)
         self._in_flight = Gauge("potluck_requests_in_flight", "Answers on their way.", registry=registry)
+        self._refused = Gauge("potluck_requests_refused_for_good", "Requests that killed two engines.", registry=registry)
         Gauge("potluck_build_info", "The version that runs.", ("version",), registry=registry).labels(package_version()).set(1)
 
     def watch_pool(self, read: Callable[[], PoolReading]) -> None:
@@ -98,4 +100,5 @@ class Metrics:
                 self._queue_depth.labels(model_id).set(count)
             self._nodes.set(reading.connected_node_count)
             self._in_flight.set(reading.in_flight_count)
+            self._refused.set(reading.refused_request_count)
         return generate_latest(self._registry)

@@ -96,13 +96,14 @@ class DirectoryActor(_Actor):
         await asyncio.wait([self._task])
 
     async def _serve(self) -> None:
-        from potluck_coordinator.directory.directory import Directory  # noqa: PLC0415 - only this process needs SQL
+        from potluck_coordinator.directory.directory import Directory, spare_collections  # noqa: PLC0415 - only this process needs SQL
 
         directory = await Directory.open(self._settings, SystemClock())
         desks = DeskServer(directory, self._desk_socket)
         try:
             await desks.start()
             self._opened()
+            spare_collections()
             await directory.run_background()
             raise RuntimeError("the directory's background work ended by itself")
         finally:
@@ -243,6 +244,8 @@ def _ray_environment(settings: Settings) -> Mapping[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Any free port; the fixed default would collide with another coordinator's.
         "AUTOSCALER_METRIC_PORT": "0",
+        # Ray's workers give way to everything else on the machine (niceness 15), and for these two everything else waits.
+        "RAY_worker_niceness": "0",
         # Ray's own out-of-memory killer would pick the gateway when something else fills the machine.
         "RAY_memory_monitor_refresh_ms": "0",
     }

@@ -7,11 +7,11 @@ actors; `warden` clears up should this process die. It must not know how request
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import random
+import select
 import signal
 import socket
 import tempfile
@@ -25,6 +25,7 @@ from typing import Final
 
 import structlog
 
+from potluck_coordinator.data_folder import locked, unusable
 from potluck_coordinator.listening import PREDECESSOR_SECONDS_MAX, RETRY_SECONDS, bind
 from potluck_coordinator.ray_runtime import RayRuntime
 from potluck_coordinator.settings import Settings
@@ -67,16 +68,15 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
         settings = settle_ports(settings, PREDECESSOR_SECONDS_MAX if predecessor_died else 0.0)
         run_dir = _make_run_dir(place, prefix)
         warden = Warden(run_dir)
-        stop = threading.Event()
         try:
             with _log_pipe(run_dir / "log") as log_pipe:
                 runtime = RayRuntime(settings, run_dir, log_pipe)
                 try:
                     _start(runtime)
-                    with _signals_set(stop):
+                    with _stop_signal() as stopped_within:
                         _write_endpoints(settings)
                         on_ready(settings)
-                        while not stop.wait(CHECK_PAUSE_SECONDS):
+                        while not stopped_within(CHECK_PAUSE_SECONDS):
                             runtime.check()
                 finally:
                     _stop(runtime, settings)
@@ -135,12 +135,11 @@ def _start(runtime: RayRuntime) -> None:
 
 def _stop(runtime: RayRuntime, settings: Settings) -> None:
     settings.endpoints_file.unlink(missing_ok=True)
-    # Its pipe closes with this process, so the warden sweeps in any case.
-    last_resort = threading.Timer(STOP_SECONDS_MAX, os._exit, (1,))
-    last_resort.daemon = True
-    last_resort.start()
+    # Should Ray's own code never return: the kernel needs no interpreter to end this process. Its pipe closes then, and the warden sweeps.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS_MAX)
     runtime.stop()
-    last_resort.cancel()
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def _write_endpoints(settings: Settings) -> None:
@@ -156,19 +155,9 @@ def _data_folder(settings: Settings) -> Iterator[bool]:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        lock = settings.lock_file.open("a")
     except OSError as error:
-        raise PotluckError(
-            ErrorCode.COORDINATOR_UNAVAILABLE, f"Cannot use the data folder {folder}: {error.strerror}; choose another with --data-dir."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise PotluckError(
-                ErrorCode.COORDINATOR_UNAVAILABLE,
-                f"Another coordinator runs on {folder}; stop it first, or start this one on a folder of its own with --data-dir.",
-            ) from error
+        raise unusable(folder, error) from error
+    with locked(settings):
         predecessor_died = settings.endpoints_file.exists()
         settings.endpoints_file.unlink(missing_ok=True)
         yield predecessor_died
@@ -215,16 +204,28 @@ def _copy_to_stderr(descriptor: int) -> None:
 
 
 @contextmanager
-def _signals_set(stop: threading.Event) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP set the event instead of ending the process. Entered after Ray's start, which sets handlers too."""
+def _stop_signal() -> Iterator[Callable[[float], bool]]:
+    """Gives a wait for so many seconds at most, which says whether SIGINT, SIGTERM or SIGHUP has come.
+
+    Entered after Ray's start, which sets handlers too. A pipe takes the signal: a handler that set an event could find its lock held by the
+    very wait that it interrupts.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+        with contextlib.suppress(BlockingIOError):
+            os.write(writer, b"!")
+
+    def stopped_within(seconds: float) -> bool:
+        return bool(select.select([reader], [], [], seconds)[0])
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield stopped_within
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)

@@ -98,6 +98,11 @@ class Settings(BaseModel):
         return self.data_dir / "ca"
 
     @property
+    def fingerprint_key_file(self) -> Path:
+        """What requests that killed engines are hashed with."""
+        return self.data_dir / "fingerprint_key"
+
+    @property
     def operator_file(self) -> Path:
         """The operator's URL and key, for the command line on this machine."""
         return self.data_dir / "operator.json"
@@ -156,7 +161,7 @@ def load_settings(flags: Mapping[str, Any], toml_file: Path | None = None) -> Se
         return Settings(**values)
     except ValidationError as error:
         raise PotluckError(ErrorCode.INVALID_REQUEST, _explain(error)) from error
-    except ValueError as error:  # a TOML file that is not TOML
+    except (ValueError, RecursionError) as error:  # a TOML file that is not TOML
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"cannot read the settings: {error}") from error
 
 

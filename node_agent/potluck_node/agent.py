@@ -27,9 +27,11 @@ from potluck_node.credentials import Credentials
 from potluck_node.domain.attached import parse_attached
 from potluck_node.domain.plan import LocalLimits
 from potluck_node.domain.session import Phase
+from potluck_node.engines import last_lines
 from potluck_node.engines.registry import available_engines
 from potluck_node.group_offer import group_offer
 from potluck_node.identity_store import StateFolder
+from potluck_node.line_watch import LineWatch
 from potluck_node.link import Link
 from potluck_node.model_store.store import ModelStore
 from potluck_node.peer_measurement import PeerMeasuring
@@ -42,7 +44,7 @@ from potluck_node.supervisor import EngineSupervisor
 from potluck_node.watchdog import Watchdog
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import GoodbyeReason, Inventory, ModelId, NodeState, SessionId
+from potluck_protocol.values import EngineState, GoodbyeReason, Inventory, ModelId, NodeState, SessionId
 
 LEAVE_LINK_SECONDS: Final = 15.0
 """How long leaving waits for a link that is not up."""
@@ -149,7 +151,9 @@ class Agent:
                 return
             if control.paused != (self._report.state is NodeState.PAUSED):
                 self._set_paused(control.paused)
-            status = self._report.status(self._link.session, self._link.trouble)
+            status = replace(
+                self._report.status(self._link.session, self._link.trouble), engine_lines_are_kept=self._settings.keep_engine_lines
+            )
             self._write_status(status)
             self._show(status)
             await asyncio.sleep(POLL_SECONDS)
@@ -213,19 +217,23 @@ async def run_agent(
         write_control(folder.path, leaving=False)
         attached = AttachedServers([parse_attached(url) for url in settings.attach_urls])
         engines = available_engines(settings, attached)
+        inventory = await _inventory_of(settings, sorted(engines))
         store = ModelStore(settings.cache_dir, disk_budget_bytes=settings.disk_budget_bytes, environment=environment)
         models_allowed = frozenset(ModelId(model_id) for model_id in settings.models_allowed)
+        if not settings.keep_engine_lines:
+            last_lines.forget(folder.path)
         limits = LocalLimits(
             frozenset(engines),
             models_allowed,
             settings.disk_budget_bytes,
             settings.memory_budget_bytes,
-            group_offer(settings),
+            inventory.group_offer,
+            folder.path / last_lines.FOLDER_NAME if settings.keep_engine_lines else None,
             paused=read_control(folder.path).paused,
         )
-        ceilings = Ceilings(folder.path / CEILINGS_FILE, machine_words(await asyncio.to_thread(take_inventory, settings.cache_dir)))
+        ceilings = Ceilings(folder.path / CEILINGS_FILE, machine_words(inventory))
         supervisor = EngineSupervisor(engines=engines, store=store, limits=limits, ceilings=ceilings, clock=clock, environment=environment)
-        async with agent_of(settings, folder, supervisor, attached, engine_kinds=sorted(engines), clock=clock, show=show) as agent:
+        async with agent_of(settings, folder, supervisor, attached, inventory=inventory, clock=clock, show=show) as agent:
             started(agent)
             heard = await agent.run()
         if read_control(folder.path).leaving:
@@ -240,7 +248,10 @@ async def leave_without_agent(settings: Settings) -> None:
     folder = StateFolder(settings.state_dir)
     folder.identity()
     with folder.lock():
-        async with agent_of(settings, folder, _NoReplicas(), AttachedServers(()), clock=SystemClock(), show=lambda _: None) as agent:
+        inventory = await _inventory_of(settings, ())
+        async with agent_of(
+            settings, folder, _NoReplicas(), AttachedServers(()), inventory=inventory, clock=SystemClock(), show=lambda _: None
+        ) as agent:
             agent.stop(GoodbyeReason.LEAVING)
             if await agent.run() is not GoodbyeReason.LEAVING:
                 raise _not_heard()
@@ -254,36 +265,36 @@ async def agent_of(
     replicas: Replicas,
     attached: AttachedServers,
     *,
-    engine_kinds: Iterable[str] = (),
+    inventory: Inventory,
     clock: Clock,
     show: Callable[[AgentStatus], None],
 ) -> AsyncIterator[Agent]:
     """The parts of one node, put together."""
-    inventory = await _inventory_of(settings, engine_kinds)
     jitter = random.SystemRandom().random
     credentials = Credentials(folder, clock, jitter)
     if settings.url is not None:
         await credentials.move_to(settings.url)
-    report = NodeReport(
-        credentials=credentials,
-        session_id=SessionId(secrets.token_hex(16)),
-        inventory=inventory,
-        replicas=replicas,
-        cache_dir=settings.cache_dir,
-        slot_count_max=settings.slot_count_max,
-        clock=clock,
-    )
     async with engine_session() as http:
         attempts = Attempts(
-            replicas=replicas,
-            http=http,
-            clock=clock,
-            node_state=lambda: report.state,
-            slot_count_max=settings.slot_count_max,
+            replicas=replicas, http=http, clock=clock, node_state=lambda: report.state, slot_count_max=settings.slot_count_max
         )
-        report.attempts, report.attached = attempts, attached
-        readings = report.readings = Readings(replicas, http)
-        peers = report.peers = PeerMeasuring(credentials.identity.node_id, inventory.group_offer, clock)
+        readings = Readings(replicas, http, heard=attempts.watches.heard)
+        peers = PeerMeasuring(credentials.identity.node_id, inventory.group_offer, clock)
+        line = LineWatch(credentials, folder.path, clock, jitter, quiet=lambda: _line_is_quiet(report.state, attempts, replicas))
+        report = NodeReport(
+            credentials=credentials,
+            session_id=SessionId(secrets.token_hex(16)),
+            inventory=inventory,
+            replicas=replicas,
+            attempts=attempts,
+            readings=readings,
+            peers=peers,
+            line=line,
+            attached=attached,
+            cache_dir=settings.cache_dir,
+            slot_count_max=settings.slot_count_max,
+            clock=clock,
+        )
         if read_control(folder.path).paused:
             report.state = NodeState.PAUSED
         link = Link(credentials=credentials, attempts=attempts, replicas=replicas, peers=peers, report=report, clock=clock, jitter=jitter)
@@ -294,11 +305,17 @@ async def agent_of(
                 settings=settings,
                 replicas=replicas,
                 attempts=attempts,
-                chores={"peers": peers.run, "readings": readings.run, "watchdog": watchdog.run},
+                chores={"line": line.run, "peers": peers.run, "readings": readings.run, "watchdog": watchdog.run},
                 link=link,
                 report=report,
                 show=show,
             )
+
+
+def _line_is_quiet(state: NodeState, attempts: Attempts, replicas: Replicas) -> bool:
+    """Whether a measurement would disturb nothing, and nothing it: no answer on its way, no model, no rest that the owner asked for."""
+    fetching = any(status.state is EngineState.FETCHING for status in replicas.statuses())
+    return state is NodeState.SERVING and not attempts.busy and not fetching
 
 
 async def _inventory_of(settings: Settings, engine_kinds: Iterable[str]) -> Inventory:
@@ -325,6 +342,12 @@ class _NoReplicas:
 
     def ready_address(self, _replica_id: object) -> None:
         return None
+
+    def residence(self, _replica_id: object) -> None:
+        return None
+
+    def cards_given(self) -> frozenset[str]:
+        return frozenset()
 
     async def answers(self, replica_id: object, *, token_seconds_max: object) -> bool:  # noqa: ARG002 - as the protocol names it
         return True

@@ -1,7 +1,8 @@
 """Asks the owner's own engines on loopback which models they serve.
 
-Decides when they are asked, and that one that does not answer serves nothing. It asks, and asks nothing that changes anything: an attached
-engine is never started, stopped or configured. It must not know the link; whoever wants to hear of a change is called.
+Decides when they are asked, and that one that does not answer serves nothing, unless it still listens, or says that it cannot answer just
+now: then it is busy, and serves what it did. It asks, and asks nothing that changes anything: an attached engine is never started, stopped
+or configured. It must not know the link; whoever wants to hear of a change is called.
 """
 
 from __future__ import annotations
@@ -10,25 +11,30 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 from aiohttp import ClientError, ClientSession, ClientTimeout, DummyCookieJar
 
+from potluck_node.bounded_body import read_at_most
+from potluck_node.control import AttachedLine
 from potluck_node.domain.attached import (
     MODELS_PATH,
     NAMES_MAX,
     RECOGNITION_PATHS,
     Answer,
     AttachedServer,
+    is_only_busy,
     model_names,
     recognised,
 )
+from potluck_node.engines.base import EngineAddress
 
-LOOK_SECONDS: Final = 30.0
+LOOK_SECONDS: Final = 10.0
 ANSWER_LIMIT_SECONDS: Final = 3.0
+CONNECT_LIMIT_SECONDS: Final = 5.0
 ANSWER_BYTES_MAX: Final = 4 * 1024 * 1024
 KEY_CHARACTERS_MAX: Final = 4096
 
@@ -37,23 +43,53 @@ _log = structlog.get_logger()
 
 def headers_of(server: AttachedServer) -> dict[str, str]:
     """What a request to the server carries; raises OSError or ValueError where its key file cannot be read."""
-    key = Path(server.key_file).expanduser().read_text().strip() if server.key_file else ""
+    return address_of(server).headers
+
+
+def address_of(server: AttachedServer) -> EngineAddress:
+    """Where the server answers, and with which key; raises OSError or ValueError where its key file cannot be read."""
+    try:
+        key = Path(server.key_file).expanduser().read_text().strip() if server.key_file else ""
+    except RuntimeError as error:  # of a user that is none
+        raise ValueError(str(error)) from None
     if len(key) > KEY_CHARACTERS_MAX or not key.isprintable():
         raise ValueError(f"{server.key_file} holds no key")
-    return {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    return EngineAddress(server.url, key)
 
 
 async def ask(http: ClientSession, server: AttachedServer, path: str) -> Answer | None:
     """One GET; None where the server does not answer, or not in time."""
     try:
         limit = ClientTimeout(total=ANSWER_LIMIT_SECONDS)
-        async with http.get(server.url + path, headers=headers_of(server), timeout=limit, allow_redirects=False) as response:
-            content = await response.content.read(ANSWER_BYTES_MAX)
-            while len(content) < ANSWER_BYTES_MAX and (piece := await response.content.read(ANSWER_BYTES_MAX - len(content))):
-                content += piece
+        headers = headers_of(server) | {"accept-encoding": "identity"}
+        async with http.get(server.url + path, headers=headers, timeout=limit, allow_redirects=False) as response:
+            content = await read_at_most(response.content, ANSWER_BYTES_MAX)
             return Answer(response.status, _decoded(content), response.headers.get("server", ""))
     except (ClientError, OSError, ValueError, TimeoutError):
         return None
+
+
+async def listens(server: AttachedServer) -> bool:
+    """Whether it takes connections, or is too busy for that."""
+    host, _, port = server.place.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_LIMIT_SECONDS)
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def words_of(http: ClientSession, server: AttachedServer, models: Answer) -> dict[str, Answer]:
+    """What a server that listed its models says of itself, by path."""
+    answers = {MODELS_PATH: models}
+    for path in RECOGNITION_PATHS:
+        answer = await ask(http, server, path)
+        if answer is not None:
+            answers[path] = answer
+    return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +121,20 @@ class AttachedServers:
         """Which software answers, for people."""
         return ", ".join(sorted({seen.kind for seen in self._seen.values() if seen.kind}))
 
+    @property
+    def lines(self) -> tuple[AttachedLine, ...]:
+        """Each of them, for the owner."""
+        seen = ((server.place, self._seen.get(server, _Seen(trouble="not looked for yet"))) for server in self.servers)
+        return tuple(AttachedLine(place, each.kind, each.names, each.trouble) for place, each in seen)
+
     @asynccontextmanager
     async def watched(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
         """Looks now, and then again and again while the block runs; calls back when the names are others than at the look before."""
         if not self.servers:
             yield
             return
-        async with ClientSession(trust_env=False, cookie_jar=DummyCookieJar()) as http:
+        # What comes packed, unasked, may be any size unpacked.
+        async with ClientSession(trust_env=False, cookie_jar=DummyCookieJar(), auto_decompress=False) as http:
             await self._look(http)
             watching = asyncio.create_task(self._watch(http, on_change), name="attached servers")
             try:
@@ -112,23 +155,35 @@ class AttachedServers:
         await asyncio.gather(*(self._look_at(http, server) for server in self.servers))
 
     async def _look_at(self, http: ClientSession, server: AttachedServer) -> None:
-        before, models = self._seen.get(server), await ask(http, server, MODELS_PATH)
-        if models is None or models.status != 200:
-            seen = _Seen(trouble=f"HTTP status {models.status}" if models else "no answer")
-        else:
-            kind = before.kind if before and before.kind else await self._recognise(http, server, models)
-            seen = _Seen(model_names(models), kind)
+        before = self._seen.get(server)
+        try:
+            seen = await _seen_now(http, server, before)
+        except Exception as error:  # noqa: BLE001 - what one server says must end neither the agent nor the looks at the others
+            seen = _Seen(trouble=f"what it answers cannot be read: {type(error).__name__}")
         if seen != before:
             _log.info("attached_server", place=server.place, kind=seen.kind, models=seen.names[:10], trouble=seen.trouble)
         self._seen[server] = seen
 
-    async def _recognise(self, http: ClientSession, server: AttachedServer, models: Answer) -> str:
-        answers = {MODELS_PATH: models}
-        for path in RECOGNITION_PATHS:
-            answer = await ask(http, server, path)
-            if answer is not None:
-                answers[path] = answer
-        return recognised(answers)
+
+async def _seen_now(http: ClientSession, server: AttachedServer, before: _Seen | None) -> _Seen:
+    models = await ask(http, server, MODELS_PATH)
+    if before is not None and before.names and (await listens(server) if models is None else is_only_busy(models)):
+        # Some list nothing while they are at work, their owner's too.
+        return replace(before, trouble="it listens, and does not answer just now" if models is None else _trouble(server, models))
+    if models is None or models.status != 200:
+        return _Seen(trouble=_trouble(server, models))
+    kind = before.kind if before and before.kind else recognised(await words_of(http, server, models))
+    return _Seen(model_names(models), kind)
+
+
+def _trouble(server: AttachedServer, models: Answer | None) -> str:
+    if models is not None:
+        return f"HTTP status {models.status} for {MODELS_PATH}"
+    try:
+        headers_of(server)
+    except (OSError, ValueError):
+        return f"its key cannot be read from {server.key_file}"
+    return "no answer"
 
 
 def _decoded(content: bytes) -> Any:

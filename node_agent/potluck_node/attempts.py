@@ -1,4 +1,4 @@
-"""Every attempt of this node: asked of an engine on loopback, relayed byte for byte in whole events or pieces, with one end.
+"""Every attempt of this node: asked of an engine on loopback, relayed in whole events or pieces, with one end.
 
 Decides which attempts are taken, when an engine's answer is read on, and when an attempt may be forgotten. It must not know the link's
 streams or channels: `orders` feeds it starts, acknowledgements and cancels, `link` resumes all or abandons all (a lapsed lease drops them
@@ -22,15 +22,15 @@ import aiohttp
 import structlog
 
 from potluck_node.delivery import Delivery, ResponseHead
-from potluck_node.domain.event_stream import cut_at_event_end
-from potluck_node.domain.failures import MAY_BE_A_REQUESTS_FAULT
+from potluck_node.domain.event_stream import EventTooLargeError, TokenEvents, WholeEvents
+from potluck_node.domain.failures import may_be_a_requests_fault
 from potluck_node.engine_watches import EngineWatches
 from potluck_node.engines.base import EngineAddress
 from potluck_node.engines.standstill import Ear
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, EndReason, FailureKind, NodeState, ReplicaId, StartAttempt
+from potluck_protocol.values import AttemptId, Endpoint, EndReason, FailureKind, NodeState, ReplicaId, StartAttempt
 
 PIECE_BYTES_MAX: Final = 64 * 1024
 """How much of an answer is read at once; a quarter of the window where that is less, so that a window holds several pieces."""
@@ -44,8 +44,9 @@ CONNECTION_KEPT_SECONDS: Final = 2.0
 DELIVERED_KEPT_SECONDS: Final = 20.0
 """How long an attempt whose chunks are all acknowledged is remembered after its end was sent, in case the link broke under that; longer
 than the usual lease."""
-DEATH_KNOWN_SECONDS: Final = 1.0
-"""How long an attempt whose answer broke off waits to hear that its engine died: connections close a moment before a process is gone."""
+DEATH_KNOWN_SECONDS: Final = 4.0
+"""How long an attempt whose answer broke off waits to hear that its engine died, which mostly takes milliseconds: connections close before
+a process is gone and its last lines are read, and on a busy machine that took more than a second."""
 DYING_WORDS: Final = (b"EngineCore encountered an issue", b"EngineDeadError")
 """In what vLLM answers when the process that holds its model is gone, before the one that answers ends as well."""
 DYING_SECONDS: Final = 10.0
@@ -54,10 +55,6 @@ UNDELIVERED_KEPT_SECONDS: Final = 600.0
 """How long an ended attempt waits for the coordinator to acknowledge its end; a lease that lapses before drops it sooner."""
 
 _log = structlog.get_logger()
-
-
-class _EventTooLargeError(Exception):
-    """The engine wrote an event without an end."""
 
 
 class _EngineDyingError(Exception):
@@ -288,7 +285,7 @@ class Attempts:
                 await asyncio.sleep(DEATH_KNOWN_SECONDS)
                 # Only the kind of failure: an exception's own text may quote the request.
                 self._end(attempt, EndReason.ENGINE_FAILED, f"the engine's connection failed: {type(error).__name__}")
-        except _EventTooLargeError:
+        except EventTooLargeError:
             self._end(attempt, EndReason.ENGINE_FAILED, f"the engine wrote an event of more than {EVENT_BYTES_MAX} bytes")
         except Exception as error:  # noqa: BLE001 - an attempt always gets its end, and the traceback could hold the request
             _log.error("attempt_broke", attempt_id=start.attempt_id, error_kind=type(error).__name__)
@@ -298,32 +295,29 @@ class Attempts:
 
     async def _relay(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress, ear: Ear) -> None:
         piece_bytes = max(1, min(PIECE_BYTES_MAX, start.window_bytes // 4))
+        stopwatch = self.watches.solo.begin(start, alone=self.running_count(start.replica_id) == 1)
         async with self._http.post(address.url + start.endpoint.value, data=start.body, headers=address.headers) as response:
             try:
                 content_type = response.headers.get("Content-Type", "")
                 head = ResponseHead(response.status, content_type)
-                cut_at_events = start.stream and content_type.startswith("text/event-stream")
-                remainder = b""
-                is_token = not cut_at_events
+                events = WholeEvents(EVENT_BYTES_MAX) if start.stream and content_type.startswith("text/event-stream") else None
+                tokens = TokenEvents(names_role_first=start.endpoint is Endpoint.CHAT_COMPLETIONS)
                 while piece := await response.content.read(piece_bytes):
-                    # A stream's first words name the role, which some engines do before they begin.
-                    if is_token:
+                    whole = piece if events is None else events.take(piece)
+                    if events is None or tokens.take(whole):
                         ear.heard()
-                    is_token = True
-                    whole = piece
-                    if cut_at_events:
-                        whole, remainder = cut_at_event_end(remainder, piece)
-                        if len(remainder) > EVENT_BYTES_MAX:
-                            raise _EventTooLargeError
                     if whole:
+                        stopwatch.take(whole, held_up=not attempt.delivery.has_room(len(whole)))
                         await self._send(attempt, whole, head)
                     if _is_dying(head.http_status, whole):
                         raise _EngineDyingError
+                remainder = b"" if events is None else events.remainder
                 if remainder or attempt.delivery.next_sequence == 0:
                     await self._send(attempt, remainder, head)
                 ear.heard()
                 if head.http_status == HTTPStatus.OK:
                     self.watches.answered(start)
+                    self.watches.solo.end(start, stopwatch)
             finally:
                 if not response.content.at_eof():
                     # Not released but closed: that is what tells the engine to stop.
@@ -350,7 +344,8 @@ class Attempts:
             for attempt in self._attempts.values()
             if attempt.replica_id == replica_id and attempt.start is not None and attempt.ear is not None and attempt.ear.listening
         ]
-        blamed = kind in MAY_BE_A_REQUESTS_FAULT
+        engine_kind = next((status.engine_kind for status in self._replicas.statuses() if status.replica_id == replica_id), "")
+        blamed = may_be_a_requests_fault(kind, engine_kind)
         self.watches.died(replica_id, [attempt.start for attempt in waiting if attempt.start], may_be_their_fault=blamed)
         for attempt in waiting:
             self._end(attempt, EndReason.ENGINE_FAILED, f"the engine ended ({kind})", blamed=blamed)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 
 from potluck_node.domain.step_down import Ceiling
-from potluck_protocol.private_files import write_private
+from potluck_protocol.private_files import read_json, write_private
 from potluck_protocol.values import DesiredEngine, Inventory
 
 ENTRIES_MAX: Final = 256
@@ -82,7 +82,7 @@ def _same_place(subject: dict[str, Any], other: dict[str, Any]) -> bool:
 def _read(path: Path) -> list[dict[str, Any]]:
     """A file that is not ours, or damaged, counts as none."""
     try:
-        entries = json.loads(path.read_bytes())
+        entries = read_json(path)
         for entry in entries:
             Ceiling(**entry["ceiling"])
             _same_place(entry["subject"], entry["subject"])

@@ -56,17 +56,21 @@ class StderrTail:
 class ChildProcess:
     """A running child. `spawn` makes one; `stop` or the child's own end finishes it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], stdout: asyncio.StreamReader, stderr: asyncio.StreamReader) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
-        self._stdout, self._stderr = stdout, stderr
+        self._stdout, self._stderr = asyncio.StreamReader(OUTPUT_LINE_BYTES_MAX), asyncio.StreamReader(OUTPUT_LINE_BYTES_MAX)
         self.stderr = StderrTail()
         self._listening = asyncio.create_task(self._listen())
         self._ending = _ending_of(process)
 
     @classmethod
-    async def spawn(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
-        """Starts `python ARGUMENT…` with the interpreter of this process; raises OSError when the machine will not."""
-        process = subprocess.Popen(  # noqa: ASYNC220 - returns once the child runs its program, in a millisecond or two
+    def spawn(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
+        """Starts `python ARGUMENT…` with the interpreter of this process; raises OSError when the machine will not.
+
+        Takes a millisecond or two, until the child runs its program, and awaits nothing: who is cancelled either has no child yet, or
+        has it in hand to stop it.
+        """
+        process = subprocess.Popen(
             # -P: modules come from the installation, never from the folder the agent was started in.
             [sys.executable, "-P", *arguments],
             stdin=subprocess.PIPE,
@@ -75,9 +79,7 @@ class ChildProcess:
             env=environment,
             start_new_session=True,
         )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        return cls(process, await _reader_of(process.stdout), await _reader_of(process.stderr))
+        return cls(process)
 
     @property
     def pid(self) -> int:
@@ -138,6 +140,8 @@ class ChildProcess:
             os.killpg(self._process.pid, order)
 
     async def _listen(self) -> None:
+        await _read_into(self._stdout, self._process.stdout)
+        await _read_into(self._stderr, self._process.stderr)
         while piece := await self._stderr.read(_READ_BYTES):
             self.stderr.add(piece)
 
@@ -165,8 +169,6 @@ def _settle(ending: asyncio.Future[int], status: int) -> None:
         ending.set_result(status)
 
 
-async def _reader_of(pipe: IO[bytes]) -> asyncio.StreamReader:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(OUTPUT_LINE_BYTES_MAX, loop)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader, loop=loop), pipe)
-    return reader
+async def _read_into(reader: asyncio.StreamReader, pipe: IO[bytes] | None) -> None:
+    assert pipe is not None, "every pipe of a child is asked for"
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)

@@ -25,23 +25,31 @@ import typer
 from rich.console import Console
 
 from potluck_node import enrolment
-from potluck_node.control import STATUS_STALE_MS, AgentStatus, read_control, read_status, write_control
+from potluck_node.control import STATUS_STALE_MS, AgentStatus, EngineLine, read_control, read_status, write_control
 from potluck_node.doctor_command import doctor
+from potluck_node.domain.model_source import ATTACHED_KIND
+from potluck_node.engines import last_lines
+from potluck_node.engines_command import engines_app, missing_engine_hint
 from potluck_node.identity_store import StateFolder
 from potluck_node.probe.inventory import take_inventory
-from potluck_node.progress import ProgressLine, engine_words, link_words
+from potluck_node.progress import ProgressLine, attached_words, engine_words, link_words
 from potluck_node.settings import load_settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.connection import Invite
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.observe import configure_logging
-from potluck_protocol.values import GoodbyeReason
+from potluck_protocol.values import FailureKind, GoodbyeReason
 
 if TYPE_CHECKING:
     from potluck_node.agent import Agent
 
 NOT_AUTHORISED: Final = frozenset(
     {ErrorCode.INVALID_INVITE, ErrorCode.INVALID_CERTIFICATE, ErrorCode.INVALID_API_KEY, ErrorCode.PERMISSION_DENIED}
+)
+FAILED_SERVING: Final = ("the engine ended", "the engine hung")
+"""How failures of engines begin that had served, whose own lines nobody is told."""
+_LINES_HINT: Final = (
+    "its own last lines may quote prompts, and are kept only if you say so: POTLUCK_NODE_KEEP_ENGINE_LINES=true for `potluck node run`"
 )
 LEAVE_MARGIN_SECONDS: Final = 30.0
 """Beyond the time to drain, how long `leave` waits for the running agent."""
@@ -56,6 +64,7 @@ Your limits win over the pool's wishes. Set them in node.toml, as POTLUCK_NODE_*
 
 app = typer.Typer(name="node", help=_HELP, no_args_is_help=True, rich_markup_mode=None)
 
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where the node's key and settings lie.", show_default=False)]
 ModelsAllowed = Annotated[
     str | None, typer.Option(help="Model ids that may run here, with commas between; any if not given.", show_default=False)
@@ -86,6 +95,7 @@ def join(
     invite: Annotated[str | None, typer.Argument(help="The invite; - reads it from standard input.", show_default=False)] = None,
     invite_file: Annotated[Path | None, typer.Option(help="A file that holds the invite.", show_default=False)] = None,
     name: Annotated[str | None, typer.Option(help="What the pool calls this node; its host name if not given.", show_default=False)] = None,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Make this machine a node of a pool, once.
@@ -100,8 +110,14 @@ def join(
         parsed = Invite.parse(_invite_text(invite, invite_file))
         inventory = take_inventory(settings.cache_dir)
         identity = asyncio.run(enrolment.join(parsed, folder, display_name=display_name, inventory=inventory, clock=SystemClock()))
-    typer.echo(f"This machine is now node {identity.node_id} ({display_name}). It earns for account {identity.owner_account_id}.")
-    typer.echo("Next: potluck node run")
+    if as_json:
+        facts = {"node_id": identity.node_id, "display_name": display_name, "owner_account_id": identity.owner_account_id}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        typer.echo(f"This machine is now node {identity.node_id} ({display_name}). It earns for account {identity.owner_account_id}.")
+    if hint := missing_engine_hint(settings, has_cards=bool(inventory.accelerators)):
+        typer.echo(hint, err=as_json)
+    typer.echo("Next: potluck node run", err=as_json)
 
 
 @app.command()
@@ -155,12 +171,13 @@ def run(
 
 @app.command()
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Show this node, its link and its engines, with an engine's last words when it failed."""
     with _explained():
-        folder = _folder(state_dir)
+        settings = load_settings(state_dir=state_dir)
+        folder = StateFolder(settings.state_dir)
         identity = folder.identity()
         running = folder.locked
         current = read_status(folder.path) if running else None
@@ -174,26 +191,28 @@ def status(
         "running": running,
         "paused": paused,
         "status": asdict(current) if current else None,
+        "engine_lines": [str(path) for path in last_lines.kept(folder.path)],
     }
     typer.echo(json.dumps(facts, indent=1) if as_json else _status_words(facts, current))
 
 
 @app.command()
-def pause(state_dir: StateDir = None) -> None:
+def pause(as_json: AsJson = False, state_dir: StateDir = None) -> None:
     """Take no more work and stop the engines, until `resume`. Answers under way are finished first."""
-    _set_paused(state_dir, paused=True)
+    _set_paused(state_dir, paused=True, as_json=as_json)
 
 
 @app.command()
-def resume(state_dir: StateDir = None) -> None:
+def resume(as_json: AsJson = False, state_dir: StateDir = None) -> None:
     """Share this machine again after `pause`."""
-    _set_paused(state_dir, paused=False)
+    _set_paused(state_dir, paused=False, as_json=as_json)
 
 
 @app.command()
 def leave(
     state_dir: StateDir = None,
     force: Annotated[bool, typer.Option(help="Remove the key from this machine even if the coordinator cannot be told.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take this machine out of the pool for good: the coordinator is told, the key is removed. Model files stay in the cache."""
     from potluck_node.agent import leave_without_agent  # noqa: PLC0415 - as in `run`
@@ -213,7 +232,8 @@ def leave(
             if error.code is not ErrorCode.INVALID_CERTIFICATE and not force:
                 raise
             folder.remove()
-    typer.echo(f"Node {identity.node_id} has left. Its key is removed from this machine.")
+    words = f"Node {identity.node_id} has left. Its key is removed from this machine."
+    typer.echo(json.dumps({"node_id": identity.node_id}, indent=1) if as_json else words)
 
 
 @contextmanager
@@ -255,14 +275,15 @@ def _stop_on_signals(agent: Agent) -> None:
         loop.add_signal_handler(number, agent.stop, GoodbyeReason.STOPPING)
 
 
-def _set_paused(state_dir: Path | None, *, paused: bool) -> None:
+def _set_paused(state_dir: Path | None, *, paused: bool, as_json: bool) -> None:
     with _explained():
         folder = _folder(state_dir)
         folder.identity()
         write_control(folder.path, paused=paused)
         running = folder.locked
     word = "pauses" if paused else "serves again"
-    typer.echo(f"The node {word} within a second or two." if running else f"No agent is running; the node {word} when it is started.")
+    words = f"The node {word} within a second or two." if running else f"No agent is running; the node {word} when it is started."
+    typer.echo(json.dumps({"paused": paused, "running": running}, indent=1) if as_json else words)
 
 
 def _leave_through_agent(folder: StateFolder, limit_seconds: float) -> None:
@@ -290,14 +311,29 @@ def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
         stale = time.time_ns() // 1_000_000 - current.updated_at_unix_ms > STATUS_STALE_MS
         lines.append(f"agent        pid {current.pid}" + (", not responding" if stale else ""))
         lines.append(f"link         {link_words(current).split(': ', 1)[1]}")
+        lines += [f"attached     {attached_words(line)}" for line in current.attached]
     if facts["paused"]:
         lines.append("paused       yes; `potluck node resume` shares this machine again")
     for engine in current.engines if current else ():
-        lines.append(f"engine       {engine_words(engine, fetch_step_percent=1)}")
-        last_words = engine.failure.strip().splitlines()
-        # A single line stands in the engine's own line already.
-        lines += [f"             | {line}" for line in last_words if len(last_words) > 1]
+        lines += _engine_lines(engine)
+        if current and not current.engine_lines_are_kept and _left_lines(engine):
+            lines.append(f"             | {_LINES_HINT}")
+    lines += [f"last lines   {path}; they may quote prompts and answers" for path in facts["engine_lines"]]
     return "\n".join(lines)
 
 
+def _engine_lines(engine: EngineLine) -> list[str]:
+    """What it is at, and, as far as this leaves it unsaid, why it failed before."""
+    words, why = engine_words(engine, fetch_step_percent=1), engine.failure.strip().splitlines()
+    said = len(why) == 1 and words.endswith(why[0])
+    return [f"engine       {words}", *(f"             | {line}" for line in why if not said)]
+
+
+def _left_lines(engine: EngineLine) -> bool:
+    """Whether it ended of itself after it had served, and so may have said more than is told: an attached server's lines are not ours."""
+    ended = engine.failure.startswith(FAILED_SERVING)
+    return ended and engine.engine_kind != ATTACHED_KIND and engine.failure_kind != FailureKind.KILLED
+
+
 app.command()(_explained()(doctor))
+app.add_typer(engines_app, name="engines")

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from potluck_protocol.private_files import write_private
+from pydantic import TypeAdapter
+
+from potluck_protocol.private_files import read_json, write_private
 
 POLL_SECONDS: Final = 1.0
 """How often the agent reads the one file and writes the other."""
@@ -43,6 +45,20 @@ class EngineLine:
     fetched_bytes: int
     fetch_total_bytes: int
     failure: str
+    failure_kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedLine:
+    """One server that the owner attached, as the agent last found it."""
+
+    place: str
+    """Host and port."""
+    kind: str
+    """Which software it is; empty while it was never heard."""
+    model_names: tuple[str, ...]
+    trouble: str
+    """Why it lists no models, or none just now; empty where it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +80,16 @@ class AgentStatus:
     trouble: str
     """Why the link is down; empty while it is up."""
     engines: tuple[EngineLine, ...]
+    card_uuids: tuple[str, ...] = ()
+    """The cards that these engines were given."""
+    serving_card_uuids: tuple[str, ...] = ()
+    """Those of them whose engine is ready: it holds memory there."""
+    attached: tuple[AttachedLine, ...] = ()
+    engine_lines_are_kept: bool = False
+    """Whether the owner wants the last lines of engines that fail: a setting of the agent's, which the command's own shell may not have."""
+
+
+_STATUS_FORM: Final = TypeAdapter(AgentStatus)
 
 
 def read_control(folder: Path) -> Control:
@@ -91,11 +117,9 @@ def write_status(folder: Path, status: AgentStatus) -> None:
 
 def read_status(folder: Path) -> AgentStatus | None:
     """The last status that an agent wrote; None where there is none that can be read."""
-    fields = _read(folder / _STATUS)
     try:
-        engines = tuple(EngineLine(**engine) for engine in fields.pop("engines"))
-        return AgentStatus(**fields, engines=engines)
-    except (KeyError, TypeError):
+        return _STATUS_FORM.validate_json((folder / _STATUS).read_bytes(), strict=True)
+    except (OSError, ValueError):
         return None
 
 
@@ -107,7 +131,7 @@ def remove_status(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
     except (OSError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -39,6 +39,9 @@ class Credentials:
         folder: a folder that has joined.
         clock: time.
         jitter: random numbers from 0 to 1.
+
+    Raises:
+        PotluckError: as `StateFolder.identity` and `StateFolder.proof`, where key or identity is missing or damaged.
     """
 
     def __init__(self, folder: StateFolder, clock: Clock, jitter: Callable[[], float]) -> None:
@@ -46,11 +49,13 @@ class Credentials:
         self._clock = clock
         self._jitter = jitter
         self.identity: NodeIdentity = folder.identity()
-        self._private_key_pem = folder.private_key()
+        self._private_key_pem, certificate_pem = folder.proof(self.identity)
         self._certificate_pem = b""
+        # Those of a certificate that lapsed long ago: then one is fetched before anything is dialled. gRPC must see no empty one.
         self._dates = CertificateDates(0, 0)
         self._ask_at_unix_ms = 0
-        self._take(folder.certificate())
+        if certificate_pem is not None:
+            self._take(certificate_pem)
 
     @property
     def valid_until_unix_ms(self) -> int:
@@ -78,7 +83,7 @@ class Credentials:
         self._ask_at_unix_ms = renew_again_at_unix_ms(self._dates, self._jitter(), self._clock.unix_ms())
 
     async def make_ready(self) -> None:
-        """Makes sure that a handshake can succeed: a lapsed certificate is renewed by proof of the key.
+        """Makes sure that a handshake can succeed: a certificate that lapsed, or is none, is renewed by proof of the key.
 
         Raises:
             PotluckError: INVALID_CERTIFICATE where the coordinator refuses this node or this machine's clock is ahead,
@@ -94,7 +99,8 @@ class Credentials:
                 behind_seconds = (self._dates.not_before_unix_ms - now) // 1000
                 raise PotluckError(
                     ErrorCode.COORDINATOR_UNAVAILABLE,
-                    f"The node's certificate begins {behind_seconds} s from now: this machine's clock is behind; set it right.",
+                    f"The node's certificate begins {behind_seconds} s from now: this machine's clock is behind. "
+                    "To set it right: sudo timedatectl set-ntp true",
                 )
 
     async def renew(self) -> None:

@@ -1,7 +1,8 @@
-"""What attempts notice of the engines they wait for: how long each has been silent, and which requests were with it when it died.
+"""What attempts notice of the engines they wait for: how long each has been silent, how fast it is, and which requests it died of.
 
 Decides whose words are waited for, and who was there at a death: those that wait for the engine, and those that gave up since it last said
-something. `domain.silence` judges the one, `potluck_protocol.culprits` the other. It must not know how an engine is ended.
+something. `domain.silence` judges the one, `potluck_protocol.culprits` the other; `solo_answers` times answers. It must not know how an
+engine is ended.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 
 from potluck_node.domain.silence import Verdict, judge
 from potluck_node.engines.standstill import Ear, Standstill
+from potluck_node.solo_answers import SoloAnswers
 from potluck_protocol.culprits import Culprits, Fingerprint
 from potluck_protocol.values import ReplicaId, StartAttempt
 
@@ -44,6 +46,7 @@ class EngineWatches:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._watches: dict[ReplicaId, _Watch] = {}
+        self.solo = SoloAnswers(now)
         self._culprits = Culprits(now)
 
     def listen(self, start: StartAttempt) -> Ear:
@@ -80,6 +83,7 @@ class EngineWatches:
 
     def died(self, replica_id: ReplicaId, waiting: Iterable[StartAttempt], *, may_be_their_fault: bool) -> None:
         """The engine is gone; the next one of this replica is watched anew."""
+        self.solo.forget(replica_id)
         watch = self._watches.pop(replica_id, None)
         if watch is None or not may_be_their_fault:
             return

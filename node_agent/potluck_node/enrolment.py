@@ -90,12 +90,19 @@ def rpc_failure(error: grpc.aio.AioRpcError, target: str) -> PotluckError:
         if key == ERROR_DETAIL and isinstance(value, bytes):
             detail = common_pb2.ErrorDetail.FromString(value)
             with contextlib.suppress(ValueError):
-                return PotluckError(ErrorCode(detail.code), detail.message, request_id=detail.request_id or None)
+                retry_after_seconds = detail.retry_after_ms / 1000 or None
+                code, request_id = ErrorCode(detail.code), detail.request_id or None
+                return PotluckError(code, detail.message, request_id=request_id, retry_after_seconds=retry_after_seconds)
     if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-        return PotluckError(ErrorCode.INVALID_CERTIFICATE, f"{target} refuses this node's certificate.")
+        text = f"{target} refuses this node's certificate. To come back: a new invite, `potluck node leave`, and `potluck node join`."
+        return PotluckError(ErrorCode.INVALID_CERTIFICATE, text)
     if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
-        return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"{target} does not answer ({_short(error)}); is the coordinator running?")
-    return PotluckError(ErrorCode.INTERNAL_ERROR, f"{target} answered {error.code().name}: {_short(error)}")
+        text = (
+            f"{target} does not answer ({_short(error)}). On the coordinator's machine `potluck coordinator serve` has to run, "
+            "with that port open to others."
+        )
+        return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text)
+    return PotluckError(ErrorCode.INTERNAL_ERROR, f"{target} answered {error.code().name}: {_short(error)}; its log may say more.")
 
 
 def _short(error: grpc.aio.AioRpcError) -> str:

@@ -47,7 +47,10 @@ class Farewells:
                 self._replaced_at_seconds.append(now_seconds)
                 if not self._replaced_too_often(now_seconds):
                     return None
-                text = "Another agent with this node's key takes its place again and again; was the state folder copied to another machine?"
+                text = (
+                    "Another agent with this node's key takes its place again and again; was the state folder copied to another machine? "
+                    "Remove it there, and give that machine a key of its own: `potluck node join` with another invite."
+                )
                 return PotluckError(ErrorCode.ALREADY_EXISTS, text)
             case GoodbyeReason.PROTOCOL_VERSION_UNSUPPORTED:
                 return PotluckError(ErrorCode.PROTOCOL_VERSION_UNSUPPORTED, outcome.message or None)

@@ -27,7 +27,10 @@ def group_offer(settings: Settings) -> GroupOffer | None:
         return None
     if not settings.group_site or not settings.group_address:
         missing = "group_address" if settings.group_site else "group_site"
-        raise PotluckError(ErrorCode.INVALID_REQUEST, f"To offer this machine to groups set {missing}, too; to offer nothing, set neither.")
+        raise PotluckError(
+            ErrorCode.INVALID_REQUEST,
+            f"To offer this machine to groups set {missing}, too (--{missing.replace('_', '-')}); to offer nothing, set neither.",
+        )
     return GroupOffer(
         site=settings.group_site,
         address=own_private_address(settings.group_address, own_addresses()),
@@ -49,13 +52,14 @@ def own_private_address(named: str, addresses_by_interface: Mapping[str, Sequenc
             return min(usable, key=lambda address: (not isinstance(ip_address(address), IPv4Address), address))
         refused = "; ".join(f"{address} {address_refusal(address)}" for address in addresses_by_interface[named]) or "it has no address"
         raise PotluckError(
-            ErrorCode.INVALID_REQUEST, f"group_address: the interface {named} has no address of a private network ({refused})."
+            ErrorCode.INVALID_REQUEST,
+            f"group_address: the interface {named} has no address of a private network ({refused}); see `ip address`.",
         )
     if not _is_ip(named):
         names = ", ".join(sorted(addresses_by_interface))
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"group_address: {named} is neither an IP address nor one of the interfaces {names}.")
     if refusal := address_refusal(named):
-        raise PotluckError(ErrorCode.INVALID_REQUEST, f"group_address: {named} {refusal}.")
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"group_address: {named} {refusal}; see `ip address` for another.")
     own = {ip_address(address) for addresses in addresses_by_interface.values() for address in addresses}
     if ip_address(named) not in own:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"group_address: {named} is not an address of this machine; see `ip address`.")

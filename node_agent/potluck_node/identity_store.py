@@ -1,6 +1,6 @@
 """The agent's state folder: the node's key, its certificate, and what it must know to dial its coordinator.
 
-Decides how these lie on disk, and that one folder has one agent. It must not know the network.
+Decides how these lie on disk, what of them counts as damaged, and that one folder has one agent. It must not know the network.
 
 A folder counts as joined once `node.json` is there; it is written last. The key is kept when a join fails half-way, because the same key
 with the same invite gets the same node.
@@ -11,18 +11,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.identity import new_private_key
-from potluck_protocol.private_files import write_private
+from potluck_protocol.identity import certificate_life, new_private_key, node_id_of_certificate, node_id_of_public_key, public_key_der
+from potluck_protocol.private_files import read_json, write_private
 from potluck_protocol.values import AccountId, NodeId
 
 _KEY: Final = "node.key"
@@ -74,12 +78,12 @@ class StateFolder:
             PotluckError: NOT_FOUND for a folder that has not joined, INVALID_REQUEST for one that is damaged.
         """
         try:
-            fields = json.loads((self.path / _IDENTITY).read_bytes())
+            fields = read_json(self.path / _IDENTITY)
             return NodeIdentity(
-                node_id=NodeId(fields["node_id"]),
-                owner_account_id=AccountId(fields["owner_account_id"]),
-                display_name=fields["display_name"],
-                url=fields["url"],
+                node_id=NodeId(_text(fields, "node_id")),
+                owner_account_id=AccountId(_text(fields, "owner_account_id")),
+                display_name=_text(fields, "display_name"),
+                url=_text(fields, "url"),
                 connection=ConnectionDocument.from_json(json.dumps(fields["connection"]).encode()),
             )
         except FileNotFoundError:
@@ -87,20 +91,45 @@ class StateFolder:
                 ErrorCode.NOT_FOUND,
                 f"This machine has not joined a pool ({self.path} holds no node); run `potluck node join INVITE` first.",
             ) from None
-        except (ValueError, KeyError, TypeError, PotluckError) as error:
-            raise PotluckError(
-                ErrorCode.INVALID_REQUEST,
-                f"{self.path / _IDENTITY} is damaged; remove {self.path} and join again with a new invite.",
-            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError, PotluckError) as error:
+            raise self._damaged(_IDENTITY) from error
 
     def write_identity(self, identity: NodeIdentity) -> None:
         """Makes this folder a node's, or renews what it knows."""
         fields = asdict(identity)
         write_private(self.path / _IDENTITY, json.dumps(fields, indent=1).encode())
 
+    def proof(self, identity: NodeIdentity) -> tuple[bytes, bytes | None]:
+        """What this node shows at a handshake: its key and its certificate, PEM; the certificate may have lapsed.
+
+        None for a certificate that is missing, damaged or another node's: like a lapsed one it is replaced by proof of the key.
+
+        Nobody else looks into them: gRPC ends the process for an empty file, and takes a wrong one for a coordinator that is not there.
+
+        Raises:
+            PotluckError: NOT_FOUND where the key is missing; INVALID_REQUEST where it is damaged or another node's, or where the identity
+                names a CA that is none, or is not its pool's.
+        """
+        private_key_pem = self.private_key()
+        if node_id_of_public_key(public_key_der(private_key_pem)) != identity.node_id:
+            raise self._damaged(_KEY, "belongs to another node")
+        try:
+            certificate_life(identity.connection.ca_certificate_pem.encode())
+            pin = urlsplit(identity.url).fragment
+        except ValueError as error:
+            raise self._damaged(_IDENTITY) from error
+        if pin not in {"", identity.connection.ca_hash}:
+            raise self._damaged(_IDENTITY, "names the CA of another pool")
+        return private_key_pem, self._certificate_of(identity.node_id)
+
     def private_key(self) -> bytes:
-        """The node's key, PEM; raises PotluckError(NOT_FOUND) without one."""
-        return self._read(_KEY)
+        """The node's key, PEM; raises PotluckError(NOT_FOUND) without one, INVALID_REQUEST for one that is damaged."""
+        private_key_pem = self._read(_KEY)
+        try:
+            public_key_der(private_key_pem)
+        except (ValueError, TypeError, UnsupportedAlgorithm, PotluckError) as error:
+            raise self._damaged(_KEY) from error
+        return private_key_pem
 
     def made_private_key(self) -> bytes:
         """The node's key, made now if there is none: it is never replaced."""
@@ -112,6 +141,15 @@ class StateFolder:
     def certificate(self) -> bytes:
         """The node's certificate, PEM; raises PotluckError(NOT_FOUND) without one."""
         return self._read(_CERTIFICATE)
+
+    def _certificate_of(self, node_id: NodeId) -> bytes | None:
+        try:
+            certificate_pem = self.certificate()
+            # At a time when it was good: whether it still is, is its owner's question.
+            named = node_id_of_certificate(certificate_pem, certificate_life(certificate_pem).valid_from_unix_ms)
+        except (ValueError, PotluckError):
+            return None
+        return certificate_pem if named == node_id else None
 
     def write_certificate(self, certificate_pem: str) -> None:
         """Keeps a new certificate."""
@@ -152,7 +190,22 @@ class StateFolder:
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError:
-            raise PotluckError(ErrorCode.NOT_FOUND, f"{self.path} holds no {name}; run `potluck node join INVITE` again.") from None
+            raise PotluckError(ErrorCode.NOT_FOUND, f"{self.path} holds no {name}; {self._way_back}") from None
+
+    def _damaged(self, name: str, how: str = "is damaged") -> PotluckError:
+        return PotluckError(ErrorCode.INVALID_REQUEST, f"{self.path / name} {how}; {self._way_back}")
+
+    @property
+    def _way_back(self) -> str:
+        place = shlex.quote(str(self.path))
+        return f"ask for a new invite, then: rm -r {place}; potluck node join --state-dir {place}"
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is no text")
+    return value
 
 
 def _taken(descriptor: int, try_count: int) -> bool:

@@ -137,7 +137,7 @@ async def _prove(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pai
     writer.write(pair.proof(b"dialler", mine + yours))
     await writer.drain()
     if not hmac.compare_digest(await reader.readexactly(_PROOF_BYTES), pair.proof(b"listener", mine + yours)):
-        raise PeerFailedError("who answers at its address is not that node")
+        raise PeerFailedError(f"who answers is not node {pair.listener_id}")
 
 
 async def _examine(

@@ -1,21 +1,24 @@
 """What `potluck node run` shows: one line that moves on a terminal, one line a change otherwise.
 
-Decides words and rhythm. It must not know where a status comes from.
+Decides words and rhythm, and that an agent goes on when nobody can read them any more: answers are under way. It must not know where a
+status comes from.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Final, Self
 
 from rich.console import Console
 from rich.status import Status
 
-from potluck_node.control import AgentStatus, EngineLine
+from potluck_node.control import AgentStatus, AttachedLine, EngineLine
 
 FETCH_STEP_PERCENT: Final = 10
 """Without a terminal, a download is told in steps of this size."""
+NAMES_SHOWN_MAX: Final = 10
+"""Of one server's models."""
 
 
 class ProgressLine(AbstractContextManager["ProgressLine"]):
@@ -36,7 +39,11 @@ class ProgressLine(AbstractContextManager["ProgressLine"]):
             self._live.stop()
 
     def show(self, status: AgentStatus) -> None:
-        """Takes the next status."""
+        """Takes the next status; shows no more once standard output takes no more, which others are ended for."""
+        with suppress(SystemExit):
+            self._show(status)
+
+    def _show(self, status: AgentStatus) -> None:
         self._tell("link", link_words(status))
         for engine in status.engines:
             step = engine_words(engine, fetch_step_percent=FETCH_STEP_PERCENT)
@@ -74,3 +81,11 @@ def engine_words(engine: EngineLine, *, fetch_step_percent: int) -> str:
             return f"{engine.model_id}: {'refused' if engine.state == 'refused' else 'failed, trying again'}: {last_line}"
         case _:
             return f"{engine.model_id}: {engine.state}"
+
+
+def attached_words(attached: AttachedLine) -> str:
+    """One server of the owner's in a few words."""
+    shown, more_count = attached.model_names[:NAMES_SHOWN_MAX], len(attached.model_names) - NAMES_SHOWN_MAX
+    models = ", ".join((*shown, *((f"and {more_count} more",) if more_count > 0 else ())))
+    what = "; ".join(word for word in (models, attached.trouble) if word) or "it lists no model that can be shared"
+    return ": ".join(word for word in (attached.place, attached.kind, what) if word)

@@ -13,7 +13,7 @@ from typing import Final
 
 from potluck_node.domain.breaker import CRASHES_MAX, WINDOW_SECONDS, CrashRecord
 from potluck_node.domain.plan import ObservedReplica, Phase
-from potluck_node.domain.step_down import MemoryPlan
+from potluck_node.domain.step_down import Leftover, MemoryPlan
 from potluck_node.engines.base import Engine
 from potluck_node.engines.process import EngineProcess
 from potluck_protocol.values import EngineState, EngineStatus, FailureKind
@@ -38,6 +38,8 @@ class ReplicaRecord:
     path: Path | None = None
     memory_plan: MemoryPlan | None = None
     """What its engine was started with, or will be next; None before the first start: as wished."""
+    leftover: Leftover | None = None
+    """What others leave of the cards, since the last crash; None: as far as it is known, what was planned."""
     heeds_utilization: bool = False
     """Whether its engine is told which share of a card's memory to take."""
     process: EngineProcess | None = None
@@ -71,6 +73,7 @@ class ReplicaRecord:
             group_id=group.group_id if group else "",
             group_rank=rank,
             group_generation=group.generation if group else 0,
+            weight_bytes=self.process.weight_bytes if self.process else None,
         )
 
 

@@ -7,10 +7,21 @@ link's).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from potluck_node.engines.base import EngineAddress
 from potluck_protocol.values import DesiredState, EngineStatus, FailureKind, ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """Where an engine that this node started lives."""
+
+    process_id: int
+    """Its own, or that of the process which started it and all the others."""
+    card_uuids: tuple[str, ...] = ()
+    """The cards that it was given; empty: it works without."""
 
 
 class Replicas(Protocol):
@@ -35,6 +46,14 @@ class Replicas(Protocol):
         """Where the replica's engine answers, and only while it is READY."""
         ...
 
+    def residence(self, replica_id: ReplicaId) -> Residence | None:
+        """Where the replica's engine lives, while it is READY. None for one that its owner runs: only its door is this node's."""
+        ...
+
+    def cards_given(self) -> frozenset[str]:
+        """The uuids of the cards that engines of this node were given which start, run, or are being stopped. Not those of its owner's."""
+        ...
+
     def on_change(self, callback: Callable[[], None]) -> None:
         """Calls back, on the event loop, after any status changed; the callback is quick and never raises."""
         ...
@@ -49,7 +68,7 @@ class Replicas(Protocol):
     def end_hung(self, replica_id: ReplicaId, why: str) -> None:
         """Its engine has work and says nothing: it is killed with its whole group, and starts again as after a crash.
 
-        `why` is for people. One that this node did not start is left alone, and is none of this node's until it answers again.
+        `why` is for people. Not for one that its owner runs: what stands for that one here ends by itself when it is gone.
         """
         ...
 

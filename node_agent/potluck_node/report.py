@@ -18,7 +18,7 @@ from potluck_node.control import AgentStatus, EngineLine
 from potluck_node.credentials import Credentials
 from potluck_node.domain.session import Session, lease_left_seconds
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX
-from potluck_node.engines.metrics import EngineLoad
+from potluck_node.line_watch import LineWatch
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.readings import Readings
 from potluck_node.replicas import Replicas
@@ -38,6 +38,11 @@ class NodeReport:
         session_id: one per run of the agent.
         inventory: what the node has, probed once at start.
         replicas: the engines.
+        attempts: what runs on them.
+        readings: of cards and engines.
+        peers: what was measured towards other nodes of the site.
+        line: what was measured towards the coordinator.
+        attached: the owner's own engines.
         cache_dir: where model files lie; its disk is the one reported.
         slot_count_max: the owner's limit for one engine.
         clock: time.
@@ -50,6 +55,11 @@ class NodeReport:
         session_id: SessionId,
         inventory: Inventory,
         replicas: Replicas,
+        attempts: Attempts,
+        readings: Readings,
+        peers: PeerMeasuring,
+        line: LineWatch,
+        attached: AttachedServers,
         cache_dir: Path,
         slot_count_max: int | None,
         clock: Clock,
@@ -58,13 +68,14 @@ class NodeReport:
         self._session_id = session_id
         self._inventory = inventory
         self._replicas = replicas
+        self._attempts = attempts
+        self._readings = readings
+        self._peers = peers
+        self._line = line
+        self._attached = attached
         self._cache_dir = cache_dir
         self._slot_count_max = slot_count_max
         self._clock = clock
-        self.attempts: Attempts | None = None
-        self.peers: PeerMeasuring | None = None
-        self.readings: Readings | None = None
-        self.attached: AttachedServers | None = None
         self.state = NodeState.SERVING
 
     def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello:
@@ -76,26 +87,29 @@ class NodeReport:
             inventory=replace(
                 self._inventory,
                 disk_free_bytes=self._disk_free_bytes(),
-                attached_model_names=self.attached.model_names if self.attached else (),
+                attached_model_names=self._attached.model_names,
+                line=self._line.found,
             ),
             state=self.state,
             in_flight=in_flight,
             engines=self.engines(),
+            cards=self._readings.cards,
         )
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
-            progress_count=self.attempts.progress_count if self.attempts else 0,
+            progress_count=self._attempts.progress_count,
             state=self.state,
             engines=self.engines(),
             disk_free_bytes=self._disk_free_bytes(),
-            cards=self.readings.cards if self.readings else (),
-            peer_measurements=self.peers.measurements() if self.peers else (),
+            cards=self._readings.cards,
+            peer_measurements=self._peers.measurements(),
+            line=self._line.found,
         )
 
     def engines(self) -> tuple[EngineStatus, ...]:
-        """The replicas with the slots that attempts take, under the owner's limit; ENGINES_MAX of them at most."""
-        return tuple(self._with_slots(status) for status in self._replicas.statuses()[:ENGINES_MAX])
+        """The replicas with the slots that attempts take, under the owner's limit, and what is read off them; ENGINES_MAX at most."""
+        return tuple(self._as_seen(status) for status in self._replicas.statuses()[:ENGINES_MAX])
 
     def status(self, session: Session, trouble: str) -> AgentStatus:
         """What the owner's commands show."""
@@ -108,24 +122,40 @@ class NodeReport:
             epoch=session.epoch,
             lease_left_seconds=round(lease_left_seconds(session, self._clock.monotonic_seconds()), 1),
             attempt_count=sum(engine.running_count for engine in engines),
-            progress_count=self.attempts.progress_count if self.attempts else 0,
+            progress_count=self._attempts.progress_count,
             certificate_valid_until_unix_ms=self._credentials.valid_until_unix_ms,
             updated_at_unix_ms=self._clock.unix_ms(),
             trouble=trouble,
             engines=tuple(_line(engine) for engine in engines),
+            card_uuids=tuple(sorted(self._replicas.cards_given())),
+            attached=self._attached.lines,
+            serving_card_uuids=self._serving_card_uuids(engines),
         )
 
-    def _with_slots(self, status: EngineStatus) -> EngineStatus:
-        limit, load = self._slot_count_max, self.readings.load(status.replica_id) if self.readings else EngineLoad()
+    def _as_seen(self, status: EngineStatus) -> EngineStatus:
+        limit, load = self._slot_count_max, self._readings.load(status.replica_id)
+        rates = self._attempts.watches.solo.rates(status.replica_id)
+        prefill, decode = (average.told if average else None for average in (rates.prefill, rates.decode))
         return replace(
             status,
             slot_count=status.slot_count if limit is None else min(limit, status.slot_count),
-            running_count=self.attempts.running_count(status.replica_id) if self.attempts else 0,
+            running_count=self._attempts.running_count(status.replica_id),
             failure=status.failure[-FAILURE_CHARACTERS_MAX:],
             kv_capacity_tokens=load.kv_capacity_tokens,
             kv_used_tokens=load.kv_used_tokens,
             waiting_count=load.waiting_count,
+            memory_bytes=self._readings.memory_bytes(status.replica_id),
+            prefill_tokens_per_second=prefill.tokens_per_second if prefill else None,
+            prefill_past_tokens=round(prefill.past_tokens) if prefill else 0,
+            decode_tokens_per_second=decode.tokens_per_second if decode else None,
+            decode_past_tokens=round(decode.past_tokens) if decode else 0,
+            prefix_queried_tokens=load.prefix_queried_tokens,
+            prefix_hit_tokens=load.prefix_hit_tokens,
         )
+
+    def _serving_card_uuids(self, engines: tuple[EngineStatus, ...]) -> tuple[str, ...]:
+        residences = (self._replicas.residence(engine.replica_id) for engine in engines)
+        return tuple(sorted({uuid for residence in residences if residence is not None for uuid in residence.card_uuids}))
 
     def _disk_free_bytes(self) -> int:
         try:
@@ -145,4 +175,5 @@ def _line(engine: EngineStatus) -> EngineLine:
         fetched_bytes=engine.fetched_bytes,
         fetch_total_bytes=engine.fetch_total_bytes,
         failure=engine.failure,
+        failure_kind=engine.failure_kind or "",
     )

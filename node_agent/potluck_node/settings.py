@@ -27,10 +27,10 @@ class Settings(BaseSettings):
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="POTLUCK_NODE_", frozen=True, extra="forbid")
 
-    state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("potluck") / "node")
+    state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("potluck") / "node", validate_default=True)
     """The node's key, certificate and control files."""
-    cache_dir: Path = Field(default_factory=lambda: platformdirs.user_cache_path("potluck"))
-    """Where model files are kept."""
+    cache_dir: Path = Field(default_factory=lambda: platformdirs.user_cache_path("potluck"), validate_default=True)
+    """Where model files are kept, and the environments of engines."""
     disk_budget_bytes: int | None = Field(default=None, gt=0)
     """How much the model files may take together; none: whatever the disk has free."""
     models_allowed: Annotated[tuple[str, ...], NoDecode] = ()
@@ -52,15 +52,17 @@ class Settings(BaseSettings):
     attach_urls: Annotated[tuple[str, ...], NoDecode] = Field(default=(), max_length=16)
     """Servers that run here already and are shared as they are: "http://127.0.0.1:11434", with the file of their key after a blank."""
     vllm_python: Path | None = None
-    """The Python of an environment with vLLM in it; none: this node runs no vLLM."""
+    """The Python of an environment with vLLM in it; none: of the one that `potluck node engines install vllm` made, if it did."""
     sglang_python: Path | None = None
-    """The Python of an environment with SGLang in it; none: this node runs no SGLang."""
+    """The same for SGLang."""
     drain_seconds: float = Field(default=10.0, ge=0)
     """How long answers under way may go on after the first Ctrl-C."""
     url: str | None = None
     """Where the coordinator answers now, if it moved since the node joined; it must still be the same pool."""
     scripted_engine: bool = False
     """Whether the pool may also have the engine of tests and benchmarks here, which makes its answers up."""
+    keep_engine_lines: bool = False
+    """Whether the last lines of an engine that failed while it served are kept in the state folder. They may quote prompts and answers."""
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -69,6 +71,21 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         """The environment gives one text: `model-a,model-b`."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("state_dir", "cache_dir", "vllm_python", "sglang_python")
+    @classmethod
+    def _in_whose_home(cls, path: Path | None) -> Path | None:
+        """No shell has looked at what stands in a file."""
+        try:
+            return None if path is None else path.expanduser()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("state_dir", "cache_dir")
+    @classmethod
+    def _from_the_root(cls, path: Path) -> Path:
+        """What is told of a folder is the same from everywhere, and is taken out as a whole of what is pasted in public."""
+        return path.absolute()
 
     @field_validator("attach_urls")
     @classmethod
@@ -99,5 +116,5 @@ def load_settings(**flags: Any) -> Settings:
         faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors())
         text = f"A setting is wrong ({faults}). Settings come from flags, POTLUCK_NODE_* variables and {config_path()}."
         raise PotluckError(ErrorCode.INVALID_REQUEST, text) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"{config_path()} cannot be read as TOML: {error}") from None

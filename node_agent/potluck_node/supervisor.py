@@ -20,7 +20,9 @@ import structlog
 
 from potluck_node.ceilings import Ceilings
 from potluck_node.domain.failures import Shortage
+from potluck_node.domain.model_source import ATTACHED_KIND, attached_name
 from potluck_node.domain.plan import (
+    HOLDING,
     Fetch,
     Forget,
     LocalLimits,
@@ -35,7 +37,7 @@ from potluck_node.domain.plan import (
     plan,
     stepped_down,
 )
-from potluck_node.domain.step_down import UTILIZATION_PERCENT_NOTCHES, Ceiling, MemoryPlan, step_down, under
+from potluck_node.domain.step_down import UTILIZATION_PERCENT_NOTCHES, Leftover, MemoryPlan, beside_others, plan_of, step_down
 from potluck_node.domain.strict_json import BadModelError
 from potluck_node.engines.base import Engine, EngineAddress, EngineLaunch
 from potluck_node.engines.process import EngineFailedError, EngineProcess, ask, has_token
@@ -43,6 +45,7 @@ from potluck_node.model_store.download import FetchFailedError
 from potluck_node.model_store.store import ModelStore
 from potluck_node.model_store.verification import FileMismatchError
 from potluck_node.replica_record import ReplicaRecord, breaker_words
+from potluck_node.replicas import Residence
 from potluck_protocol.clock import Clock
 from potluck_protocol.values import DesiredEngine, DesiredState, EngineStatus, FailureKind, ReplicaId
 
@@ -110,6 +113,19 @@ class EngineSupervisor:
             return None
         # A stage of a group that does not lead has none.
         return replica.process.address if replica.process.address.url else None
+
+    def residence(self, replica_id: ReplicaId) -> Residence | None:
+        """See `Replicas`."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or replica.process is None or replica.observed.phase is not Phase.READY:
+            return None
+        wish = replica.observed.engine
+        return None if wish.engine_kind == ATTACHED_KIND else Residence(replica.process.pid, wish.shape.card_uuids)
+
+    def cards_given(self) -> frozenset[str]:
+        """See `Replicas`."""
+        held = (replica.observed.engine for replica in self._replicas.values() if replica.observed.phase in HOLDING)
+        return frozenset(uuid for wish in held if wish.engine_kind != ATTACHED_KIND for uuid in wish.shape.card_uuids)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """See `Replicas`."""
@@ -242,13 +258,13 @@ class EngineSupervisor:
         wish = replica.observed.engine
         engine = self._engines[wish.engine_kind]
         assert self._session is not None
-        replica.memory_plan = _plan_under(self._ceilings.of(wish, engine.version), wish)
+        replica.memory_plan = plan_of(wish, self._ceilings.of(wish, engine.version), replica.leftover)
         launch = self._launch(replica, replica.memory_plan)
         replica.heeds_utilization = (
             len({engine.arguments(replace(launch, memory_utilization_percent=n)) for n in UTILIZATION_PERCENT_NOTCHES}) > 1
         )
         try:
-            replica.process = await EngineProcess.start(engine, launch, self._environment, self._session)
+            replica.process = await EngineProcess.start(engine, launch, self._environment, self._session, self._limits.lines_folder)
         except EngineFailedError as error:
             self._fail(replica, error)
             return
@@ -279,6 +295,7 @@ class EngineSupervisor:
             shape=wish.shape,
             memory_utilization_percent=memory_plan.memory_utilization_percent,
             group=wish.group,
+            attached_name=attached_name(wish.model.source),
         )
 
     async def _stop(self, replica: ReplicaRecord) -> None:
@@ -304,30 +321,46 @@ class EngineSupervisor:
         self._note_failure(replica, observed, failure, kind)
 
     def _fail(self, replica: ReplicaRecord, failure: EngineFailedError) -> None:
-        """Its engine failed. One that ran out of memory is given less next time, as long as there is less to give.
-
-        One that had served gives up its share of a card's memory at most: a request may have brought it down, and must not take slots or
-        context from the others.
-        """
+        """Its engine failed: it is given less next time, given up, or it crashed."""
         now_seconds, words, tried = self._clock.monotonic_seconds(), str(failure), replica.memory_plan
         served_since, replica.ready_at_seconds = replica.ready_at_seconds, None
-        if failure.shortage is None or tried is None:
-            lower = None
+        leftover, replica.leftover = replica.leftover, None
+        short = failure.shortage is not None and tried is not None
+        following = self._after_shortage(replica, failure, leftover, served=served_since is not None) if short else None
+        if following is not None:
+            observed, more_words = following
         else:
-            lower = self._lower(replica, tried, failure.shortage, share_only=served_since is not None)
-        if lower is not None and tried is not None:
-            observed = stepped_down(replica.observed, now_seconds)
-            words += f"\nout of memory with {_plan_words(tried)}; next: {_plan_words(lower)}"
+            observed = crashed(replica.observed, now_seconds, 0.0 if served_since is None else now_seconds - served_since, failure.kind)
+            wait_ms = (observed.retry_at_seconds - now_seconds) * 1000
+            more_words = "\n" + breaker_words(observed.crashes, self._clock.unix_ms() + wait_ms) if observed.crashes.is_open else ""
+        self._note_failure(replica, observed, words + more_words, failure.kind)
+
+    def _after_shortage(
+        self, replica: ReplicaRecord, failure: EngineFailedError, leftover: Leftover | None, *, served: bool
+    ) -> tuple[ObservedReplica, str] | None:
+        """What becomes of one that ran out of memory, in words too; None where that is a crash like others.
+
+        One that had served gives up its share of a card's memory at most: a request may have brought it down, and must not take slots or
+        context from the others. What happens beside others' memory (`leftover`) tells nothing of what the model needs.
+        """
+        tried, now_seconds = replica.memory_plan, self._clock.monotonic_seconds()
+        assert tried is not None
+        assert failure.shortage is not None
+        if failure.shortage is Shortage.OTHERS:
+            replica.leftover = None if served else beside_others(leftover, tried, failure.free_percent)
+            if replica.leftover is None:
+                return None
+            words = f"others hold memory that {tried.words} would take; next: {replica.leftover.percent} % of memory"
+            return stepped_down(replica.observed, now_seconds), "\n" + words
+        if leftover is not None:
+            return None
+        lower = self._lower(replica, tried, failure.shortage, share_only=served)
+        if lower is not None:
             replica.memory_plan = lower
-        elif failure.shortage is not None and tried is not None and served_since is None:
-            reason = f"out of memory even with {_plan_words(tried)}; it needs a bigger card, or a smaller model"
-            observed = given_up(replica.observed, reason)
-        else:
-            observed = crashed(replica.observed, now_seconds, 0.0 if served_since is None else now_seconds - served_since)
-            if observed.crashes.is_open:
-                wait_ms = (observed.retry_at_seconds - now_seconds) * 1000
-                words += "\n" + breaker_words(observed.crashes, self._clock.unix_ms() + wait_ms)
-        self._note_failure(replica, observed, words, failure.kind)
+            return stepped_down(replica.observed, now_seconds), f"\nout of memory with {tried.words}; next: {lower.words}"
+        if served:
+            return None
+        return given_up(replica.observed, f"out of memory even with {tried.words}; it needs a bigger card, or a smaller model"), ""
 
     def _lower(self, replica: ReplicaRecord, failed: MemoryPlan, shortage: Shortage, *, share_only: bool) -> MemoryPlan | None:
         """The next plan that its engine can tell from the one that failed, remembered; None where there is none."""
@@ -337,7 +370,7 @@ class EngineSupervisor:
         ceiling, lower = self._ceilings.of(wish, engine.version), failed
         # The same again: what is left to lower is not this node's to lower, as in a group.
         while (lowered := step_down(ceiling, lower, shortage)) is not None and lowered != ceiling:
-            ceiling, lower = lowered, _plan_under(lowered, wish)
+            ceiling, lower = lowered, plan_of(wish, lowered)
             if share_only and lower.memory_utilization_percent == failed.memory_utilization_percent:
                 return None
             if engine.arguments(self._launch(replica, lower)) != command:
@@ -363,15 +396,3 @@ class EngineSupervisor:
         self._changed.set()
         for callback in self._callbacks:
             callback()
-
-
-def _plan_under(ceiling: Ceiling, wish: DesiredEngine) -> MemoryPlan:
-    plan = under(ceiling, wish.slot_count, wish.context_length_tokens)
-    if wish.group is None:
-        return plan
-    # The stages of a group have to agree on what they serve; memory is each node's own.
-    return replace(plan, slot_count=wish.slot_count, context_length_tokens=wish.context_length_tokens)
-
-
-def _plan_words(plan: MemoryPlan) -> str:
-    return f"{plan.memory_utilization_percent} % of memory, {plan.slot_count} slots of {plan.context_length_tokens} tokens"

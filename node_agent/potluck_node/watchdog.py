@@ -1,7 +1,8 @@
 """Ends engines that have work and say nothing any more.
 
-Decides when they are looked at, and that time in which this process itself stood still is nobody's silence. `domain.silence` judges,
-`attempts` knows who waits, and whoever runs the engines ends them. It must not know HTTP or processes.
+Decides when they are looked at, that time in which this process itself stood still is nobody's silence, and that a server which its owner
+runs is not judged here: he may keep it busy himself, and `attach_server` looks after it. `domain.silence` judges the others, `attempts`
+knows who waits, and whoever runs the engines ends them. It must not know HTTP or processes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Final
 import structlog
 
 from potluck_node.attempts import Attempts
+from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.domain.silence import SILENCE_SECONDS_MAX, Verdict
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import ReplicaId
+from potluck_protocol.values import EngineStatus, ReplicaId
 
 LOOK_SECONDS: Final = 0.5
 ABSENCE_SECONDS_MIN: Final = 2.0
@@ -59,16 +61,19 @@ class Watchdog:
             self._attempts.watches.excuse_all()
             return
         for replica_id, verdict, silent_seconds in self._attempts.watches.verdicts():
+            if verdict is Verdict.SOUND or self._is_its_owners(replica_id):
+                continue
             if verdict is Verdict.HUNG:
                 self._end(replica_id, f"the engine hung: it had work and gave no token for {silent_seconds:.0f} s")
-            elif verdict is Verdict.ASK and replica_id not in self._questions:
+            elif replica_id not in self._questions:
                 self._questions[replica_id] = asyncio.create_task(self._ask(replica_id, silent_seconds), name=f"question {replica_id}")
 
     async def _ask(self, replica_id: ReplicaId, silent_seconds: float) -> None:
         """Of answers that come whole nothing is heard while they are made. A free slot can give a token; without one any word must do."""
         address = self._replicas.ready_address(replica_id)
-        slot_count = next((status.slot_count for status in self._replicas.statuses() if status.replica_id == replica_id), 0)
-        token_seconds_max = SILENCE_SECONDS_MAX if self._attempts.running_count(replica_id) < slot_count else None
+        status = self._status(replica_id)
+        has_room = status is not None and self._attempts.running_count(replica_id) < status.slot_count
+        token_seconds_max = SILENCE_SECONDS_MAX if has_room else None
         try:
             answers = await self._replicas.answers(replica_id, token_seconds_max=token_seconds_max)
         finally:
@@ -77,6 +82,13 @@ class Watchdog:
             self._attempts.watches.heard(replica_id)
         elif address == self._replicas.ready_address(replica_id):
             self._end(replica_id, f"the engine hung: it had work, said nothing for {silent_seconds:.0f} s, and did not answer when asked")
+
+    def _is_its_owners(self, replica_id: ReplicaId) -> bool:
+        status = self._status(replica_id)
+        return status is not None and status.engine_kind == ATTACHED_KIND
+
+    def _status(self, replica_id: ReplicaId) -> EngineStatus | None:
+        return next((status for status in self._replicas.statuses() if status.replica_id == replica_id), None)
 
     def _end(self, replica_id: ReplicaId, why: str) -> None:
         _log.warning("engine_hung", replica_id=replica_id, reason=why)

@@ -18,6 +18,8 @@ TEXT_CHARACTERS_MAX: Final = 256
 """Of an id, a name or a version."""
 CATALOGUE_CHARACTERS_MAX: Final = 256 * 1024
 """Of a catalogue file's text: some hundred models."""
+REPLICAS_MAX: Final = 10_000
+"""Of one deployment."""
 
 _Word = TypeVar("_Word", bound="StrEnum")
 _Item = TypeVar("_Item")

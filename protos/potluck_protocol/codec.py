@@ -20,12 +20,13 @@ from potluck_protocol.engine_codec import (
     engine_statuses_value,
 )
 from potluck_protocol.hardware_codec import (
-    ACCELERATORS_MAX,
     PEERS_MAX,
+    card_telemetries_value,
     card_telemetry_message,
-    card_telemetry_value,
     inventory_message,
     inventory_value,
+    line_measurement_message,
+    line_measurement_value,
     peer_measurement_message,
     peer_measurement_value,
 )
@@ -117,6 +118,7 @@ def hello_message(hello: Hello) -> node_pb2.Hello:
         in_flight=[node_pb2.InFlightAttempt(attempt_id=attempt_id) for attempt_id in hello.in_flight],
         state=NODE_STATE_NUMBER[hello.state],
         engines=[engine_status_message(status) for status in hello.engines],
+        cards=[card_telemetry_message(card) for card in hello.cards],
     )
 
 
@@ -132,6 +134,7 @@ def hello_value(message: node_pb2.Hello) -> Hello:
             AttemptId(text(attempt.attempt_id, "in_flight.attempt_id")) for attempt in items(message.in_flight, IN_FLIGHT_MAX, "in_flight")
         ),
         engines=engine_statuses_value(message.engines),
+        cards=card_telemetries_value(message.cards),
     )
 
 
@@ -169,6 +172,7 @@ def heartbeat_message(heartbeat: Heartbeat) -> node_pb2.Heartbeat:
         disk_free_bytes=heartbeat.disk_free_bytes,
         cards=[card_telemetry_message(card) for card in heartbeat.cards],
         peer_measurements=[peer_measurement_message(measurement) for measurement in heartbeat.peer_measurements],
+        line=line_measurement_message(heartbeat.line),
     )
 
 
@@ -178,10 +182,11 @@ def heartbeat_value(message: node_pb2.Heartbeat) -> Heartbeat:
         state=node_state_from_number(message.state),
         engines=engine_statuses_value(message.engines),
         disk_free_bytes=message.disk_free_bytes,
-        cards=tuple(card_telemetry_value(card) for card in items(message.cards, ACCELERATORS_MAX, "cards")),
+        cards=card_telemetries_value(message.cards),
         peer_measurements=tuple(
             peer_measurement_value(measurement) for measurement in items(message.peer_measurements, PEERS_MAX, "peer_measurements")
         ),
+        line=line_measurement_value(message),
     )
 
 

@@ -263,7 +263,7 @@ def _fetched_body(document_url: str, base: str, host: str) -> bytes:
         reason = getattr(error, "reason", None) or type(error).__name__
         raise PotluckError(
             ErrorCode.COORDINATOR_UNAVAILABLE,
-            f"{base} cannot be reached ({reason}); is the coordinator running, and the address right?",
+            f"{base} cannot be reached ({reason}); is the coordinator running there (`potluck coordinator serve`), and the address right?",
         ) from error
     return body
 

@@ -1,9 +1,10 @@
 """Which requests engines die of: told by who was with them when they died.
 
-Decides, for nodes and gateways alike, when a request is refused for good. Whoever was with an engine at its end is a suspect until it was
-answered in full. A suspect is refused after two deaths if no other request was at both; after three if few others were at all of them; and
-after four whoever else was there. So a request that kills engines by itself kills two, and those that only ran beside it are not blamed
-before there is no other way. It must not know engines, and keeps no request: only hashes under a key that ends with this process.
+Decides, for nodes and gateways alike, when a request is refused for a while. Whoever was with an engine at its end is a suspect until it
+was answered in full. A suspect is refused after two deaths if no other request was at both; after three if few others were at all of them;
+and after four whoever else was there. So a request that kills engines by itself kills two, and those that only ran beside it are not
+blamed before there is no other way. Blame by who else was there may be wrong, by chance or by somebody's design, and so it ends; what is
+refused for good is the coordinator's to say (its `domain.lethal`). It must not know engines, and keeps no request: only keyed hashes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ LINE_UP_MAX: Final = 16
 DEATHS_KEPT_MAX: Final = 64
 DEATH_KEPT_SECONDS: Final = 6 * 3600.0
 REFUSED_KEPT_MAX: Final = 4096
-REFUSED_KEPT_SECONDS: Final = 7 * 24 * 3600.0
-"""Long enough for whoever sends it to notice; by then the engine may be another version, which stands it."""
+REFUSED_KEPT_SECONDS: Final = 3600.0
+"""Long enough for clients to give up. An innocent request that was put beside several killers, each another one, is refused no longer."""
+FINGERPRINT_BYTES: Final = 16
 
 
 def is_culprit(suspect: Fingerprint, deaths: Sequence[Collection[Fingerprint]]) -> bool:
@@ -48,21 +50,22 @@ class Culprits:
 
     Args:
         now: monotonic seconds.
+        key: of the fingerprints; one that ends with this process where none is given.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], key: bytes = b"") -> None:
         self._now = now
-        self._key = secrets.token_bytes(32)
+        self._key = key or secrets.token_bytes(32)
         self._deaths: deque[tuple[float, set[Fingerprint]]] = deque(maxlen=DEATHS_KEPT_MAX)
         self._refused: dict[Fingerprint, float] = {}
 
     def fingerprint(self, endpoint: Endpoint, body: bytes) -> Fingerprint:
         """The same for the same request, and no way back to it."""
-        return Fingerprint(hashlib.blake2b(body, digest_size=16, key=self._key, person=endpoint.name.encode()[:16]).digest())
+        return Fingerprint(hashlib.blake2b(body, digest_size=FINGERPRINT_BYTES, key=self._key, person=endpoint.name.encode()[:16]).digest())
 
     @property
     def has_any(self) -> bool:
-        """Whether there is anything to look a request up in: where engines do not die, hashing is spared."""
+        """Whether there is anything to look a request up in: where engines do not die, none is hashed for that."""
         return bool(self._deaths or self._refused)
 
     def died(self, present: Iterable[Fingerprint]) -> None:

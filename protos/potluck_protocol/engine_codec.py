@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from potluck_protocol.bounds import items, printable, text, word
+from potluck_protocol.card_facts import CardFacts, PeerAccess
 from potluck_protocol.hardware_codec import set_field
 from potluck_protocol.v1 import common_pb2, node_pb2
 from potluck_protocol.values import (
@@ -58,6 +59,11 @@ FAILURE_KIND_NUMBER: Final = {
     FailureKind.NOT_ALLOWED: node_pb2.FAILURE_KIND_NOT_ALLOWED,
     FailureKind.GROUP_BROKEN: node_pb2.FAILURE_KIND_GROUP_BROKEN,
 }
+PEER_ACCESS_NUMBER: Final = {
+    PeerAccess.ANY: node_pb2.PEER_ACCESS_UNSPECIFIED,
+    PeerAccess.BRIDGES: node_pb2.PEER_ACCESS_BRIDGES,
+    PeerAccess.NONE: node_pb2.PEER_ACCESS_NONE,
+}
 ENGINES_MAX: Final = 64
 FAILURE_CHARACTERS_MAX: Final = 2000
 """Of an engine's last words, of which the end is kept."""
@@ -93,6 +99,11 @@ def engine_status_message(status: EngineStatus) -> node_pb2.EngineStatus:
         group_id=status.group_id,
         group_rank=status.group_rank,
         group_generation=status.group_generation,
+        prefill_past_tokens=status.prefill_past_tokens,
+        decode_past_tokens=status.decode_past_tokens,
+        prefix_queried_tokens=status.prefix_queried_tokens,
+        prefix_hit_tokens=status.prefix_hit_tokens,
+        weight_bytes=status.weight_bytes,
     )
 
 
@@ -122,6 +133,11 @@ def engine_status_value(message: node_pb2.EngineStatus) -> EngineStatus:
         group_id=text(message.group_id, "engines.group_id"),
         group_rank=message.group_rank,
         group_generation=message.group_generation,
+        prefill_past_tokens=message.prefill_past_tokens,
+        decode_past_tokens=message.decode_past_tokens,
+        prefix_queried_tokens=set_field(message, "prefix_queried_tokens"),
+        prefix_hit_tokens=set_field(message, "prefix_hit_tokens"),
+        weight_bytes=set_field(message, "weight_bytes"),
     )
 
 
@@ -154,7 +170,7 @@ def desired_state_value(message: node_pb2.DesiredState) -> DesiredState:
 
 
 def _desired_engine_message(engine: DesiredEngine) -> node_pb2.DesiredEngine:
-    model, shape = engine.model, engine.shape
+    model = engine.model
     return node_pb2.DesiredEngine(
         replica_id=engine.replica_id,
         model=node_pb2.ModelFile(
@@ -172,19 +188,13 @@ def _desired_engine_message(engine: DesiredEngine) -> node_pb2.DesiredEngine:
         engine_kind=engine.engine_kind,
         slot_count=engine.slot_count,
         context_length_tokens=engine.context_length_tokens,
-        shape=node_pb2.EngineShape(
-            card_uuids=shape.card_uuids,
-            tensor_parallel_size=shape.tensor_parallel_size,
-            quantization=shape.quantization,
-            kv_cache_bytes=shape.kv_cache_bytes,
-            memory_bytes=shape.memory_bytes,
-        ),
+        shape=_shape_message(engine.shape),
         group=None if engine.group is None else _group_place_message(engine.group),
     )
 
 
 def _desired_engine_value(message: node_pb2.DesiredEngine) -> DesiredEngine:
-    model, shape = message.model, message.shape
+    model = message.model
     return DesiredEngine(
         replica_id=ReplicaId(message.replica_id),
         model=ModelFile(
@@ -199,15 +209,48 @@ def _desired_engine_value(message: node_pb2.DesiredEngine) -> DesiredEngine:
         engine_kind=message.engine_kind,
         slot_count=message.slot_count,
         context_length_tokens=message.context_length_tokens,
-        shape=EngineShape(
-            card_uuids=tuple(shape.card_uuids),
-            # Not set by coordinators that know no shapes.
-            tensor_parallel_size=shape.tensor_parallel_size or 1,
-            quantization=shape.quantization,
-            kv_cache_bytes=shape.kv_cache_bytes,
-            memory_bytes=shape.memory_bytes,
-        ),
+        shape=_shape_value(message.shape),
         group=_group_place_value(message.group) if message.HasField("group") else None,
+    )
+
+
+def _shape_message(shape: EngineShape) -> node_pb2.EngineShape:
+    facts = shape.card_facts
+    return node_pb2.EngineShape(
+        card_uuids=shape.card_uuids,
+        tensor_parallel_size=shape.tensor_parallel_size,
+        quantization=shape.quantization,
+        kv_cache_bytes=shape.kv_cache_bytes,
+        memory_bytes=shape.memory_bytes,
+        card_facts=node_pb2.CardFacts(
+            memory_utilization_percent=facts.memory_utilization_percent,
+            half_precision=facts.half_precision,
+            without_custom_all_reduce=facts.without_custom_all_reduce,
+            peer_access=PEER_ACCESS_NUMBER[facts.peer_access],
+        ),
+        stage_layer_counts=shape.stage_layer_counts,
+    )
+
+
+def _shape_value(message: node_pb2.EngineShape) -> EngineShape:
+    """As it was sent: `vllm_words.shape_refusal` says what of it no node starts."""
+    facts = message.card_facts
+    known = {number: access for access, number in PEER_ACCESS_NUMBER.items()}
+    return EngineShape(
+        card_uuids=tuple(message.card_uuids),
+        # Not set by coordinators that know no shapes.
+        tensor_parallel_size=message.tensor_parallel_size or 1,
+        quantization=message.quantization,
+        kv_cache_bytes=message.kv_cache_bytes,
+        memory_bytes=message.memory_bytes,
+        card_facts=CardFacts(
+            memory_utilization_percent=facts.memory_utilization_percent,
+            half_precision=facts.half_precision,
+            without_custom_all_reduce=facts.without_custom_all_reduce,
+            # A newer coordinator's word: through the machine's memory it works everywhere.
+            peer_access=known.get(facts.peer_access, PeerAccess.NONE),
+        ),
+        stage_layer_counts=tuple(message.stage_layer_counts),
     )
 
 

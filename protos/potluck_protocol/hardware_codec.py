@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from potluck_protocol.bounds import items, printable, text
+from potluck_protocol.line import LineMeasurement
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import Accelerator, AccountId, CardTelemetry, GroupOffer, Inventory, NodeId, PeerMeasurement
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from google.protobuf.message import Message
 
 ACCELERATORS_MAX: Final = 64
@@ -41,6 +44,7 @@ def inventory_message(inventory: Inventory) -> node_pb2.Inventory:
         engine_kinds=inventory.engine_kinds,
         group_offer=None if inventory.group_offer is None else _group_offer_message(inventory.group_offer),
         attached_model_names=inventory.attached_model_names,
+        line=line_measurement_message(inventory.line),
     )
 
 
@@ -63,6 +67,7 @@ def inventory_value(message: node_pb2.Inventory) -> Inventory:
             text(name, "inventory.attached_model_names")
             for name in items(message.attached_model_names, ATTACHED_MODELS_MAX, "inventory.attached_model_names")
         ),
+        line=line_measurement_value(message),
     )
 
 
@@ -77,7 +82,14 @@ def card_telemetry_message(card: CardTelemetry) -> node_pb2.CardTelemetry:
         utilization_percent=card.utilization_percent,
         throttle_reasons=card.throttle_reasons,
         lost=card.lost,
+        newest_xid=card.newest_xid,
+        xid_count=card.xid_count,
     )
+
+
+def card_telemetries_value(messages: Sequence[node_pb2.CardTelemetry]) -> tuple[CardTelemetry, ...]:
+    """All cards of one node now; raises PotluckError(INVALID_REQUEST)."""
+    return tuple(card_telemetry_value(card) for card in items(messages, ACCELERATORS_MAX, "cards"))
 
 
 def card_telemetry_value(message: node_pb2.CardTelemetry) -> CardTelemetry:
@@ -93,6 +105,8 @@ def card_telemetry_value(message: node_pb2.CardTelemetry) -> CardTelemetry:
         utilization_percent=set_field(message, "utilization_percent"),
         throttle_reasons=tuple(text(reason, "cards.throttle_reasons") for reason in reasons),
         lost=message.lost,
+        newest_xid=set_field(message, "newest_xid"),
+        xid_count=message.xid_count,
     )
 
 
@@ -115,6 +129,30 @@ def peer_measurement_value(message: node_pb2.PeerMeasurement) -> PeerMeasurement
     )
 
 
+def line_measurement_message(line: LineMeasurement | None) -> node_pb2.LineMeasurement | None:
+    if line is None:
+        return None
+    return node_pb2.LineMeasurement(
+        measured_at_unix_ms=line.measured_at_unix_ms,
+        round_trip_microseconds=line.round_trip_microseconds,
+        upload_bytes_per_second=line.upload_bytes_per_second,
+        download_bytes_per_second=line.download_bytes_per_second,
+    )
+
+
+def line_measurement_value(holder: node_pb2.Inventory | node_pb2.Heartbeat) -> LineMeasurement | None:
+    """What a node measured towards its coordinator, if it did; a figure that no line can have, 0 or less, is none."""
+    if not holder.HasField("line"):
+        return None
+    line = holder.line
+    return LineMeasurement(
+        measured_at_unix_ms=line.measured_at_unix_ms,
+        round_trip_microseconds=line.round_trip_microseconds if line.round_trip_microseconds > 0 else None,
+        upload_bytes_per_second=line.upload_bytes_per_second if line.upload_bytes_per_second > 0 else None,
+        download_bytes_per_second=line.download_bytes_per_second if line.download_bytes_per_second > 0 else None,
+    )
+
+
 def _accelerator_message(card: Accelerator) -> node_pb2.Accelerator:
     return node_pb2.Accelerator(
         name=card.name,
@@ -127,11 +165,13 @@ def _accelerator_message(card: Accelerator) -> node_pb2.Accelerator:
         power_limit_milliwatts=card.power_limit_milliwatts,
         numa_node=card.numa_node,
         nvlink_peer_uuids=card.nvlink_peer_uuids,
+        pcie_peer_uuids=card.pcie_peer_uuids,
     )
 
 
 def _accelerator_value(message: node_pb2.Accelerator) -> Accelerator:
-    peers = items(message.nvlink_peer_uuids, ACCELERATORS_MAX, "accelerators.nvlink_peer_uuids")
+    bridged = items(message.nvlink_peer_uuids, ACCELERATORS_MAX, "accelerators.nvlink_peer_uuids")
+    reached = items(message.pcie_peer_uuids, ACCELERATORS_MAX, "accelerators.pcie_peer_uuids")
     return Accelerator(
         name=text(message.name, "accelerators.name"),
         uuid=text(message.uuid, "accelerators.uuid"),
@@ -142,7 +182,8 @@ def _accelerator_value(message: node_pb2.Accelerator) -> Accelerator:
         pcie_generation_max=set_field(message, "pcie_generation_max"),
         power_limit_milliwatts=set_field(message, "power_limit_milliwatts"),
         numa_node=set_field(message, "numa_node"),
-        nvlink_peer_uuids=tuple(text(uuid, "accelerators.nvlink_peer_uuids") for uuid in peers),
+        nvlink_peer_uuids=tuple(text(uuid, "accelerators.nvlink_peer_uuids") for uuid in bridged),
+        pcie_peer_uuids=tuple(text(uuid, "accelerators.pcie_peer_uuids") for uuid in reached),
     )
 
 

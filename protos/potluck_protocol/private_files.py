@@ -1,13 +1,16 @@
-"""Writes the small files that both sides keep: keys, certificates, states.
+"""The small files that both sides keep: keys, certificates, states.
 
-Decides that a reader finds such a file whole or not at all, and that only its owner is one. It must not know what is in it.
+Decides that a reader finds such a file whole or not at all, that only its owner is one, and what counts as damaged. It must not know what
+is in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 
 def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -35,6 +38,19 @@ def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
         raise
     if durable:
         sync_to_disk(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or nested deeper than the parser goes; for people, without the file's name.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
 
 
 def sync_to_disk(path: Path) -> None:

@@ -28,6 +28,8 @@ def address_refusal(text: str) -> str:
         address = ipaddress.ip_address(text)
     except ValueError:
         return "is not an IP address"
+    if "%" in text:
+        return "names a zone, which only its own machine knows"
     if any(address in network for network in _PRIVATE):
         return ""
     if address.is_loopback:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
+from potluck_protocol.card_facts import NOTHING_KNOWN, CardFacts
+from potluck_protocol.line import LineMeasurement
+
 NodeId = NewType("NodeId", str)
 """26 characters of base32: the hash of the node's public key."""
 AccountId = NewType("AccountId", str)
@@ -116,6 +119,8 @@ class Accelerator:
     numa_node: int | None = None
     nvlink_peer_uuids: tuple[str, ...] = ()
     """Cards that this one reaches by NVLink, proved by the driver's peer-to-peer status."""
+    pcie_peer_uuids: tuple[str, ...] = ()
+    """Others that it reaches over PCIe without the machine's memory between, by the same word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +132,14 @@ class GroupOffer:
     address: str
     """Of the interface that the owner names; never a public one."""
     port: int
-    """Where a leader's engine meets its members; one above it, peers are measured."""
+    """Where a leader's engine meets its members."""
     trusted_account_ids: tuple[AccountId, ...] = ()
     """Accounts whose nodes may be in a group with this one, beside its owner's."""
+
+    @property
+    def measuring_port(self) -> int:
+        """Where peers are measured."""
+        return self.port + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +160,8 @@ class Inventory:
     group_offer: GroupOffer | None = None
     attached_model_names: tuple[str, ...] = ()
     """What engines that the owner runs already, and attached, call their models."""
+    line: LineMeasurement | None = None
+    """The way to the coordinator; None before its first measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +174,14 @@ class CardTelemetry:
     power_limit_milliwatts: int | None = None
     memory_used_bytes: int | None = None
     memory_foreign_bytes: int | None = None
-    """By processes that are not this node's engines."""
+    """By processes that are not this node's engines; None, as everywhere here, where that cannot be told."""
     utilization_percent: int | None = None
     throttle_reasons: tuple[str, ...] = ()
     lost: bool = False
     """The driver no longer reaches the card."""
+    newest_xid: int | None = None
+    """The number of the newest fault that the driver told of since the agent started."""
+    xid_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +231,9 @@ class EngineShape:
     """Without cards: the memory for the cache of keys and values; 0: the engine's own choice."""
     memory_bytes: int = 0
     """What one card, or the machine without cards, gives to the engine in all; 0: not said."""
+    card_facts: CardFacts = NOTHING_KNOWN
+    stage_layer_counts: tuple[int, ...] = ()
+    """Of each stage, where cards of one node that follow one another hold the layers; empty: every card holds a part of each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,10 +323,21 @@ class EngineStatus:
     memory_utilization_percent: int = 0
     """The share of each card's memory that it was started with; 0: does not apply."""
     prefill_tokens_per_second: float | None = None
+    """Of one client's prompt, while the engine had no other work."""
     decode_tokens_per_second: float | None = None
+    """Of one client's answer, while the engine had no other work."""
     group_id: str = ""
     group_rank: int = 0
     group_generation: int = 0
+    prefill_past_tokens: int = 0
+    """How many tokens stood before each of those that the rate is of, on average; 0: not told."""
+    decode_past_tokens: int = 0
+    prefix_queried_tokens: int | None = None
+    """Prompt tokens that were looked up in the prefix cache since the engine started."""
+    prefix_hit_tokens: int | None = None
+    """Those of them that were there."""
+    weight_bytes: int | None = None
+    """Of the weights that a group's stage has loaded, by its engine's count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +352,7 @@ class Hello:
     state: NodeState
     in_flight: tuple[AttemptId, ...] = ()
     engines: tuple[EngineStatus, ...] = ()
+    cards: tuple[CardTelemetry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +381,7 @@ class Heartbeat:
     disk_free_bytes: int
     cards: tuple[CardTelemetry, ...] = ()
     peer_measurements: tuple[PeerMeasurement, ...] = ()
+    line: LineMeasurement | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.error import HTTPError
 
 import psutil
 
@@ -61,6 +63,8 @@ class Load:
         self.broken = 0
         self.silent_ends: list[str] = []
         """Answers that looked whole and were not: no `[DONE]`, no error, and nothing wrong with the connection."""
+        self.failures: Counter[str] = Counter()
+        """What clients were told of the others, and how often."""
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(STREAM_COUNT)]
 
     def __enter__(self) -> Self:
@@ -80,19 +84,23 @@ class Load:
 
     def ask_once(self) -> bool:
         """Whether a complete answer came."""
-        complete, silent_end = False, ""
+        complete, silent_end, failure = False, "", ""
         try:
             stream = self._pool.stream()
             stream.read_to_end()
             complete = stream.done
             if not complete and stream.error is None:
                 silent_end = f"an answer of {stream.node_id} just ended after {stream.token_count} tokens"
-        except Exception:  # noqa: BLE001 - while something is dead, clients fail in every way there is, but they notice
-            pass
+            failure = "" if complete else str(stream.error)
+        except HTTPError as error:
+            failure = error.read().decode(errors="replace")
+        except Exception as error:  # noqa: BLE001 - while something is dead, clients fail in every way there is, but they notice
+            failure = repr(error)
         with self._lock:
             self.complete += complete
             self.broken += not complete
             self.silent_ends += [silent_end] if silent_end else []
+            self.failures += Counter([failure] if failure else [])
         return complete
 
 
@@ -168,7 +176,7 @@ def play(pool: Pool, number: int, catalogue: Path, stack: ExitStack) -> Round:
     if load.complete == 0:
         broken.append("no answer was complete: there was no load")
     if victim == "directory" and load.broken:
-        broken.append(f"{load.broken} answers broke, although only the directory died")
+        broken.append(f"{load.broken} answers broke, although only the directory died: {dict(load.failures)}")
     return Round(number, victim, round(back_after_seconds, 2), load.complete, load.broken, open_hold_count, (*broken, *findings))
 
 

@@ -26,7 +26,7 @@ from tests.support.grpc_edge import (
 PREFIX = "/potluck_protocol.v1."
 GENERATE = f"{PREFIX}InferenceService/Generate"
 JOINER_METHODS = [f"{PREFIX}EnrolmentService/Join", f"{PREFIX}EnrolmentService/Renew"]
-KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, f"{PREFIX}NodeService/Link"})
+KEY_METHODS = sorted(method for method in contract_methods() - {*JOINER_METHODS} if not method.startswith(f"{PREFIX}NodeService/"))
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ async def edge() -> AsyncIterator[HttpEdge]:
         yield running
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("reset", [True, False])
 async def test_hang_up_mid_stream_closes_the_answer(edge: HttpEdge, reset: bool) -> None:
     edge.requests.script = Script(pieces=CHAT_STREAM, endless=True)

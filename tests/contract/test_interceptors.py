@@ -20,6 +20,7 @@ from potluck_protocol.errors import CATALOGUE, ErrorCode, PotluckError
 from potluck_protocol.metadata import ERROR_DETAIL, REQUEST_ID
 from potluck_protocol.v1 import common_pb2
 from potluck_protocol.values import AccountId, KeyPrefix
+from tests.support.grpc_edge import everybody_is_enrolled
 
 USER_KEY = "sk-potluck-useruser-" + "u" * 43
 OPERATOR_KEY = "sk-potluck-operoper-" + "o" * 43
@@ -53,7 +54,7 @@ class Served:
 
     async def start(self) -> None:
         keys = KeyCache(authenticate, lambda: 1, SystemClock())
-        self.server = grpc.aio.server(interceptors=(CallInterceptor(keys, dict, SystemClock()),))
+        self.server = grpc.aio.server(interceptors=(CallInterceptor(keys, dict, everybody_is_enrolled, SystemClock()),))
         handlers = {
             "unary_unary": grpc.unary_unary_rpc_method_handler(self._one),
             "stream_unary": grpc.stream_unary_rpc_method_handler(self._one),
@@ -237,7 +238,7 @@ async def test_a_client_that_goes_ends_the_servicer_at_once(served: Served) -> N
     with structlog.testing.capture_logs() as lines:
         assert await call.read() == b"first"
         call.cancel()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             await served.closed.wait()
         await asyncio.sleep(0)
     assert served.cancelled.is_set()

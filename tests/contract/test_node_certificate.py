@@ -12,6 +12,7 @@ from potluck_node.domain.session import Phase
 from potluck_node.identity_store import StateFolder
 from potluck_protocol.codec import goodbye_message
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.identity import node_id_of_certificate
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import GoodbyeReason
 from tests.support.link_coordinator import LinkCoordinator, link_coordinator
@@ -76,6 +77,21 @@ async def test_a_lapsed_certificate_is_renewed_by_proof_of_the_key_before_dialli
         await link.welcome()
         await link.until(lambda: link.frames)
         assert node.link.session.phase is Phase.SERVING
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage\n", None], ids=["empty", "garbage", "missing"])
+async def test_a_node_without_a_certificate_keeps_its_identity_and_comes_back_with_its_key(coordinator, tmp_path, content) -> None:
+    state = StateFolder(tmp_path / "node")
+    identity = coordinator.enrol(state)
+    (state.path / "node.crt").unlink()
+    if content is not None:
+        (state.path / "node.crt").write_bytes(content)
+    async with wired_node(coordinator, tmp_path, None) as node:
+        link = await coordinator.next_link()
+        await link.welcome()
+        await link.until(lambda: link.frames)
+        assert node.link.session.phase is Phase.SERVING
+    assert node_id_of_certificate(state.certificate(), coordinator.clock.unix_ms()) == identity.node_id
 
 
 async def test_a_full_disk_keeps_a_renewed_certificate_in_memory_and_the_node_serving(coordinator, tmp_path, monkeypatch) -> None:

@@ -80,8 +80,9 @@ async def test_a_streamed_answer_arrives_whole_in_order_and_cut_at_events(coordi
         text = b"".join(event(number) for number in range(2, 40))
         talk.say(text[:17])
         talk.say(text[17:101])
-        talk.say(text[101:] + b"data: [DONE]")
-        talk.say(b"\n\n")
+        # Some servers end lines so.
+        talk.say(text[101:].replace(b"\n", b"\r\n") + b"data: [DONE]\r\n\r")
+        talk.say(b"\n")
         talk.finish()
         end = await link.until_end("a1")
         assert end.reason == node_pb2.END_REASON_COMPLETED
@@ -123,9 +124,11 @@ async def test_a_full_window_stops_reading_the_engine_until_it_is_acknowledged(c
         await link.until(lambda: len(link.data("a1")) > 40_000)
         beats = len(link.frames)
         await link.until(lambda: len(link.frames) > beats + 2)
-        held_back_bytes = total_bytes - talk.written_bytes
+        written_bytes = talk.written_bytes
+        await link.until(lambda: len(link.frames) > beats + 4)
         assert len(link.data("a1")) <= 65_536
-        assert held_back_bytes > total_bytes // 2, "the engine must feel the pause"
+        # How much of it the kernel has taken differs: its buffers grow to 9 MB on a busy machine.
+        assert talk.written_bytes == written_bytes < total_bytes - 1024 * 1024, "the engine must feel the pause"
         while link.end("a1") is None:
             known = len(link.chunks("a1"))
             await link.acknowledge("a1", known)
@@ -173,7 +176,7 @@ async def test_an_attempt_that_the_welcome_does_not_name_is_dropped(coordinator,
         again = await coordinator.next_link()
         await again.welcome(epoch=2)
         talk.say(event(2) * 1000)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             await talk.gone.wait()
         assert node.attempts.in_flight == ()
         assert again.chunks("a1") == []
@@ -192,9 +195,9 @@ async def test_a_lease_that_is_not_renewed_fences_the_node(coordinator, engine, 
         assert node.attempts.in_flight == ()
         assert list(again.hello.in_flight) == []
         talk.say(event(2))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             await talk.gone.wait()
-        await asyncio.wait_for(link.ended.wait(), 1)
+        await asyncio.wait_for(link.ended.wait(), 10)
         assert link.end("a1") is None
 
 
@@ -208,6 +211,7 @@ async def test_renewed_leases_keep_the_node_serving(coordinator, tmp_path) -> No
         assert coordinator.links.empty()
 
 
+@pytest.mark.timed
 async def test_cancelling_closes_the_engines_connection_within_a_second(coordinator, engine, tmp_path) -> None:
     async with wired_node(coordinator, tmp_path, engine.url, slot_count=1) as node:
         link = await coordinator.next_link()
@@ -242,7 +246,7 @@ async def test_cancelling_before_the_first_byte_frees_the_slot(coordinator, engi
         end = await link.until_end("a1")
         assert (end.reason, end.sequence) == (node_pb2.END_REASON_CANCELLED, 0)
         other = await engine.next_conversation()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             while not talk.gone.is_set():
                 talk.say(event(2))
                 await asyncio.sleep(0.01)
@@ -307,7 +311,7 @@ async def test_goodbye_reaches_the_coordinator_and_ends_the_run(coordinator, tmp
         await link.welcome()
         await link.until(lambda: link.frames)
         assert await node.link.say_goodbye(GoodbyeReason.STOPPING)
-        await asyncio.wait_for(node.task, 2)
+        await asyncio.wait_for(node.task, 10)
         goodbyes = [frame.goodbye.reason for frame in link.frames if frame.HasField("goodbye")]
         assert goodbyes == [node_pb2.GOODBYE_REASON_STOPPING]
         assert coordinator.links.empty()
@@ -320,7 +324,7 @@ async def test_a_revoked_node_stops_and_says_why(coordinator, tmp_path) -> None:
         await link.send(goodbye=goodbye_message(GoodbyeReason.REVOKED, "too\x1b[2J hot"))
         link.close()
         with pytest.raises(PotluckError, match=r"\(too \[2J hot\)") as raised:
-            await asyncio.wait_for(node.task, 2)
+            await asyncio.wait_for(node.task, 10)
         assert raised.value.code is ErrorCode.INVALID_CERTIFICATE
 
 
@@ -344,7 +348,7 @@ async def test_a_node_replaced_again_and_again_gives_way(coordinator, tmp_path) 
             await link.send(goodbye=goodbye_message(GoodbyeReason.REPLACED))
             link.close()
         with pytest.raises(PotluckError) as raised:
-            await asyncio.wait_for(node.task, 3)
+            await asyncio.wait_for(node.task, 10)
         assert raised.value.code is ErrorCode.ALREADY_EXISTS
 
 

@@ -13,6 +13,7 @@ from potluck_protocol.values import (
     AccountId,
     EngineState,
     EngineStatus,
+    GroupOffer,
     Inventory,
     ModelId,
     NodeId,
@@ -21,7 +22,7 @@ from potluck_protocol.values import (
 )
 from tests.support.grpc_edge import CLOCK, OPERATOR_KEY, OTHER_KEY, USER_KEY, GrpcEdge, authorization
 
-UUID = "GPU-5f1c7d2e"
+UUID, PEER_UUID = "GPU-5f1c7d2e", "GPU-0a9b8c7d"
 FAILURE = "the engine said: no room on the card"
 RECORD = NodeRecord(
     node_id=NodeId("n" * 26),
@@ -30,7 +31,15 @@ RECORD = NodeRecord(
     connection="connected",
     state=NodeState.SERVING,
     engines=(EngineStatus(ReplicaId("r"), ModelId("m"), EngineState.BACKING_OFF, "scripted", failure=FAILURE),),
-    inventory=Inventory("Linux", 8, 1 << 34, 1 << 40, (Accelerator("RTX 3090", UUID, 24 << 30),)),
+    inventory=Inventory(
+        "Linux",
+        8,
+        1 << 34,
+        1 << 40,
+        (Accelerator("RTX 3090", UUID, 24 << 30, nvlink_peer_uuids=(PEER_UUID,), pcie_peer_uuids=(PEER_UUID,)),),
+        group_offer=GroupOffer("cellar", "10.20.30.40", 29600, (AccountId("acct_friend"),)),
+        attached_model_names=("grandmas-letters",),
+    ),
     agent_version="0.1.0",
     up_minutes=7,
     down_minutes=2,
@@ -64,15 +73,19 @@ async def test_its_owner_and_the_operator_see_everything(authority: CertificateA
     assert node.owner_account_id == "acct_user"
     assert [card.uuid for card in node.inventory.accelerators] == [UUID]
     assert [engine.failure for engine in node.engines] == [FAILURE]
+    assert list(node.inventory.accelerators[0].nvlink_peer_uuids) == [PEER_UUID]
+    assert list(node.inventory.accelerators[0].pcie_peer_uuids) == [PEER_UUID]
+    assert (node.inventory.group_offer.site, list(node.inventory.attached_model_names)) == ("cellar", ["grandmas-letters"])
 
 
-async def test_a_stranger_sees_neither_whose_it_is_nor_what_tells_its_cards_apart_nor_why_its_engines_fail(
+async def test_a_stranger_sees_neither_whose_it_is_nor_what_tells_its_cards_apart_nor_why_its_engines_fail_nor_its_owners_private_words(
     authority: CertificateAuthority,
 ) -> None:
     node = await shown_to(authority, OTHER_KEY)
     text = node.SerializeToString()
-    for hidden in ("acct_user", UUID, FAILURE):
+    for hidden in ("acct_user", UUID, PEER_UUID, FAILURE, "cellar", "10.20.30.40", "acct_friend", "grandmas-letters"):
         assert hidden.encode() not in text
+    assert not node.inventory.HasField("group_offer")
     # The rest is what strangers choose a pool by.
     assert (node.display_name, node.connection, node.up_minutes) == ("den", "connected", 7)
     assert [(card.name, card.memory_bytes) for card in node.inventory.accelerators] == [("RTX 3090", 24 << 30)]

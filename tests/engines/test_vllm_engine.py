@@ -13,8 +13,9 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
@@ -22,12 +23,14 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from potluck_node.engines.asking import ask_load
 from potluck_node.engines.base import EngineLaunch
 from potluck_node.engines.llamacpp import LlamaCppEngine
-from potluck_node.engines.metrics import ask_load
 from potluck_node.engines.process import EngineProcess
 from potluck_node.engines.vllm import VllmEngine
 from potluck_protocol.values import EngineShape, FailureKind, ModelId
+from tests.engines import one_process as one_process_module
+from tests.engines.one_process import TOLERANCE, predicted, shared_memory_of, told
 from tests.support.pool import until
 from tests.support.safetensors_model import built_in_folder, built_in_gguf
 
@@ -64,9 +67,10 @@ def gguf_file() -> Path:
 class Running:
     """The engine that the tests share."""
 
-    def __init__(self, process: EngineProcess, session: aiohttp.ClientSession) -> None:
+    def __init__(self, process: EngineProcess, session: aiohttp.ClientSession, temporary_folder: Path | None = None) -> None:
         self.process = process
         self.session = session
+        self.temporary_folder = temporary_folder
 
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         url = f"{self.process.address.url}/v1/chat/completions"
@@ -78,12 +82,14 @@ class Running:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(vllm_engine: VllmEngine, folder: Path) -> AsyncIterator[Running]:
     launch = EngineLaunch(MODEL, folder, SLOT_COUNT, CONTEXT_LENGTH_TOKENS, EngineShape(kv_cache_bytes=CACHE_BYTES))
-    async with aiohttp.ClientSession() as session:
-        process = await EngineProcess.start(vllm_engine, launch, os.environ, session)
-        try:
-            yield Running(process, session)
-        finally:
-            await process.stop()
+    # Not pytest's, which is too deep for sockets; nor the machine's, where other engines leave and take things meanwhile.
+    with TemporaryDirectory() as temporary:
+        async with aiohttp.ClientSession() as session:
+            process = await EngineProcess.start(vllm_engine, launch, {**os.environ, "TMPDIR": temporary}, session)
+            try:
+                yield Running(process, session, Path(temporary))
+            finally:
+                await process.stop()
 
 
 @contextmanager
@@ -165,6 +171,27 @@ async def test_its_metrics_are_understood(running):
     assert load.prefix_hit_tokens is not None
 
 
+async def test_its_cache_holds_what_the_fit_says_of_a_node_with_so_much_memory(running, folder):
+    (whole,) = predicted(folder, CONTEXT_LENGTH_TOKENS, SLOT_COUNT).memory
+    found = predicted(folder, CONTEXT_LENGTH_TOKENS, SLOT_COUNT, whole.weight_bytes + whole.overhead_bytes + CACHE_BYTES)
+    (memory,) = found.memory
+    assert memory.kv_available_bytes == CACHE_BYTES
+    load = await ask_load(running.session, "vllm", running.process.address)
+    assert load.kv_capacity_tokens == pytest.approx(found.kv_capacity_tokens, rel=TOLERANCE)
+
+
+async def test_a_cache_as_big_as_the_fit_says_holds_the_sequences_that_were_wished(one_process):
+    found = one_process.found
+    given_tokens = told(found, "--kv-cache-memory-bytes") / found.kv_bytes_per_token
+    assert one_process.kv_capacity_tokens == pytest.approx(given_tokens, rel=TOLERANCE)
+    assert one_process.kv_capacity_tokens >= one_process_module.SLOT_COUNT * one_process_module.CONTEXT_LENGTH_TOKENS
+
+
+async def test_of_one_that_was_killed_with_its_launcher_no_shared_memory_stays(one_process):
+    assert one_process.shared
+    assert one_process.left == frozenset()
+
+
 async def test_nobody_without_the_key_gets_anything_of_it(running):
     url = running.process.address.url
     for path, status in {"/health": 200, "/metrics": 200, "/v1/models": 200, "/invocations": 404, "/tokenize": 404, "/docs": 404}.items():
@@ -190,7 +217,8 @@ async def test_a_killed_worker_ends_all_of_it_at_once(running):
     everything = psutil.Process(running.process.pid).children(recursive=True)
     shared = shared_memory_of(everything)
     assert shared
-    worker = next(process for process in everything if process.cmdline()[0].startswith("VLLM::Worker"))
+    assert any(path.is_socket() for path in running.temporary_folder.rglob("*"))
+    worker = next(process for process in everything if title_of(process).startswith("VLLM::Worker"))
     worker.kill()
     began = time.monotonic()
     failure = await running.process.wait()
@@ -199,13 +227,12 @@ async def test_a_killed_worker_ends_all_of_it_at_once(running):
     await running.process.stop()
     assert until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everything), 5.0)
     assert not [path for path in shared if path.exists()]
+    left = [path.name for path in running.temporary_folder.iterdir() if not path.name.startswith("torchinductor_")]
+    assert left == [], "sockets, and what its workers met by"
 
 
-def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
-    """The named shared memory that they have open."""
-    return {
-        Path("/dev/shm") / line.partition("/dev/shm/")[2]
-        for process in processes
-        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-        if "/dev/shm/" in line and not line.endswith("(deleted)")
-    }
+def title_of(process: psutil.Process) -> str:
+    """Empty for one that has ended meanwhile: vLLM starts processes that last for a moment."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engines.group_loss import PROMPT, TOKENS
 from tests.support.coordinator_process import CoordinatorProcess, wait_until
-from tests.support.group_pool import MODEL, READY_SECONDS_MAX, VLLM_PYTHON, catalogue_text
+from tests.support.group_pool import MODEL, PROMPT, READY_SECONDS_MAX, TOKENS, VLLM_PYTHON, catalogue_text
 from tests.support.pool_processes import NodeProcess, Pool, audit, new_invite
 from tests.support.safetensors_model import built_in_folder
 

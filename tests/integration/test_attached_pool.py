@@ -47,6 +47,13 @@ def own_chat(hand: HandStarted) -> str:
     return hand.ask("/v1/chat/completions", GREEDY)["choices"][0]["message"]["content"]
 
 
+def typed(node: NodeProcess, command: str) -> subprocess.CompletedProcess[str]:
+    """What the node's owner types."""
+    environment = {**os.environ, "POTLUCK_NODE_STATE_DIR": str(node.folder / "state")}
+    line = [sys.executable, "-m", "potluck", "node", command]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
 @pytest.mark.timeout(240)
 def test_a_pool_serves_from_an_engine_started_by_hand_and_leaving_leaves_it_running(tmp_path, monkeypatch):
     with hand_started(write_tiny_gguf(tmp_path / "tiny.gguf")) as hand:
@@ -65,14 +72,11 @@ def test_a_pool_serves_from_an_engine_started_by_hand_and_leaving_leaves_it_runn
                 assert (stream.done, stream.token_count > 0) == (True, True)
                 assert audit(pool) == ()
 
-                left = subprocess.run(
-                    [sys.executable, "-m", "potluck", "node", "leave"],
-                    env={**os.environ, "POTLUCK_NODE_STATE_DIR": str(node.folder / "state")},
-                    capture_output=True,
-                    text=True,
-                    timeout=60,
-                    check=False,
-                )
+                status = typed(node, "status")
+                place = hand.url.removeprefix("http://")
+                assert [line for line in status.stdout.splitlines() if line.startswith("attached") and line.endswith(f": {NAME}")], status
+                assert f"attached     {place}: llama.cpp" in status.stdout
+                left = typed(node, "leave")
                 assert left.returncode == 0, left.stdout + left.stderr
                 node.process.wait(20)
                 assert hand.process.poll() is None

@@ -33,6 +33,7 @@ from tests.support.open_pool import OpenPool, open_pool
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LINK = "/potluck_protocol.v1.NodeService/Link"
+NODE_METHODS = [LINK, *(f"/potluck_protocol.v1.NodeService/{name}" for name in ("MeasureDownload", "MeasureUpload"))]
 ACCEPTED = "accepted"
 NO_KEY = "invalid_api_key"
 FORBIDDEN = "permission_denied"
@@ -47,7 +48,7 @@ OPERATOR_METHODS = [
     *(f"{PREFIX}AccountService/{name}" for name in ("AuditLedger", "CreateAccount", "ListAccounts")),
     *(f"{PREFIX}PoolService/{name}" for name in ("AddModel", "Deploy", "ExplainDeployment", "RemoveModel", "RevokeNode", "Undeploy")),
 ]
-KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, LINK})
+KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, *NODE_METHODS})
 OPEN_ROUTES = [("GET", "/health"), ("GET", "/pool/v1/connection"), ("GET", "/ready")]
 OPERATOR_ROUTES = [("GET", "/metrics")]
 
@@ -170,16 +171,16 @@ async def test_keys_open_no_way_into_the_pool(people: People, method: str) -> No
     assert set(found.values()) == {"invalid_certificate"}
 
 
-async def test_the_link_is_not_served_on_the_grpc_port(people: People) -> None:
+async def test_what_is_for_nodes_is_not_served_on_the_grpc_port(people: People) -> None:
     async with people.pool.grpc_channel() as channel, people.pool.grpc_channel(people.node) as nodes_channel:
-        for header in people.keys.values():
-            assert await outcome(channel, LINK, header) == NOT_SERVED
-        assert await outcome(nodes_channel, LINK, None) == NOT_SERVED
+        found = [await outcome(channel, method, header) for method in NODE_METHODS for header in people.keys.values()]
+        found += [await outcome(nodes_channel, method, None) for method in NODE_METHODS]
+        assert set(found) == {NOT_SERVED}
 
 
-async def test_nothing_but_the_link_is_served_on_the_link_port(people: People) -> None:
+async def test_nothing_but_what_is_for_nodes_is_served_on_the_link_port(people: People) -> None:
     async with people.pool.link_channel(people.node) as channel:
-        for method in sorted(contract_methods() - {LINK}):
+        for method in sorted(contract_methods() - {*NODE_METHODS}):
             for kind in ("nothing", "a user's key", "the operator's key"):
                 assert await outcome(channel, method, people.keys[kind]) == NOT_SERVED, (method, kind)
 
@@ -222,19 +223,19 @@ async def link_credentials(people: People, folder: Path) -> dict[str, tuple[Cred
     key = identity.new_private_key()
     spki = identity.public_key_der(key)
     node_key = people.node.key_pem
-    node_uri = identity.node_uri(people.node_id)
+    node_spki = identity.public_key_der(node_key)
+    node_uri, other_uri = identity.node_uri(people.node_id), f"spiffe://other/node/{people.node_id}"
     server = authority.issue_server_certificate(now)
     revoked_id, revoked = await pool.joined_node()
     await pool.directory.nodes.revoke_node(revoked_id, "test")
+    left_id, left = await pool.joined_node()
+    await pool.directory.nodes.close_session(left_id, 0, GoodbyeReason.LEAVING)
     never_enrolled = Credential(key, authority.issue_node_certificate(spki, now).encode())
     dns: list[x509.GeneralName] = [x509.DNSName(SERVER_NAME)]
     return {
         "no certificate": (None, NO_HANDSHAKE),
         "another pool's CA": (Credential(key, elsewhere.issue_node_certificate(spki, now).encode()), NO_HANDSHAKE),
-        "another pool's CA, an enrolled node's key": (
-            Credential(node_key, elsewhere.issue_node_certificate(identity.public_key_der(node_key), now).encode()),
-            NO_HANDSHAKE,
-        ),
+        "another pool's CA, a node's key": (Credential(node_key, elsewhere.issue_node_certificate(node_spki, now).encode()), NO_HANDSHAKE),
         "expired": (bent_certificate(authority, node_key, ends_in=timedelta(seconds=-10)), NO_HANDSHAKE),
         "not yet good": (bent_certificate(authority, node_key, starts_in=timedelta(minutes=10)), NO_HANDSHAKE),
         "for servers only": (bent_certificate(authority, node_key, usages=[SERVER]), NO_HANDSHAKE),
@@ -245,25 +246,24 @@ async def link_credentials(people: People, folder: Path) -> dict[str, tuple[Cred
         "its name twice": (bent_certificate(authority, node_key, uris=[node_uri, node_uri]), "invalid_certificate"),
         "its name and the server's": (bent_certificate(authority, node_key, other_names=dns), "invalid_certificate"),
         "another node's name": (bent_certificate(authority, key, uris=[node_uri]), "invalid_certificate"),
-        "a name of another form": (
-            bent_certificate(authority, node_key, uris=[f"spiffe://other/node/{people.node_id}"]),
-            "invalid_certificate",
-        ),
+        "a name of another form": (bent_certificate(authority, node_key, uris=[other_uri]), "invalid_certificate"),
         "a CA's certificate": (bent_certificate(authority, node_key, ca=True), "invalid_certificate"),
         "a key that never enrolled": (never_enrolled, "invalid_certificate"),
         "a revoked node's": (revoked, "invalid_certificate"),
+        "a node's that its owner took out": (left, "invalid_certificate"),
         "the pool's own": (people.node, ACCEPTED),
     }
 
 
-async def test_the_link_against_every_certificate(people: People, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", NODE_METHODS)
+async def test_what_is_for_nodes_against_every_certificate(people: People, tmp_path: Path, method: str) -> None:
     table = await link_credentials(people, tmp_path)
     found: dict[str, str] = {}
     for kind, (credential, _) in table.items():
         async with people.pool.link_channel(credential) as channel:
-            said = hello(people.node_id if credential is None else own_id(credential))
+            said = hello(people.node_id if credential is None else own_id(credential)) if method == LINK else b""
             # An operator's key beside it must not help a bad certificate.
-            found[kind] = await outcome(channel, LINK, f"Bearer {people.pool.operator_key}", said)
+            found[kind] = await outcome(channel, method, f"Bearer {people.pool.operator_key}", said)
     assert found == {kind: wanted for kind, (_, wanted) in table.items()}
 
 
@@ -308,7 +308,8 @@ async def join(
         try:
             response = await node_pb2_grpc.EnrolmentServiceStub(channel).Join(request)
         except grpc.aio.AioRpcError as error:
-            return detail_of(error).code, ""
+            # What gRPC says itself has no detail of ours.
+            return detail_of(error).code or f"{error.code()}: {error.details()}", ""
     return ACCEPTED, response.node_id
 
 

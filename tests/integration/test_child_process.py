@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -17,13 +18,14 @@ import psutil
 import pytest
 
 from potluck_node.child_process import ChildProcess
+from tests.support.pool import marked_processes
 
 SLEEPS = ("-c", "import time; time.sleep(60)")
 
 
 @asynccontextmanager
 async def children(count: int) -> AsyncIterator[list[ChildProcess]]:
-    spawned = [await ChildProcess.spawn(SLEEPS, os.environ) for _ in range(count)]
+    spawned = [ChildProcess.spawn(SLEEPS, os.environ) for _ in range(count)]
     try:
         yield spawned
     finally:
@@ -48,9 +50,31 @@ async def test_each_end_is_heard_however_often_it_is_asked_for():
             await asyncio.wait_for(spawned[0].wait(), 0.05)
         await asyncio.wait_for(spawned[0].stop(), 5)
         assert await spawned[0].wait() == "signal SIGTERM"
-    short = await ChildProcess.spawn(("-c", "raise SystemExit(3)"), os.environ)
+    short = ChildProcess.spawn(("-c", "raise SystemExit(3)"), os.environ)
     assert await asyncio.wait_for(short.wait(), 10) == "exit status 3"
     await short.stop()
+
+
+@pytest.mark.parametrize("turn_count", range(8))
+async def test_whoever_is_cancelled_about_a_start_leaves_no_child(turn_count):
+    mark = str(uuid.uuid4())
+
+    async def spawn_and_stop() -> None:
+        child = ChildProcess.spawn(SLEEPS, {**os.environ, "POTLUCK_TEST_MARK": mark})
+        try:
+            await child.wait()
+        finally:
+            await child.stop()
+
+    task = asyncio.create_task(spawn_and_stop())
+    for _ in range(turn_count):
+        await asyncio.sleep(0)
+    was_started = bool(marked_processes(mark))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert was_started == (turn_count > 0)
+    assert marked_processes(mark) == []
 
 
 PARENT = """
@@ -60,9 +84,10 @@ time.sleep(60)
 """
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("order", [None, signal.SIGSTOP])
 async def test_a_killed_child_leaves_nothing_of_its_group_not_even_what_was_stopped(order):
-    child = await ChildProcess.spawn(("-c", PARENT), os.environ)
+    child = ChildProcess.spawn(("-c", PARENT), os.environ)
     grandchild_pid = int(await asyncio.wait_for(child.first_line(), 10))
     if order is not None:
         os.killpg(child.pid, order)
@@ -79,7 +104,7 @@ def test_a_child_that_outlives_its_loop_disturbs_nobody(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", faults.append)
 
     async def spawn_and_go() -> int:
-        return (await ChildProcess.spawn(SLEEPS, os.environ)).pid
+        return ChildProcess.spawn(SLEEPS, os.environ).pid
 
     pid = asyncio.run(spawn_and_go())
     (thread,) = [thread for thread in threading.enumerate() if thread.name == f"child {pid}"]

@@ -16,6 +16,7 @@ from potluck.commands import root
 from potluck.commands.terminal import duration_seconds
 from potluck_protocol.connection import Invite, fetch_connection
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.v1 import inference_pb2
 from tests.support.scripted_pool import API_KEY, MODEL, NODE, ScriptedPool, answers, breaks, data, finished, scripted_pool
 from tests.support.terminal import Keyboard, Terminal, lonely_terminal
 
@@ -115,6 +116,7 @@ def test_no_coordinator_is_exit_five_and_no_pool_named_is_explained(terminal: Te
     key_file.write_text(API_KEY)
     assert terminal.run("models", "--url", "http://127.0.0.1:9", "--api-key-file", str(key_file)) == 5
     assert "http://127.0.0.1:9" in terminal.err
+    assert "potluck coordinator serve" in terminal.err
 
 
 def test_lists_as_tables_and_as_json(pool: ScriptedPool, terminal: Terminal):
@@ -188,6 +190,7 @@ def test_a_person_who_is_refused_is_told_where_the_operators_key_is(pool: Script
     folder = tmp_path / "state" / "potluck" / "coordinator"
     pool.unary_refusals.append(PotluckError(ErrorCode.PERMISSION_DENIED, "Operators only."))
     assert terminal.run("audit") == 4
+    assert "on the coordinator's machine, or with --api-key-file" in terminal.err
     assert "operator.json" not in terminal.err
     write_operator(folder, pool.url, "sk-potluck-operator")
     pool.unary_refusals.append(PotluckError(ErrorCode.PERMISSION_DENIED, "Operators only."))
@@ -207,6 +210,74 @@ def test_a_new_key_stands_alone_on_standard_output(pool: ScriptedPool, terminal:
     assert terminal.run("keys", "create", "--name", "laptop") == 0
     assert terminal.out == "sk-potluck-abcdefgh-x\n"
     assert "abcdefgh" in terminal.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "printed"),
+    [
+        (("keys", "create"), {"key_prefix": "abcdefgh", "api_key": "sk-potluck-abcdefgh-x"}),
+        (("keys", "revoke", "abcdefgh"), {"key_prefix": "abcdefgh"}),
+        (("tokens", "revoke", "t" * 12), {"token_id": "t" * 12}),
+        (("nodes", "revoke", NODE), {"node_id": NODE}),
+    ],
+)
+def test_what_was_done_as_json(pool: ScriptedPool, terminal: Terminal, typed: tuple[str, ...], printed: dict[str, str]):
+    assert terminal.run(*typed, "--json") == 0
+    assert json.loads(terminal.out) == printed
+    assert "sk-potluck" not in terminal.err
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("models", "show", "a\udcff"),
+        ("models", "remove", "a\udcff"),
+        ("models", "add", "hf:a/b@\udcff"),
+        ("models", "add", "hf:a/b@main", "--as", "\ud800"),
+        ("models", "add", "hf:a/b@main", "--engine", "\ud800"),
+        ("deploy", "\udcff"),
+        ("undeploy", "\udcff"),
+        ("explain", "\udcff"),
+        ("nodes", "revoke", "\udcff"),
+        ("nodes", "revoke", NODE, "--reason", "\udcff"),
+        ("keys", "create", "--name", "\udcff"),
+        ("keys", "revoke", "\udcff"),
+        ("tokens", "create", "--account", "\udcff"),
+        ("accounts", "create", "\udcff"),
+    ],
+)
+def test_a_word_that_is_no_text_is_wrong_usage(pool: ScriptedPool, terminal: Terminal, typed: tuple[str, ...]):
+    before = len(pool.unary_calls)
+    assert terminal.run(*typed) == 2
+    assert terminal.err.startswith("error: ")
+    assert terminal.err.endswith("is not text in UTF-8.\n")
+    assert (terminal.out, len(pool.unary_calls)) == ("", before)
+
+
+@pytest.mark.parametrize(
+    ("typed", "exit_code", "words"),
+    [
+        (("models", "add", "\udcff.toml"), 2, "there is no catalogue file"),
+        (("models", "--url", "http://\udcff"), 1, "http://host:port"),
+        (("models", "--api-key-file", "\udcff"), 4, "cannot be read"),
+        (("chat", "--model", "\udcff", "Hello"), 1, "cannot be written as JSON"),
+    ],
+)
+def test_a_place_that_is_no_text_is_told_like_any_other(
+    pool: ScriptedPool, terminal: Terminal, typed: tuple[str, ...], exit_code: int, words: str
+):
+    assert terminal.run(*typed) == exit_code
+    assert words in terminal.err
+
+
+def test_a_terminal_without_the_letters_gets_them_spelled_out(pool: ScriptedPool):
+    pool.models.append(inference_pb2.Model(model_id="m", licence="für → alle"))
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "potluck", "models"]
+    table = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True).stdout.decode("latin-1")
+    assert table.splitlines()[-1].endswith("für \\u2192 alle")
+    document = subprocess.run([*command, "--json"], env=environment, capture_output=True, timeout=60, check=True)
+    assert json.loads(document.stdout)[-1]["licence"] == "für → alle"
 
 
 def test_wrong_usage_is_exit_two(terminal: Terminal):
@@ -234,9 +305,9 @@ def test_a_role_that_is_not_installed_says_how_to_install_it(terminal: Terminal,
 
     monkeypatch.setattr(root, "entry_points", lambda group: [Absent()])
     assert terminal.run("node", "join", "--name", "x", "INVITE") == 1
-    assert "pip install 'potluck[node]'" in terminal.err
+    assert "pip install '.[node]' (in the folder of Potluck's sources)" in terminal.err
     assert terminal.run("--help") == 0
-    assert "pip install 'potluck[node]'" in terminal.out
+    assert "pip install '.[node]'" in terminal.out
 
 
 def test_the_operators_file_serves_on_its_own_machine(

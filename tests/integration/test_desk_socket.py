@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import pickle
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from structlog.testing import capture_logs
 
 from potluck_coordinator import desk_socket
 from potluck_coordinator.desk_socket import DeskClient, DeskServer, DirectoryAbsentError, DirectoryLostError, RemoteDirectory
@@ -231,6 +234,33 @@ async def test_a_directory_that_goes_away_is_noticed_and_its_successor_found(pat
 
 async def test_only_this_user_can_reach_it(path, nodes):
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "reason"),
+    [
+        (socket, "SO_PEERCRED", 9_999, "the system does not say whose it is: Protocol not available"),
+        (os, "getuid", lambda: -1, f"it is of another user, {os.getuid()}"),
+    ],
+)
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_whoever_is_not_known_to_be_this_user_is_turned_away_and_the_log_says_why(path, monkeypatch, loop, module, name, value, reason):
+    told: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+        server = DeskServer(SimpleNamespace(nodes=Nodes()), path)
+        await server.start()
+        monkeypatch.setattr(module, name, value)
+        with pytest.raises(DirectoryLostError):
+            await asyncio.wait_for(DeskClient(path).call("nodes", "list_nodes", (), {}), 5)
+        assert not server._connections
+        await server.stop()
+
+    with capture_logs() as logged, asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
+    assert [line["reason"] for line in logged if line["event"] == "desk_socket_refused_a_caller"] == [reason]
+    assert told == []
 
 
 async def test_a_directory_that_never_comes_is_given_up(path, monkeypatch):

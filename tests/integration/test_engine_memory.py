@@ -64,6 +64,48 @@ async def test_each_start_takes_less_until_one_fits_and_a_new_agent_starts_there
         assert status.memory_utilization_percent in {0, 85}
 
 
+async def test_memory_that_others_hold_is_no_word_about_the_model(tmp_path, tiny_gguf):
+    """A desktop takes a quarter of the card: the next start takes what is free, nothing is remembered, and the desktop may go again."""
+    free = tmp_path / "free"
+    free.write_text("78.5")
+    engines = {"llamacpp": StarvedEngine(LlamaCppEngine(), fits=(95, 4, 2048), free=free)}
+    engine = wished(pinned(tiny_gguf), kind="llamacpp", slots=4, context=2048)
+    clock = MovedClock()
+    async with running(supervisor_of(tmp_path, clock, engines=engines)) as node:
+        node.wish(engine)
+        failures, status = await until_settled(node, clock, engine)
+        assert failures == ["others hold memory that 95 % of memory, 4 slots of 2048 tokens would take; next: 78 % of memory"]
+        assert (status.memory_utilization_percent, status.slot_count, status.context_length_tokens) == (78, 4, 2048)
+        assert not list(tmp_path.rglob("ceilings.json")), "others' memory is no ceiling"
+    free.write_text("100")
+    async with running(supervisor_of(tmp_path, clock, engines=engines)) as node:
+        node.wish(engine)
+        failures, status = await until_settled(node, clock, engine)
+        assert (failures, status.memory_utilization_percent) == ([], 95)
+
+
+async def test_an_engine_that_has_too_little_beside_others_waits_for_them_as_after_a_crash(tmp_path, tiny_gguf):
+    free = tmp_path / "free"
+    free.write_text("78.5")
+    engines = {"llamacpp": StarvedEngine(LlamaCppEngine(), fits=(60, 4, 2048), free=free)}
+    engine = wished(pinned(tiny_gguf), kind="llamacpp", slots=4, context=2048)
+    clock = MovedClock()
+    async with running(supervisor_of(tmp_path, clock, engines=engines)) as node:
+        node.wish(engine)
+        failures = []
+        for _ in range(10):
+            status = await node.until_state(EngineState.BACKING_OFF)
+            failures.append(status.failure.splitlines()[-1])
+            assert (status.slot_count, status.context_length_tokens) == (4, 2048)
+            if len(failures) < 10:
+                clock.now_seconds += 40.0
+                node.wish(engine)
+                await node.until(lambda statuses: statuses[0].state is not EngineState.BACKING_OFF)
+        assert ["next: 78 %" in failure for failure in failures] == [True, False] * 5
+        assert "5 crashes within 10 minutes" in failures[-1]
+        assert not list(tmp_path.rglob("ceilings.json"))
+
+
 async def test_below_the_floor_it_is_refused_with_a_reason_until_it_is_wished_otherwise(tmp_path, tiny_gguf):
     engines = {"llamacpp": StarvedEngine(LlamaCppEngine(), fits=(85, 1, 512))}
     engine = wished(pinned(tiny_gguf), kind="llamacpp", slots=2, context=2048)
@@ -132,6 +174,23 @@ async def test_an_engine_that_had_served_gives_up_its_share_at_most(tmp_path):
             clock.now_seconds += 10.0
             node.wish(engine)
         assert shares == [(95, 2), (90, 2), (85, 2), (85, 2)]
+
+
+async def test_cards_are_given_from_an_engines_start_to_its_end(tmp_path):
+    engine = wished(pinned(script_file(tmp_path)))
+    engine = dataclasses.replace(engine, shape=dataclasses.replace(engine.shape, card_uuids=("GPU-1", "GPU-2")))
+    async with running(supervisor_of(tmp_path, MovedClock())) as node:
+        given = []
+        node.supervisor.on_change(lambda: given.append(node.supervisor.cards_given()))
+        assert node.supervisor.cards_given() == frozenset()
+        node.wish(engine)
+        await node.until_state(EngineState.STARTING)
+        assert node.supervisor.cards_given() == {"GPU-1", "GPU-2"}
+        await node.until_state(EngineState.READY)
+        assert node.supervisor.cards_given() == {"GPU-1", "GPU-2"}
+        node.wish()
+        await node.until(lambda statuses: not statuses)
+        assert (node.supervisor.cards_given(), given[0]) == (frozenset(), frozenset())
 
 
 def test_a_ceiling_is_forgotten_when_what_it_was_measured_on_changes(tmp_path, tiny_gguf):

@@ -138,6 +138,7 @@ async def test_llamacpp_says_what_is_wrong_in_openai_shape(tmp_path, tiny_gguf):
             assert response.status == 403, "no page in a browser reaches the engine"
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("stream", [False, True])
 async def test_llamacpp_frees_the_slot_within_a_second_of_a_hang_up(tmp_path, tiny_gguf, stream):
     async with running(supervisor_of(tmp_path, SystemClock())) as node:
@@ -160,7 +161,8 @@ async def test_llamacpp_frees_the_slot_within_a_second_of_a_hang_up(tmp_path, ti
 
 async def test_killed_engine_comes_back_after_its_backoff(tmp_path):
     clock = MovedClock()
-    async with running(supervisor_of(tmp_path, clock)) as node:
+    limits = LocalLimits(frozenset({"scripted"}), lines_folder=tmp_path / "lines")
+    async with running(supervisor_of(tmp_path, clock, limits=limits)) as node:
         engine = wished(pinned(script_file(tmp_path)))
         node.wish(engine)
         await node.until_state(EngineState.READY)
@@ -169,6 +171,7 @@ async def test_killed_engine_comes_back_after_its_backoff(tmp_path):
         failed = await node.until_state(EngineState.BACKING_OFF)
         assert "signal SIGKILL" in failed.failure
         assert failed.failure_kind is FailureKind.KILLED
+        assert not (tmp_path / "lines" / "scripted.txt").exists(), "it had said nothing"
         assert node.supervisor.ready_address(engine.replica_id) is None
         clock.now_seconds += 0.9
         node.wish(engine)

@@ -1,13 +1,19 @@
-"""What the fit predicts of a cache, against what real llama.cpp says that it made: started as the node starts it, with the fit's flags."""
+"""What the fit predicts of memory, against what real llama.cpp says that it made, and holds: started as the node starts it.
+
+Broken on purpose, each of these fails here: bytes of a token up by 15 %, one vector of activations more, a mask twice as large, a second
+copy of the logits, an engine's process without its 64 MiB, or without the prompts that it keeps.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import gguf
+import psutil
 import pytest
 
 from potluck_coordinator.domain.fit.architecture import GIB, ModelArchitecture
@@ -16,11 +22,17 @@ from potluck_coordinator.domain.fit.fitting import fit
 from potluck_coordinator.domain.fit.gguf_metadata import architecture_of_gguf
 from potluck_coordinator.domain.fit.hardware import NodeHardware, NodeProcessor
 from potluck_coordinator.domain.fit.report import ShapeFit
+from potluck_node.engines.llamacpp_server import PROMPT_CACHE_MIB
 from tests.support.safetensors_model import built_in_gguf
 from tests.support.tiny_gguf import write_tiny_gguf
 
 TOLERANCE = 0.1
+STEP_TOLERANCE = 0.05
+STEP_TOLERANCE_MIB = 0.05
+"""The log has two digits."""
 MIB = 1024**2
+BUDGET_BYTES = 600 * MIB
+SLOTS_MAX = 8
 LOAD = """
 import signal
 import sys
@@ -40,6 +52,7 @@ signal.pause()
 LOADED = "model loaded"
 
 
+@cache  # reading the vocabulary takes seconds
 def architecture_of_file(path: Path) -> ModelArchitecture:
     reader = gguf.GGUFReader(path)
     names = {tensor.name for tensor in reader.tensors}
@@ -51,14 +64,24 @@ def architecture_of_file(path: Path) -> ModelArchitecture:
     )
 
 
-def predicted(architecture: ModelArchitecture, context: int, slots: int) -> ShapeFit:
-    node = NodeHardware(processor=NodeProcessor(8 * GIB, 40, 2))
-    report = fit(architecture, [node], engine_kind=LLAMACPP, context_length_tokens=context, sequence_count_wanted=slots)
-    assert report.best is not None
-    return report.best
+def answered(architecture: ModelArchitecture, context: int, slots: int, budget_bytes: int) -> ShapeFit | None:
+    node = NodeHardware(processor=NodeProcessor(budget_bytes, 40, 2))
+    return fit(architecture, [node], engine_kind=LLAMACPP, context_length_tokens=context, sequence_count_wanted=slots).best
 
 
-def told_by_llamacpp(path: Path, found: ShapeFit) -> str:
+def predicted(architecture: ModelArchitecture, context: int, slots: int | None) -> ShapeFit:
+    """Of so many slots in plenty of memory; of None, as many as the fit puts into the budget."""
+    if slots is not None:
+        found = answered(architecture, context, slots, 8 * GIB)
+    else:
+        fitting = [answered(architecture, context, slots, BUDGET_BYTES) for slots in range(1, SLOTS_MAX + 1)]
+        found = [each for each in fitting if each is not None][-1]
+    assert found is not None
+    return found
+
+
+def told_by_llamacpp(path: Path, found: ShapeFit) -> tuple[str, int]:
+    """Its log up to where the model is loaded, and what the process holds then, in bytes."""
     said = dict(zip(found.flags.arguments, found.flags.arguments[1:], strict=False))
     words = [sys.executable, "-P", "-c", LOAD, str(path), said["--context"], said["--slots"]]
     lines: list[str] = []
@@ -68,10 +91,11 @@ def told_by_llamacpp(path: Path, found: ShapeFit) -> str:
             for line in process.stdout:
                 lines.append(line)
                 if LOADED in line:
-                    break
+                    held_bytes = psutil.Process(process.pid).memory_info().rss
+                    return "".join(lines), held_bytes
         finally:
             process.kill()
-    return "".join(lines)
+    pytest.fail("llama.cpp did not load the model:\n" + "".join(lines)[-4000:])
 
 
 def figures(log: str, pattern: str) -> list[float]:
@@ -87,18 +111,30 @@ def model_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_tiny_gguf(tmp_path_factory.mktemp("fit") / "tiny.gguf")
 
 
-@pytest.mark.parametrize(("context", "slots"), [(2048, 1), (1024, 4), (512, 3)])
-def test_llamacpp_makes_the_cache_that_was_predicted_and_takes_the_memory_beside_it(model_file: Path, context: int, slots: int) -> None:
+@pytest.mark.parametrize(("context", "slots"), [(2048, 1), (1024, 4), (2048, None)])
+def test_llamacpp_makes_the_cache_that_was_predicted_and_takes_the_memory_beside_it(
+    model_file: Path, context: int, slots: int | None
+) -> None:
     architecture = architecture_of_file(model_file)
     found = predicted(architecture, context, slots)
     (memory,) = found.memory
-    log = told_by_llamacpp(model_file, found)
+    log, held_bytes = told_by_llamacpp(model_file, found)
     cache_bytes = MIB * sum(figures(log, r"KV buffer size = +([\d.]+) MiB"))
     (token_count,) = figures(log, r"llama_context: n_ctx += (\d+)")
-    assert token_count == context * slots
+    said = dict(zip(found.flags.arguments, found.flags.arguments[1:], strict=False))
+    assert token_count == context * int(said["--slots"])
     assert cache_bytes / found.kv_bytes_per_token == pytest.approx(token_count, rel=TOLERANCE)
     assert memory.kv_wanted_bytes == pytest.approx(cache_bytes, rel=TOLERANCE)
     weights_bytes = MIB * sum(figures(log, r"model buffer size = +([\d.]+) MiB"))
     assert memory.weight_bytes == pytest.approx(weights_bytes, rel=TOLERANCE)
     step_bytes = MIB * sum(figures(log, r"(?:compute|output) buffer size = +([\d.]+) MiB"))
-    assert memory.overhead_bytes - traits_of(LLAMACPP).host_process_bytes == pytest.approx(step_bytes, rel=TOLERANCE, abs=MIB)
+    assert memory.overhead_bytes - traits_of(LLAMACPP).host_process_bytes == pytest.approx(
+        step_bytes, rel=STEP_TOLERANCE, abs=STEP_TOLERANCE_MIB * MIB
+    )
+    # Beside what it holds, the prompts that it may keep later.
+    assert memory.needed_bytes == pytest.approx(held_bytes + PROMPT_CACHE_MIB * MIB, rel=TOLERANCE)
+    if slots is None and model_file == built_in_gguf():
+        assert 1 < int(said["--slots"]) < SLOTS_MAX, "the budget decides, and not the most that were tried"
+        one_more_bytes = cache_bytes / int(said["--slots"])
+        assert BUDGET_BYTES - one_more_bytes < memory.needed_bytes <= BUDGET_BYTES
+        assert held_bytes + PROMPT_CACHE_MIB * MIB <= BUDGET_BYTES * (1 + TOLERANCE)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from potluck_node.engines.foreign_server import BROKEN_EXIT_STATUS, interface_of
+from potluck_node.engines.foreign_server import BROKEN_EXIT_STATUS, SOCKET_PATH_BYTES_MAX, interface_of, temporary_variables
+from potluck_node.engines.shared_memory import free_what_the_dead_left
 from potluck_node.lifeline import PARENT_GONE_EXIT_STATUS
 from tests.support import namespaces
 from tests.support.pool import until
@@ -92,6 +96,13 @@ def start(tmp_path: Path) -> Iterator:
             server.process.wait(SECONDS_MAX)
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """pytest's own are too deep for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def test_it_is_announced_when_it_is_well_and_not_before(start):
     server = start("--key-variable", "THE_KEY")
     url = server.announced()["url"]
@@ -126,6 +137,46 @@ def test_it_sees_its_settings_and_nothing_of_our_interpreter(start, monkeypatch)
     assert not {"PYTHONPATH", "VIRTUAL_ENV"} & environment.keys()
 
 
+@pytest.mark.parametrize("whom", ["its stdin is closed", "it is killed with all it started"])
+def test_what_it_forgets_in_its_temporary_folder_goes_with_it_and_what_it_compiled_stays(start, short_folder, monkeypatch, whom):
+    place = short_folder
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    server = start("--set", "A=1")
+    server.announced()
+    own = Path(server.told()["environment"]["TMPDIR"])
+    assert own.parent == place
+    (own / "forgotten").touch()
+    compiled = Path(server.told()["environment"]["TORCHINDUCTOR_CACHE_DIR"])
+    assert (compiled.parent, compiled.name.startswith("torchinductor_")) == (place, True)
+    compiled.mkdir()
+    if whom == "its stdin is closed":
+        server.process.stdin.close()
+    else:
+        os.killpg(server.process.pid, signal.SIGKILL)
+    server.end()
+    free_what_the_dead_left()
+    assert list(place.iterdir()) == [compiled]
+
+
+def test_a_socket_of_an_engine_never_gets_too_long_a_path():
+    """Then what it forgets stays behind, as it would without us."""
+    longest = Path("/" + "f" * (SOCKET_PATH_BYTES_MAX - 1 - 1 - len(str(uuid.uuid4()))))
+    assert temporary_variables(longest, {})["TMPDIR"] == str(longest)
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"{folder}/".ljust(SOCKET_PATH_BYTES_MAX, "s"))
+    assert temporary_variables(Path(f"{longest}f"), {}) == {}
+
+
+def test_what_an_engine_compiles_lies_where_its_owner_says(start, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/fast/disk")
+    server = start()
+    server.announced()
+    told = server.told()["environment"]
+    assert (told["TORCHINDUCTOR_CACHE_DIR"], Path(told["TMPDIR"]).is_dir()) == ("/fast/disk", True)
+
+
 def test_it_ends_with_its_parent(start):
     server = start()
     server.announced()
@@ -142,6 +193,7 @@ def test_it_ends_when_asked(start):
     assert server.is_gone()
 
 
+@pytest.mark.timed
 def test_it_ends_when_one_of_its_processes_is_killed(start):
     server = start()
     server.announced()

@@ -9,10 +9,12 @@ from threading import Event
 
 import pytest
 
+from potluck_coordinator.directory import hub as hub_module
 from potluck_coordinator.directory.hub import SMALL_FILE_BYTES_MAX, Hub
 from potluck_coordinator.domain.repository import ModelWishes, entry_of_repository
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.hub_server import COMMIT, HubServer, running_hub
+from tests.support.tiny_gguf import write_tiny_gguf
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -91,14 +93,65 @@ def test_an_index_is_read_for_which_weights_are_meant(hub: HubServer):
     assert "consolidated.safetensors" not in [pin.file_name for pin in pins]
 
 
-def test_a_gguf_file_is_pinned_by_the_hubs_own_hash_without_a_byte_of_it(hub: HubServer):
+def test_a_gguf_file_is_pinned_by_the_hubs_own_hash_and_needs_no_header(hub: HubServer):
     hub.repositories[NAME] = {"a.gguf": 5_000, "b.gguf": 6_000, "README.md": b"#"}
     with pytest.raises(ValueError, match="say which one with --file"):
         read(hub)
-    _, pins, documents, _ = read(hub, wanted="b.gguf")
+    repository, pins, documents, _ = read(hub, wanted="b.gguf")
     assert [(pin.file_name, pin.size_bytes) for pin in pins] == [("b.gguf", 6_000)]
-    assert documents == {}
-    assert not [path for path in hub.requests if "/resolve/" in path]
+    made = entry_of_repository(repository, pins, documents, ModelWishes(), None)
+    assert made.architecture is None
+    assert "its architecture: its header could not be read" in made.unchecked
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("head_bytes", [(8 << 20, 32 << 20), (64 << 10, 128 << 10), (1_000, 128 << 10)])
+def test_a_gguf_files_header_says_what_the_model_is_made_of(hub: HubServer, monkeypatch, tiny_gguf: bytes, head_bytes):
+    monkeypatch.setattr(hub_module, "GGUF_HEAD_BYTES", head_bytes)
+    hub.repositories[NAME] = {"tiny.gguf": tiny_gguf}
+    repository, pins, documents, words = read(hub)
+    assert words[-1] == "Reading the header of tiny.gguf"
+    assert hub.ranges == [min(size, len(tiny_gguf)) for size in head_bytes][: 2 if head_bytes[0] == 1_000 else 1]
+    made = entry_of_repository(repository, pins, documents, ModelWishes(), None)
+    known = documents["tiny.gguf"].metadata
+    assert made.architecture.layer_count == known["llama.block_count"]
+    assert made.architecture.vocabulary_size == len(known["tokenizer.ggml.tokens"])
+    assert made.architecture.weight_bytes_of_files == len(tiny_gguf)
+    assert made.engine_kinds == ("llamacpp",)
+    assert made.context_length_tokens <= made.architecture.context_length_max_tokens
+    assert "architecture" not in made.unchecked
+
+
+@pytest.mark.parametrize(
+    ("content", "head_bytes", "words"),
+    [
+        (b"GGUF" + b"\xff" * 5_000, (5_000, 8_000), "counts"),
+        (b"PK" * 2_500, (5_000, 8_000), "does not begin as a GGUF does"),
+        (None, (500, 1_000), "longer than 1000 bytes"),
+    ],
+)
+def test_a_header_that_tells_nothing_is_said_and_the_file_served_all_the_same(hub, monkeypatch, tiny_gguf, content, head_bytes, words):
+    monkeypatch.setattr(hub_module, "GGUF_HEAD_BYTES", head_bytes)
+    hub.repositories[NAME] = {"odd.gguf": content or tiny_gguf}
+    repository, pins, documents, _ = read(hub)
+    made = entry_of_repository(repository, pins, documents, ModelWishes(), None)
+    assert made.architecture is None
+    assert words in made.unchecked
+
+
+def test_a_hub_that_sends_whole_files_is_stopped_at_the_bound(hub: HubServer, monkeypatch, tiny_gguf: bytes):
+    monkeypatch.setattr(hub_module, "GGUF_HEAD_BYTES", (1_000, 2_000))
+    hub.ignores_ranges = True
+    hub.repositories[NAME] = {"tiny.gguf": tiny_gguf}
+    repository, pins, documents, _ = read(hub)
+    assert (
+        "sends more than the 1000 bytes that were asked for"
+        in entry_of_repository(repository, pins, documents, ModelWishes(), None).unchecked
+    )
 
 
 def test_a_configuration_that_is_kept_by_its_hash_is_read_too(hub: HubServer):
@@ -121,6 +174,8 @@ def test_python_is_not_looked_at_where_no_configuration_asks_for_it(hub: HubServ
         ({"repositories": {}}, ErrorCode.NOT_FOUND, "no such repository, revision or file"),
         ({"status": 500}, ErrorCode.COORDINATOR_UNAVAILABLE, "The hub refused with HTTP status 500"),
         ({"status": 403}, ErrorCode.COORDINATOR_UNAVAILABLE, "HTTP status 403"),
+        # Not PERMISSION_DENIED, to which `potluck` would add where the operator's key lies: it is the hub that refuses.
+        ({"status": 403, "error_code": "GatedRepo"}, ErrorCode.NOT_FOUND, "accept their terms at the hub, and set HF_TOKEN"),
     ],
 )
 def test_what_the_hub_refuses_is_said(hub: HubServer, change, code, words):
@@ -142,6 +197,15 @@ def test_a_hub_that_is_away_is_said_with_the_way_out():
         url = hub.url
     with pytest.raises(PotluckError, match="HF_ENDPOINT") as failure:
         Hub(url, Event()).read(NAME, "main", None, lambda _: None)
+    assert failure.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
+    assert "The hub could not be reached" in failure.value.message
+    assert failure.value.retry_after_seconds
+
+
+def test_an_answer_that_is_somebody_elses_page_is_no_fault_of_the_callers(hub: HubServer, monkeypatch):
+    monkeypatch.setattr(HubServer, "describe", lambda *_: b"<html>Please log in to this network</html>")
+    with pytest.raises(PotluckError, match="could not be reached") as failure:
+        read(hub)
     assert failure.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
 
 
@@ -175,5 +239,26 @@ def test_a_small_file_that_is_none_is_not_fetched(hub: HubServer, monkeypatch: p
 def test_reading_ends_when_it_is_to_stop(hub: HubServer):
     stop = Event()
     stop.set()
-    with pytest.raises(ValueError, match="took too long"):
+    with pytest.raises(PotluckError, match="took too long"):
         read(hub, stop=stop)
+
+
+def test_a_description_without_end_is_not_read_to_its_end(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("potluck_coordinator.directory.hub.DESCRIPTION_BYTES_MAX", 500)
+    with pytest.raises(ValueError, match="more than the 500 bytes that a description may have"):
+        read(hub)
+
+
+def test_a_repository_of_more_files_than_any_model_has_is_refused(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("potluck_coordinator.directory.hub.FILES_MAX", 4)
+    with pytest.raises(ValueError, match="it has 5 files; up to 4 are looked at"):
+        read(hub)
+
+
+@pytest.mark.parametrize("sibling", [{"rfilename": 5}, {"rfilename": "a.json", "size": "many"}])
+def test_a_list_of_files_that_makes_no_sense_is_the_hubs_fault(hub: HubServer, monkeypatch: pytest.MonkeyPatch, sibling):
+    described = json.loads(hub.describe(NAME)) | {"siblings": [sibling]}
+    monkeypatch.setattr(HubServer, "describe", lambda *_: json.dumps(described).encode())
+    with pytest.raises(PotluckError, match="makes no sense") as failure:
+        read(hub)
+    assert failure.value.code is ErrorCode.COORDINATOR_UNAVAILABLE

@@ -39,12 +39,17 @@ class Hearing:
         self.sent = node_pb2.NodeFrame()
 
     def start(
-        self, name: str, replica_id: ReplicaId = REPLICA, *, stream: bool = True, window_bytes: int = 1 << 20, **more: object
+        self,
+        name: str,
+        replica_id: ReplicaId = REPLICA,
+        *,
+        endpoint: Endpoint = Endpoint.CHAT_COMPLETIONS,
+        stream: bool = True,
+        window_bytes: int = 1 << 20,
+        **more: object,
     ) -> None:
         body = json.dumps({**BODY, "stream": stream, **more}).encode()
-        self.attempts.start(
-            StartAttempt(AttemptId(name), replica_id, Endpoint.CHAT_COMPLETIONS, body, stream=stream, window_bytes=window_bytes)
-        )
+        self.attempts.start(StartAttempt(AttemptId(name), replica_id, endpoint, body, stream=stream, window_bytes=window_bytes))
 
     async def until(self, condition: Callable[[node_pb2.NodeFrame], object]) -> None:
         async with asyncio.timeout(60):
@@ -94,6 +99,7 @@ async def serving(node: Watched, tiny_gguf: Path) -> tuple[ReplicaId, int]:
     return status.replica_id, pid
 
 
+@pytest.mark.timed
 async def test_a_stopped_engine_is_killed_after_half_a_minute_of_silence_and_is_back_after_a_real_token(tmp_path, tiny_gguf):
     clock = MovedClock()
     supervisor = supervisor_of(tmp_path, clock)
@@ -177,6 +183,46 @@ async def test_tokens_keep_an_engine_alive_and_a_role_does_not(engine):
         await heard.until(lambda sent: sent.chunks[-1].attempt_id == "b2")
         await heard.wait(15)
         assert len(replicas.ended) == 2
+
+
+@pytest.mark.parametrize("keep_alive", [b":\n\n", b": ping - 2026-11-22\r\n\r\n"])
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS])
+async def test_an_engine_that_only_keeps_its_stream_alive_is_as_silent_as_one_that_says_nothing(engine, keep_alive, endpoint):
+    """llama.cpp writes the first every 30 s, from a thread that goes on while its model hangs; others the second, every 15 s."""
+    clock = MovedClock()
+    replicas = FixedReplicas(engine.url)
+    async with hearing(replicas, clock) as heard:
+        heard.start("a1", endpoint=endpoint)
+        conversation = await engine.next_conversation()
+        for _ in range(2):
+            conversation.say(TOKEN)
+        await heard.until(lambda sent: b"".join(chunk.data for chunk in sent.chunks).count(TOKEN) == 2)
+        await heard.wait(25)
+        conversation.say(keep_alive[:1])
+        conversation.say(keep_alive[1:])
+        await asyncio.sleep(0.05)
+        await heard.wait(4)
+        assert replicas.ended == []
+        await heard.wait(3)
+        assert len(replicas.ended) == 1
+
+
+async def test_an_engine_that_keeps_its_stream_alive_while_it_reads_a_long_prompt_has_its_time_and_no_more(engine):
+    clock = MovedClock()
+    replicas = FixedReplicas(engine.url)
+    async with hearing(replicas, clock) as heard:
+        heard.start("a1", padding="x" * 10_000)
+        conversation = await engine.next_conversation()
+        conversation.say(TOKEN)  # stands for the role
+        for _ in range(5):
+            conversation.say(b":\n\n")
+            await asyncio.sleep(0.02)
+            await heard.wait(25)
+        assert replicas.ended == []
+        conversation.say(b":\n\n")
+        await asyncio.sleep(0.02)
+        await heard.wait(10)
+        assert len(replicas.ended) == 1
 
 
 async def test_a_long_prompt_has_its_time(engine):

@@ -113,6 +113,28 @@ async def test_an_engine_that_stands_still_is_noticed_even_if_nobody_waits_for_i
             await noticed.wait()
 
 
+@pytest.mark.parametrize("body", [b'{"stream":true}', b'{"stream":true,"n":2}', b"{}"])
+@pytest.mark.parametrize("said", [PROGRESS, PROGRESS + TEXT])
+async def test_an_engine_that_only_keeps_its_streams_alive_stands_still(quick_to_doubt, body, said):
+    noticed = asyncio.Event()
+    async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url, noticed.set).serve() as url:
+        asking = asyncio.create_task(session.post(url + PATH, data=body))
+        conversation = await engine.next_conversation()
+        conversation.say(said)
+        async with asyncio.timeout(2):
+            while not noticed.is_set():
+                conversation.say(b":\n\n")
+                await asyncio.sleep(0.05)
+        asking.cancel()
+
+
+async def test_a_keep_alive_before_the_first_token_is_not_the_first_event():
+    for more, said in (({"stream": True}, TEXT + END + DONE), ({"stream": True, "n": 2}, TEXT + END + DONE)):
+        assert (await answer_to(b":\n\n" + PROGRESS + b":\n\n" + said, **more))[:2] == (200, said)
+    status, content, _ = await answer_to(b":\n\n" + PROGRESS + FAILURE, stream=True)
+    assert (status, json.loads(content)["error"]["message"]) == (503, "no room")
+
+
 async def test_an_engine_that_answers_after_a_hang_up_is_left_in_peace(quick_to_doubt):
     async with directed_engine() as engine, aiohttp.ClientSession() as session, Front(engine.url, never).serve() as url:
         asking = asyncio.create_task(session.post(url + PATH, data=b'{"stream":true}'))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pool import MODEL, marked_processes, until, write_tiny_catalogue
+from tests.support.pool import marked_processes, until, write_tiny_catalogue
 
 START_SECONDS_MAX = 90.0
 STOP_SECONDS_MAX = 30.0
@@ -134,25 +134,6 @@ def test_up_names_a_port_that_is_taken(home: Home):
 
 
 @pytest.mark.timeout(300)
-def test_demo_answers_pays_audits_and_leaves_nothing(home: Home):
-    demo = home.start("demo", "--question", "What is soup?")
-    assert demo.process.wait(START_SECONDS_MAX) == 0, demo.said()
-    said = demo.said()
-    answer = said.partition("> What is soup?\n")[2].partition("\n\nnode ")[0]
-    assert answer.strip()
-    assert re.search(rf"node    local \([a-z2-7]{{26}}\), {MODEL}", said)
-    assert re.search(r"speed   [\d.]+ tokens/s", said)
-    cost, earned = (re.search(rf"{word}\s+([\d.]+) credits", said) for word in ("cost", "earned"))
-    assert cost
-    assert earned
-    assert 0 < float(earned[1]) <= float(cost[1])
-    assert "by operator, the node's owner" in said
-    assert "audit   the books balance" in said
-    assert home.nothing_runs()
-    assert not (home.folder / "state").exists()
-
-
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("phase", "ending"), [("Starting the coordinator", signal.SIGTERM), ("Starting the node", signal.SIGINT)])
 def test_a_demo_that_is_broken_off_early_leaves_nothing(home: Home, phase: str, ending: signal.Signals):
     home.environment["TMPDIR"] = str(home.folder / "tmp")
@@ -168,7 +149,7 @@ def test_a_demo_that_is_broken_off_early_leaves_nothing(home: Home, phase: str, 
 
 
 @pytest.mark.timeout(480)
-def test_make_demo_asks_the_built_in_model(home: Home):
+def test_make_demo_asks_the_built_in_model_pays_audits_and_leaves_nothing(home: Home):
     """With the real catalogue, source, hash and model, which is fetched if this machine does not keep it yet."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     root = Path(__file__).parents[2]
@@ -179,10 +160,16 @@ def test_make_demo_asks_the_built_in_model(home: Home):
     assert question.endswith("Answer in two sentences.")
     # What a random model of the same form says is no English.
     assert len({"food", "people", "share", "sharing", "and", "to", "a"} & set(re.findall(r"[a-z]+", answer.lower()))) >= 3
+    assert re.search(r"node    local \([a-z2-7]{26}\), smollm2-135m-instruct", done.stdout)
+    assert re.search(r"speed   [\d.]+ tokens/s", done.stdout)
+    cost, earned = (float(re.search(rf"{word}\s+([\d.]+) credits", done.stdout)[1]) for word in ("cost", "earned"))
+    assert 0 < earned <= cost
+    assert "by operator, the node's owner" in done.stdout
     assert "audit   the books balance" in done.stdout
     assert home.nothing_runs()
+    assert not (home.folder / "state").exists()
 
 
 def test_make_test_is_these_tests():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert re.search(r"^test:.*\n\t\S*pytest$", makefile, re.MULTILINE)
+    assert re.search(r"^test:.*\n\t\S*pytest --numprocesses 2 --dist loadfile$", makefile, re.MULTILINE)

@@ -15,28 +15,14 @@ from potluck import calls, catalogue_calls
 from potluck.calls import Call, read_reply
 from potluck.results import Deployment
 from potluck_protocol.values import ModelId
+from tests.support.catalogue_text import model_text
 from tests.support.grpc_edge import authorization, detail_in
 from tests.support.open_pool import OpenPool, open_pool
 
 BUILT_IN = ModelId("smollm2-135m-instruct")
 TINY = ModelId("tiny")
 OFFER = ModelId("big")
-ENTRY = """
-[[model]]
-model_id = "tiny"
-source = "path:/srv/models"
-file_name = "tiny.gguf"
-sha256 = "{sha256}"
-size_bytes = 10
-engine_kind = "llamacpp"
-context_length_tokens = 512
-slot_count = 2
-prompt_price_micro_credits = 1
-completion_price_micro_credits = 2
-licence = "MIT"
-endpoints = ["/v1/chat/completions"]
-created_at_unix_seconds = 1
-""".format(sha256="a" * 64)
+ENTRY = model_text()
 OFFER_ENTRY = """
 [[model]]
 model_id = "big"
@@ -104,7 +90,8 @@ async def test_a_model_comes_is_deployed_and_goes(pool: OpenPool, operator: Call
     assert "offline" in wishes[Deployment(TINY, 2, "flex")].shortfall
 
     await operator.make(catalogue_calls.undeploy(TINY))
-    assert (await operator.refusal(catalogue_calls.undeploy(TINY)))[0] == "not_found"
+    await operator.make(catalogue_calls.undeploy(TINY))
+    assert [info.deployment for info in await operator.make(catalogue_calls.list_deployments())] == [Deployment(BUILT_IN)]
     await operator.make(catalogue_calls.remove_model(TINY))
     for call in (
         catalogue_calls.get_model(TINY),

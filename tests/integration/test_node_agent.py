@@ -185,9 +185,11 @@ async def test_a_coordinator_that_does_not_answer_is_exit_code_5(box: Box) -> No
     assert "127.0.0.1:9" in joined.stderr
 
 
-async def test_a_node_serves_rests_and_stops_on_ctrl_c_leaving_no_process(box: Box) -> None:
+async def test_a_node_serves_rests_and_stops_on_ctrl_c_leaving_no_process(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     await box.node("join", box.invite)
+    monkeypatch.setenv("POTLUCK_NODE_KEEP_ENGINE_LINES", "true")
     async with box.agent() as process:
+        monkeypatch.delenv("POTLUCK_NODE_KEEP_ENGINE_LINES")
         link = await ready_link(box, tokens=["one", " two"])
         second = await box.node("run")
         assert second.returncode == 1
@@ -201,6 +203,7 @@ async def test_a_node_serves_rests_and_stops_on_ctrl_c_leaving_no_process(box: B
 
         facts = await until_status(box, lambda status: [engine["state"] for engine in status["engines"]] == ["ready"])
         assert (facts["running"], facts["status"]["pid"], facts["status"]["phase"]) == (True, process.pid, "serving")
+        assert facts["status"]["engine_lines_are_kept"], "the agent's setting, which this shell has not any more"
         assert "tiny: ready, 2 slots" in (await box.node("status")).stdout
 
         assert (await box.node("pause")).returncode == 0
@@ -247,8 +250,8 @@ async def test_a_failed_engine_shows_its_last_words(box: Box) -> None:
         broken = box.folder / "script.json"
         broken.write_text('{"tokens": 7}')
         await link.send(desired=desired_state_message(DesiredState(1, (wished(pinned(broken)),))))
-        facts = await until_status(box, lambda status: any(engine["failure"] for engine in status["engines"]))
-        assert facts["status"]["engines"][0]["state"] == "backing_off"
+        # Its last failure is told while the next try is made, too.
+        await until_status(box, lambda status: any(engine["failure"] and engine["state"] == "backing_off" for engine in status["engines"]))
         async with asyncio.timeout(20):
             # Its next try may have begun by the time that the command looks.
             while "failed, trying again" not in (shown := (await box.node("status")).stdout):
@@ -308,11 +311,14 @@ async def test_leaving_through_the_running_agent_tells_the_coordinator_and_remov
 
 
 async def test_leaving_without_an_agent_dials_by_itself(box: Box) -> None:
-    await box.node("join", box.invite)
-    leaving = asyncio.create_task(box.node("leave"))
+    joined = await box.node("join", box.invite, "--name", "attic", "--json")
+    made = json.loads(joined.stdout)
+    assert (made["display_name"], "Next: potluck node run" in joined.stderr) == ("attic", True)
+    leaving = asyncio.create_task(box.node("leave", "--json"))
     link = await box.linked()
     left = await leaving
     assert left.returncode == 0, left.stderr
+    assert json.loads(left.stdout) == {"node_id": made["node_id"]}
     assert [f.goodbye.reason for f in link.frames if f.HasField("goodbye")] == [node_pb2.GOODBYE_REASON_LEAVING]
     assert not box.state_dir.exists()
 

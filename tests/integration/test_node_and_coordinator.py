@@ -69,7 +69,7 @@ async def pool_of(folder: Path, clock: Clock | None = None) -> AsyncIterator[Poo
         state.write_identity(replace(identity, connection=replace(identity.connection, link_port=proxy.port)))
         first_certificate = state.certificate()
         async with directed_engine() as engine, wired_node(None, folder, engine.url, clock=clock) as node:
-            await until(lambda: any(view.ready for view in coordinator.gateway._links.replicas(TINY)), 10)
+            await until(lambda: any(cohort.is_free for cohort in coordinator.gateway._links.cohorts(TINY)), 10)
             yield Pool(coordinator, proxy, engine, node, first_certificate)
 
 

@@ -13,7 +13,7 @@ from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, SessionId
+from potluck_protocol.values import CardTelemetry, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, SessionId
 from tests.support.books import Books
 from tests.support.replicas import catalogue_entry
 
@@ -62,11 +62,11 @@ def report(name, epoch=1, covered_seconds=1.0):
     return NodeReport(NodeId(name), epoch, covered_seconds, suspect=False, state=NodeState.SERVING, engines=())
 
 
-async def serve(books, nodes, seconds, *names):
-    """Lets the time pass, with a gateway that reports the named nodes each second."""
-    for _ in range(seconds):
-        books.clock.advance(1)
-        await nodes.report([report(name) for name in names], {})
+async def serve(books, nodes, seconds, *names, every_seconds=1):
+    """Lets the time pass, with a gateway that reports the named nodes each second, or as seldom as told."""
+    for _ in range(0, seconds, every_seconds):
+        books.clock.advance(every_seconds)
+        await nodes.report([report(name, covered_seconds=every_seconds) for name in names], {})
         await nodes.judge_minutes()
 
 
@@ -83,6 +83,42 @@ async def test_every_active_node_gets_the_models_and_an_outcast_none(tmp_path):
         with pytest.raises(PotluckError) as failure:
             await nodes.open_session(hello("b"))
         assert failure.value.code is ErrorCode.INVALID_CERTIFICATE
+
+
+async def test_what_others_hold_of_a_nodes_cards_stands_until_it_says_something_else_or_is_out(tmp_path):
+    def held(nodes, work):
+        return nodes._known(work)[0].nodes[NodeId("a")].card_foreign_bytes
+
+    def told(epoch, foreign_bytes):
+        return replace(report("a", epoch), cards=(CardTelemetry("gpu", memory_foreign_bytes=foreign_bytes),))
+
+    async with node_desk(tmp_path, "a") as (books, _, nodes):
+        await nodes.open_session(hello("a"))
+        await nodes.report([told(1, 5 << 30)], {})
+        await nodes.report([told(1, None)], {})
+        assert books.run_now(lambda work: held(nodes, work)) == {"gpu": 5 << 30}
+        # In a container, with an engine on the card, it cannot tell after its link has broken what it could tell before.
+        await nodes.close_session(NodeId("a"), 1, None)
+        await nodes.open_session(hello("a"))
+        assert books.run_now(lambda work: held(nodes, work)) == {"gpu": 5 << 30}
+        await nodes.report([told(2, None)], {})
+        nodes.gateway_started()
+        await nodes.report([told(2, None)], {})
+        assert books.run_now(lambda work: held(nodes, work)) == {"gpu": 5 << 30}
+        await nodes.report([told(2, 0)], {})
+        assert books.run_now(lambda work: held(nodes, work)) == {}
+        await nodes.report([told(2, 1 << 30)], {})
+        await nodes.close_session(NodeId("a"), 2, GoodbyeReason.LEAVING)
+        assert nodes._card_foreign_bytes == {}
+
+
+async def test_a_directory_that_begins_anew_hears_with_the_first_word_how_a_nodes_cards_are(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, _, nodes):
+        cards = (CardTelemetry("gpu", memory_foreign_bytes=5 << 30), CardTelemetry("other", lost=True))
+        await nodes.open_session(replace(hello("a"), cards=cards))
+        view = books.run_now(lambda work: nodes._known(work)[0].nodes[NodeId("a")])
+        assert view.card_foreign_bytes == {"gpu": 5 << 30}
+        assert nodes._live[NodeId("a")].lost_cards == {"other"}
 
 
 async def test_a_wish_keeps_its_revision_until_it_changes(tmp_path):
@@ -149,10 +185,11 @@ async def test_leaving_is_for_good(tmp_path):
         assert board.snapshot.outcasts == {"a": "taken out by its owner"}
 
 
-async def test_minutes_are_counted_by_what_gateways_saw(tmp_path):
+@pytest.mark.parametrize("every_seconds", [1, 5])
+async def test_minutes_are_counted_by_what_gateways_saw(tmp_path, every_seconds):
     async with node_desk(tmp_path, "a", "b") as (books, _, nodes):
         nodes.gateway_started()
-        await serve(books, nodes, 6 * 60, "a")
+        await serve(books, nodes, 6 * 60, "a", every_seconds=every_seconds)
         counted = await minutes(nodes)
         up, down, unknown = counted["a"]
         assert (down, counted["b"][0]) == (0, 0)
@@ -187,6 +224,23 @@ async def test_while_no_gateway_reports_nobody_is_judged(tmp_path):
         after = await minutes(nodes)
         assert after["a"][:2] == before["a"][:2]
         assert (await nodes.list_nodes())[0].connection == "offline"
+
+
+async def test_time_in_which_the_coordinator_stood_still_is_neither_for_nor_against_a_node(tmp_path):
+    async with node_desk(tmp_path, "here", "away") as (books, _, nodes):
+        nodes.gateway_started()
+        await serve(books, nodes, 4 * 60, "here")
+        before = await minutes(nodes)
+        books.clock.advance(7 * 24 * 3600)
+        await nodes.report([report("here", covered_seconds=7 * 24 * 3600.0)], {})
+        await nodes.judge_minutes()
+        assert {name: counted[:2] for name, counted in (await minutes(nodes)).items()} == {
+            name: counted[:2] for name, counted in before.items()
+        }
+        await serve(books, nodes, 4 * 60, "here")
+        after = await minutes(nodes)
+        assert (after["here"][0] > before["here"][0], after["here"][1]) == (True, 0)
+        assert after["away"][1] > before["away"][1]
 
 
 async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import uvloop
 
 from potluck_node import peer_exchange
 from potluck_node.peer_exchange import PeerFailedError, answer, measure
@@ -141,7 +144,7 @@ async def test_an_impostor_at_the_peers_address_is_found_out():
     server = await asyncio.start_server(impostor, "127.0.0.1", 0)
     listener = Listener()
     listener.port = server.sockets[0].getsockname()[1]
-    with pytest.raises(PeerFailedError, match="is not that node"):
+    with pytest.raises(PeerFailedError, match=f"who answers is not node {BOB}"):
         await measured(listener)
     server.close()
 
@@ -198,6 +201,68 @@ async def test_nobody_is_dialled_outside_private_networks(address):
     (known,) = measuring.measurements()
     assert address in known.failure
     running.cancel()
+
+
+async def test_a_node_that_cannot_be_dialled_says_why_until_it_can():
+    told = asyncio.Event()
+    with socket.create_server(("127.0.0.1", 0)) as occupant:
+        port = occupant.getsockname()[1]
+        measuring = PeerMeasuring(BOB, GroupOffer("lab", "127.0.0.1", port - 1), SystemClock())
+        measuring.on_change(told.set)
+        wish = (Peer(**PEER | {"node_id": ANN, "address": "10.0.0.9"}, dial=False),)
+        measuring.set_peers(wish)
+        running = asyncio.create_task(measuring.run())
+        await asyncio.wait_for(told.wait(), 5)
+        (known,) = measuring.measurements()
+        assert known.node_id == ANN
+        assert f"127.0.0.1 port {port} cannot be opened: Address already in use" in known.failure
+        assert "--group-port" in known.failure
+    told.clear()
+    measuring.set_peers(wish)
+    await asyncio.wait_for(told.wait(), 5)
+    assert measuring.measurements() == ()
+    running.cancel()
+
+
+async def test_who_has_the_pairs_secret_and_dials_from_elsewhere_than_its_owner_offers_is_not_measured():
+    measuring = PeerMeasuring(BOB, GroupOffer("lab", "10.0.0.1", 29600), SystemClock())
+    measuring.set_peers((Peer(**PEER | {"node_id": ANN, "address": "10.0.0.9"}, dial=False),))
+    server = await asyncio.start_server(measuring._accept, "127.0.0.1", 0)
+    listener = Listener()
+    listener.port = server.sockets[0].getsockname()[1]
+    try:
+        with pytest.raises((EOFError, OSError)):
+            await measured(listener)
+    finally:
+        server.close()
+
+
+def test_a_connection_that_is_reset_at_once_is_dropped_without_a_word():
+    # Of such a one uvloop, on which agents run, does not know whose it was.
+    names, writers, endings = [], [], []
+
+    async def reset_three():
+        measuring = PeerMeasuring(BOB, GroupOffer("lab", "10.0.0.1", 29600), SystemClock())
+        measuring.set_peers((Peer(**PEER | {"node_id": ANN, "address": "10.0.0.9"}, dial=False),))
+
+        def accept(reader, writer):
+            names.append(writer.get_extra_info("peername"))
+            writers.append(writer)
+            endings.append(asyncio.ensure_future(measuring._answered(reader, writer)))
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        for _ in range(3):
+            with socket.create_connection(server.sockets[0].getsockname()) as dialled:
+                dialled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        async with asyncio.timeout(5):
+            while len(endings) < 3:
+                await asyncio.sleep(0.01)
+        assert await asyncio.gather(*endings, return_exceptions=True) == [None, None, None]
+        assert all(writer.transport.is_closing() for writer in writers)
+        server.close()
+
+    uvloop.run(reset_three())
+    assert None in names
 
 
 async def test_what_is_known_of_a_peer_is_kept_while_it_is_wished_and_then_forgotten():

@@ -14,10 +14,11 @@ from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway import answer as answer_module
 from potluck_coordinator.gateway import interceptors, ledger_writer, node_session, requests
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
+from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import EndReason, GoodbyeReason
+from potluck_protocol.values import EndReason, GoodbyeReason, Heartbeat, NodeState
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.open_pool import ShiftedClock
 from tests.support.raw_node import enrol, raw_link
@@ -119,6 +120,19 @@ async def test_what_cannot_fit_reaches_no_node(tmp_path):
         with pytest.raises(PotluckError):
             await fitting
         assert len(node.starts()) == 1
+
+
+async def test_a_node_that_was_stepped_down_is_not_asked_what_it_has_no_room_for(tmp_path):
+    async with pool(tmp_path) as (coordinator, node):
+        short = dataclasses.replace(node.status, context_length_tokens=128)
+        await node.send(heartbeat=codec.heartbeat_message(Heartbeat(1, NodeState.SERVING, (short,), 1 << 40)))
+        session = coordinator.gateway._links.session(node.credentials.node_id)
+        async with asyncio.timeout(5):
+            while [replica.context_length_tokens for replica in session.replica_views(TINY)] != [128]:
+                await asyncio.sleep(0.01)
+        with pytest.raises(PotluckError, match="1 with a context of 128 tokens, too short for it"):
+            await coordinator.gateway.requests.begin(await request_of(coordinator, prompt_tokens_min=300))
+        assert node.starts() == []
 
 
 async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path):

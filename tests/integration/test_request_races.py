@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 
+from potluck_coordinator.directory.enrolment import Enrolments
+from potluck_coordinator.directory.nodes import Nodes
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
@@ -91,6 +93,35 @@ async def test_too_few_credits_cancel_an_answer_that_would_come_in_one_piece(tmp
         await node.wait_for(lambda frame: any(cancel.attempt_id == start.attempt_id for cancel in frame.cancels), 1)
 
 
+async def test_a_link_that_comes_back_while_the_directory_is_away_costs_nothing(tmp_path, monkeypatch):
+    directory_is_there = asyncio.Event()
+    directory_is_there.set()
+
+    def held_up(ask):
+        async def asked(*arguments):
+            await directory_is_there.wait()
+            return await ask(*arguments)
+
+        return asked
+
+    monkeypatch.setattr(Enrolments, "is_enrolled", held_up(Enrolments.is_enrolled))
+    monkeypatch.setattr(Nodes, "open_session", held_up(Nodes.open_session))
+    async with running_coordinator(tmp_path) as coordinator:
+        credentials = await enrol(coordinator)
+        async with raw_link(coordinator, credentials) as node:
+            await node.hello()
+            answer, start = await begin(coordinator, node)
+            assert await answer.next_data() == token("one")
+            directory_is_there.clear()
+        async with raw_link(coordinator, credentials) as again:
+            await again.hello(in_flight=(start.attempt_id,))
+            assert again.epoch == node.epoch
+            await again.chunk(start.attempt_id, 1, token("two") + USAGE_EVENT + DONE)
+            await again.end(start.attempt_id, 2)
+            assert await read_all(answer) == token("two") + DONE
+            directory_is_there.set()
+
+
 async def test_after_the_last_event_an_answer_is_complete_whatever_its_node_does(tmp_path):
     async with running_coordinator(tmp_path) as coordinator:
         async with raw_link(coordinator, await enrol(coordinator)) as node:
@@ -111,8 +142,8 @@ async def test_a_node_gets_no_work_that_was_not_wished_of_it(tmp_path):
         other = dataclasses.replace(node.status, replica_id=ReplicaId("mine"), model_id=ModelId("gpt-of-my-own"))
         await node.hello(engines=(boast, other))
         links = coordinator.gateway._links
-        assert [view.slot_count for view in links.replicas(TINY)] == [2]
-        assert list(links.replicas(ModelId("gpt-of-my-own"))) == []
+        assert [(len(cohort.replicas), cohort.sample.slot_count) for cohort in links.cohorts(TINY)] == [(1, 2)]
+        assert links.cohorts(ModelId("gpt-of-my-own")) == ()
 
 
 async def test_heartbeats_are_read_while_a_certificate_waits_for_the_directory(tmp_path):

@@ -108,7 +108,7 @@ async def test_hang_up_frees_the_only_slot(http, server):
             while not server.counts["running"]:
                 await asyncio.sleep(0.01)
         asking.cancel()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             assert (await post(http, PROMPT))[0] == 200
     assert server.counts["cancelled"] == 2
 

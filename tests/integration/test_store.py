@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import SQLModel
 
-from potluck_coordinator.storage import tables  # noqa: F401
+from potluck_coordinator.storage import schema, tables  # noqa: F401
 from potluck_coordinator.storage.schema import migrate
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
@@ -54,6 +58,34 @@ def test_migrated_schema_equals_the_models():
     by_migration, by_models = schema(migrate), schema(SQLModel.metadata.create_all)
     for migrated, modelled in zip(by_migration, by_models, strict=True):
         assert sorted(str(migrated).split(",")) == sorted(str(modelled).split(","))
+
+
+def test_every_check_of_the_models_is_in_the_migrated_tables_by_its_name_and_text():
+    def checks(build):
+        with create_engine("sqlite://").begin() as connection:
+            build(connection)
+            inspector = inspect(connection)
+            found = {name: inspector.get_check_constraints(name) for name in inspector.get_table_names() if name != "alembic_version"}
+        return {(table, check["name"]): " ".join(check["sqltext"].split()) for table, each in found.items() for check in each}
+
+    by_models = checks(SQLModel.metadata.create_all)
+    assert checks(migrate) == by_models
+    assert ("hold", "hold_delivered") in by_models
+
+
+def test_no_migration_loses_or_changes_a_trigger():
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
+    revisions = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    made, now = {}, {}
+    with create_engine("sqlite://").begin() as connection:
+        config.attributes["connection"] = connection
+        for revision in revisions:
+            command.upgrade(config, revision)
+            now = dict(connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")).all())
+            made |= {name: sql for name, sql in now.items() if name not in made}
+    assert now == made
+    assert {"posting_counted", "ledger_transaction_balanced", "hold_once"} <= now.keys()
 
 
 def test_migrating_again_changes_nothing_and_a_newer_schema_is_refused(tmp_path):

@@ -1,15 +1,18 @@
 """A pool in which everything comes and goes, planned for at every turn: `python -m tests.property.planning_churn --steps 1000 --seed 1`.
 
-Nodes of a simulated pool obey their wishes step by step: they fetch, start, answer, stop. Random joins, leaves, pauses, refusals, wishes
-and demands hit it, and after each of them the pool is left alone until it rests. Checked all along, from the outside:
+Nodes of a simulated pool obey their wishes step by step: they fetch, start, answer, stop. Random joins, leaves, pauses, refusals, failures
+of stages, memory that others take of cards, wishes and demands hit it, and after each of them the pool is left alone until it rests. The
+plan is made by the directory's `Planner` out of what nodes say, and demand is what the gateway's `Refusals` make of requests. Checked all
+along, from the outside:
 
 - every plan fits: no card is wished for two engines, nothing is wished beyond a machine's memory or a card's, and engines that still stop
-  count as running;
-- no plan oscillates: a plan made of itself and the same facts is the same; between two events no plan comes back after another, and no
+  count as running, stages of groups that broke among them;
+- no plan oscillates: a plan made of itself and the same facts is the same; between two news no plan comes back after another, and no
   model leaves a node it came to, or comes back to one it left, but by moves that gain 20 % each;
-- a satisfied deployment is not disturbed, but for a place that is worth at least 20 % more, or for the demand of another while it is idle.
+- a satisfied deployment is not disturbed, but for a place that is worth at least 20 % more, or for the demand of another while it is idle;
+  a group that stands and is wished is not given up before single nodes answer in its place, as many at a time as it did.
 
-Prints what happened; ends 1 at the first broken rule.
+News is an event, a node's refusal of a model, and whatever nodes show of the fit. Prints what happened; ends 1 at the first broken rule.
 """
 
 from __future__ import annotations
@@ -21,62 +24,24 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from potluck_coordinator.directory.planner import Planner, PoolFacts
 from potluck_coordinator.domain.catalogue import Deployment, ServiceTier
-from potluck_coordinator.domain.node_view import NodeView
-from potluck_coordinator.domain.planning.plan import plan
-from potluck_coordinator.domain.planning.sizing import Sizer, whole_room
-from potluck_coordinator.domain.planning.words import IDLE_SECONDS, Phase, Plan, PlannedReplica, PlanningView, Trouble
-from potluck_protocol.values import DesiredEngine, EngineState, EngineStatus, ModelId, NodeId, NodeState, ReplicaId
-from tests.support.planning import card_entry, cards, machine_entry, node
+from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED
+from potluck_coordinator.domain.grouping.words import GroupPhase, ShardGroup
+from potluck_coordinator.domain.planning.state import Draft
+from potluck_coordinator.domain.planning.words import IDLE_SECONDS, Phase, PlannedReplica
+from potluck_coordinator.gateway.refusals import Refusals
+from potluck_protocol.values import AccountId, EngineState, ModelId, NodeId, NodeState, ReplicaId
+from tests.property.planning_boxes import FOREIGN_BYTES, Box, BrokenRuleError, random_box
+from tests.property.planning_made import CATALOGUE, Made, difference, outline, places, ready_groups, shapes
 
-GIB = 1 << 30
 NODES_MAX = 14
 BEAT_SECONDS = 5.0
 REST_BEATS = 4
 """So many beats without a change, and the pool rests."""
 SETTLE_BEATS_MAX = 400
 LONG_BEAT_SECONDS = 60.0
-
-ENTRIES = (
-    card_entry("8b"),
-    card_entry("32b"),
-    card_entry("70b"),
-    machine_entry("tiny"),
-    machine_entry("small", 3 * GIB),
-    machine_entry("middling", 7 * GIB),
-    card_entry("8b", model_id="8b-gguf", engine_kinds=("llamacpp",), slot_count=2),
-)
-CATALOGUE = {entry.model_id: entry for entry in ENTRIES}
-NEXT_STATE = {EngineState.FETCHING: EngineState.STARTING, EngineState.STARTING: EngineState.READY}
-
-
-class BrokenRuleError(AssertionError):
-    """A plan did what no plan may do."""
-
-
-@dataclass
-class Box:
-    """One machine and what runs there."""
-
-    view: NodeView
-    engines: dict[ReplicaId, tuple[DesiredEngine, EngineState]] = field(default_factory=dict)
-    refused: set[ModelId] = field(default_factory=set)
-    """Models that its owner does not allow, which the pool learns when it asks."""
-
-    def obey(self, desired: tuple[DesiredEngine, ...]) -> None:
-        """One beat of the agent's life: what is wished comes one step nearer, what is not goes."""
-        wished = {engine.replica_id: engine for engine in desired}
-        for replica_id, (engine, state) in list(self.engines.items()):
-            if state is EngineState.STOPPING:
-                del self.engines[replica_id]
-            elif wished.get(replica_id) != engine:
-                self.engines[replica_id] = (engine, EngineState.STOPPING)
-            elif state in NEXT_STATE:
-                self.engines[replica_id] = (engine, NEXT_STATE[state])
-        for replica_id, engine in wished.items():
-            if replica_id not in self.engines:
-                is_refused = engine.model.model_id in self.refused
-                self.engines[replica_id] = (engine, EngineState.REFUSED if is_refused else EngineState.FETCHING)
+ASKER = AccountId("asker")
 
 
 @dataclass
@@ -88,7 +53,24 @@ class Counts:
     moves: int = 0
     displacements: int = 0
     placements: int = 0
+    groups: int = 0
+    """That became ready."""
+    yielded: int = 0
+    """Replicas that left for a group."""
     beats: int = 0
+
+
+class _Clock:
+    """The pool's time."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic_seconds(self) -> float:
+        return self.now
+
+    def unix_ms(self) -> int:
+        return int(self.now * 1000)
 
 
 class Churn:
@@ -96,72 +78,71 @@ class Churn:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.now = 1000.0
+        self.clock = _Clock()
         self.boxes: dict[NodeId, Box] = {}
         self.deployments: dict[ModelId, Deployment] = {}
-        self.absent_since: dict[NodeId, float] = {}
-        self.troubles: dict[tuple[NodeId, ModelId], Trouble] = {}
         self.busy: set[ModelId] = set()
         self.used_at: dict[ReplicaId, float] = {}
-        self.plan = Plan({}, {}, frozenset(), (), {})
-        self.sizer = Sizer()
+        self.refusals = Refusals(self.clock)
+        self.planner = Planner({}, {}, 0, NOTHING_LEARNED, self.clock.now)
+        self.made = Made({}, {}, frozenset(), {})
         self.counts = Counts()
+        self._deployed: dict[ModelId, Deployment] = {}
+        """At the last plan."""
+        self._yielded: set[tuple[ModelId, NodeId]] = set()
+        """Places that idle replicas left for groups: a group that broke leaves room for others until they are idle."""
+        self._gains: dict[ReplicaId, float] = {}
+        """Of moves, as it was when they began."""
         self._plans_since_news: list[frozenset[tuple[str, ...]]] = []
-        """Since the last event, or since a node refused what it was first wished then: that is news to the planner, too."""
         self._presence: dict[tuple[ModelId, NodeId], list[bool]] = {}
+        self._peers: dict[NodeId, list[NodeId]] = {}
         self._number = 0
+        for _ in range(NODES_MAX // 2):
+            self.join()
 
     # Events.
 
     def step(self) -> None:
-        events = (self.join, self.join, self.leave, self.come_back, self.revoke, self.pause, self.deploy, self.deploy)
-        event = self.random.choice((*events, self.undeploy, self.ask, self.ask, self.fall_silent, self.fall_silent, self.refuse, self.wait))
+        nodes = (
+            *[self.join] * 3,
+            self.leave,
+            *[self.come_back] * 2,
+            self.revoke,
+            self.pause,
+            self.refuse,
+            self.take_memory,
+            self.break_stage,
+        )
+        wishes = (*[self.deploy] * 3, self.undeploy, *[self.ask] * 2, *[self.fall_silent] * 2, self.wait)
+        event = self.random.choice(nodes + wishes)
         event()
         self.counts.events[event.__name__] += 1
         self.rest()
 
     def join(self) -> None:
-        if len(self.boxes) >= NODES_MAX:
-            return
-        self._number += 1
-        name = f"node{self._number}"
-        draw = self.random.random()
-        if draw < 0.4:
-            view = node(
-                name, memory_gib=self.random.choice((2, 4, 8, 16, 32)), cpu_count=self.random.choice((2, 4, 8, 16)), kinds=("llamacpp",)
-            )
-        else:
-            card, gib = self.random.choice(
-                (*[("NVIDIA GeForce RTX 3090", 24)] * 2, ("NVIDIA RTX A6000", 48), ("NVIDIA GeForce RTX 3060", 12))
-            )
-            found = cards(self.random.choice((1, 1, 1, 2, 4)), card, gib * GIB, node=name)
-            view = node(name, cards=found, memory_gib=64, cpu_count=self.random.choice((8, 16, 32)))
-        self.boxes[view.node_id] = Box(view)
+        if len(self.boxes) < NODES_MAX:
+            self._number += 1
+            box = random_box(self.random, self._number)
+            self.boxes[box.view.node_id] = box
 
     def leave(self) -> None:
         """The link breaks; the machine may come back, with everything stopped."""
         if box := self._any_box(present=True):
             box.view = replace(box.view, connected=False)
             box.engines.clear()
-            self.absent_since.setdefault(box.view.node_id, self.now)
 
     def come_back(self) -> None:
         if box := self._any_box(present=False):
-            box.view = replace(box.view, connected=True, state=NodeState.SERVING)
-            self.absent_since.pop(box.view.node_id)
-            # A new session: what its agent said before is forgotten.
-            self.troubles = {key: trouble for key, trouble in self.troubles.items() if key[0] != box.view.node_id}
+            box.view = replace(box.view, connected=True, state=NodeState.SERVING, epoch=box.view.epoch + 1)
 
     def revoke(self) -> None:
         if box := self._any_box():
             del self.boxes[box.view.node_id]
-            self.absent_since.pop(box.view.node_id, None)
 
     def pause(self) -> None:
         if box := self._any_box(present=True):
             box.view = replace(box.view, state=NodeState.PAUSED)
             box.engines.clear()
-            self.absent_since.setdefault(box.view.node_id, self.now)
 
     def deploy(self) -> None:
         model_id = self.random.choice(sorted(CATALOGUE))
@@ -174,7 +155,7 @@ class Churn:
 
     def ask(self) -> None:
         """From now on there are always requests for a model."""
-        self.busy.add(self.random.choice(sorted(CATALOGUE)))
+        self.busy.add(self.random.choice(sorted(self.deployments) or sorted(CATALOGUE)))
 
     def fall_silent(self) -> None:
         if self.busy:
@@ -185,11 +166,23 @@ class Churn:
         if box := self._any_box(present=True):
             box.refused.add(self.random.choice(sorted(CATALOGUE)))
 
+    def take_memory(self) -> None:
+        """Others take some of a card's memory, or give it back."""
+        if (box := self._any_box(present=True)) and (found := box.view.inventory.accelerators):
+            taken = {self.random.choice(found).uuid: self.random.choice(FOREIGN_BYTES)}
+            box.view = replace(box.view, card_foreign_bytes={**box.view.card_foreign_bytes, **taken})
+
+    def break_stage(self) -> None:
+        """A group's engine fails on one node."""
+        stages = [engine for box in self.boxes.values() for engine in box.engines.values() if engine.wish.group is not None]
+        if running := [engine for engine in stages if engine.state is EngineState.READY]:
+            self.random.choice(running).state = EngineState.BACKING_OFF
+
     def wait(self) -> None:
-        self.now += self.random.choice((30.0, 150.0, 400.0))
+        self.clock.now += self.random.choice((30.0, 150.0, 400.0))
 
     def _any_box(self, *, present: bool | None = None) -> Box | None:
-        found = [box for node_id, box in sorted(self.boxes.items()) if present is None or present == (node_id not in self.absent_since)]
+        found = [box for _, box in sorted(self.boxes.items()) if present is None or present == _is_present(box)]
         return self.random.choice(found) if found else None
 
     # Rest.
@@ -199,87 +192,99 @@ class Churn:
         quiet = 0
         self._forget()
         for beat in range(SETTLE_BEATS_MAX):
-            before = self.plan
+            before = self.made
             self.replan()
             self._watch(before)
             self._obey()
-            quiet = quiet + 1 if self._is_same(before) else 0
+            quiet = quiet + 1 if outline(before) == outline(self.made) else 0
             self.counts.beats += 1
             # At first as fast as agents are, then in long strides until every patience of the planner has ended.
-            self.now += BEAT_SECONDS if beat < 20 else LONG_BEAT_SECONDS
+            self.clock.now += BEAT_SECONDS if beat < 20 else LONG_BEAT_SECONDS
             if quiet >= REST_BEATS and beat >= 20 + REST_BEATS + (IDLE_SECONDS / LONG_BEAT_SECONDS):
                 return
         raise BrokenRuleError(f"the plan does not come to rest after {self.counts.events}")
 
     def replan(self) -> None:
-        view = self.view()
-        new = plan(view)
-        self.counts.plans += 1
-        self._check_same_again(view, new)
+        facts, corrections = self.facts(), self.planner.corrections
+        new = self._advance(facts)
+        if self.planner.corrections != corrections:
+            self._forget()
+        if (again := self._advance(facts)) != new:
+            raise BrokenRuleError(f"the same facts gave another plan: {difference(new, again)}")
+        self._note_moves(facts, new)
+        self._note_yields(new)
         self._check_fits(new)
         self._check_undisturbed(new)
-        self.counts.placements += len(new.replicas.keys() - self.plan.replicas.keys())
-        self.plan = new
+        self.counts.placements += len(new.replicas.keys() - self.made.replicas.keys())
+        self.counts.groups += len(ready_groups(new).items() - ready_groups(self.made).items())
+        self.made, self._deployed = new, dict(self.deployments)
 
-    def view(self) -> PlanningView:
-        statuses = {node_id: tuple(_status(*running) for running in box.engines.values()) for node_id, box in self.boxes.items()}
-        ready = {
-            engine.replica_id: engine.model.model_id
-            for box in self.boxes.values()
-            for engine, state in box.engines.values()
-            if state is EngineState.READY and engine.replica_id not in self.plan.leaving
-        }
+    def _advance(self, facts: PoolFacts) -> Made:
+        wishes = self.planner.advance(facts, self.clock.now)
+        self._peers = {node_id: [peer.node_id for peer in peers] for node_id, peers in wishes.peers.items()}
+        self.counts.plans += 1
+        return Made(dict(self.planner.replicas), dict(wishes.engines), wishes.leaving, dict(self.planner.groups))
+
+    def facts(self) -> PoolFacts:
+        """What nodes and gateway say: who asks is answered where the model is ready, else refused."""
+        ready = dict(ready_groups(self.made))
+        for box in self.boxes.values():
+            wishes = [engine.wish for engine in box.engines.values() if engine.state is EngineState.READY and engine.wish.group is None]
+            ready |= {wish.replica_id: wish.model.model_id for wish in wishes if wish.replica_id not in self.made.leaving}
         answering = {replica_id: 1 for replica_id, model_id in ready.items() if model_id in self.busy}
-        self.used_at |= dict.fromkeys(answering, self.now)
-        return PlanningView(
-            now_seconds=self.now,
+        for model_id in sorted(self.busy.difference(ready.values())):
+            self.refusals.note(model_id, ASKER)
+        waiting_counts = self.refusals.counts(CATALOGUE)
+        self.used_at |= dict.fromkeys(answering, self.clock.now)
+        return PoolFacts(
             deployments=tuple(self.deployments.values()),
             catalogue=CATALOGUE,
-            nodes={node_id: replace(box.view, engines=statuses[node_id]) for node_id, box in self.boxes.items()},
-            sizer=self.sizer,
-            standing=self.plan.replicas,
-            absent_since=dict(self.absent_since),
-            troubles=dict(self.troubles),
+            nodes={node_id: box.told() for node_id, box in self.boxes.items()},
             attempt_counts=answering,
-            used_at=dict(self.used_at),
-            waiting_counts={model_id: 3 for model_id in self.busy if model_id not in ready.values()},
+            used_at=dict.fromkeys(answering, self.clock.now),
+            waiting_counts={model_id: count for model_id, count in waiting_counts.items() if model_id in self.deployments},
         )
 
     def _obey(self) -> None:
         for node_id, box in sorted(self.boxes.items()):
-            if node_id in self.absent_since:
+            if not _is_present(box):
                 continue
-            box.obey(self.plan.desired.get(node_id, ()))
-            for engine, state in box.engines.values():
-                key = (node_id, engine.model.model_id)
-                if state is EngineState.REFUSED and key not in self.troubles:
-                    self.troubles[key] = Trouble("not allowed here", refused=True)
-                    self._forget()
-
-    def _is_same(self, before: Plan) -> bool:
-        return {key: replica.phase for key, replica in before.replicas.items()} == {
-            key: replica.phase for key, replica in self.plan.replicas.items()
-        } and before.desired == self.plan.desired
+            known = {replica_id for replica_id, engine in box.engines.items() if engine.state is EngineState.REFUSED}
+            box.obey(self.made.desired.get(node_id, ()))
+            box.measure(peer for peer in self._peers.get(node_id, ()) if peer in self.boxes)
+            if {replica_id for replica_id, engine in box.engines.items() if engine.state is EngineState.REFUSED} - known:
+                self._forget()
 
     # Rules.
 
-    @staticmethod
-    def _check_same_again(view: PlanningView, new: Plan) -> None:
-        again = plan(replace(view, standing=new.replicas))
-        if (again.replicas, again.desired, again.leaving) != (new.replicas, new.desired, new.leaving):
-            raise BrokenRuleError(f"the same facts gave another plan: {_difference(new, again)}")
+    def _note_moves(self, facts: PoolFacts, new: Made) -> None:
+        for replica in new.replicas.values():
+            if replica.replaces in new.replicas and replica.replica_id not in self.made.replicas:
+                score = Draft(self.planner._view(facts, self.clock.now)).score(new.replicas[replica.replaces])
+                self._gains[replica.replica_id] = replica.sizing.score / score
 
-    def _check_fits(self, new: Plan) -> None:
+    def _note_yields(self, new: Made) -> None:
+        gone = [
+            one
+            for one in self.made.replicas.values()
+            if one.phase is Phase.WISHED and new.replicas.get(one.replica_id, one).phase is Phase.STOPPING
+        ]
+        idle = [one for one in gone if self._is_idle(one) and self._yields_to_a_group(one, new)]
+        self._yielded |= {(one.model_id, one.node_id) for one in idle}
+
+    def _check_fits(self, new: Made) -> None:
         for node_id, engines in new.desired.items():
             box = self.boxes[node_id]
-            running = {replica_id: engine for replica_id, (engine, _) in box.engines.items()}
-            _check_box(box.view, {engine.replica_id: engine for engine in engines} | _kept(running, engines))
+            box.check(engines)
+            for engine in engines:
+                if engine.replica_id not in self.made.replicas and engine not in self.made.desired.get(node_id, ()):
+                    box.check_new(engine)
 
-    def _check_undisturbed(self, new: Plan) -> None:
+    def _check_undisturbed(self, new: Made) -> None:
         for model_id, deployment in self.deployments.items():
             before = [
                 replica
-                for replica in self.plan.replicas.values()
+                for replica in self.made.replicas.values()
                 if replica.model_id == model_id and replica.phase is Phase.WISHED and replica.replaces is None
             ]
             serving = [replica for replica in before if self._serves(replica)]
@@ -287,88 +292,86 @@ class Churn:
                 continue
             for replica in serving:
                 after = new.replicas.get(replica.replica_id)
-                if after is not None and after.phase is Phase.WISHED:
-                    continue
-                self._check_reason(replica, new)
+                if after is None or after.phase is not Phase.WISHED:
+                    self._check_reason(replica, new)
+        for replica_id, model_id in ready_groups(self.made).items():
+            group = self.made.groups[replica_id]
+            stands = all(stage.node_id in self.boxes and _is_ready(self.boxes[stage.node_id], replica_id) for stage in group.stages)
+            is_wished = model_id in self._deployed and self._deployed[model_id] == self.deployments.get(model_id)
+            if stands and is_wished and replica_id not in ready_groups(new) and not self._is_answered_instead(group, new):
+                raise BrokenRuleError(f"{replica_id} stood and was given up: {new.groups.get(replica_id)}")
+
+    def _is_answered_instead(self, group: ShardGroup, new: Made) -> bool:
+        """Whether single nodes, each with the group's slots at the least, and the groups that are left answer as often as is wished."""
+        model_id, slot_count = group.need.model.model_id, group.need.slot_count
+        enough = [one for one in new.replicas.values() if one.model_id == model_id and one.sizing.slot_count >= slot_count]
+        alone = sum(1 for one in enough if one.phase is Phase.WISHED and self._serves(one))
+        return alone + list(ready_groups(new).values()).count(model_id) >= (self.deployments[model_id].replica_count or 0)
 
     def _serves(self, replica: PlannedReplica) -> bool:
         box = self.boxes.get(replica.node_id)
-        ready = box is not None and box.engines.get(replica.replica_id, (None, None))[1] is EngineState.READY
-        return ready and replica.node_id not in self.absent_since and (replica.node_id, replica.model_id) not in self.troubles
+        return box is not None and _is_present(box) and _is_ready(box, replica.replica_id)
 
-    def _check_reason(self, gone: PlannedReplica, new: Plan) -> None:
+    def _check_reason(self, gone: PlannedReplica, new: Made) -> None:
         """A replica of a satisfied deployment is let go: for a better place that answers, or while idle for another's demand."""
-        for replica in self.plan.replicas.values():
+        for replica in self.made.replicas.values():
             if replica.replaces == gone.replica_id and self._serves(replica):
-                if replica.sizing.score < 1.2 * gone.sizing.score:
-                    raise BrokenRuleError(f"{gone.replica_id} moved for {replica.sizing.score} instead of {gone.sizing.score}")
+                if self._gains[replica.replica_id] < 1.2:
+                    raise BrokenRuleError(f"{gone.replica_id} moved for {self._gains[replica.replica_id]:.2f} times as much")
                 self.counts.moves += 1
                 return
-        idle_seconds = self.now - max(gone.since_seconds, self.used_at.get(gone.replica_id, 0.0))
-        is_idle = gone.model_id not in self.busy and idle_seconds >= IDLE_SECONDS
-        takers = [one for one in new.replicas.values() if one.node_id == gone.node_id and one.replica_id not in self.plan.replicas]
-        if not is_idle or all(taker.model_id == gone.model_id for taker in takers):
-            raise BrokenRuleError(f"{gone.replica_id} of a satisfied deployment was let go: idle for {idle_seconds:.0f} s, for {takers}")
+        is_idle = self._is_idle(gone)
+        takers = [one for one in new.replicas.values() if one.node_id == gone.node_id and one.replica_id not in self.made.replicas]
+        yields = self._yields_to_a_group(gone, new)
+        if not is_idle or (not yields and all(taker.model_id == gone.model_id for taker in takers)):
+            raise BrokenRuleError(f"{gone.replica_id} of a satisfied deployment was let go: idle: {is_idle}, for {takers}")
         self.counts.displacements += 1
+        self.counts.yielded += yields and not takers
+
+    def _is_idle(self, replica: PlannedReplica) -> bool:
+        last = max(replica.since_seconds, self.used_at.get(replica.replica_id, 0.0))
+        return replica.model_id not in self.busy and self.clock.now - last >= IDLE_SECONDS
+
+    def _yields_to_a_group(self, gone: PlannedReplica, new: Made) -> bool:
+        """Whether its node may be in groups, and a wish of no lower tier lacks one."""
+        if gone.model_id not in self.deployments or gone.node_id not in self.boxes:
+            return False
+        own = self.deployments[gone.model_id].tier
+        groups = Counter(group.need.model.model_id for group in new.groups.values() if group.phase is not GroupPhase.BROKEN)
+        return self.boxes[gone.node_id].view.inventory.group_offer is not None and any(
+            groups[one.model_id] < (one.replica_count or 0) and (one.tier is ServiceTier.DEFAULT or own is ServiceTier.FLEX)
+            for one in self.deployments.values()
+            if "vllm" in CATALOGUE[one.model_id].engine_kinds
+        )
 
     def _forget(self) -> None:
         self._plans_since_news.clear()
         self._presence.clear()
+        self._yielded.clear()
 
-    def _watch(self, before: Plan) -> None:
+    def _watch(self, before: Made) -> None:
         """No plan comes back, and no model goes back and forth."""
-        is_now = _shapes(self.plan)
+        is_now = shapes(self.made)
         if not self._plans_since_news or self._plans_since_news[-1] != is_now:
             if is_now in self._plans_since_news:
                 raise BrokenRuleError(f"a plan came back without an event: {sorted(is_now)}")
             self._plans_since_news.append(is_now)
         moved_from = {replica.replaces for replica in before.replicas.values()}
         left = {(one.model_id, one.node_id) for one in before.replicas.values() if one.replica_id in moved_from}
-        came = {(one.model_id, one.node_id) for one in self.plan.replicas.values() if one.replaces is not None}
-        for place in (_places(before) ^ _places(self.plan)) - left - came:
+        came = {(one.model_id, one.node_id) for one in self.made.replicas.values() if one.replaces is not None}
+        for place in (places(before) ^ places(self.made)) - left - came - self._yielded:
             changes = self._presence.setdefault(place, [])
-            changes.append(place in _places(self.plan))
+            changes.append(place in places(self.made))
             if len(changes) > 1:
                 raise BrokenRuleError(f"{place} changed {changes} without an event")
 
 
-def _status(engine: DesiredEngine, state: EngineState) -> EngineStatus:
-    return EngineStatus(engine.replica_id, engine.model.model_id, state, engine.engine_kind, slot_count=engine.slot_count)
+def _is_present(box: Box) -> bool:
+    return box.view.connected and box.view.state is NodeState.SERVING
 
 
-def _kept(running: dict[ReplicaId, DesiredEngine], engines: tuple[DesiredEngine, ...]) -> dict[ReplicaId, DesiredEngine]:
-    wished = {engine.replica_id for engine in engines}
-    return {replica_id: engine for replica_id, engine in running.items() if replica_id not in wished}
-
-
-def _check_box(view: NodeView, engines: dict[ReplicaId, DesiredEngine]) -> None:
-    taken = [uuid for engine in engines.values() for uuid in engine.shape.card_uuids]
-    card_bytes = {card.uuid: card.memory_bytes for card in view.inventory.accelerators}
-    machine_bytes = sum(engine.shape.memory_bytes for engine in engines.values() if not engine.shape.card_uuids)
-    if len(taken) != len(set(taken)) or not set(taken) <= card_bytes.keys():
-        raise BrokenRuleError(f"{view.node_id}: cards {taken} of {sorted(card_bytes)}")
-    if machine_bytes > whole_room(view.inventory).memory_bytes:
-        raise BrokenRuleError(f"{view.node_id}: {machine_bytes} bytes of {whole_room(view.inventory).memory_bytes} for {sorted(engines)}")
-    for engine in engines.values():
-        uuids = engine.shape.card_uuids
-        room_bytes = sum(card_bytes[uuid] for uuid in uuids) if uuids else engine.shape.memory_bytes
-        if engine.model.total_bytes > room_bytes or engine.slot_count < 1:
-            raise BrokenRuleError(f"{view.node_id}: {engine.replica_id} has {engine.model.total_bytes} bytes of files for {room_bytes}")
-
-
-def _places(made: Plan) -> set[tuple[ModelId, NodeId]]:
-    here = (Phase.WAITING, Phase.WISHED)
-    return {(replica.model_id, replica.node_id) for replica in made.replicas.values() if replica.phase in here}
-
-
-def _shapes(made: Plan) -> frozenset[tuple[str, ...]]:
-    here = (Phase.WAITING, Phase.WISHED)
-    return frozenset((one.model_id, one.node_id, *one.sizing.shape.card_uuids) for one in made.replicas.values() if one.phase in here)
-
-
-def _difference(one: Plan, other: Plan) -> str:
-    changed = {key for key in one.replicas.keys() | other.replicas.keys() if one.replicas.get(key) != other.replicas.get(key)}
-    return "; ".join(f"{one.replicas.get(key)} -> {other.replicas.get(key)}" for key in sorted(changed))
+def _is_ready(box: Box, replica_id: ReplicaId) -> bool:
+    return replica_id in box.engines and box.engines[replica_id].state is EngineState.READY
 
 
 def main() -> int:
@@ -388,7 +391,7 @@ def main() -> int:
     events = ", ".join(f"{name} {count}" for name, count in sorted(counts.events.items()))
     print(f"seed {seed}: {counts.events.total()} events ({events}) in {time.monotonic() - started:.0f} s")
     print(f"{counts.plans} plans, {counts.placements} replicas placed, {counts.moves} moved for 20 % or more, ", end="")
-    print(f"{counts.displacements} made room while idle")
+    print(f"{counts.displacements} made room while idle, {counts.yielded} of them for a group; {counts.groups} groups became ready")
     print(f"broken rules: {broken or 'none'}")
     return 1 if broken else 0
 

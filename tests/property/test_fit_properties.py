@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from statistics import median
 
 from hypothesis import given
@@ -10,7 +12,15 @@ from hypothesis import strategies as st
 
 from potluck_coordinator.domain.fit.architecture import GIB, UNQUANTIZED, ModelArchitecture, Quantization
 from potluck_coordinator.domain.fit.cards import CARD_MODELS
-from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED, RATIO_BOUNDS, CorrectionKey, Measure, Observation, learn
+from potluck_coordinator.domain.fit.corrections import (
+    NOTHING_LEARNED,
+    RATIO_BOUNDS,
+    RATIO_STEP,
+    CorrectionKey,
+    Measure,
+    Observation,
+    learn,
+)
 from potluck_coordinator.domain.fit.engines import ENGINES, LLAMACPP, VLLM, traits_of
 from potluck_coordinator.domain.fit.fitting import fit
 from potluck_coordinator.domain.fit.hardware import BoxLink, NodeCard, NodeHardware, NodeProcessor
@@ -22,6 +32,8 @@ from potluck_coordinator.domain.fit.report import FitReport, ShapeFit, Verdict
 
 KEY = CorrectionKey("rtx3090", "vllm 0.33", "model", "awq")
 NODES = "abcdefghijklmnop"
+ROUNDING_MAX = RATIO_STEP / 2 + 1e-9
+"""Corrections apply in whole steps."""
 
 
 @st.composite
@@ -60,7 +72,8 @@ def boxes(draw: st.DrawFn, *, cards_max: int = 6) -> NodeHardware:
         return NodeHardware(processor=NodeProcessor(draw(st.integers(1, 256)) * GIB, draw(st.floats(5, 500)), draw(st.integers(1, 64))))
     cards = tuple(draw(st.lists(node_cards(), min_size=1, max_size=cards_max)))
     pairs = tuple((first, first + 1) for first in range(0, len(cards) - 1, 2) if draw(st.booleans()))
-    return NodeHardware(cards, nvlink_pairs=pairs, pcie_peer_to_peer=draw(st.booleans()))
+    peers = tuple(pair for pair in combinations(range(len(cards)), 2) if draw(st.booleans())) if draw(st.booleans()) else ()
+    return NodeHardware(cards, nvlink_pairs=pairs, pcie_peer_pairs=peers)
 
 
 def node_cards() -> st.SearchStrategy[NodeCard]:
@@ -188,8 +201,57 @@ def test_a_wider_group_holds_less_of_the_model_on_each_card(
     architecture: ModelArchitecture, card: NodeCard, count: int, context: int
 ) -> None:
     found = by_shape(answer(architecture, NodeHardware((card,) * count), context=context))
-    widths = sorted((key[0], answered.memory[0].weight_bytes + answered.memory[0].kv_wanted_bytes) for key, answered in found.items())
+    widths = sorted(
+        (key[0], answered.memory[0].weight_bytes + answered.memory[0].kv_wanted_bytes) for key, answered in found.items() if key[1] == 1
+    )
     assert [size for _, size in widths] == sorted((size for _, size in widths), reverse=True)
+
+
+@st.composite
+def boxes_in_two_orders(draw: st.DrawFn) -> tuple[NodeHardware, NodeHardware]:
+    """The same cards twice, counted otherwise; bridged in pairs or all to all; all, some or none pass data on to each other over PCIe."""
+    drawn = draw(st.lists(node_cards(), min_size=1, max_size=3))
+    cards = draw(st.lists(st.sampled_from(drawn), min_size=1, max_size=7))
+    every = list(combinations(range(len(cards)), 2))
+    joined = [pair for pair in zip(range(0, len(cards) - 1, 2), range(1, len(cards), 2), strict=True) if draw(st.booleans())]
+    bridges = every if draw(st.integers(0, 3)) == 0 else joined
+    some = [pair for pair in every if draw(st.booleans())]
+    peers = draw(st.sampled_from([every, some, []]))
+    places = draw(st.permutations(range(len(cards))))
+    moved = NodeHardware(
+        tuple(cards[place] for place in places),
+        nvlink_pairs=tuple((places.index(first), places.index(second)) for first, second in bridges),
+        pcie_peer_pairs=tuple((places.index(first), places.index(second)) for first, second in peers),
+    )
+    return NodeHardware(tuple(cards), nvlink_pairs=tuple(bridges), pcie_peer_pairs=tuple(peers)), moved
+
+
+@given(architectures(), boxes_in_two_orders(), engines, contexts, sequence_counts)
+def test_the_answer_does_not_depend_on_the_order_of_the_cards(
+    architecture: ModelArchitecture, twice: tuple[NodeHardware, NodeHardware], engine: str, context: int, sequences: int
+) -> None:
+    one, other = (answer(architecture, box, engine=engine, context=context, sequences=sequences) for box in twice)
+    assert (one.verdict, one.reason) == (other.verdict, other.reason)
+    said = [
+        sorted((found.shape.label, found.verdict, found.reason, found.kv_capacity_tokens, found.total_decode) for found in report.shapes)
+        for report in (one, other)
+    ]
+    assert said[0] == said[1]
+
+
+@given(architectures(), boxes(), engines)
+def test_every_replica_that_is_claimed_has_its_cards_and_as_many_are_claimed_as_there_are(
+    architecture: ModelArchitecture, box: NodeHardware, engine: str
+) -> None:
+    there = Counter((card.model.name, card.usable_bytes // GIB) for card in box.cards)
+    taken: dict[int, Counter[tuple[str, int]]] = {}
+    for found in answer(architecture, box, engine=engine).shapes:
+        cards = [card for stage in found.shape.stages for card in stage.cards]
+        claimed = taken.setdefault(len(cards), Counter())
+        claimed.update([(card.model.name, card.usable_bytes // GIB) for card in cards] * found.shape.replica_count)
+    for count, claimed in taken.items():
+        assert claimed <= there
+        assert claimed.total() == (len(box.cards) // count * count if count else 0)
 
 
 @given(architectures(), boxes(), engines, st.integers(1, 8192), sequence_counts)
@@ -202,10 +264,12 @@ def test_the_flags_say_the_shape_and_the_wish(
         indices = [index for stage in found.shape.stages for index in stage.card_indices]
         assert environment.get("CUDA_VISIBLE_DEVICES", "") == ",".join(map(str, indices))
         if engine == LLAMACPP:
-            assert (said["--context"], said["--slots"]) == (str(context), str(sequences))
+            told = (int(said["--ctx-size"]), said["--parallel"]) if indices else (sequences * int(said["--context"]), said["--slots"])
+            assert told == (context * sequences, str(sequences))
             continue
         assert (said["--max-model-len"], int(said["--max-num-seqs"]) >= sequences) == (str(context), True)
-        assert int(said.get("--tensor-parallel-size", 1)) == found.shape.tensor_parallel == max(1, len(indices))
+        assert int(said.get("--tensor-parallel-size", 1)) == found.shape.tensor_parallel == max(1, len(found.shape.stages[0].cards))
+        assert int(said.get("--pipeline-parallel-size", 1)) == len(found.shape.stages)
         if indices:
             assert 0 <= float(said["--gpu-memory-utilization"]) <= 0.95
 
@@ -256,7 +320,7 @@ def test_one_liar_moves_a_correction_no_further_than_honest_nodes_differ(
     for _ in range(times):
         corrections = learn(corrections, Observation(KEY, "liar", measure, lie, 1))
     middle = corrections.of(KEY, measure).ratio
-    assert min(1, *honest) - 1e-9 <= middle <= max(1, *honest) + 1e-9
+    assert min(1, *honest) - ROUNDING_MAX <= middle <= max(1, *honest) + ROUNDING_MAX
 
 
 @given(architectures(), node_cards(), st.lists(st.floats(0.6, 1.6), min_size=1, max_size=5))
@@ -273,4 +337,4 @@ def test_observed_rates_draw_the_prediction_towards_them(architecture: ModelArch
     wanted = median(ratios) - 1
     moved = after.rates.prefill / before.rates.prefill - 1
     assert moved * wanted >= -1e-9
-    assert abs(moved) <= abs(wanted) + 1e-9
+    assert abs(moved) <= abs(wanted) + ROUNDING_MAX

@@ -66,6 +66,8 @@ def holds(wish, rooms, order, card_count):
     counts = []
     for rank, node_id in enumerate(order):
         ends = (wish.first_stage_bytes if rank == 0 else 0) + (wish.last_stage_bytes if rank == len(order) - 1 else 0)
+        if not card_count:
+            ends += wish.table_copy_bytes * ((rank == 0) + (rank == len(order) - 1))
         counts.append((stage_bytes(wish, rooms[node_id], card_count) - ends) // (wish.layer_bytes + wish.layer_kv_bytes))
     return min(counts) >= 1 and sum(counts) >= wish.layer_count and len(order) <= wish.layer_count
 
@@ -75,10 +77,10 @@ def may_be_together(first, second):
 
 
 @settings(max_examples=200, deadline=None)
-@given(pools())
-def test_a_group_has_only_who_may_be_in_it_and_everything_fits(pool):
+@given(pools(), st.integers(0, 9))
+def test_a_group_has_only_who_may_be_in_it_and_everything_fits(pool, table_copy_bytes):
     views, rooms = pool
-    wish = need(tensor_parallel_sizes=(1, 2))
+    wish = need(tensor_parallel_sizes=(1, 2), table_copy_bytes=table_copy_bytes)
     formation = form(wish, views, rooms)
     members = [stage.node_id for stage in formation.stages]
     assert set(formation.rejections) == set(views) - set(members)
@@ -98,7 +100,9 @@ def test_a_group_has_only_who_may_be_in_it_and_everything_fits(pool):
         for stage in formation.stages:
             room = rooms[stage.node_id]
             assert stage.layer_count >= 1
-            assert stage.weight_bytes + stage.kv_cache_bytes <= stage_bytes(wish, room, len(stage.card_uuids))
+            # A group has two stages at least, so that none is both its ends.
+            copy_bytes = table_copy_bytes if stage in {formation.stages[0], formation.stages[-1]} and not stage.card_uuids else 0
+            assert stage.weight_bytes + copy_bytes + stage.kv_cache_bytes <= stage_bytes(wish, room, len(stage.card_uuids))
 
 
 @settings(max_examples=150, deadline=None)
@@ -159,6 +163,9 @@ class GroupsUnderChurn(RuleBasedStateMachine):
         self.began[group.replica_id] = group.generation
         for first, second in permutations([self.views[stage.node_id] for stage in group.stages], 2):
             assert not trust_refusal(first, second)
+        for stage in group.stages:
+            # Nor does it share cards or the leader's port with what another group left there.
+            assert not [status for status in self.views[stage.node_id].engines if status.state in ALIVE]
         for view in self.views.values():
             if view.connected:
                 # A node that is away has lost its lease, and stops by itself.

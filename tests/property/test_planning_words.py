@@ -43,6 +43,7 @@ accelerators = st.builds(
     power_limit_milliwatts=st.none() | small,
     numa_node=st.none() | small,
     nvlink_peer_uuids=st.lists(words, max_size=3).map(tuple),
+    pcie_peer_uuids=st.lists(words, max_size=3).map(tuple),
 )
 inventories = st.builds(
     Inventory,
@@ -73,6 +74,9 @@ statuses = st.builds(
     memory_utilization_percent=small,
     prefill_tokens_per_second=rates,
     decode_tokens_per_second=rates,
+    memory_bytes=numbers,
+    prefill_past_tokens=small,
+    decode_past_tokens=small,
     group_id=st.sampled_from(["", "group/70b/0"]),
     group_generation=small,
 )

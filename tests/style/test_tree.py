@@ -22,7 +22,7 @@ FUNCTION_LINES_MAX = 70
 FUNCTION_LINES_WANTED = 50
 
 LONG_FILES: dict[str, int] = {
-    "tests/integration/test_authorisation_matrix.py": 490,
+    "tests/integration/test_authorisation_matrix.py": 488,
 }
 """Files over 400 lines, with the length they may have: an entry may shrink or go, and none may come."""
 LONG_FUNCTIONS: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """A pool whose nodes share one place: the coordinator and three owners' nodes, each on a host of its own, with vLLM on processors.
 
-Each node is limited to less memory than the model needs. Ann and Bob trust each other; Eve says that she trusts both.
+The kernel limits each node to less memory than the model needs. Ann and Bob trust each other; Eve says that she trusts both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from potluck_coordinator.domain.fit.architecture import GIB
 from potluck_coordinator.domain.fit.config_json import architecture_of_config
 from potluck_coordinator.domain.fit.engines import traits_of
 from potluck_coordinator.domain.fit.hardware import NodeProcessor
@@ -27,24 +28,37 @@ from potluck_coordinator.domain.fit.interconnect import ALONE
 from potluck_coordinator.domain.fit.load import Load
 from potluck_coordinator.domain.fit.memory import stage_memory
 from potluck_coordinator.domain.fit.shapes import Stage
+from tests.support import memory_limits, namespaces
 from tests.support.coordinator_process import CoordinatorProcess, wait_until
+from tests.support.memory_limits import MemoryLimit, memory_limit
 from tests.support.namespaces import Host, hosts_of_one_site
 from tests.support.pool_processes import ChatStream, NodeProcess
-from tests.support.safetensors_model import ROOT, built_in_folder
+from tests.support.safetensors_model import ROOT, read_header
 
 WEIGHTS = "model.safetensors"
 MODEL = "smollm2-135m-instruct-bf16"
 CONTEXT_LENGTH_TOKENS = 2048
 SLOT_COUNT = 2
 PROMPT_PRICE, COMPLETION_PRICE = 1_000, 4_000
+PROMPT, TOKENS = "Write one sentence about shared meals.", 24
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 READY_SECONDS_MAX = 400.0
 """For two vLLM starts on two processors."""
 ENGINE_WORDS = ("vllm_inside", "VLLM::")
+WHOLE_BUDGET_BYTES = 12 * GIB
+LAYERS_MAX = {"ann": 14, "bob": 18, "eve": 18}
+"""Of the model's 30, how many each node has the memory for: of Ann's and Bob's stages one is the larger, and is paid more."""
+BESIDE_BUDGET_BYTES = GIB // 4
+"""What a node may use beside its engine's budget, before the kernel kills: the agent."""
 
 
-def memory_budget_bytes(folder: Path) -> int:
-    """Between what the fit says of one sequence on one machine, and of either half of the layers."""
+def available() -> bool:
+    """Whether this process may make hosts and limit them."""
+    return namespaces.available() and memory_limits.available()
+
+
+def memory_budget_bytes(folder: Path, layer_count: int) -> int:
+    """What the fit says of one sequence with so many of the layers, at either end of the model, and half a layer more."""
     config = json.loads((folder / "config.json").read_text())
     architecture = architecture_of_config(config, model_id=MODEL, weight_bytes=(folder / WEIGHTS).stat().st_size)
     load = Load(traits_of("vllm"), CONTEXT_LENGTH_TOKENS, 1)
@@ -54,9 +68,35 @@ def memory_budget_bytes(folder: Path) -> int:
         stage = Stage(0, (), (), ALONE, processor, layer_count, is_first, is_last)
         return stage_memory(architecture, stage, load).needed_bytes
 
-    half = architecture.layer_count // 2
-    halves = (needed_bytes(half, is_first=True, is_last=False), needed_bytes(half, is_first=False, is_last=True))
-    return (needed_bytes(2 * half, is_first=True, is_last=True) + max(halves)) // 2
+    ends = ((True, False), (False, True))
+    so_many, one_more = (
+        max(needed_bytes(count, is_first=first, is_last=last) for first, last in ends) for count in (layer_count, layer_count + 1)
+    )
+    return (so_many + one_more) // 2
+
+
+def limit_bytes(folder: Path, name: str) -> int:
+    """What the kernel allows a node in all."""
+    return memory_budget_bytes(folder, LAYERS_MAX[name]) + BESIDE_BUDGET_BYTES
+
+
+def stage_weight_bytes(folder: Path, layers: range) -> int:
+    """What the file has for a stage of these layers, read from its header: of the ends, too, and the head where it is the embeddings."""
+    header, _ = read_header(folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text())
+    is_first, is_last = layers.start == 0, layers.stop == config["num_hidden_layers"]
+    total_bytes = 0
+    for name, tensor in header.items():
+        first_byte, end_byte = tensor.get("data_offsets", (0, 0))
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer:
+            count = int(layer[1]) in layers
+        elif name == "model.embed_tokens.weight":
+            count = is_first + (is_last and config["tie_word_embeddings"])
+        else:
+            count = is_last
+        total_bytes += count * (end_byte - first_byte)
+    return total_bytes
 
 
 def catalogue_text(folder: Path) -> str:
@@ -92,7 +132,7 @@ head_dim = {config["head_dim"]}
 intermediate_size = {config["intermediate_size"]}
 vocabulary_size = {config["vocab_size"]}
 context_length_max_tokens = {config["max_position_embeddings"]}
-tie_word_embeddings = true
+tie_word_embeddings = {str(config["tie_word_embeddings"]).lower()}
 weight_bytes_of_files = {weight_bytes}
 """
 
@@ -100,10 +140,13 @@ weight_bytes_of_files = {weight_bytes}
 class SiteNode(NodeProcess):
     """A node that offers itself to groups of the place."""
 
-    def __init__(self, folder: Path, invite: str, host: Host, settings: dict[str, str], core: int) -> None:
+    def __init__(
+        self, folder: Path, invite: str, host: Host, settings: dict[str, str], core: int, limit: MemoryLimit | None = None
+    ) -> None:
         self._settings = settings
         self.host = host
-        super().__init__(folder, invite, wrap=(*host.wrap, "taskset", "-c", str(core)))
+        self.limit = limit
+        super().__init__(folder, invite, wrap=(*(limit.wrap if limit else ()), *host.wrap, "taskset", "-c", str(core)))
 
     def _environment(self) -> dict[str, str]:
         return {**super()._environment(), "POTLUCK_NODE_MODELS_ALLOWED": MODEL, **self._settings}
@@ -122,9 +165,11 @@ class SiteNode(NodeProcess):
 class GroupPool:
     """The pool at work; made by `group_pool`."""
 
-    def __init__(self, host: Host, coordinator: CoordinatorProcess) -> None:
+    def __init__(self, host: Host, model_folder: Path, coordinator: CoordinatorProcess, stack: ExitStack) -> None:
         self.host = host
+        self.model_folder = model_folder
         self.coordinator = coordinator
+        self._stack = stack
         self.nodes: dict[str, SiteNode] = {}
         self.accounts: dict[str, str] = {}
         self._keys: dict[str, str] = {}
@@ -150,6 +195,14 @@ class GroupPool:
         """One for a node of theirs."""
         made = self.potluck("tokens", "create", "--account", self.accounts[name])
         return next(word for word in made.split() if word.startswith("potluck1."))
+
+    def bring_whole_node(self, name: str) -> SiteNode:
+        """One more person, whose machine, the operator's host, has the memory for the whole model; it stops with the pool."""
+        self.people(name)
+        settings = {"POTLUCK_NODE_VLLM_PYTHON": str(VLLM_PYTHON), "POTLUCK_NODE_MEMORY_BUDGET_BYTES": str(WHOLE_BUDGET_BYTES)}
+        node = SiteNode(self.coordinator.data_dir.parent / name, self.invite(name), self.host, settings, core=0)
+        self.nodes[name] = self._stack.enter_context(node)
+        return node
 
     def verdicts(self) -> dict[str, dict[str, Any]]:
         """What `potluck explain` says of each node, by its name."""
@@ -205,32 +258,31 @@ class GroupPool:
 
 
 @contextmanager
-def group_pool(folder: Path) -> Iterator[GroupPool]:
-    """A coordinator, and Ann's, Bob's and Eve's nodes; nothing is deployed yet."""
+def group_pool(folder: Path, model_folder: Path) -> Iterator[GroupPool]:
+    """A coordinator that offers the model, and Ann's, Bob's and Eve's nodes; nothing is deployed yet."""
     catalogue = folder / "catalogue.toml"
     folder.mkdir(parents=True, exist_ok=True)
-    model_folder = built_in_folder()
     catalogue.write_text(catalogue_text(model_folder))
-    budget_bytes = memory_budget_bytes(model_folder)
     with ExitStack() as stack:
         operator, *hosts = stack.enter_context(hosts_of_one_site(3))
         flags = ("--host", operator.address, "--catalogue", str(catalogue))
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", *flags, wrap=operator.wrap))
         coordinator.wait_ready()
-        pool = GroupPool(operator, coordinator)
+        pool = GroupPool(operator, model_folder, coordinator, stack)
         for model_id in json.loads(pool.potluck("models", "--json")):
             pool.potluck("undeploy", model_id["model_id"])
         pool.people("ann", "bob", "eve")
         trusts = {"ann": ("bob",), "bob": ("ann",), "eve": ("ann", "bob")}
         for number, (name, host) in enumerate(zip(trusts, hosts, strict=True)):
+            limit = stack.enter_context(memory_limit(name, limit_bytes(model_folder, name)))
             settings = {
                 "POTLUCK_NODE_VLLM_PYTHON": str(VLLM_PYTHON),
-                "POTLUCK_NODE_MEMORY_BUDGET_BYTES": str(budget_bytes),
+                "POTLUCK_NODE_MEMORY_BUDGET_BYTES": str(memory_budget_bytes(model_folder, LAYERS_MAX[name])),
                 "POTLUCK_NODE_GROUP_SITE": "the-lab",
                 "POTLUCK_NODE_GROUP_ADDRESS": "potluck0",
                 "POTLUCK_NODE_GROUP_TRUSTS": ",".join(pool.accounts[trusted] for trusted in trusts[name]),
             }
-            node = SiteNode(folder / name, pool.invite(name), host, settings, core=number % (os.cpu_count() or 1))
+            node = SiteNode(folder / name, pool.invite(name), host, settings, number % (os.cpu_count() or 1), limit)
             pool.nodes[name] = stack.enter_context(node)
         yield pool
 

@@ -18,11 +18,12 @@ _PROGRAM = """
 import sys, time
 import xllamacpp
 
-model, name, port, key = sys.argv[1:]
+model, name, port, key, slots, metrics = sys.argv[1:]
 params = xllamacpp.CommonParams()
 params.model.path, params.model_alias = model, {name}
 params.hostnames, params.port = ["127.0.0.1"], int(port)
-params.n_parallel, params.n_ctx, params.n_batch, params.n_ubatch = 2, 2048, 64, 64
+params.n_parallel, params.n_ctx, params.n_batch, params.n_ubatch = int(slots), 2048, 64, 64
+params.endpoint_metrics = metrics == "True"
 params.offline, params.ui, params.verbosity = True, False, 1
 if key:
     params.api_keys = [key]
@@ -35,9 +36,10 @@ time.sleep(10_000)
 class HandStarted:
     """One such server."""
 
-    def __init__(self, model: Path, port: int, key: str) -> None:
+    def __init__(self, model: Path, port: int, key: str, slots: int, *, metrics: bool) -> None:
         self._key = key
-        self.process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(model), NAME, str(port), key], stdout=subprocess.PIPE)
+        command = [sys.executable, "-c", _PROGRAM, str(model), NAME, str(port), key, str(slots), str(metrics)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().decode().strip()
         assert self.url.startswith("http://127.0.0.1:"), "it did not start"
@@ -59,9 +61,9 @@ class HandStarted:
 
 
 @contextmanager
-def hand_started(model: Path, port: int = 0, key: str = "") -> Iterator[HandStarted]:
+def hand_started(model: Path, port: int = 0, key: str = "", *, slots: int = 2, metrics: bool = False) -> Iterator[HandStarted]:
     """Runs while the block does."""
-    server = HandStarted(model, port, key)
+    server = HandStarted(model, port, key, slots, metrics=metrics)
     try:
         yield server
     finally:

@@ -30,7 +30,12 @@ class HubServer:
     requests: list[str] = field(default_factory=list)
     lying_bytes: bytes = b""
     """Sent after the end of every small file."""
+    ranges: list[int] = field(default_factory=list)
+    """How many first bytes of files were asked for."""
+    ignores_ranges: bool = False
     status: int = 200
+    error_code: str = ""
+    """What it says of such a status in the header that its clients go by."""
     waiting: threading.Event | None = None
     """Files are sent once it is set; None: at once."""
     url: str = ""
@@ -77,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(self.path)
         path = [unquote(part) for part in parts.path.strip("/").split("/")]
         if self.hub.status != 200:
-            self._reply(self.hub.status, b"{}")
+            self._reply(self.hub.status, b"{}", {"X-Error-Code": self.hub.error_code} if self.hub.error_code else None)
         elif path[:2] == ["api", "models"] and len(path) == 6 and path[4] == "revision":
             self._describe("/".join(path[2:4]), path[5], parse_qs(parts.query))
         elif len(path) > 4 and path[2] == "resolve":
@@ -101,7 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
         if revision != COMMIT or not isinstance(content, bytes):
             self._reply(404, b"", {"X-Error-Code": "EntryNotFound"})
         else:
-            self._reply(200, content + self.hub.lying_bytes)
+            wanted = self.headers.get("Range")
+            if wanted is None or self.hub.ignores_ranges:
+                self._reply(200, content + self.hub.lying_bytes)
+                return
+            last = int(wanted.removeprefix("bytes=0-"))
+            self.hub.ranges.append(last + 1)
+            part = content[: last + 1]
+            self._reply(206, part, {"Content-Range": f"bytes 0-{len(part) - 1}/{len(content)}"})
 
     def _reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

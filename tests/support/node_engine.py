@@ -10,12 +10,16 @@ from typing import Any
 
 from aiohttp import web
 
+from potluck_node.attached_servers import AttachedServers
 from potluck_node.attempts import Attempts, engine_session
 from potluck_node.credentials import Credentials
 from potluck_node.engines.base import EngineAddress
 from potluck_node.identity_store import StateFolder
+from potluck_node.line_watch import LineWatch
 from potluck_node.link import Link
 from potluck_node.peer_measurement import PeerMeasuring
+from potluck_node.readings import Readings
+from potluck_node.replicas import Residence
 from potluck_node.report import NodeReport
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.values import (
@@ -115,6 +119,8 @@ class FixedReplicas:
         self.url = url
         self.slot_count = slot_count
         self.state = EngineState.READY
+        self.engine_kind = "scripted"
+        self.lives_at: Residence | None = None
         self.desired: list[DesiredState] = []
         self.paused: list[bool] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -135,7 +141,9 @@ class FixedReplicas:
 
     def statuses(self) -> tuple[EngineStatus, ...]:
         endpoints = (Endpoint.CHAT_COMPLETIONS,)
-        return (EngineStatus(self.replica_id, ModelId("tiny"), self.state, "scripted", slot_count=self.slot_count, endpoints=endpoints),)
+        return (
+            EngineStatus(self.replica_id, ModelId("tiny"), self.state, self.engine_kind, slot_count=self.slot_count, endpoints=endpoints),
+        )
 
     @property
     def replica_id(self) -> ReplicaId:
@@ -145,6 +153,12 @@ class FixedReplicas:
 
     def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
         return EngineAddress(self.url) if self.url is not None and replica_id == self.replica_id else None
+
+    def residence(self, replica_id: ReplicaId) -> Residence | None:
+        return self.lives_at if replica_id == self.replica_id else None
+
+    def cards_given(self) -> frozenset[str]:
+        return frozenset(self.lives_at.card_uuids) if self.lives_at is not None else frozenset()
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
@@ -198,15 +212,6 @@ async def wired_node(
     credentials = Credentials(state, used_clock, lambda: 0.5)
     replicas = FixedReplicas(url, slot_count)
     slot_count_max = limits.get("slot_count_max")
-    report = NodeReport(
-        credentials=credentials,
-        session_id=SessionId("session-1"),
-        inventory=Inventory(cpu_count=2, memory_bytes=8 << 30),
-        replicas=replicas,
-        cache_dir=folder,
-        slot_count_max=slot_count_max,
-        clock=used_clock,
-    )
     async with engine_session() as http:
         attempts = Attempts(
             replicas=replicas,
@@ -215,8 +220,21 @@ async def wired_node(
             node_state=lambda: report.state,
             slot_count_max=slot_count_max,
         )
-        report.attempts = attempts
         peers = PeerMeasuring(credentials.identity.node_id, None, used_clock)
+        report = NodeReport(
+            credentials=credentials,
+            session_id=SessionId(limits.get("session_id", "session-1")),
+            inventory=Inventory(cpu_count=2, memory_bytes=8 << 30),
+            replicas=replicas,
+            attempts=attempts,
+            readings=Readings(replicas, http, heard=attempts.watches.heard),
+            peers=peers,
+            line=LineWatch(credentials, state.path, used_clock, lambda: 0.5, quiet=lambda: False),
+            attached=AttachedServers(()),
+            cache_dir=folder,
+            slot_count_max=slot_count_max,
+            clock=used_clock,
+        )
         link = Link(
             credentials=credentials, attempts=attempts, replicas=replicas, peers=peers, report=report, clock=used_clock, jitter=lambda: 0.5
         )

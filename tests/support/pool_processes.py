@@ -69,7 +69,7 @@ class NodeProcess:
     Args:
         folder: for its state, cache and log.
         invite: spent once.
-        wrap: the command that runs a Python module; a namespace's tests put `ip netns exec` before it.
+        wrap: what stands before the command that runs a Python module, and becomes it; a namespace's tests put `nsenter` there.
         module: what `run` is run with; tests of faults bring their own entry.
     """
 
@@ -114,11 +114,8 @@ class NodeProcess:
         return json.loads((self.folder / "state" / "node.json").read_text())["node_id"]
 
     def agent(self) -> psutil.Process:
-        """The agent itself, below whatever wraps it."""
-        process = psutil.Process(self.process.pid)
-        while "ip" in process.name():
-            (process,) = process.children()
-        return process
+        """The agent itself: whatever wraps it has become it."""
+        return psutil.Process(self.process.pid)
 
     def log(self) -> str:
         return self.log_file.read_text()

@@ -16,6 +16,7 @@ from potluck_protocol.connection import fetch_connection
 from potluck_protocol.identity import certificate_request, new_private_key
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
 from potluck_protocol.values import (
+    AccountId,
     Endpoint,
     EndReason,
     EngineState,
@@ -39,10 +40,10 @@ class Credentials:
     certificate_pem: str
 
 
-async def enrol(coordinator: Coordinator) -> Credentials:
-    """Enrols a fresh key through the directory's desk, owned by the operator."""
+async def enrol(coordinator: Coordinator, owner: AccountId | None = None) -> Credentials:
+    """Enrols a fresh key through the directory's desk, owned by the operator where nobody is named."""
     accounts = await coordinator.directory.accounts.list_accounts()
-    token, secret = await coordinator.directory.accounts.create_join_token(accounts[0].account_id, 60)
+    token, secret = await coordinator.directory.accounts.create_join_token(owner or accounts[0].account_id, 60)
     key = new_private_key()
     enrolment = await coordinator.directory.enrolment.join(
         certificate_request(key), token.token_id, secret, "raw", Inventory(memory_bytes=8 << 30)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from potluck_coordinator.domain.catalogue import CatalogueEntry
-from potluck_coordinator.domain.placement import ReplicaView
+from potluck_coordinator.domain.placement import Cohort, ReplicaView, likeness
 from potluck_protocol.values import Endpoint, ModelFile, ModelId, NodeId, ReplicaId
 
 MODEL = ModelId("tiny")
@@ -25,6 +26,14 @@ def replica_view(name: str = "a", **changes: Any) -> ReplicaView:
         "endpoints": (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS),
     }
     return ReplicaView(**(values | changes))
+
+
+def cohorts_of(replicas: Iterable[ReplicaView]) -> tuple[Cohort, ...]:
+    """Those of one model, grouped anew."""
+    alike: dict[tuple[object, ...], list[ReplicaView]] = {}
+    for replica in replicas:
+        alike.setdefault(likeness(replica), []).append(replica)
+    return tuple(Cohort(tuple(members)) for members in alike.values())
 
 
 def catalogue_entry(model_id: str = "tiny", **changes: Any) -> CatalogueEntry:

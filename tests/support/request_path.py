@@ -7,7 +7,7 @@ import json
 from contextlib import asynccontextmanager
 
 from potluck_coordinator.gateway.requests import InferenceRequest
-from potluck_protocol.values import Endpoint, RequestId
+from potluck_protocol.values import AccountId, Endpoint, RequestId
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link
 
@@ -28,12 +28,24 @@ async def pool(folder, **changes):
             yield coordinator, node
 
 
-async def request_of(coordinator, *, stream=True, completion_tokens_max=100, prompt_tokens_min=1, body=b"{}"):
+async def request_of(coordinator, **fields):
     accounts = await coordinator.directory.accounts.list_accounts()
+    return request_by(accounts[0].account_id, **fields)
+
+
+def request_by(
+    account_id=AccountId("client"),  # noqa: B008 - an id, which nobody changes
+    *,
+    model_id=TINY,
+    stream=True,
+    completion_tokens_max=100,
+    prompt_tokens_min=1,
+    body=b"{}",
+):
     return InferenceRequest(
         request_id=RequestId("request"),
-        account_id=accounts[0].account_id,
-        model_id=TINY,
+        account_id=account_id,
+        model_id=model_id,
         endpoint=Endpoint.CHAT_COMPLETIONS,
         body=body,
         stream=stream,

@@ -75,6 +75,13 @@ def write_folder(source: Path, target: Path) -> None:
     _write_safetensors(target / "model.safetensors", reader)
 
 
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where the first of them begins."""
+    with path.open("rb") as file:
+        size_bytes = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size_bytes)), 8 + size_bytes
+
+
 def _value(reader: gguf.GGUFReader, key: str) -> Any:
     return reader.fields[key].contents()
 

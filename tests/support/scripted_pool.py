@@ -190,6 +190,14 @@ class _Accounts(account_pb2_grpc.AccountServiceServicer):
         token = account_pb2.JoinToken(token_id="t" * 12, account_id="acct_a", expires_at_unix_ms=1_000)
         return account_pb2.CreateJoinTokenResponse(token=token, secret="z" * 43)
 
+    def RevokeKey(self, request: Any, context: Any) -> account_pb2.RevokeKeyResponse:
+        self._pool.admit("RevokeKey", context)
+        return account_pb2.RevokeKeyResponse()
+
+    def RevokeJoinToken(self, request: Any, context: Any) -> account_pb2.RevokeJoinTokenResponse:
+        self._pool.admit("RevokeJoinToken", context)
+        return account_pb2.RevokeJoinTokenResponse()
+
     def AuditLedger(self, request: Any, context: Any) -> account_pb2.AuditLedgerResponse:
         self._pool.admit("AuditLedger", context)
         return account_pb2.AuditLedgerResponse(account_count=4, findings=["acct_a: balance 3, postings 2"])
@@ -211,6 +219,10 @@ class _Pool(pool_pb2_grpc.PoolServiceServicer):
             up_minutes=7,
         )
         return pool_pb2.ListNodesResponse(nodes=[node])
+
+    def RevokeNode(self, request: Any, context: Any) -> pool_pb2.RevokeNodeResponse:
+        self._pool.admit("RevokeNode", context)
+        return pool_pb2.RevokeNodeResponse()
 
     def AddModel(self, request: Any, context: Any) -> pool_pb2.AddModelResponse:
         return self._pool.reply(request, pool_pb2.AddModelResponse(), context)

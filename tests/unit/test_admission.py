@@ -17,7 +17,8 @@ LIMITS = AdmissionLimits(queue_length_max=4, queue_wait_seconds_max=30)
     [
         (ModelLoad(0, 0, 0, 1.0), Refuse(ErrorCode.NO_CAPACITY, 1.0)),
         (ModelLoad(4, 1, 0, 1.0), Dispatch()),
-        (ModelLoad(4, 1, 1, 1.0), Wait(30)),  # nobody overtakes the queue
+        (ModelLoad(4, 1, 1, 1.0), Dispatch()),  # what counts as free, nobody in the queue could take
+        (ModelLoad(4, 1, 4, 1.0), Dispatch()),  # however full the queue is
         (ModelLoad(4, 0, 3, 1.0), Wait(30)),
         (ModelLoad(4, 0, 4, 8.0), Refuse(ErrorCode.QUEUE_FULL, 10.0)),  # five requests of 8 s on four slots
         (ModelLoad(1, 0, 4, 100.0), Refuse(ErrorCode.QUEUE_FULL, 60.0)),  # never more than a client would honour

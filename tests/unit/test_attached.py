@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from potluck_node.domain.attached import MODELS_PATH, UNKNOWN, Answer, AttachedServer, model_names, parse_attached, recognised
+from potluck_coordinator.gateway.requests import REQUEST_SECONDS_MAX
+from potluck_node.attached_servers import AttachedServers, headers_of
+from potluck_node.control import AttachedLine
+from potluck_node.domain.attached import (
+    MODELS_PATH,
+    UNKNOWN,
+    WORD_SECONDS_MAX,
+    Answer,
+    AttachedServer,
+    is_only_busy,
+    model_names,
+    parse_attached,
+    recognised,
+)
 from potluck_node.domain.model_source import AttachedSource, check_model_file, parse_source
+from potluck_node.engines.attach import AttachEngine
+from potluck_node.engines.base import EngineLaunch
+from potluck_node.progress import attached_words
 from potluck_node.settings import Settings, load_settings
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.values import ModelFile, ModelId, PinnedFile
@@ -55,11 +72,19 @@ def test_a_server_is_known_by_what_it_says_of_itself(answers, kind):
 
 
 def test_names_that_a_catalogue_cannot_write_are_left_out():
-    names = ("llama3.2:3b", "org/Model-7B", "/models/a.gguf", "a b", "-x", "a//b", "./a", "é", "", "x" * 300, "a\nb", "llama3.2:3b")
-    assert model_names(listed("o", *names)) == ("/models/a.gguf", "llama3.2:3b", "org/Model-7B")
+    good = ("-x", "./models/a.gguf", "/models/a.gguf", "C:\\m.gguf", "a b", "a//b", "llama3.2:3b", "org/Model-7B", "é")
+    bad = ("", "x" * 201, "a\nb", "a\x1b[2J", "a\ud800", "a\u202eb")
+    assert model_names(listed("o", *reversed(good), *bad, "llama3.2:3b")) == good
     assert model_names(Answer(401, {"data": [{"id": "m"}]})) == ()
     assert model_names(Answer(200, {"data": {"id": "m"}})) == ()
     assert model_names(Answer(200, {"data": [{"id": 1}, "m", None]})) == ()
+    odd = [{"id": ["x"]}, {"id": {"m": 1}}, {"id": None}, {}, {"id": "theirs"}, {"id": "theirs"}]
+    assert model_names(Answer(200, {"data": odd})) == ("theirs",)
+
+
+@pytest.mark.parametrize(("status", "busy"), [(200, False), (401, False), (404, False), (429, True), (500, True), (503, True), (529, True)])
+def test_a_server_that_lists_nothing_just_now_is_told_from_one_that_has_nothing(status, busy):
+    assert is_only_busy(Answer(status)) is busy
 
 
 @pytest.mark.parametrize(
@@ -97,6 +122,15 @@ def test_nothing_else_may(text):
         load_settings(attach_urls=(text or "x",))
 
 
+@pytest.mark.parametrize(
+    "url", ["http://:secret@127.0.0.1:80", "http://secret@127.0.0.1:80", "https://u:secret@h:x", "http://127.0.0.1:80/?key=secret"]
+)
+def test_a_secret_in_a_url_is_refused_and_not_shown(url):
+    with pytest.raises(PotluckError, match="the file of its key") as refused:
+        load_settings(attach_urls=(url,))
+    assert "secret" not in str(refused.value)
+
+
 def test_settings_take_servers_from_the_environment(monkeypatch):
     assert Settings().attach_urls == ()
     monkeypatch.setenv("POTLUCK_NODE_ATTACH_URLS", "http://127.0.0.1:11434/v1, http://127.0.0.1:5000 /keys/tabby")
@@ -108,6 +142,7 @@ ATTACHED = ModelFile(ModelId("m"), "attach:llama3.2:3b", "", "", 0)
 
 def test_an_attached_model_has_a_name_and_no_files():
     assert parse_source(ATTACHED.source) == AttachedSource("llama3.2:3b")
+    assert parse_source("attach:./models//a b.gguf") == AttachedSource("./models//a b.gguf"), "to the letter"
     check_model_file(ATTACHED)
     pinned = PinnedFile("a.json", "0" * 64, 1)
     for wrong in (
@@ -119,3 +154,28 @@ def test_an_attached_model_has_a_name_and_no_files():
             check_model_file(wrong)
     with pytest.raises(ValueError, match="plain relative path"):
         check_model_file(ModelFile(ModelId("m"), "path:/models", "", "", 0))
+
+
+def test_a_key_file_of_a_user_that_is_none_is_its_servers_trouble_alone():
+    with pytest.raises(ValueError, match="home directory"):
+        headers_of(AttachedServer("http://127.0.0.1:1", "~no-such-user-here/key"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (AttachedLine("127.0.0.1:11434", "Ollama 0.12.6", ("a", "b"), ""), "127.0.0.1:11434: Ollama 0.12.6: a, b"),
+        (AttachedLine("[::1]:80", "", (), "HTTP status 500 for /v1/models"), "[::1]:80: HTTP status 500 for /v1/models"),
+        (AttachedLine("localhost:1", "vLLM", (), ""), "localhost:1: vLLM: it lists no model that can be shared"),
+        (AttachedLine("localhost:1", "vLLM", ("m",), "it is busy"), "localhost:1: vLLM: m; it is busy"),
+        (AttachedLine("h:1", "k", tuple("abcdefghijkl"), ""), "h:1: k: a, b, c, d, e, f, g, h, i, j, and 2 more"),
+    ],
+)
+def test_an_attached_server_in_one_line(line, words):
+    assert attached_words(line) == words
+
+
+def test_no_attached_server_has_less_time_for_a_word_than_a_gateway_gives_a_request():
+    """Its first answer, too: a large model may have to be loaded for it."""
+    launch = EngineLaunch(ModelId("tiny"), Path("unused"), 1, 1024, attached_name="theirs")
+    assert AttachEngine(AttachedServers(())).probe(launch).limit_seconds == WORD_SECONDS_MAX >= REQUEST_SECONDS_MAX

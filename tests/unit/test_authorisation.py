@@ -4,7 +4,15 @@ import pytest
 
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway import authorisation
-from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, Audience, account_for, check_table, contract_methods, require
+from potluck_coordinator.gateway.authorisation import (
+    RPC_AUDIENCE,
+    Audience,
+    account_for,
+    check_table,
+    contract_methods,
+    require,
+    require_node,
+)
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, KeyPrefix
 
@@ -59,3 +67,11 @@ def test_whose_account() -> None:
     with pytest.raises(PotluckError) as caught:
         account_for(USER, "acct_operator")
     assert caught.value.code is ErrorCode.PERMISSION_DENIED
+
+
+def test_a_node_passes_while_the_books_have_it_and_nobody_put_it_out() -> None:
+    require_node(None, is_enrolled=True)
+    for reason, is_enrolled in ((None, False), ("", False), ("", True), ("wrong answers", True)):
+        with pytest.raises(PotluckError, match=reason or "no longer part") as caught:
+            require_node(reason, is_enrolled=is_enrolled)
+        assert caught.value.code is ErrorCode.INVALID_CERTIFICATE

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from potluck_coordinator.catalogue_file import built_in_catalogue, parse_catalogue, read_catalogue
-from potluck_coordinator.domain.planning.sizing import Misfit, Sizer, whole_room
+from potluck_coordinator.domain.planning.node_kinds import whole_room
+from potluck_coordinator.domain.planning.sizing import Misfit, Sizer
 from potluck_coordinator.domain.planning.words import Sizing
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import ModelFile
+from tests.support.catalogue_text import model_text
 from tests.support.planning import node
 
-GOOD = """
-[[model]]
-model_id = "tiny"
-source = "path:/srv/models"
-file_name = "tiny.gguf"
-sha256 = "{sha256}"
-size_bytes = 10
-engine_kind = "llamacpp"
-context_length_tokens = 512
-slot_count = 2
-prompt_price_micro_credits = 1
-completion_price_micro_credits = 2
-licence = "MIT"
-endpoints = ["/v1/chat/completions"]
-created_at_unix_seconds = 1
-""".format(sha256="a" * 64)
+GOOD = model_text()
 
 
 def test_the_built_in_catalogue_pins_one_model_that_needs_no_hub():
@@ -73,7 +61,7 @@ def test_every_offer_fits_as_many_rtx_3090_as_its_comment_says_and_no_fewer(mode
 
     def sized(count):
         box = node("box", cards=count)
-        return sizer.size(entry, box, sizer.kind_of(box), whole_room(box.inventory))
+        return sizer.size(entry, sizer.kind_of(box), whole_room(box.inventory))
 
     assert isinstance(sized(card_count), Sizing)
     assert sized(card_count).slot_count >= 1
@@ -108,6 +96,46 @@ def test_what_is_wrong_is_named(change, words):
     assert "mine.toml" in failure.value.message
 
 
+@pytest.mark.parametrize("part", ["a", '"a.b"', "'='", '"\\""', "a "])
+def test_a_key_of_so_many_parts_that_the_parser_would_take_minutes_is_refused_at_once(part):
+    began = time.process_time()
+    with pytest.raises(PotluckError, match="more than 16 parts"):
+        parse_catalogue(GOOD + ".".join([part] * 40_000) + " = 1", "mine.toml")
+    assert time.process_time() - began < 2
+
+
+def test_all_that_an_entry_lacks_is_named_at_once():
+    with pytest.raises(PotluckError, match=r"the entry ours lacks context_length_tokens, slot_count, .*, created_at_unix_seconds"):
+        parse_catalogue('[[model]]\nmodel_id = "ours"\nsource = "attach:ours"\nengine_kind = "attach"', "it")
+
+
+def test_dots_in_texts_are_no_keys():
+    text = "0.1.2" + ".x" * 40
+    for licence in (f'"{text}"', f"'{text}'", f'"""{text}\n{text}"""', f'"MIT" # {text}'):
+        (entry,) = parse_catalogue(GOOD.replace('"MIT"', licence).replace("\n0.1", " 0.1"), "mine.toml")
+        assert entry.licence.startswith(("0.1.2.x", "MIT"))
+
+
+def test_an_engine_that_reads_other_files_is_refused_and_the_right_one_named():
+    with pytest.raises(PotluckError, match="vllm reads safetensors files, and it has gguf; add it anew with --engine llamacpp"):
+        parse_catalogue(GOOD.replace("llamacpp", "vllm"), "mine.toml")
+    with pytest.raises(
+        PotluckError, match="llamacpp reads gguf files, and it has safetensors; add it anew with --engine vllm --engine sglang"
+    ):
+        parse_catalogue(GOOD.replace("tiny.gguf", "tiny.safetensors"), "mine.toml")
+
+
+def test_words_that_would_act_on_a_terminal_are_refused():
+    with pytest.raises(PotluckError, match="control characters"):
+        parse_catalogue(GOOD.replace('"MIT"', '"MIT\\u001b[2J"'), "mine.toml")
+
+
+@pytest.mark.parametrize("text", ["", "model = []", "# nothing yet\n"])
+def test_a_text_without_a_model_is_no_catalogue(text):
+    with pytest.raises(PotluckError, match=r"mine\.toml is not a good catalogue: it has no \[\[model\]\]"):
+        parse_catalogue(text, "mine.toml")
+
+
 def test_a_model_named_twice_is_refused():
     with pytest.raises(PotluckError, match="twice"):
         parse_catalogue(GOOD + GOOD, "mine.toml")
@@ -130,22 +158,36 @@ SEVERAL = {"file_name": None, "sha256": None, "size_bytes": None}
 def test_several_files_are_pinned_in_their_order():
     pins = ", ".join(
         f'{{name = "{name}", sha256 = "{"ab"[number] * 64}", size_bytes = {5 + number}}}'
-        for number, name in enumerate(("x.json", "y.json"))
+        for number, name in enumerate(("x.gguf", "y.json"))
     )
     (entry,) = parse_catalogue(changed(**SEVERAL, files=f"[{pins}]"), "mine.toml")
-    assert [file.file_name for file in entry.file.files] == ["x.json", "y.json"]
+    assert [file.file_name for file in entry.file.files] == ["x.gguf", "y.json"]
     assert entry.file.total_bytes == 11
 
 
 def test_engine_kinds_are_in_the_order_of_preference():
-    (entry,) = parse_catalogue(changed(engine_kind=None, engine_kinds='["vllm", "llamacpp"]'), "mine.toml")
-    assert entry.engine_kinds == ("vllm", "llamacpp")
+    (entry,) = parse_catalogue(changed(engine_kind=None, engine_kinds='["mine", "llamacpp"]'), "mine.toml")
+    assert entry.engine_kinds == ("mine", "llamacpp")
 
 
 def test_a_model_of_owners_own_engines_has_a_name_and_no_files():
     (entry,) = parse_catalogue(changed(**SEVERAL, source='"attach:llama3.2:3b"', engine_kind='"attach"'), "mine.toml")
     assert entry.attached_name == "llama3.2:3b"
     assert entry.file.files[0].sha256 == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"context_length_tokens": "9_000_000_000"},
+        {"created_at_unix_seconds": "99_999_999_999_999"},
+        {"created_at_unix_seconds": "-1"},
+        {"size_bytes": str(1 << 60)},
+    ],
+)
+def test_a_number_that_the_pool_could_not_tell_its_nodes_is_refused(words):
+    with pytest.raises(PotluckError, match="is not a good catalogue"):
+        parse_catalogue(changed(**words), "mine.toml")
 
 
 def test_an_architecture_is_named_or_written_out():
@@ -155,6 +197,9 @@ def test_an_architecture_is_named_or_written_out():
     more = 'vocabulary_size = 99, context_length_max_tokens = 512, model_id = "x"'
     (written,) = parse_catalogue(changed(architecture=f"{{{words}, {more}}}"), "mine.toml")
     assert written.architecture.kv_head_count == 2
+    for nonsense in ("kv_dtype_bytes = nan", "kv_dtype_bytes = inf", "kv_dtype_bytes = 0.0", "dtype_bytes = 1000000000"):
+        with pytest.raises(PotluckError, match="tiny is not a good entry"):
+            parse_catalogue(changed(architecture=f"{{{words}, {more}, {nonsense}}}"), "mine.toml")
 
 
 @pytest.mark.parametrize(

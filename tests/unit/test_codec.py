@@ -11,6 +11,7 @@ from potluck_coordinator.gateway.node_session import ATTEMPTS_PER_NODE_MAX
 from potluck_protocol import codec, engine_codec, hardware_codec
 from potluck_protocol.bounds import TEXT_CHARACTERS_MAX
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.line import LineMeasurement
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     Accelerator,
@@ -70,6 +71,7 @@ def hello(**changes: Any) -> Hello:
         "state": NodeState.SERVING,
         "in_flight": (LONGEST,) * codec.IN_FLIGHT_MAX,
         "engines": (engine(),) * engine_codec.ENGINES_MAX,
+        "cards": (CardTelemetry(LONGEST, memory_foreign_bytes=5),) * hardware_codec.ACCELERATORS_MAX,
     }
     return Hello(**{**fields, **changes})
 
@@ -77,7 +79,8 @@ def hello(**changes: Any) -> Hello:
 def test_as_much_as_a_node_can_have_is_taken() -> None:
     assert codec.hello_value(codec.hello_message(hello())) == hello()
     cards = (CardTelemetry("a", 70, 300_000, 350_000, 1 << 34, 0, 99, ("power_cap",)), CardTelemetry("b", lost=True))
-    heartbeat = Heartbeat(1, NodeState.SERVING, hello().engines, 2, cards, (PeerMeasurement(NodeId("c"), 200, 10**8, "slow"),))
+    peers = (PeerMeasurement(NodeId("c"), 200, 10**8, "slow"),)
+    heartbeat = Heartbeat(1, NodeState.SERVING, hello().engines, 2, cards, peers, LineMeasurement(7, 8, None, 9))
     assert codec.heartbeat_value(codec.heartbeat_message(heartbeat)) == heartbeat
 
 
@@ -88,6 +91,8 @@ def test_as_much_as_a_node_can_have_is_taken() -> None:
         {"in_flight": (TOO_LONG,)},
         {"in_flight": ("a",) * (codec.IN_FLIGHT_MAX + 1)},
         {"engines": (engine(),) * (engine_codec.ENGINES_MAX + 1)},
+        {"cards": (CardTelemetry("a"),) * (hardware_codec.ACCELERATORS_MAX + 1)},
+        {"cards": (CardTelemetry(TOO_LONG),)},
         *({"engines": (engine(**{name: TOO_LONG}),)} for name in ("replica_id", "model_id", "engine_kind", "engine_version")),
         {"engines": (engine(endpoints=(Endpoint.EMBEDDINGS,) * 4),)},
         {"inventory": inventory(operating_system=TOO_LONG)},
@@ -105,10 +110,23 @@ def test_more_is_refused(changes: dict[str, Any]) -> None:
 
 
 def test_zero_is_not_unknown() -> None:
-    for card in (CardTelemetry("a", temperature_celsius=0, memory_foreign_bytes=0), CardTelemetry("a")):
+    for card in (CardTelemetry("a", temperature_celsius=0, memory_foreign_bytes=0), CardTelemetry("a", newest_xid=79, xid_count=2)):
         assert hardware_codec.card_telemetry_value(hardware_codec.card_telemetry_message(card)) == card
-    for status in (engine(kv_used_tokens=0, waiting_count=0, decode_tokens_per_second=0.0), engine()):
+    told = engine(prefill_past_tokens=900, decode_past_tokens=1_200, prefix_queried_tokens=7, prefix_hit_tokens=0, weight_bytes=9)
+    for status in (engine(kv_used_tokens=0, waiting_count=0, decode_tokens_per_second=0.0), engine(), told):
         assert engine_codec.engine_status_value(engine_codec.engine_status_message(status)) == status
+
+
+@pytest.mark.parametrize("line", [None, LineMeasurement(5), LineMeasurement(5, 21_000, 10**6, 10**7)])
+def test_a_line_keeps_every_figure_and_one_that_no_line_can_have_is_none(line: LineMeasurement | None) -> None:
+    known = inventory(line=line)
+    message = hardware_codec.inventory_message(known)
+    assert hardware_codec.inventory_value(message) == known
+    message.line.upload_bytes_per_second = -1
+    message.line.download_bytes_per_second = 0
+    said = hardware_codec.inventory_value(message).line
+    assert said is not None
+    assert (said.upload_bytes_per_second, said.download_bytes_per_second) == (None, None)
 
 
 def test_a_card_and_an_offer_keep_every_fact() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck_node.domain import doctor_cards, doctor_host, doctor_links
-from potluck_node.domain.doctor import diagnose
-from potluck_node.domain.findings import GIB, Examination, Finding, Level, OwnerWord, exit_code
+from potluck_node.domain import doctor_cards, doctor_links, doctor_power
+from potluck_node.domain.doctor import CHECKS, diagnose
+from potluck_node.domain.findings import GIB, Examination, Finding, Level, exit_code
 from potluck_node.domain.hardware import (
     Card,
     CardIdentity,
@@ -25,28 +24,14 @@ from potluck_node.domain.hardware import (
     Network,
     NvLink,
     PeerStatus,
-    Reach,
     Slot,
     ThrottleReason,
     XidEvent,
 )
 from potluck_node.domain.xid import XID_MEANINGS
+from tests.support.doctor_machines import levels, limited, machine, reached
 
 OK, WARN, FAIL = Level.OK, Level.WARN, Level.FAIL
-
-
-def machine(*cards: Card, pairs=(), network=None, supply_watts=None, engine_kinds=(), xids=(), host=None, driver=None) -> Examination:
-    hardware = Hardware(host or Host(), driver or Driver("595.71.05", "13.2"), cards, pairs, xids)
-    return Examination(hardware, network, OwnerWord(supply_watts, frozenset(engine_kinds)))
-
-
-def levels(findings: tuple[Finding, ...]) -> list[Level]:
-    return [finding.level for finding in findings]
-
-
-def limited(index: int, limit_watts: int, lowest_watts: int = 100) -> Card:
-    identity = CardIdentity(power_limit_min_milliwatts=lowest_watts * 1000)
-    return Card(index, identity, CardReading(power_limit_milliwatts=limit_watts * 1000))
 
 
 def test_the_worst_finding_is_the_exit_code():
@@ -61,36 +46,6 @@ def test_a_machine_of_which_nothing_is_known_is_looked_at_without_a_failure_of_o
     assert FAIL not in levels(
         diagnose(Examination(Hardware(cards=(Card(0), Card(1)), pairs=(CardPair(0, 1),)), Network(reached(0.4).reaches)))
     )
-
-
-@pytest.mark.parametrize(
-    ("absence", "bus_card_count", "level", "words"),
-    [
-        (DriverAbsence.LIBRARY_NOT_FOUND, 0, OK, "no NVIDIA card on the PCI bus"),
-        (DriverAbsence.LIBRARY_NOT_FOUND, None, OK, "no NVIDIA driver"),
-        (DriverAbsence.LIBRARY_NOT_FOUND, 2, WARN, "2 NVIDIA cards on the PCI bus, but no driver"),
-        (DriverAbsence.NO_PERMISSION, 1, WARN, "1 NVIDIA card on the PCI bus, but no driver"),
-        (DriverAbsence.DRIVER_NOT_LOADED, None, WARN, "no driver to use"),
-        (DriverAbsence.OTHER, 0, WARN, "no driver to use"),
-    ],
-)
-def test_a_machine_without_a_driver_is_a_cpu_node_and_says_why(absence, bus_card_count, level, words):
-    driver = Driver(absence=absence, absence_text="as NVML says.", bus_card_count=bus_card_count)
-    (finding,) = doctor_host.check_driver(machine(driver=driver))
-    assert (finding.level, finding.subject) == (level, "driver")
-    assert words in finding.what
-    assert "(as NVML says): this is a CPU node" in finding.what
-    assert bool(finding.fix) == (level is not OK)
-
-
-@pytest.mark.parametrize(
-    ("cuda_version", "engine_kinds", "level"),
-    [("13.0", ("vllm",), OK), ("13.2", (), OK), ("12.9", ("vllm",), FAIL), ("12.9", ("llamacpp",), WARN), ("9.2", ("sglang",), FAIL)],
-)
-def test_a_driver_must_run_the_cuda_of_the_engines_that_are_here(cuda_version, engine_kinds, level):
-    (finding,) = doctor_host.check_driver(machine(driver=Driver("550.1", cuda_version), engine_kinds=engine_kinds))
-    assert finding.level is level
-    assert ("580" in finding.fix) == (level is not OK)
 
 
 def test_a_driver_that_shows_no_card_makes_a_cpu_node():
@@ -109,7 +64,8 @@ def test_a_driver_that_shows_no_card_makes_a_cpu_node():
         (1, 16, 16, 1, FAIL, "move the card"),
         (2, 16, 16, 16, FAIL, "reseat"),
         (4, 4, 4, 16, OK, ""),
-        (None, 16, 16, 16, OK, ""),
+        (None, 16, 16, 16, WARN, "lspci"),
+        (4, None, None, 16, WARN, "lspci"),
     ],
 )
 def test_lanes_are_judged_by_what_the_card_has(width, card_width, driver_width, slot_width, level, fix):
@@ -128,14 +84,24 @@ def test_lanes_are_judged_by_what_the_card_has(width, card_width, driver_width, 
         (2, 4, 20, WARN),
         (3, 4, 97, OK),
         (4, 4, 97, OK),
-        (None, 4, 97, OK),
+        (None, 4, 97, WARN),
+        (4, None, 97, WARN),
+        (None, None, 0, OK),
         (1, 4, 19, OK),
     ],
 )
 def test_a_links_generation_is_judged_under_load_only(generation, best, load_percent, level):
     reading = CardReading(utilization_percent=load_percent, pcie_generation=generation, pcie_width=16)
     card = Card(0, CardIdentity(pcie_generation_max=best, pcie_width_max=16), reading)
-    assert levels(doctor_links.check_pcie(machine(card))) == [level]
+    (finding,) = doctor_links.check_pcie(machine(card))
+    assert finding.level is level
+    assert ("holds under load" in finding.what) == (level is OK and (load_percent or 0) >= 20)
+
+
+def test_a_link_of_which_nothing_is_told_is_named_beside_those_that_are_well():
+    known = Card(0, CardIdentity(pcie_width_max=16), CardReading(pcie_width=16))
+    (finding,) = doctor_links.check_pcie(machine(known, Card(1)))
+    assert (finding.level, "(card 1)" in finding.what) == (WARN, True)
 
 
 def test_a_bridge_that_nlink_grants_but_reading_does_not_is_not_in_use():
@@ -143,6 +109,21 @@ def test_a_bridge_that_nlink_grants_but_reading_does_not_is_not_in_use():
     (finding,) = doctor_links.check_nvlink(machine(*cards, pairs=(CardPair(0, 1, PeerStatus.OK, PeerStatus.DISABLED),)))
     assert (finding.level, finding.subject) == (WARN, "cards 0-1")
     assert "answers disabled" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [((), [WARN, WARN]), ((CardPair(0, 1, PeerStatus.DISABLED),), [WARN, WARN]), ((CardPair(0, 1, PeerStatus.OK, PeerStatus.OK),), [OK])],
+)
+def test_ports_that_are_up_and_lead_nowhere_are_no_bridge_in_use(pairs, said):
+    cards = [Card(index, nvlinks=(NvLink(True, None),) * 4) for index in range(2)]
+    assert levels(doctor_links.check_nvlink(machine(*cards, pairs=pairs))) == said
+
+
+def test_no_word_of_a_bridge_is_not_the_word_that_there_is_none():
+    (unknown,) = doctor_links.check_nvlink(machine(Card(0), Card(1), pairs=(CardPair(0, 1),)))
+    (none,) = doctor_links.check_nvlink(machine(Card(0), Card(1), pairs=(CardPair(0, 1, PeerStatus.NOT_SUPPORTED),)))
+    assert ("tells nothing" in unknown.what, "no bridge seen" in none.what) == (True, True)
 
 
 def test_one_card_has_nothing_to_be_joined_with():
@@ -172,11 +153,24 @@ def test_cards_belong_beside_their_partner_and_their_processors(nodes, allowed, 
 
 
 @pytest.mark.parametrize(
-    ("celsius", "slowdown", "level"), [(58, 95, OK), (85, 95, OK), (86, 95, WARN), (94, 95, WARN), (95, 95, FAIL), (99, None, OK)]
+    ("celsius", "slowdown", "level"),
+    [(58, 95, OK), (85, 95, OK), (86, 95, WARN), (94, 95, WARN), (95, 95, FAIL), (99, None, WARN), (None, 95, WARN)],
 )
 def test_heat_is_judged_by_the_cards_own_threshold(celsius, slowdown, level):
     card = Card(0, CardIdentity(slowdown_celsius=slowdown), CardReading(temperature_celsius=celsius))
     assert levels(doctor_cards.check_heat(machine(card))) == [level]
+
+
+@pytest.mark.parametrize(("margin", "level"), [(30, OK), (10, OK), (9, WARN), (1, WARN), (0, FAIL), (-3, FAIL)])
+def test_a_card_that_tells_its_margin_and_no_threshold_is_judged_by_that(margin, level):
+    (finding,) = doctor_cards.check_heat(machine(Card(0, reading=CardReading(temperature_celsius=80, thermal_margin_celsius=margin))))
+    assert (finding.level, f"80 °C, {margin} °C below" in finding.what) == (level, True)
+
+
+def test_a_card_whose_heat_cannot_be_judged_is_named_beside_those_that_are_well():
+    cool = Card(0, CardIdentity(slowdown_celsius=95), CardReading(temperature_celsius=50))
+    (finding,) = doctor_cards.check_heat(machine(cool, Card(1, reading=CardReading(temperature_celsius=91))))
+    assert (finding.level, "91 °C, but not where it slows down (card 1)" in finding.what) == (WARN, True)
 
 
 @pytest.mark.parametrize(("limit_watts", "cap"), [(350, "-pl 280"), (280, "-pl 250"), (230, "-pl 220"), (220, "give it air")])
@@ -184,6 +178,18 @@ def test_a_hot_card_is_told_a_cap_below_the_one_it_has(limit_watts, cap):
     reading = CardReading(temperature_celsius=90, power_limit_milliwatts=limit_watts * 1000)
     (finding,) = doctor_cards.check_heat(machine(Card(0, CardIdentity(slowdown_celsius=95), reading)))
     assert finding.fix.endswith(cap)
+
+
+@pytest.mark.parametrize(
+    ("made_for_watts", "lowest_watts", "fix"),
+    [(575, 400, "-pl 460"), (575, 500, "give it air"), (450, 150, "-pl 360"), (350, 100, "-pl 280")],
+)
+def test_a_cap_that_is_advised_is_one_that_the_card_takes(made_for_watts, lowest_watts, fix):
+    identity = CardIdentity(
+        slowdown_celsius=95, power_limit_default_milliwatts=made_for_watts * 1000, power_limit_min_milliwatts=lowest_watts * 1000
+    )
+    (finding,) = doctor_cards.check_heat(machine(Card(0, identity, CardReading(temperature_celsius=90))))
+    assert finding.fix.endswith(fix)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_a_hot_card_is_told_a_cap_below_the_one_it_has(limit_watts, cap):
         ((ThrottleReason.HARDWARE_SLOWDOWN, ThrottleReason.HARDWARE_THERMAL), FAIL, "against heat"),
         ((ThrottleReason.HARDWARE_SLOWDOWN, ThrottleReason.POWER_BRAKE), FAIL, "power supply"),
         ((ThrottleReason.HARDWARE_SLOWDOWN,), FAIL, "by its own protection"),
-        (None, OK, "does not tell"),
+        (None, WARN, "does not tell"),
     ],
 )
 def test_a_power_cap_is_no_alarm_and_the_gravest_other_reason_is_told(reasons, level, words):
@@ -219,7 +225,7 @@ def test_a_power_cap_is_no_alarm_and_the_gravest_other_reason_is_told(reasons, l
 )
 def test_a_power_supply_is_judged_by_the_limits_their_peaks_and_the_rest_of_the_machine(limits_watts, supply_watts, level, fix):
     cards = [limited(index, limit_watts) for index, limit_watts in enumerate(limits_watts)]
-    findings = doctor_cards.check_power_supply(machine(*cards, supply_watts=supply_watts))
+    findings = doctor_power.check_power_supply(machine(*cards, supply_watts=supply_watts))
     assert levels(findings) == ([] if level is None else [level])
     assert all(fix in finding.fix and bool(fix) == bool(finding.fix) for finding in findings)
 
@@ -227,17 +233,25 @@ def test_a_power_supply_is_judged_by_the_limits_their_peaks_and_the_rest_of_the_
 @given(st.lists(st.integers(100, 480), min_size=1, max_size=8), st.integers(100, 4000))
 def test_the_cap_that_is_advised_holds(limits_watts, supply_watts):
     cards = [limited(index, limit_watts) for index, limit_watts in enumerate(limits_watts)]
-    (finding,) = doctor_cards.check_power_supply(machine(*cards, supply_watts=supply_watts))
+    (finding,) = doctor_power.check_power_supply(machine(*cards, supply_watts=supply_watts))
     if advised := re.search(r"-pl (\d+)", finding.fix):
         capped = [limited(index, int(advised[1])) for index in range(len(cards))]
-        assert levels(doctor_cards.check_power_supply(machine(*capped, supply_watts=supply_watts))) == [OK]
+        assert levels(doctor_power.check_power_supply(machine(*capped, supply_watts=supply_watts))) == [OK]
         assert int(advised[1]) >= 100
 
 
-def test_one_card_of_unknown_limit_leaves_the_sum_unknown():
-    (finding,) = doctor_cards.check_power_supply(machine(limited(0, 350), Card(1), supply_watts=300))
-    assert finding.level is OK
-    assert "does not tell" in finding.what
+@pytest.mark.parametrize(("supply_watts", "level"), [(None, OK), (600, WARN), (599, WARN), (449, FAIL)])
+def test_one_card_of_unknown_limit_leaves_the_sum_unknown_but_not_below_what_is_known(supply_watts, level):
+    (finding,) = doctor_power.check_power_supply(machine(limited(0, 350), Card(1), supply_watts=supply_watts))
+    assert finding.level is level
+    assert "without card 1, of which the driver tells no limit" in finding.what
+    (finding,) = doctor_power.check_power_supply(machine(Card(0), supply_watts=supply_watts))
+    assert (finding.level, finding.what.startswith("not judged")) == (OK if supply_watts is None else WARN, True)
+
+
+def test_only_cards_above_the_cap_are_told_it():
+    (finding,) = doctor_power.check_power_supply(machine(limited(0, 350), limited(1, 170), limited(2, 350), supply_watts=1000))
+    assert "sudo nvidia-smi -i 0,2 -pl 210;" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -256,6 +270,38 @@ def test_who_holds_a_cards_memory_is_named(processes, words):
     assert finding.what.endswith(words)
 
 
+def test_memory_that_nobody_can_tell_apart_is_not_said_to_be_anybodys():
+    identity, reading = CardIdentity(memory_bytes=24 * GIB), CardReading(memory_used_bytes=20 * GIB)
+    alone = Card(0, identity, CardReading(memory_used_bytes=0), processes=())
+    for processes in ((), None, (CardProcess(7, "compute", 20 * GIB, own=False),)):
+        hidden = Card(1, identity, reading, processes=processes, engine_here=True, engine_serves=True)
+        (finding,) = doctor_cards.check_foreign_memory(machine(alone, hidden))
+        assert (finding.level, finding.subject, "--pid=host" in finding.fix, "(card 1)" in finding.what) == (WARN, "vram", True, True)
+    seen = Card(1, identity, reading, processes=(CardProcess(7, "compute", 20 * GIB, own=True),), engine_here=True)
+    assert levels(doctor_cards.check_foreign_memory(machine(alone, seen))) == [OK]
+    starting = Card(1, identity, reading, processes=(), engine_here=True)
+    (finding,) = doctor_cards.check_foreign_memory(machine(alone, starting))
+    assert (finding.level, "not known yet" in finding.what, finding.fix) == (OK, True, "look again when it is ready")
+    silent = Card(1, identity, reading, processes=(CardProcess(7, "compute", None, own=True),), engine_here=True)
+    assert levels(doctor_cards.check_foreign_memory(machine(alone, silent))) == [WARN]
+    untold = Card(1, identity, CardReading())
+    assert "how much is in use (card 1)" in doctor_cards.check_foreign_memory(machine(alone, untold))[0].what
+
+
+@pytest.mark.parametrize(
+    ("network", "engine_kinds", "fix"),
+    [
+        (None, (), "close them"),
+        (Network(), (), "close them, or run `potluck node pause` while you use the card"),
+        (None, ("attach",), "leave the server that you share, and close them"),
+    ],
+)
+def test_what_others_hold_is_closed_or_the_node_is_paused_where_there_is_one(network, engine_kinds, fix):
+    card = Card(0, CardIdentity(), CardReading(memory_used_bytes=2 * GIB), processes=())
+    (finding,) = doctor_cards.check_foreign_memory(machine(card, network=network, engine_kinds=engine_kinds))
+    assert finding.fix == fix
+
+
 def test_faults_are_counted_by_card_and_those_of_hardware_fail():
     cards = (Card(0, CardIdentity(bus_id="0000:01:00.0")),)
     xids = (XidEvent(31, "0000:01:00.0"), XidEvent(79, "0000:09:00.0"), XidEvent(31, "0000:01:00.0"), XidEvent(999, None))
@@ -266,75 +312,10 @@ def test_faults_are_counted_by_card_and_those_of_hardware_fail():
     assert all(said.what and said.fix for said in XID_MEANINGS.values())
 
 
-@pytest.mark.parametrize(("free_gib", "level"), [(800, OK), (50, OK), (49, WARN), (5, WARN), (4, FAIL), (None, WARN)])
-def test_disk_is_judged_by_what_models_take(free_gib, level):
-    host = Host(disk_free_bytes=None if free_gib is None else free_gib * GIB)
-    assert levels(doctor_host.check_disk(machine(host=host))) == [level]
-
-
-def test_shared_memory_matters_for_engines_on_several_cards_only():
-    small = Host(shared_memory_bytes=64 * 2**20)
-    (finding,) = doctor_host.check_shared_memory(machine(Card(0), Card(1), host=small))
-    assert (finding.level, "64 MiB" in finding.what) == (WARN, True)
-    assert doctor_host.check_shared_memory(machine(Card(0), host=small)) == ()
-    assert doctor_host.check_shared_memory(machine(Card(0), Card(1), host=Host(shared_memory_bytes=GIB))) == ()
-
-
-def reached(link: float | None, grpc: float | None = 1.0, http: float | None = 1.0) -> Network:
-    trips = {"link": link, "grpc": grpc, "http": http}
-    return Network(tuple(Reach(name, f"pool:{name}", trip, "" if trip else "Connection refused") for name, trip in trips.items()))
-
-
-@pytest.mark.parametrize(
-    ("network", "said"),
-    [
-        (None, [OK]),
-        (reached(0.4), [OK]),
-        (reached(None), [FAIL]),
-        (reached(0.4, grpc=None), [WARN]),
-        (reached(None, None, None), [FAIL, WARN, WARN]),
-    ],
-)
-def test_a_node_needs_the_link_and_misses_the_other_ports(network, said):
-    assert levels(doctor_host.check_coordinator(machine(network=network))) == said
-
-
-def test_a_way_that_is_open_tells_its_length_and_one_that_is_shut_its_reason():
-    assert "0.4 ms away" in doctor_host.check_coordinator(machine(network=reached(0.4)))[0].what
-    assert "pool:link is not reached: Connection refused" in doctor_host.check_coordinator(machine(network=reached(None)))[0].what
-
-
-@pytest.mark.parametrize(
-    ("listening", "group_allowed", "level"),
-    [
-        (None, False, OK),
-        ((), True, OK),
-        (("192.168.7.2:29600",), False, WARN),
-        (("192.168.7.2:29600", "fd00::2:29600"), True, OK),
-        (("192.168.7.2:29600", "0.0.0.0:40000"), True, WARN),
-        ((":::40000",), True, WARN),
-    ],
-)
-def test_a_port_that_the_agent_opens_is_told_and_right_only_for_a_group_on_its_own_network(listening, group_allowed, level):
-    examination = machine(network=Network(listening=listening))
-    examination = replace(examination, owner=OwnerWord(group_allowed=group_allowed))
-    (finding,) = doctor_host.check_ports(examination)
-    assert finding.level is level
-    assert all(address in finding.what for address in listening or ())
-
-
-@pytest.mark.parametrize(
-    ("skew_seconds", "level", "words"),
-    [
-        (0.4, OK, "0 s ahead of"),
-        (-29, OK, "29 s behind"),
-        (30, WARN, "30 s ahead of"),
-        (-300, FAIL, "300 s behind"),
-        (None, OK, "not seen"),
-    ],
-)
-def test_the_clock_may_differ_by_what_certificates_allow(skew_seconds, level, words):
-    (finding,) = doctor_host.check_clock(machine(network=Network(clock_skew_seconds=skew_seconds)))
-    assert finding.level is level
-    assert words in finding.what
-    assert doctor_host.check_clock(machine()) == ()
+def test_every_finding_names_its_check_by_a_name_that_programs_may_rely_on():
+    names = "driver engines cards pcie nvlink numa heat clocks power vram faults memory shared_memory disk node network line ports clock"
+    assert list(CHECKS) == names.split()
+    cards = (limited(0, 350), Card(1, lost=True))
+    assert {finding.check for finding in diagnose(machine(*cards, network=reached(0.4)))} == set(CHECKS) - {
+        *("nvlink", "numa", "memory", "shared_memory", "node")
+    }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 
-from potluck_node.domain.breaker import NO_CRASHES, CrashRecord, after_crash, backoff_seconds, pause_seconds
+from potluck_node.domain.breaker import NO_CRASHES, CrashRecord, after_absence, after_crash, backoff_seconds, pause_seconds
 
 
 def crashes(*at_seconds: float, record: CrashRecord = NO_CRASHES, healthy_for_seconds: float = 0.0) -> CrashRecord:
@@ -46,3 +48,15 @@ def test_five_healthy_minutes_close_it():
 def test_healthy_minutes_do_not_wipe_out_crashes_of_the_same_ten_minutes():
     again = crashes(380, record=crashes(0, 2, 5, 10, 20), healthy_for_seconds=300.0)
     assert (again.opened_count, pause_seconds(again)) == (1, 60), "five within ten minutes, and the shortest pause"
+
+
+def test_what_was_only_away_is_looked_for_ever_more_rarely_and_opens_nothing():
+    record, pauses = NO_CRASHES, []
+    for _ in range(9):
+        record = after_absence(record)
+        pauses.append(pause_seconds(record))
+    assert (pauses, record.is_open) == ([1, 2, 4, 8, 16, 32, 60, 60, 60], False)
+    assert sum(at_seconds <= 600 for at_seconds in accumulate([0, *pauses, *[60] * 10])) == 15, "as the module says of ten minutes"
+    assert pause_seconds(after_absence(record, healthy_for_seconds=300.0)) == 1
+    crashed = crashes(0, 2, 5, 10)
+    assert crashes(20, record=after_absence(crashed)).is_open, "it hides no crash"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck_node.domain.failures import MAY_BE_A_REQUESTS_FAULT, Shortage, diagnose
+from potluck_node.domain.failures import Shortage, diagnose, may_be_a_requests_fault
 from potluck_protocol.values import FailureKind
 
 OOM, CUDA, BAD, ARCHITECTURE = (
@@ -140,14 +140,14 @@ def test_what_engines_say_is_understood(source, kind, line):
         "exit status 1", ["before", line, "RuntimeError: Engine core initialization failed. See root cause above."], served=False
     )
     assert (told.kind, told.line) == (kind, line)
-    assert told.words.lower() in line.lower()
+    assert all(part in line.lower() for part in told.words.lower().split(" … "))
     assert (told.shortage is None) == (kind is not OOM)
 
 
 @pytest.mark.parametrize(
     ("line", "shortage"),
     [
-        (LINES[0][2], Shortage.TAKEN),
+        (LINES[0][2], Shortage.OTHERS),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.74 GiB", Shortage.TAKEN),
         # vllm#2248, #27508: with a smaller share there would be even less.
         ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", Shortage.CACHE),
@@ -161,8 +161,28 @@ def test_what_engines_say_is_understood(source, kind, line):
         ),
     ],
 )
-def test_memory_runs_out_in_three_ways(line, shortage):
+def test_memory_runs_out_in_four_ways(line, shortage):
     assert diagnose("exit status 1", [line], served=False).shortage is shortage
+
+
+@pytest.mark.parametrize(
+    ("told", "percent"),
+    [
+        (["cuda:0 (18.50/23.57 GiB)"], 78),
+        (["cuda:0 (18.5/23.57 GiB)", "cuda:2 (11.79/23.57 GiB)", "cuda:1 (20/23.57 GiB)"], 49),
+        (["(0.0/7.86 GiB)"], 0),
+        (["cuda:0 (?/23.57 GiB)"], None),
+        (["cuda:0 (1/0 GiB)"], None),
+    ],
+)
+def test_what_others_leave_of_the_fullest_card_is_read_from_the_engines_words(told, percent):
+    """The form is that of vLLM's `v1/worker/utils.py`; one line a worker."""
+    lines = [
+        f"ValueError: Free memory on device {card} on startup is less than desired GPU memory utilization (0.95, 22.39 GiB)."
+        for card in told
+    ]
+    assert diagnose("exit status 1", lines, served=False).free_percent == percent
+    assert diagnose("exit status 1", ["CUDA out of memory"], served=False).free_percent is None
 
 
 @pytest.mark.parametrize(
@@ -188,6 +208,44 @@ def test_where_no_words_tell_the_end_does(ending, lines, served, kind):
     assert diagnose(ending, lines, served=served).kind is kind
 
 
+NO_DRIVER = "WARNING 11-21 [interface.py:171] Failed to import from vllm._C with ImportError('libcuda.so.1: cannot open"
+TORCH_OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.74 GiB"
+FELL_BACK = "WARNING 11-21 22:45:10 [shm.py:3] failed to allocate pinned memory, falling back to pageable"
+OLD_DRIVER = "/x/torch/cuda/__init__.py:174: UserWarning: CUDA initialization: The NVIDIA driver on your system is too old (found 11040)."
+TORCH_WARNS = "[W1121 22:45:10.123 CUDAFunctions.cpp:108] Warning: CUDA initialization: Unexpected error from cudaGetDeviceCount()"
+NO_LOCK = "warning: failed to mlock 4096-byte buffer (after previously locking 0 bytes): Cannot allocate memory"
+BACKTRACE = "/usr/lib/x86_64-linux-gnu/libcuda.so.1(+0x1f2a3b) [0x7f0123456789]"
+
+
+@pytest.mark.parametrize(
+    ("ending", "lines", "served", "kind"),
+    [
+        ("exit status 1", [NO_DRIVER, TORCH_OOM], False, OOM),
+        ("exit status 1", [f"(EngineCore pid=7) {NO_DRIVER}", f"(EngineCore pid=7) ERROR 11-21 [core.py:9] {TORCH_OOM}"], False, OOM),
+        ("exit status 1", [OLD_DRIVER, "  return torch._C._cuda_getDeviceCount() > 0", LINES[0][2]], False, OOM),
+        ("exit status 1", [NO_LOCK, "gguf_init_from_file: invalid magic number 67676a74"], False, BAD),
+        ("exit status 1", [TORCH_WARNS, TORCH_OOM], False, OOM),
+        # An engine that names its failure by a warning's words is no warning.
+        ("exit status 1", ["ERROR 11-21 [launch.py:1] Warning: CUDA error: out of memory"], False, OOM),
+        # Where nothing else tells, what kept it from the start may stand in a warning.
+        ("exit status 1", [NO_DRIVER, "RuntimeError: Failed to infer device type"], False, DRIVER),
+        ("exit status 1", [OLD_DRIVER], False, DRIVER),
+        # Who has served survived its warnings, and an end that speaks for itself needs none.
+        ("signal SIGKILL", [FELL_BACK], True, FailureKind.KILLED),
+        ("signal SIGKILL", [FELL_BACK], False, FailureKind.KILLED),
+        ("exit status 1", [FELL_BACK], True, CRASHED),
+        ("signal SIGSEGV", [NO_DRIVER], False, CRASHED),
+        # A backtrace names the driver's library whatever happened.
+        ("signal SIGABRT", ["CUDA error: out of memory", BACKTRACE], True, OOM),
+        ("signal SIGABRT", ["CUDA error: an illegal memory access was encountered", BACKTRACE], True, CUDA),
+        ("exit status 1", ["ImportError: libcudart.so.13: cannot open shared object file: No such file or directory"], False, DRIVER),
+        ("exit status 1", ["AssertionError: libcuda.so cannot found!"], False, DRIVER),
+    ],
+)
+def test_a_warning_decides_only_where_nothing_else_does(ending, lines, served, kind):
+    assert diagnose(ending, lines, served=served).kind is kind
+
+
 def test_the_kernel_that_kills_for_want_of_memory_says_nothing_on_stderr():
     assert diagnose("signal SIGKILL", [], served=True, memory_was_reclaimed=True).shortage is Shortage.TAKEN
     # The engine's own parent survived: vLLM's server ends by itself when a worker is gone.
@@ -201,4 +259,10 @@ def test_the_line_that_tells_is_the_last_of_its_kind():
 
 
 def test_nobody_who_asks_is_blamed_for_a_kill_from_outside():
-    assert {FailureKind.KILLED, FailureKind.GROUP_BROKEN, FailureKind.NOT_STARTED} & MAY_BE_A_REQUESTS_FAULT == set()
+    for kind in (FailureKind.KILLED, FailureKind.GROUP_BROKEN, FailureKind.NOT_STARTED):
+        assert not may_be_a_requests_fault(kind, "vllm")
+
+
+def test_whatever_becomes_of_a_server_that_its_owner_runs_no_request_is_blamed():
+    assert may_be_a_requests_fault(FailureKind.HUNG, "vllm")
+    assert not [kind for kind in FailureKind if may_be_a_requests_fault(kind, "attach")]

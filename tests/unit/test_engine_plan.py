@@ -133,6 +133,18 @@ def test_each_failure_has_its_own_pause():
 
 
 @pytest.mark.parametrize(
+    ("kind", "pause_seconds"), [(FailureKind.HUNG, 60.0), (FailureKind.KILLED, 60.0), (FailureKind.NOT_STARTED, 480.0)]
+)
+def test_a_server_of_its_owners_that_was_away_or_busy_has_not_crashed(kind, pause_seconds):
+    attached = replace(ENGINE, engine_kind="attach")
+    replica, own = ObservedReplica(attached, Phase.READY), ObservedReplica(ENGINE, Phase.READY)
+    for _ in range(8):
+        replica, own = crashed(replica, NOW_SECONDS, 0.0, kind), crashed(own, NOW_SECONDS, 0.0, kind)
+    assert replica.retry_at_seconds == NOW_SECONDS + pause_seconds
+    assert own.retry_at_seconds == NOW_SECONDS + 480.0
+
+
+@pytest.mark.parametrize(
     ("text", "source"),
     [
         ("hf:org/Name-1.5B@main", HubSource("org/Name-1.5B", "main")),

@@ -163,6 +163,9 @@ def test_a_gguf_key_decides_its_field(changes: dict[str, Any], field: str, value
         ({"general.architecture": None}, "no general.architecture"),
         ({"llama.block_count": None}, "no block_count"),
         ({"llama.attention.head_count": [32, 16]}, "attention.head_count for each layer"),
+        ({"llama.attention.head_count": 0}, "attention.head_count = 0"),
+        ({"llama.attention.head_count_kv": 0}, "at least 1"),
+        ({"llama.block_count": 0}, "at least 1"),
         ({"llama.ssm.state_size": 16}, "family llama, which the fit does not model"),
     ],
 )
@@ -263,3 +266,33 @@ def test_the_catalogue_models_have_as_many_weights_as_their_names_and_logs_say(m
 def test_an_unknown_name_is_answered_with_those_that_are_known() -> None:
     with pytest.raises(ValueError, match=r"no architecture is known as llama-9; known are smollm2-135m-instruct, "):
         known_architecture("llama-9")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_dtype_bytes": float("nan")},
+        {"kv_dtype_bytes": float("inf")},
+        {"kv_dtype_bytes": 0.0},
+        {"kv_dtype_bytes": -2.0},
+        {"layer_count": 10**9},
+        {"layer_count": 1025},
+        {"hidden_size": 2**24 + 1},
+        {"intermediate_size": 10**12},
+        {"vocabulary_size": 10**12},
+        {"context_length_max_tokens": 10**12},
+        {"expert_count": 10**9, "experts_per_token": 1},
+        {"shared_expert_intermediate_size": -1},
+        {"sliding_window_tokens": -1},
+        {"sliding_layer_count": -1},
+        {"linear_attention_layer_count": -5},
+        {"dtype_bytes": 0},
+        {"dtype_bytes": 10**9},
+        {"weight_bytes_of_files": 0},
+        {"weight_bytes_of_files": -1},
+        {"weight_bytes_of_files": 2**60},
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(changes):
+    with pytest.raises(ValueError, match=r"the most|at least|below 0|bytes"):
+        replace(known_architecture("llama-3-8b-instruct"), **changes)

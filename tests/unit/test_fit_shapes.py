@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
 from potluck_coordinator.architectures import known_architecture
 from potluck_coordinator.domain.fit.architecture import GIB, ModelArchitecture
+from potluck_coordinator.domain.fit.card_groups import card_groups
 from potluck_coordinator.domain.fit.cards import CARD_MODELS, card_model, unlisted_card
-from potluck_coordinator.domain.fit.engines import LLAMACPP, VLLM, decode_share_at, prefill_share_at, traits_of
+from potluck_coordinator.domain.fit.engines import CUDA_CONTEXT_BYTES, LLAMACPP, VLLM, decode_share_at, prefill_share_at, traits_of
 from potluck_coordinator.domain.fit.fitting import fit
 from potluck_coordinator.domain.fit.flags import EngineFlags
 from potluck_coordinator.domain.fit.hardware import BoxLink, NodeCard, NodeHardware, NodeProcessor
@@ -22,7 +24,7 @@ from potluck_coordinator.domain.fit.interconnect import (
 )
 from potluck_coordinator.domain.fit.layers import share_layers
 from potluck_coordinator.domain.fit.report import ShapeFit
-from potluck_coordinator.domain.fit.shapes import Shape, card_groups, groups_of, tensor_parallel_divides
+from potluck_coordinator.domain.fit.shapes import Shape, ShapeKind, groups_of, tensor_parallel_divides
 
 RTX3090 = CARD_MODELS["rtx3090"]
 PAIRS = ((0, 1), (2, 3))
@@ -32,7 +34,8 @@ AWQ_32B = known_architecture("qwen2.5-32b-instruct-awq")
 
 
 def box(*names: str, nvlink: tuple[tuple[int, int], ...] = (), peers: bool = False) -> NodeHardware:
-    return NodeHardware(tuple(NodeCard(CARD_MODELS[name]) for name in names), nvlink_pairs=nvlink, pcie_peer_to_peer=peers)
+    pairs = tuple(combinations(range(len(names)), 2)) if peers else ()
+    return NodeHardware(tuple(NodeCard(CARD_MODELS[name]) for name in names), nvlink_pairs=nvlink, pcie_peer_pairs=pairs)
 
 
 def shapes(architecture: ModelArchitecture, *boxes: NodeHardware, engine: str = VLLM) -> list[Shape]:
@@ -109,6 +112,9 @@ def test_a_pair_is_named_by_cards_that_are_there() -> None:
         (box(*["rtx3090"] * 4, nvlink=PAIRS), (0, 2), Link.HOST),
         (box(*["rtx3090"] * 4, nvlink=PAIRS), (0, 1, 2, 3), Link.HOST),
         (box(*["rtx3090"] * 4, nvlink=PAIRS, peers=True), (0, 1, 2, 3), Link.PEER),
+        (replace(box(*["rtx3090"] * 3), pcie_peer_pairs=((1, 0),)), (0, 1), Link.PEER),
+        (replace(box(*["rtx3090"] * 3), pcie_peer_pairs=((0, 1), (1, 2))), (0, 1, 2), Link.HOST),
+        (replace(box(*["rtx3090"] * 3), nvlink_pairs=((0, 1),), pcie_peer_pairs=((0, 2), (1, 2))), (0, 1, 2), Link.PEER),
         (box("rtx4090", "rtx4090", nvlink=((0, 1),)), (0, 1), Link.HOST),
     ],
 )
@@ -133,7 +139,7 @@ def test_a_hop_between_boxes_is_one_way_and_the_data() -> None:
     """Petals' steps over three servers and back took 200 ms longer when 50 ms were added to each of the four ways (arXiv 2312.08361)."""
     assert 4 * (hop_between_seconds(BoxLink(100, 1), 0) - hop_between_seconds(BoxLink(0, 1), 0)) == pytest.approx(0.2)
     assert hop_between_seconds(BoxLink(0, 1), 1e9 / 8) == pytest.approx(1)
-    assert hop_inside_seconds(NodeCard(RTX3090), 11.28e9) == pytest.approx(1, rel=0.01)
+    assert hop_inside_seconds([NodeCard(RTX3090)], 11.28e9) == pytest.approx(1, rel=0.01)
 
 
 def test_less_power_costs_prompts_more_than_answers_and_nothing_above_the_board() -> None:
@@ -149,15 +155,90 @@ def test_bridged_pairs_stay_together_and_like_cards_with_like() -> None:
     assert card_groups(box(*["rtx3090"] * 5), 2) == ((0, 1), (2, 3))
 
 
+@pytest.mark.parametrize(
+    ("names", "nvlink", "group_size", "groups"),
+    [
+        (["rtx3060", *["rtx3090"] * 3], (), 3, [(1, 2, 3)]),
+        ([*["rtx3090"] * 3, *["rtx3060"] * 3], (), 3, [(0, 1, 2), (3, 4, 5)]),
+        (["rtx3060", "rtx3090"] * 3, (), 3, [(1, 3, 5), (0, 2, 4)]),
+        (["rtx3090"] * 3 + ["rtx2080ti"] * 2, ((3, 4),), 2, [(0, 1), (3, 4)]),
+        (["rtx2080ti", "rtx2080ti", *["rtx3090"] * 2], ((0, 1),), 2, [(2, 3), (0, 1)]),
+        (["rtx3090"] * 6, ((1, 4), (2, 5)), 3, [(0, 1, 4), (2, 3, 5)]),
+        (["rtx3060", *["rtx3090"] * 4], ((1, 2), (3, 4)), 3, [(1, 2, 3)]),
+    ],
+)
+def test_the_largest_cards_come_first_and_a_pair_is_parted_only_for_memory(names, nvlink, group_size, groups) -> None:
+    assert list(card_groups(box(*names, nvlink=nvlink), group_size)) == groups
+
+
+FP16_32B = known_architecture("qwen2.5-32b-instruct")
+
+
+@pytest.mark.parametrize("names", [["rtx3090"] * 3 + ["rtx3060"] * 3, ["rtx3060"] * 3 + ["rtx3090"] * 3, ["rtx3060", "rtx3090"] * 3])
+def test_small_cards_are_no_copy_of_a_pipeline_over_large_ones(names: list[str]) -> None:
+    report = fit(FP16_32B, [box(*names)], engine_kind=VLLM, context_length_tokens=2048, sequence_count_wanted=1)
+    threes = {
+        shape.shape.stages[0].cards[0].model.name: (shape.shape.replica_count, shape.runs)
+        for shape in report.shapes
+        if shape.shape.cards_per_replica == 3
+    }
+    assert threes == {"rtx3090": (1, True), "rtx3060": (1, False)}
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_model_runs_over_three_large_cards_wherever_a_small_one_stands_beside_them(place: int) -> None:
+    names = ["rtx3090"] * 3
+    names.insert(place, "rtx3060")
+    report = fit(FP16_32B, [box(*names)], engine_kind=VLLM, context_length_tokens=2048, sequence_count_wanted=1)
+    assert report.best is not None
+    assert [stage.cards[0].model.name for stage in report.best.shape.stages] == ["rtx3090"] * 3
+
+
 def test_vllm_has_copies_and_tensor_parallel_groups_in_a_box_and_llamacpp_has_layers() -> None:
     four = box(*["rtx3090"] * 4, nvlink=PAIRS)
-    assert [(shape.tensor_parallel, shape.replica_count) for shape in shapes(LLAMA_8B, four)] == [(1, 4), (2, 2), (4, 1)]
+    groups = [shape for shape in shapes(LLAMA_8B, four) if len(shape.stages) == 1]
+    assert [(shape.tensor_parallel, shape.replica_count) for shape in groups] == [(1, 4), (2, 2), (4, 1)]
     assert [(len(shape.stages), shape.replica_count) for shape in shapes(LLAMA_8B, four, engine=LLAMACPP)] == [
         (1, 4),
         (2, 2),
         (3, 1),
         (4, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "stages"),
+    [
+        (2, []),
+        (3, [((0,), (1,), (2,))]),
+        (4, [((0,), (1,), (2,))]),
+        (6, [((0,), (1,), (4,)), ((0,), (1,), (2,), (3,), (4,)), ((0, 1), (2, 3), (4, 5))]),
+    ],
+)
+def test_cards_that_no_tensors_are_cut_for_take_layers_in_the_widest_groups_there_are(count: int, stages: list[object]) -> None:
+    found = shapes(AWQ_32B, box(*["rtx3090"] * count, nvlink=PAIRS[: count // 2] if count > 3 else ()))
+    layered = [shape for shape in found if shape.kind is ShapeKind.PIPELINE]
+    assert [tuple(stage.card_indices for stage in shape.stages) for shape in layered] == stages
+    assert all((shape.stages[0].is_first, shape.stages[-1].is_last, shape.stages[0].is_last) == (True, True, False) for shape in layered)
+
+
+def test_a_model_that_two_cards_are_too_few_for_runs_on_three_and_the_flags_say_how() -> None:
+    report = fit(
+        known_architecture("qwen2.5-32b-instruct"),
+        [box(*["rtx3090"] * 3)],
+        engine_kind=VLLM,
+        context_length_tokens=4096,
+        sequence_count_wanted=1,
+    )
+    assert report.best is not None
+    assert sum(stage.layer_count for stage in report.best.shape.stages) == 64
+    assert flag(report.best.flags, "--pipeline-parallel-size") == "3"
+    environment = dict(report.best.flags.environment)
+    assert environment["VLLM_PP_LAYER_PARTITION"].count(",") == 2
+    # Stages pass their work on over PCIe, where a stock driver refuses the direct way.
+    assert environment["NCCL_P2P_DISABLE"] == "1"
+    with_peers = answer(known_architecture("qwen2.5-32b-instruct"), box(*["rtx3090"] * 3, peers=True), stages=3)
+    assert "NCCL_P2P_DISABLE" not in dict(with_peers.flags.environment)
 
 
 def test_unlike_groups_are_unlike_shapes() -> None:
@@ -223,7 +304,7 @@ def test_a_slower_box_and_a_smaller_box_take_fewer_layers() -> None:
 def test_a_single_card_is_told_its_context_its_sequences_and_its_share() -> None:
     flags = answer(AWQ_32B, box("rtx3090")).flags
     assert (flag(flags, "--max-model-len"), flag(flags, "--gpu-memory-utilization")) == ("4096", "0.95")
-    assert flag(flags, "--quantization") == "awq_marlin"
+    assert "--quantization" not in flags.arguments, "vLLM reads it from the files, and picks the fastest kernel unless one is named"
     assert "--tensor-parallel-size" not in flags.arguments
     assert "--disable-custom-all-reduce" not in flags.arguments
     assert flags.environment == (("CUDA_VISIBLE_DEVICES", "0"),)
@@ -253,14 +334,17 @@ def test_four_cards_over_pcie_do_not_use_the_engine_s_own_all_reduce() -> None:
     assert "--disable-custom-all-reduce" in answer(AWQ_70B, box(*["rtx3090"] * 4, peers=True), tensor_parallel=4).flags.arguments
 
 
-def test_an_older_card_computes_in_half_precision_without_the_fast_kernels() -> None:
+def test_an_older_card_computes_in_half_precision() -> None:
     flags = answer(known_architecture("qwen3-8b-awq"), box("rtx2080ti")).flags
-    assert (flag(flags, "--dtype"), flag(flags, "--quantization")) == ("half", "awq")
+    assert flag(flags, "--dtype") == "half"
 
 
 def test_a_card_that_others_use_too_is_asked_for_the_rest() -> None:
     half = NodeCard(RTX3090, memory_usable_bytes=RTX3090.memory_bytes // 2)
-    assert flag(answer(known_architecture("qwen3-4b"), NodeHardware((half,))).flags, "--gpu-memory-utilization") in {"0.49", "0.50"}
+    found = answer(known_architecture("qwen3-4b"), NodeHardware((half,)))
+    # Less what vLLM's own context takes: it asks for its share when that is there already.
+    assert flag(found.flags, "--gpu-memory-utilization") == "0.48"
+    assert found.memory[0].usable_bytes + CUDA_CONTEXT_BYTES <= half.usable_bytes
 
 
 def test_a_pipeline_over_boxes_names_its_stages_and_leaves_the_cards_to_each_box() -> None:
@@ -272,8 +356,11 @@ def test_a_pipeline_over_boxes_names_its_stages_and_leaves_the_cards_to_each_box
 
 
 def test_llamacpp_is_told_the_context_of_each_slot() -> None:
-    flags = answer(known_architecture("smollm2-135m-instruct"), box("rtx3090"), engine=LLAMACPP).flags
-    assert flags.arguments == ("--context", "4096", "--slots", "2")
+    processor = NodeHardware(processor=NodeProcessor(8 * GIB, 40, 8))
+    flags = answer(known_architecture("smollm2-135m-instruct"), processor, engine=LLAMACPP).flags
+    assert (flags.arguments, flags.environment) == (("--context", "4096", "--slots", "2"), ())
+    own = answer(known_architecture("smollm2-135m-instruct"), box("rtx3090"), engine=LLAMACPP).flags
+    assert (flag(own, "--ctx-size"), flag(own, "--parallel"), flag(own, "--n-gpu-layers")) == ("8192", "2", "999")
 
 
 def test_vllm_on_a_processor_is_told_the_bytes_of_its_cache() -> None:

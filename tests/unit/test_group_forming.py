@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.domain.grouping.forming import form, layers_by_stage
+from potluck_coordinator.domain.grouping.forming import form, layers_by_stage, possible_members
 from potluck_coordinator.domain.grouping.words import NodeRoom
 from potluck_protocol.private_network import address_refusal
 from potluck_protocol.values import Inventory, NodeId, NodeState, PeerMeasurement
@@ -36,6 +36,8 @@ def test_addresses_of_private_networks_are_taken(address):
         ("fe80::1", "link-local"),
         ("0.0.0.0", "not the address of one machine"),
         ("224.0.0.1", "not the address of one machine"),
+        ("fd12:3456::1%eth0", "names a zone"),
+        ("fd12:3456::1%; reboot", "names a zone"),
         ("potluck.example", "not an IP address"),
         ("", "not an IP address"),
     ],
@@ -122,6 +124,19 @@ def test_the_worse_of_two_words_about_a_link_counts():
     assert form(need(), views, rooms(views)).stages == ()
 
 
+def test_what_keeps_two_apart_is_told_with_who_says_so():
+    views = measured(node(1), node(2))
+    closed = PeerMeasurement(NodeId("n2"), failure="10.0.0.2 cannot be reached: Connection refused")
+    cause = PeerMeasurement(NodeId("n1"), failure="10.0.0.2 port 29601 cannot be opened: Address already in use")
+    for number, word in (("n1", closed), ("n2", cause)):
+        views[NodeId(number)] = replace(views[NodeId(number)], peer_measurements={word.node_id: word})
+    rejection = form(need(), views, rooms(views)).rejections[NodeId("n1")]
+    assert rejection.endswith(
+        "it and node n2 do not reach each other: 10.0.0.2 cannot be reached: Connection refused (says node n1); "
+        "10.0.0.2 port 29601 cannot be opened: Address already in use (says node n2)"
+    )
+
+
 def test_the_fewest_stages_win_even_over_a_better_connected_larger_set():
     views = measured(node(1), node(2), node(3), node(4))
     views = with_link(views, "n1", "n2", PeerMeasurement(NodeId(""), 4_000, 10**9))
@@ -151,6 +166,20 @@ def test_another_node_leads_where_the_best_connected_one_cannot_hold_the_first_s
     demanding = need(first_stage_bytes=40)
     formation = form(demanding, views, rooms(views, n1=NodeRoom(50), n2=NodeRoom(150)))
     assert chosen(formation) == ["n2", "n1"]
+
+
+def test_engines_without_cards_keep_the_tables_of_the_ends_twice_and_nobody_is_paid_for_that():
+    views = measured(node(1), node(2))
+    packing = need(table_copy_bytes=12)
+    # Beside 20 for the engine an end with half of the layers takes 5 + 12 + 5 x 11.
+    assert [stage.layer_count for stage in form(packing, views, rooms(views, 92)).stages] == [5, 5]
+    assert [stage.weight_bytes for stage in form(packing, views, rooms(views, 92)).stages] == [55, 55]
+    short = form(packing, views, rooms(views, 91))
+    assert short.stages == ()
+    assert possible_members(packing, views, rooms(views, 92)) == list(views.values())
+    assert possible_members(packing, views, rooms(views, 91)) == []
+    cards = {node_id: NodeRoom(81, (f"card-{node_id}",)) for node_id in views}
+    assert [stage.layer_count for stage in form(packing, views, cards).stages] == [5, 5]
 
 
 def test_layers_follow_speed_as_far_as_memory_goes():

@@ -3,60 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import pairwise
 
 import pytest
 
 from potluck_coordinator.domain.grouping import life
 from potluck_coordinator.domain.grouping.explain import group_parts
-from potluck_coordinator.domain.grouping.plan import PEERS_PER_NODE_MAX, plan_groups
-from potluck_coordinator.domain.grouping.shares import payee_shares, stage_weight
+from potluck_coordinator.domain.grouping.plan import PEERS_PER_NODE_MAX
 from potluck_coordinator.domain.grouping.words import Blame, GroupPhase
-from potluck_coordinator.domain.payees import PayeeShare
 from potluck_protocol.values import EngineState, FailureKind, NodeId, NodeState, PeerMeasurement
-from tests.support.grouping import GROUP, measured, need, node, reporting, rooms, stage_status, with_link
+from tests.support.group_planner import GroupPlanner, pair
+from tests.support.grouping import GROUP, measured, need, node, reporting, stage_status, with_link
 
 N1, N2 = NodeId("n1"), NodeId("n2")
-
-
-class Planner:
-    """The caller of `plan_groups`: keeps the groups, the time and the numbers."""
-
-    def __init__(self, *nodes, **need_changes):
-        self.views = measured(*nodes)
-        self.needs = [need(**need_changes)]
-        self.groups = {}
-        self.now = 100.0
-        self.numbers = count(1)
-
-    def step(self, seconds=1.0, memory_bytes=90):
-        self.now += seconds
-        plan = plan_groups(
-            self.needs, self.views, rooms(self.views, memory_bytes), self.groups, next_generation=lambda: next(self.numbers), now=self.now
-        )
-        self.groups = plan.groups
-        return plan
-
-    @property
-    def group(self):
-        return self.groups[GROUP]
-
-    def report(self, state=EngineState.READY, **by_node):
-        self.views = reporting(self.views, self.group, state, **by_node)
-
-    def change(self, node_id, **changes):
-        self.views = {**self.views, node_id: replace(self.views[node_id], **changes)}
-
-    def formed(self):
-        self.step()
-        self.report()
-        self.step()
-        assert self.group.phase is GroupPhase.READY
-        return self
-
-
-def pair():
-    return Planner(node(1, "ann", ("bob",)), node(2, "bob", ("ann",)))
 
 
 def test_a_group_is_wished_of_all_its_nodes_at_once():
@@ -202,7 +161,7 @@ def test_it_forms_anew_when_the_member_is_back_and_nothing_of_the_old_generation
 
 
 def test_another_candidate_takes_the_place_once_the_lost_one_has_surely_stopped():
-    planner = Planner(node(1), node(2), node(3)).formed()
+    planner = GroupPlanner(node(1), node(2), node(3)).formed()
     lost = planner.group.stages[1].node_id
     planner.change(lost, connected=False, engines=())
     planner.step()
@@ -276,18 +235,6 @@ def test_a_coordinator_that_sees_nobody_blames_nobody():
     assert planner.group.phase is GroupPhase.BROKEN
 
 
-def test_a_group_that_nobody_needs_is_wished_no_more():
-    planner = pair().formed()
-    planner.needs = []
-    plan = planner.step()
-    assert (plan.desired, plan.payees, plan.pairs) == ({}, {}, ())
-    planner.needs = [need()]
-    assert planner.step().formations[GROUP].reason == "node n1 is still stopping its stage"
-    planner.needs = []
-    planner.report(n1=None, n2=None)
-    assert planner.step().groups == {}
-
-
 def test_a_group_is_formed_anew_when_its_model_is_to_be_served_otherwise_but_not_when_a_figure_of_its_fit_moves():
     planner = pair().formed()
     planner.needs = [need(layer_bytes=11)]
@@ -295,13 +242,16 @@ def test_a_group_is_formed_anew_when_its_model_is_to_be_served_otherwise_but_not
     assert planner.group.phase is GroupPhase.READY
     planner.needs = [need(slot_count=8)]
     planner.step()
+    planner.step(life.LEAVING_SECONDS_MIN)
     assert (planner.group.phase, planner.group.reason) == (GroupPhase.BROKEN, "something else is asked for now")
     planner.report(n1=None, n2=None)
     assert planner.step().desired[N1][0].slot_count == 8
 
 
 def test_unmet_needs_have_their_candidates_measured_and_nobody_else():
-    planner = Planner(node(1, "ann", ("bob",)), node(2, "bob", ("ann",)), node(3, "eve", ("ann", "bob")), node(4, offer={"site": "attic"}))
+    planner = GroupPlanner(
+        node(1, "ann", ("bob",)), node(2, "bob", ("ann",)), node(3, "eve", ("ann", "bob")), node(4, offer={"site": "attic"})
+    )
     planner.views = with_link(planner.views, "n1", "n2", None)
     assert planner.step().pairs == (("n1", "n2"),)
     planner.views = with_link(planner.views, "n1", "n2", PeerMeasurement(N2, failure="no answer"))
@@ -309,7 +259,7 @@ def test_unmet_needs_have_their_candidates_measured_and_nobody_else():
 
 
 def test_nobody_is_measured_where_all_of_a_site_would_not_do():
-    planner = Planner(node(1), node(2))
+    planner = GroupPlanner(node(1), node(2))
     planner.views = with_link(planner.views, "n1", "n2", None)
     assert planner.step(memory_bytes=60).pairs == ()
 
@@ -323,7 +273,7 @@ def test_measurements_go_on_while_a_broken_group_waits():
 
 
 def test_no_node_measures_more_than_a_few_others():
-    planner = Planner(*(node(number) for number in range(1, 13)))
+    planner = GroupPlanner(*(node(number) for number in range(1, 13)))
     planner.views = {node_id: replace(view, peer_measurements={}) for node_id, view in planner.views.items()}
     pairs = planner.step().pairs
     named = [node_id for chosen in pairs for node_id in chosen]
@@ -332,7 +282,7 @@ def test_no_node_measures_more_than_a_few_others():
 
 
 def test_nodes_of_one_group_are_in_no_other():
-    planner = Planner(node(1), node(2), node(3), node(4))
+    planner = GroupPlanner(node(1), node(2), node(3), node(4))
     planner.needs.append(replace(planner.needs[0], replica_id="group/other/0"))
     plan = planner.step()
     members = [stage.node_id for group in plan.groups.values() for stage in group.stages]
@@ -340,44 +290,29 @@ def test_nodes_of_one_group_are_in_no_other():
     assert len({group.generation for group in plan.groups.values()}) == 2
 
 
-def test_owners_share_by_the_weights_of_their_stages():
-    planner = Planner(node(1, "ann", ("bob",)), node(2, "bob", ("ann",)))
-    plan = planner.step()
-    assert plan.payees == {GROUP: (PayeeShare("ann", 1), PayeeShare("bob", 1))}
-    stages = (replace(planner.group.stages[0], weight_bytes=300), replace(planner.group.stages[1], weight_bytes=100))
-    assert payee_shares(stages, {}) == (PayeeShare("ann", 3), PayeeShare("bob", 1))
-    assert payee_shares((stages[0], replace(stages[1], owner_account_id="ann")), {}) == (PayeeShare("ann", 1),)
-
-
-@pytest.mark.parametrize(("taken", "paid"), [(None, 1000), (10**12, 1000), (1000, 1000), (990, 990), (10, 950), (-5, 950)])
-def test_a_members_word_lowers_its_share_within_a_band_and_never_raises_it(taken, paid):
-    assert stage_weight(1000, taken) == paid
-
-
-def test_what_members_report_reaches_their_shares():
-    planner = pair().formed()
-    small = [stage_status(planner.group, rank, memory_bytes=taken) for rank, taken in enumerate((10**9, 54))]
-    for node_id, status in zip((N1, N2), small, strict=True):
-        planner.change(node_id, engines=(status,))
-    assert planner.step().payees == {GROUP: (PayeeShare("ann", 55), PayeeShare("bob", 54))}
-
-
-def test_a_freed_node_serves_the_need_with_its_room():
-    planner = Planner(node(1), node(2), node(3)).formed()
-    planner.needs = [need(replica_id="group/next/0")]
-    planner.report(n1=None, n2=None, n3=None)
-    plan = planner.step()
-    assert plan.groups.keys() == {"group/next/0"}
+def test_a_machine_that_came_back_as_another_node_is_free_when_the_node_that_it_was_has_surely_stopped():
+    planner = GroupPlanner(node(1), node(2), node(3)).formed()
+    planner.change(N2, connected=False, engines=())
+    planner.step()
+    other = need(replica_id="group/other/0")
+    again = node(9, offer={"address": "10.0.0.2"})
+    planner.views = measured(*(view for view in planner.views.values() if view.node_id != "n1"), again)
+    planner.needs = [other]
+    planner.step()
+    assert other.replica_id not in planner.groups
+    planner.step(life.RELEASE_SECONDS)
+    assert {stage.node_id for stage in planner.groups[other.replica_id].stages} == {"n3", "n9"}
 
 
 def test_everyone_is_told_their_part():
-    planner = Planner(node(1), node(2), node(3, "eve"))
+    planner = GroupPlanner(node(1), node(2), node(3, "eve"))
     parts = group_parts([GROUP], planner.step().groups, planner.step().formations, planner.views)
     assert parts[N2].reason == "starts stage 2 of 2, 5 of 10 layers, in a group which node n1 leads"
     planner.report()
     plan = planner.step()
     parts = group_parts([GROUP], plan.groups, plan.formations, planner.views)
-    assert parts[N1].reason == "serves stage 1 of 2, 5 of 10 layers, in a group which it leads"
+    words = "serves stage 1 of 2, 5 of 10 layers, in a group which it leads; it is paid by 55 bytes of weights (as planned)"
+    assert parts[N1].reason == words
     assert (parts["n3"].phase, parts["n3"].reason) == (None, "its owner does not trust the owner of node n1 (group_trusts)")
     planner.change(N2, connected=False)
     planner.step()

@@ -70,6 +70,12 @@ def test_engines_without_cards_share_the_owners_budget_of_memory(budget_bytes, r
     assert [action.engine.replica_id for action in step.actions if isinstance(action, Refuse)] == refused
 
 
+def test_a_cache_that_a_coordinator_leaves_out_of_the_memory_counts_all_the_same():
+    greedy = replace(STAGE, shape=EngineShape(memory_bytes=0, kv_cache_bytes=500 << 30), group=None)
+    (action,) = planned(greedy, limits=LocalLimits(frozenset({"scripted"}), memory_budget_bytes=4 << 30)).actions
+    assert isinstance(action, Refuse)
+
+
 def test_an_engine_on_cards_takes_none_of_the_machines_memory():
     on_card = replace(STAGE, shape=EngineShape(("card",), memory_bytes=60), group=None)
     (action,) = planned(on_card, limits=LocalLimits(frozenset({"scripted"}), memory_budget_bytes=1)).actions

@@ -34,6 +34,7 @@ from potluck_protocol.values import (
     SessionId,
     StartAttempt,
 )
+from tests.support.request_path import request_by
 
 NODE, MODEL, GROUP = NodeId("node"), ModelId("big"), ReplicaId("group/big/0")
 HELLO = Hello(1, NODE, SessionId("session"), "test", Inventory(), NodeState.SERVING)
@@ -63,7 +64,7 @@ def test_a_member_that_does_not_lead_is_no_replica():
 
 def start(session, name, replica_id):
     relay = Relay(AttemptId(name), 1 << 16, 100.0, lambda *_: None)
-    session.start(StartAttempt(AttemptId(name), replica_id, Endpoint.CHAT_COMPLETIONS, b"{}", True, 1 << 16), relay, 100.0)
+    session.start(StartAttempt(AttemptId(name), replica_id, Endpoint.CHAT_COMPLETIONS, b"{}", True, 1 << 16), relay, 100.0, request_by())
     return relay
 
 

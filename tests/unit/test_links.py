@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from potluck_coordinator.desks import PoolSnapshot, SessionGrant
@@ -15,17 +17,25 @@ from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     AccountId,
     AttemptId,
+    CardTelemetry,
+    DesiredEngine,
     DesiredState,
     Endpoint,
+    EndReason,
+    EngineState,
+    EngineStatus,
     Heartbeat,
     Hello,
     Inventory,
+    ModelFile,
+    ModelId,
     NodeId,
     NodeState,
     ReplicaId,
     SessionId,
     StartAttempt,
 )
+from tests.support.request_path import request_by
 
 NODE = NodeId("node")
 
@@ -80,11 +90,38 @@ def test_a_heartbeat_read_after_the_pause_and_before_the_tick_prolongs_no_lease_
     assert session.heartbeat_at == clock.seconds
 
 
+def started(session, attempt_id, now):
+    relay = Relay(AttemptId(attempt_id), 100, now, lambda *_: None)
+    session.start(StartAttempt(relay.attempt_id, ReplicaId("r"), Endpoint.COMPLETIONS, b"", True, 100), relay, now, request_by())
+    return relay
+
+
+async def test_a_node_that_has_ended_its_attempts_may_be_as_silent_as_an_idle_one_however_long_they_stay_here(links, clock):
+    (session,) = links.sessions
+    session.outbox = Outbox()
+    ended = [started(session, name, clock.seconds) for name in ("a", "b")]
+    clock.seconds += 1.5
+    session.beat(Heartbeat(1, NodeState.SERVING, (), 0), clock.seconds)
+    for relay in ended:
+        relay.end(0, EndReason.COMPLETED, "")
+    # A client that reads slowly keeps them here, or a directory that is away. The next beat is due 5 s after the last one.
+    for _ in range(3):
+        clock.seconds += 1.5
+        links.tick()
+    assert not session.suspect
+    # From here on it owes one every second again.
+    started(session, "c", clock.seconds)
+    for seconds, is_suspect in ((2.4, False), (0.2, True)):
+        for _ in range(2):
+            clock.seconds += seconds / 2
+            links.tick()
+        assert session.suspect is is_suspect
+
+
 async def test_a_node_stays_suspect_after_its_silent_attempts_are_given_up(links, clock):
     (session,) = links.sessions
     session.outbox = Outbox()
-    relay = Relay(AttemptId("a"), 100, clock.seconds, lambda *_: None)
-    session.start(StartAttempt(AttemptId("a"), ReplicaId("r"), Endpoint.COMPLETIONS, b"", True, 100), relay, clock.seconds)
+    relay = started(session, "a", clock.seconds)
     for _ in range(9):
         clock.seconds += 1
         links.tick()
@@ -119,6 +156,28 @@ async def test_a_wish_that_comes_while_a_session_is_opened_reaches_the_node(cloc
     links = Links(SlowDirectory(lambda: links.take_snapshot(snapshot)), LivenessLimits(), clock, lambda: None)
     _, _, welcome = await links.connect(HELLO)
     assert welcome.desired is wish
+
+
+def test_the_directory_hears_of_cards_from_the_hello_on():
+    cards = (CardTelemetry("gpu", memory_foreign_bytes=5),)
+    session = NodeSession(replace(HELLO, cards=cards), SessionGrant(1, AccountId("owner"), DesiredState()), 100.0)
+    assert session.report(101.0).cards == cards
+    session.connect(replace(HELLO, cards=()), Outbox(), 102.0)
+    assert session.report(103.0).cards == cards, "it has not looked yet"
+    session.connect(replace(HELLO, cards=(CardTelemetry("gpu", lost=True),)), Outbox(), 104.0)
+    assert session.report(105.0).cards == (CardTelemetry("gpu", lost=True),)
+
+
+@pytest.mark.parametrize(("engine_kind", "slot_counts"), [("attach", [4, 1, 4]), ("vllm", [4, 4, 4])])
+def test_only_an_engine_that_its_owner_uses_too_is_spared_while_requests_wait_inside_it(engine_kind, slot_counts):
+    wish = DesiredEngine(ReplicaId("r"), ModelFile(ModelId("m"), "attach:m", "", "", 0), engine_kind, 4, 2048)
+    session = NodeSession(HELLO, SessionGrant(1, AccountId("owner"), DesiredState(1, (wish,))), 100.0)
+    seen = []
+    for waiting_count in (0, 3, None):
+        status = EngineStatus(ReplicaId("r"), ModelId("m"), EngineState.READY, engine_kind, slot_count=4, waiting_count=waiting_count)
+        session.beat(Heartbeat(0, NodeState.SERVING, (status,), 0), 101.0)
+        seen += [view.slot_count for view in session.replica_views(ModelId("m"))]
+    assert seen == slot_counts
 
 
 async def test_a_revoked_node_is_told_why():

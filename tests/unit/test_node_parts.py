@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from typer.testing import CliRunner
 
+from potluck_node import command
 from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, ChildProcess, StderrTail
-from potluck_node.engines import process
+from potluck_node.command import app
+from potluck_node.control import AgentStatus, EngineLine, write_status
+from potluck_node.domain.session import Session
+from potluck_node.domain.solo_rates import SoloRates
+from potluck_node.engines import last_lines, process
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, EngineLaunch
+from potluck_node.engines.metrics_words import EngineLoad
 from potluck_node.engines.process import EngineFailedError, EngineProcess, engine_environment
 from potluck_node.engines.registry import available_engines
+from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_node.model_store.sources import client_environment
+from potluck_node.replicas import Residence
 from potluck_node.report import ENGINES_MAX, NodeReport
 from potluck_node.settings import Settings
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.values import EngineState, EngineStatus, FailureKind, Inventory, ModelId, ReplicaId, SessionId
+from potluck_protocol.connection import ConnectionDocument
+from potluck_protocol.values import (
+    AccountId,
+    EngineState,
+    EngineStatus,
+    FailureKind,
+    Inventory,
+    ModelId,
+    NodeId,
+    ReplicaId,
+    SessionId,
+)
 
 
 def test_stderr_tail_keeps_the_last_lines_however_they_are_cut():
@@ -38,10 +61,10 @@ def test_stderr_tail_is_bounded_whatever_comes():
 
 
 def test_engines_see_no_secret_and_may_fetch_nothing():
-    seen = engine_environment({"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "s", "POTLUCK_API_KEY": "s", "AWS_SECRET": "s"})
+    kept = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "TORCHINDUCTOR_CACHE_DIR": "/fast/disk"}
+    seen = engine_environment({"HF_TOKEN": "s", "POTLUCK_API_KEY": "s", "AWS_SECRET": "s", **kept})
     assert seen == {
-        "PATH": "/bin",
-        "CUDA_VISIBLE_DEVICES": "0",
+        **kept,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -85,32 +108,150 @@ async def test_an_engine_that_the_kernel_killed_for_want_of_memory_says_so_altho
     monkeypatch.setattr(process, "_KERNEL_COUNTS", counts)
     for count, kind in ((1, FailureKind.KILLED), (2, FailureKind.OUT_OF_MEMORY)):
         code = f"import os; open({str(counts)!r}, 'w').write('pgfault 9\\noom_kill {count}\\n'); os.kill(os.getpid(), 9)"
-        engine = EngineProcess(await ChildProcess.spawn(("-c", code), os.environ))
+        engine = EngineProcess(ChildProcess.spawn(("-c", code), os.environ))
         assert (await engine.wait()).kind is kind
         await engine.stop()
     monkeypatch.setattr(process, "_KERNEL_COUNTS", tmp_path / "not" / "there")
-    engine = EngineProcess(await ChildProcess.spawn(("-c", "import os; os.kill(os.getpid(), 9)"), os.environ))
+    engine = EngineProcess(ChildProcess.spawn(("-c", "import os; os.kill(os.getpid(), 9)"), os.environ))
     assert (await engine.wait()).kind is FailureKind.KILLED
     await engine.stop()
 
 
 async def test_of_an_engine_that_ended_only_known_causes_are_told():
-    engine = EngineProcess(await ChildProcess.spawn(SHOUTING, os.environ))
+    engine = EngineProcess(ChildProcess.spawn(SHOUTING, os.environ))
     failure = await engine.wait()
     await engine.stop()
     assert str(failure) == "the engine ended: exit status 1; its last lines speak of bad_alloc"
     assert failure.kind is FailureKind.OUT_OF_MEMORY
 
 
+@pytest.mark.parametrize("condemned", [False, True])
+async def test_the_last_lines_of_an_engine_that_had_served_are_kept_for_the_owner_alone_and_only_if_he_wants_them(
+    tmp_path, capfd, condemned
+):
+    state = tmp_path / "state"
+    state.mkdir()
+    for folder, expected in ((None, []), (state / last_lines.FOLDER_NAME, [state / last_lines.FOLDER_NAME / "shouting.txt"])):
+        engine = EngineProcess(ChildProcess.spawn(SHOUTING, os.environ), "shouting", folder)
+        await engine._child.wait()
+        if condemned:
+            engine.condemn("the engine hung: it said nothing")
+        failure = await engine.wait()
+        await engine.stop()
+        assert last_lines.kept(state) == expected
+        assert "the reason" not in str(failure)
+        assert str(tmp_path) not in str(failure)
+    (path,) = last_lines.kept(state)
+    lines = path.read_text().splitlines()
+    assert (len(lines), lines[-1]) == (51, "the reason: bad_alloc")
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    output = "".join(capfd.readouterr())
+    assert "engine_lines_kept" in output
+    assert "the reason" not in output
+    last_lines.forget(state)
+    assert list(state.iterdir()) == []
+
+
+async def test_lines_that_cannot_be_kept_harm_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    engine = EngineProcess(ChildProcess.spawn(SHOUTING, os.environ), "shouting", tmp_path / "file")
+    assert (await engine.wait()).kind is FailureKind.OUT_OF_MEMORY
+    await engine.stop()
+
+
+def test_the_status_names_the_kept_lines_or_says_how_to_have_them_kept(tmp_path, monkeypatch):
+    folder = StateFolder(tmp_path / "node")
+    connection = ConnectionDocument(1, "pool", 1, 2, "x.invalid", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    folder.create()
+    folder.write_identity(NodeIdentity(NodeId("n"), AccountId("o"), "attic", "https://x.invalid", connection))
+    line = EngineLine("r", "m", "backing_off", "vllm", 1, 0, 1, 1, "the engine ended: exit status 1")
+    status = AgentStatus(1, "n", "serving", "serving", 1, 1.0, 0, 0, 0, time.time_ns() // 1_000_000, "", (line,))
+    arguments = ["status", "--state-dir", str(folder.path)]
+    with folder.lock():
+        write_status(folder.path, status)
+        assert "POTLUCK_NODE_KEEP_ENGINE_LINES=true" in CliRunner().invoke(app, arguments).stdout
+        # The agent's setting counts, not that of the shell where `status` is typed.
+        monkeypatch.setenv("POTLUCK_NODE_KEEP_ENGINE_LINES", "true")
+        assert "POTLUCK_NODE_KEEP_ENGINE_LINES=true" in CliRunner().invoke(app, arguments).stdout
+        monkeypatch.delenv("POTLUCK_NODE_KEEP_ENGINE_LINES")
+        write_status(folder.path, replace(status, engine_lines_are_kept=True))
+        last_lines.keep(folder.path / last_lines.FOLDER_NAME, "vllm", "what it said")
+        shown = CliRunner().invoke(app, arguments).stdout
+    kept = folder.path / last_lines.FOLDER_NAME / "vllm.txt"
+    assert f"last lines   {kept}; they may quote prompts and answers" in shown
+    assert "POTLUCK_NODE_KEEP_ENGINE_LINES" not in shown
+    assert "what it said" not in shown
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["engine_lines"] == [str(kept)]
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "failure", "failure_kind", "below"),
+    [
+        (
+            "starting",
+            "attach",
+            "the engine ended: exit status 1; its last lines speak of X",
+            "killed",
+            ["the engine ended: exit status 1; its last lines speak of X"],
+        ),
+        ("backing_off", "attach", "the engine ended: exit status 1", "crashed", []),
+        ("starting", "vllm", "the engine ended: SIGKILL", "killed", ["the engine ended: SIGKILL"]),
+        ("starting", "vllm", "the engine ended: SIGSEGV", "crashed", ["the engine ended: SIGSEGV", "hint"]),
+        ("backing_off", "vllm", "the engine ended: SIGSEGV", "crashed", ["hint"]),
+        (
+            "backing_off",
+            "vllm",
+            "the engine did not start: exit status 1\nno such file",
+            "not_started",
+            ["the engine did not start: exit status 1", "no such file"],
+        ),
+        ("ready", "vllm", "", "", []),
+    ],
+)
+def test_what_an_engine_failed_of_is_told_once_and_the_hint_only_where_there_may_be_lines(state, kind, failure, failure_kind, below):
+    line = EngineLine("r", "m", state, kind, 1, 0, 1, 1, failure, failure_kind)
+    status = AgentStatus(1, "n", "serving", "serving", 1, 1.0, 0, 0, 0, time.time_ns() // 1_000_000, "", (line,))
+    facts = dict.fromkeys(("node_id", "display_name", "owner_account_id", "coordinator"), "x") | {"paused": False, "engine_lines": []}
+    shown = command._status_words(facts, status).splitlines()
+    first = next(number for number, words in enumerate(shown) if words.startswith("engine "))
+    told = [words.removeprefix("             | ") for words in shown[first + 1 :]]
+    assert ["hint" if "KEEP_ENGINE_LINES" in words else words for words in told] == below
+
+
+def test_of_an_engine_that_said_nothing_nothing_is_kept(tmp_path):
+    last_lines.keep(tmp_path / "lines", "vllm", "of the failure before")
+    for nothing in ("", "\n", " \n\n"):
+        last_lines.keep(tmp_path / "lines", "vllm", nothing)
+        assert list((tmp_path / "lines").iterdir()) == []
+
+
 def test_a_node_says_a_bounded_amount_of_itself(tmp_path):
     def status(number: int) -> EngineStatus:
-        return EngineStatus(ReplicaId(f"r{number}"), ModelId("tiny"), EngineState.BACKING_OFF, "scripted", failure="x" * 9_999 + "end")
+        return EngineStatus(
+            ReplicaId(f"r{number}"),
+            ModelId("tiny"),
+            EngineState.BACKING_OFF,
+            "scripted",
+            failure="x" * 9_999 + "end",
+            failure_kind=FailureKind.CRASHED,
+        )
 
     report = NodeReport(
-        credentials=SimpleNamespace(identity=SimpleNamespace(node_id="n")),
+        credentials=SimpleNamespace(identity=SimpleNamespace(node_id="n"), valid_until_unix_ms=0),
         session_id=SessionId("s"),
         inventory=Inventory(),
-        replicas=SimpleNamespace(statuses=lambda: tuple(status(number) for number in range(100))),
+        replicas=SimpleNamespace(
+            statuses=lambda: tuple(status(number) for number in range(100)),
+            cards_given=lambda: frozenset({"GPU-1", "GPU-2"}),
+            residence=lambda replica_id: Residence(7, ("GPU-2",)) if replica_id == "r1" else None,
+        ),
+        attempts=SimpleNamespace(
+            progress_count=0, running_count=lambda _: 0, watches=SimpleNamespace(solo=SimpleNamespace(rates=lambda _: SoloRates()))
+        ),
+        readings=SimpleNamespace(cards=(), load=lambda _: EngineLoad(), memory_bytes=lambda _: None),
+        peers=SimpleNamespace(measurements=tuple),
+        line=SimpleNamespace(found=None),
+        attached=SimpleNamespace(model_names=(), lines=()),
         cache_dir=tmp_path,
         slot_count_max=None,
         clock=SystemClock(),
@@ -119,3 +260,6 @@ def test_a_node_says_a_bounded_amount_of_itself(tmp_path):
         assert [engine.replica_id for engine in engines] == [f"r{number}" for number in range(ENGINES_MAX)]
         assert {(len(engine.failure), engine.failure[-3:]) for engine in engines} == {(FAILURE_CHARACTERS_MAX, "end")}
     assert (ENGINES_MAX, FAILURE_CHARACTERS_MAX) == (64, 2_000)
+    told = report.status(Session(), "")
+    assert (told.card_uuids, told.serving_card_uuids) == (("GPU-1", "GPU-2"), ("GPU-2",))
+    assert {engine.failure_kind for engine in told.engines} == {"crashed"}

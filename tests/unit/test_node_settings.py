@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from potluck_node.command import app
 from potluck_node.control import Control, read_control, read_status, write_control
-from potluck_node.identity_store import StateFolder
+from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_node.settings import load_settings
+from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId, NodeId
 
 
 @pytest.fixture
@@ -44,12 +49,24 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(config: Path, m
         settings.slot_count_max = 9
 
 
-@pytest.mark.parametrize("text", ["slot_count_max = 0", "slots = 3", "slot_count_max = ", 'log_format = "xml"', "disk_budget_bytes = -1"])
+@pytest.mark.parametrize(
+    "text", ["slot_count_max = 0", "slots = 3", "slot_count_max = ", 'log_format = "xml"', "disk_budget_bytes = -1", "x = " + "[" * 5000]
+)
 def test_a_wrong_setting_is_named_with_the_places_it_may_come_from(config: Path, text: str) -> None:
     config.write_text(text)
     with pytest.raises(PotluckError, match=r"node\.toml") as raised:
         load_settings()
     assert raised.value.code is ErrorCode.INVALID_REQUEST
+
+
+def test_paths_of_a_file_may_begin_at_home(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/srv/ana")
+    config.write_text('cache_dir = "~/models"\nvllm_python = "~/vllm/bin/python"')
+    settings = load_settings()
+    assert (settings.cache_dir, settings.vllm_python) == (Path("/srv/ana/models"), Path("/srv/ana/vllm/bin/python"))
+    config.write_text('cache_dir = "~no-such-user-here/models"')
+    with pytest.raises(PotluckError, match=r"cache_dir: .*home directory"):
+        load_settings()
 
 
 def test_one_folder_has_one_agent(tmp_path: Path) -> None:
@@ -91,3 +108,15 @@ def test_control_keeps_what_is_not_named_and_survives_damage(tmp_path: Path) -> 
     assert read_status(tmp_path) is None
     (tmp_path / "status.json").write_text('{"pid": 1, "engines": [{}]}')
     assert read_status(tmp_path) is None
+
+
+@pytest.mark.parametrize(("command", "paused"), [("pause", True), ("resume", False)])
+def test_what_was_asked_of_the_agent_as_json(config: Path, tmp_path: Path, command: str, paused: bool) -> None:
+    folder = StateFolder(tmp_path / "node")
+    folder.create()
+    certificate = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    connection = ConnectionDocument(1, "pool", 8601, 8602, "localhost", certificate)
+    folder.write_identity(NodeIdentity(NodeId("n"), AccountId("acct_a"), "attic", "http://localhost", connection))
+    told = CliRunner().invoke(app, [command, "--json", "--state-dir", str(folder.path)])
+    assert (told.exit_code, json.loads(told.stdout)) == (0, {"paused": paused, "running": False})
+    assert read_control(folder.path).paused is paused

@@ -20,12 +20,8 @@ INVITE = "potluck1.aHR0cDovL2E.abc.def.ghi"
 
 @pytest.fixture
 def written(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[dict[str, object]]]]:
-    """Reads back what was written to standard error; leaves logging as it was."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
+    """Reads back what was written to standard error."""
     yield lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    root.handlers[:], root.level = before
-    structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.catalogue import ServiceTier
-from potluck_coordinator.domain.planning.plan import plan
-from potluck_coordinator.domain.planning.sizing import UNKNOWN_MEMORY_BYTES
+from potluck_coordinator.domain.planning.explain import explain
+from potluck_coordinator.domain.planning.node_kinds import UNKNOWN_MEMORY_BYTES
+from potluck_coordinator.domain.planning.plan import drafted, plan
 from potluck_coordinator.domain.planning.words import (
     ABSENCE_SECONDS_MAX,
     IDLE_SECONDS,
@@ -63,6 +65,20 @@ def test_one_everywhere_runs_on_every_node_even_one_that_is_away_and_an_unknown_
 def test_an_offer_without_files_runs_nowhere():
     offer = replace(TINY, file=None, repository="hf:org/tiny")
     assert plan(view([node("a")], [offer], [wish("tiny", None)])).replicas == {}
+
+
+@pytest.mark.parametrize(("field", "value"), [("kv_dtype_bytes", float("nan")), ("kv_dtype_bytes", float("inf")), ("kv_head_count", 0)])
+def test_an_entry_that_cannot_be_computed_keeps_no_other_from_being_planned(field, value):
+    """None like it is made any more; one may have been kept."""
+    good = card_entry("8b", "good")
+    odd = copy.copy(good.architecture)
+    object.__setattr__(odd, field, value)
+    bad = replace(card_entry("8b", "bad"), architecture=odd)
+    pool = view([node("a", cards=2), node("b", cards=2)], [bad, good], [wish("bad", 2), wish("good", 1)])
+    made = plan(pool)
+    assert (len(places(made, "bad")), len(places(made, "good"))) == (0, 1)
+    reasons = [verdict.reason for verdict in explain(drafted(pool), ModelId("bad"), {})]
+    assert all("its size cannot be computed" in reason for reason in reasons)
 
 
 @given(names, st.integers(0, 15))
@@ -168,6 +184,17 @@ def test_a_bridge_between_cards_that_have_none_is_not_believed():
     assert odd[0].nvlink_peer_uuids
     made = plan(view([node("a", cards=odd)], [card_entry("70b")], [wish("70b", 1)]))
     assert len(made.replicas["a/70b"].sizing.shape.card_uuids) == 2
+
+
+def test_a_model_that_two_cards_are_too_few_for_takes_three_as_stages_of_vllm_and_not_of_sglang():
+    held = dict.fromkeys(("GPU-0", "GPU-1", "GPU-2"), 6 * GIB)
+    three = node(
+        "a", cards=tuple(replace(card, uuid=f"GPU-{place}") for place, card in enumerate(cards(3, node="a"))), card_foreign_bytes=held
+    )
+    three = replace(three, inventory=replace(three.inventory, engine_kinds=("vllm", "sglang")))
+    shape = plan(view([three], [card_entry("70b")], [wish("70b", 1)])).replicas["a/70b"].sizing.shape
+    assert (len(shape.card_uuids), shape.tensor_parallel_size, sum(shape.stage_layer_counts)) == (3, 1, 80)
+    assert not plan(view([three], [card_entry("70b", engine_kinds=("sglang",))], [wish("70b", 1)])).replicas
 
 
 # Staying.

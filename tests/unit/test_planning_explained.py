@@ -97,3 +97,49 @@ def test_a_wish_that_is_not_met_says_what_keeps_it():
     assert found.shortfall == "nodes: 1 no_engine, 1 offline"
     met = view([node("a")], [TINY], [wish("tiny", 1)])
     assert standing(drafted(met), met.deployments[0]).shortfall == ""
+
+
+def served(each, entry, count):
+    """A pool of one node that serves the model, and is wished to serve it more often."""
+    pool = view([each], [entry], [wish(entry.model_id, count)])
+    made = plan(pool)
+    said = tuple(status(replica_id, entry.model_id) for replica_id in made.replicas)
+    return replace(pool, standing=made.replicas, nodes={each.node_id: replace(each, engines=said)})
+
+
+def test_a_second_replica_that_has_no_place_where_the_first_one_runs_is_explained():
+    for each, entry, words in (
+        (node("a"), TINY, "1 serves, and a machine without cards runs it once"),
+        (node("a", cards=1), card_entry("8b"), "1 serves and has no card free for another"),
+    ):
+        pool = served(each, entry, 2)
+        found = standing(drafted(pool), pool.deployments[0])
+        assert (found.ready_count, found.shortfall) == (1, f"nodes: {words}")
+
+
+def test_no_rate_is_named_where_the_fit_predicts_none():
+    assert verdicts(served(node("a"), TINY, 1), "tiny")["a"].reason.endswith("; nothing is predicted of its speed")
+    assert "tokens/s predicted" in verdicts(served(node("a", cards=1), card_entry("8b"), 1), "8b")["a"].reason
+    free = verdicts(replace(served(node("a"), TINY, 1), nodes={**served(node("a"), TINY, 1).nodes, NodeId("b"): node("b")}), "tiny")["b"]
+    assert free.reason == "it has room; nothing is predicted of its speed"
+
+
+def test_an_engine_that_was_stepped_down_is_shown_with_what_it_really_serves():
+    before = view([node("a", cards=1)], [card_entry("8b")], [wish("8b")])
+    made = plan(before)
+    (replica,) = made.replicas.values()
+    said = replace(status(replica.replica_id, "8b", context_length_tokens=2048), slot_count=2)
+    after = replace(before, standing=made.replicas, nodes={NodeId("a"): replace(before.nodes[NodeId("a")], engines=(said,))})
+    (verdict,) = explain(drafted(after), ModelId("8b"), {})
+    assert "2 slots of 2048 tokens (planned: 8 of 4096)" in verdict.reason
+
+
+def test_a_model_that_lost_its_files_or_its_wish_is_explained_all_the_same():
+    offer = replace(TINY, file=None, repository="hf:org/tiny")
+    found = verdicts(view([node("a")], [offer], [wish("tiny", 1)]), "tiny")
+    assert (found["a"].verdict, found["a"].reason) == (
+        Verdict.NO_FIT,
+        "its files are not pinned: run `potluck models add hf:org/tiny@REVISION --as tiny`",
+    )
+    found = verdicts(view([node("a")], [TINY], []), "tiny")
+    assert (found["a"].verdict, found["a"].reason) == (Verdict.OUTSCORED, "no replica is wished")

@@ -26,8 +26,8 @@ from potluck_node.domain.hardware import (
 )
 from potluck_node.probe import card_table, nvidia
 from potluck_node.probe.nvml import RETRY_SECONDS, DriverUnavailableError, NvmlLibrary
-from potluck_node.probe.telemetry import card_telemetry
-from potluck_node.probe.xid import EVENTS_MAX, XidWatcher
+from potluck_node.probe.telemetry import card_bytes_held, card_telemetry
+from potluck_node.probe.xid import EVENTS_MAX, XidCount, XidWatcher
 from potluck_protocol.values import CardTelemetry
 from tests.support.nvml_dump import DumpedDriver, load_dump
 
@@ -200,8 +200,10 @@ def test_telemetry_has_the_facts_of_a_card_under_load():
 def test_telemetry_of_a_card_that_tells_little_has_none_where_nothing_is_told():
     _, library = driver_of("few_facts")
     (card,) = card_telemetry((), library)
-    assert (card.temperature_celsius, card.power_milliwatts, card.memory_foreign_bytes) == (None, None, None)
-    assert card.memory_used_bytes == 0
+    assert (card.temperature_celsius, card.power_milliwatts) == (None, None)
+    assert (card.memory_used_bytes, card.memory_foreign_bytes) == (0, 0)
+    (card,) = card_telemetry((), library, own_card_uuids={card.uuid})
+    assert card.memory_foreign_bytes is None
 
 
 def test_a_machine_without_a_driver_has_no_telemetry():
@@ -220,14 +222,45 @@ def test_memory_of_our_own_engines_is_not_foreign_and_a_process_in_two_lists_cou
 @given(st.integers(0, 2**40), st.lists(st.tuples(st.integers(0, 2**40), st.booleans())))
 def test_foreign_memory_is_never_below_zero_nor_above_what_is_used(used_bytes, held):
     processes = tuple(CardProcess(pid, "compute", size, own) for pid, (size, own) in enumerate(held))
-    assert 0 <= foreign_bytes(used_bytes, processes) <= used_bytes
+    assert 0 <= foreign_bytes(used_bytes, processes, engine_here=False) <= used_bytes
+    listed = foreign_bytes(used_bytes, processes, engine_here=True)
+    assert (listed is None) == (not any(own for _, own in held))
+    assert listed is None or 0 <= listed <= used_bytes
 
 
-def test_foreign_memory_is_unknown_where_the_driver_tells_too_little():
-    assert foreign_bytes(None, ()) is None
-    assert foreign_bytes(1, None) is None
-    assert foreign_bytes(1, (CardProcess(1, "compute", None, own=True),)) is None
-    assert foreign_bytes(7, (CardProcess(1, "compute", None, own=False),)) == 7
+OURS, OTHERS = CardProcess(1, "compute", 3, own=True), CardProcess(2, "compute", 5, own=False)
+
+
+@pytest.mark.parametrize(
+    ("used_bytes", "processes", "engine_here", "foreign"),
+    [
+        (None, (), False, None),
+        (7, None, False, 7),  # no engine of ours is there: whoever holds it is another
+        (7, None, True, None),
+        (7, (), True, None),
+        (7, (OTHERS,), True, None),
+        (7, (OTHERS,), False, 7),
+        (8, (OURS, OTHERS), True, 5),
+        (8, (OURS, OTHERS), False, 5),  # one that is just being stopped
+        (8, (CardProcess(1, "compute", None, own=True),), True, None),
+        (8, (CardProcess(2, "compute", None, own=False),), False, 8),
+    ],
+)
+def test_foreign_memory_is_unknown_where_ours_is_not_told_from_it(used_bytes, processes, engine_here, foreign):
+    assert foreign_bytes(used_bytes, processes, engine_here=engine_here) == foreign
+
+
+@pytest.mark.parametrize("lists", [[], {"error": 3}, [{"pid": 31337, "usedGpuMemory": 20 * 2**30}]])
+def test_an_engine_in_a_container_makes_no_foreign_memory_of_its_own(lists):
+    driver, library = driver_of("processes_hidden")
+    device = driver.devices[0]
+    device["nvmlDeviceGetComputeRunningProcesses_v3"] = device["nvmlDeviceGetGraphicsRunningProcesses_v3"] = lists
+    uuid = device["nvmlDeviceGetUUID"]
+    (card,) = card_telemetry({7}, library, own_card_uuids={uuid})
+    assert (card.memory_used_bytes, card.memory_foreign_bytes) == (20 * 2**30, None)
+    (card,) = card_telemetry({7}, library, own_card_uuids={"GPU-another"})
+    assert card.memory_foreign_bytes == 20 * 2**30
+    assert [card.engine_here for card in nvidia.read_cards(library, own_card_uuids={uuid})] == [True]
 
 
 def test_the_library_is_opened_once_for_all_that_is_read():
@@ -287,14 +320,13 @@ def test_a_driver_taken_away_beneath_us_is_opened_anew_after_the_pause(error):
 
 def test_faults_are_heard_from_the_first_poll_on_with_the_card_they_belong_to():
     driver, library = driver_of("two_memory_nodes")
-    heard: list[XidEvent] = []
-    watcher = XidWatcher(library, heard.append)
+    watcher = XidWatcher(library)
     assert watcher.poll() == ()
     driver.devices[1]["events"] = [{"eventType": XID_CRITICAL, "eventData": 79}, {"eventType": XID_CRITICAL, "eventData": 45}]
     driver.devices[1]["lost"] = True
     assert watcher.poll() == (XidEvent(79, "0000:41:00.0"), XidEvent(45, "0000:41:00.0"))
     assert watcher.poll() == ()
-    assert [event.xid for event in heard] == [79, 45]
+    assert watcher.counts == {load_dump("two_memory_nodes")["devices"][1]["nvmlDeviceGetUUID"]: XidCount(newest_xid=45, count=2)}
 
 
 def test_a_card_in_a_loop_of_faults_does_not_hold_telemetry_up():
@@ -303,6 +335,43 @@ def test_a_card_in_a_loop_of_faults_does_not_hold_telemetry_up():
     watcher.poll()
     driver.devices[0]["events"] = [{"eventType": XID_CRITICAL, "eventData": 31}] * (EVENTS_MAX + 5)
     assert (len(watcher.poll()), len(watcher.poll())) == (EVENTS_MAX, 5)
+
+
+def test_what_was_heard_of_a_card_stands_beside_how_it_is():
+    driver, library = driver_of("two_memory_nodes")
+    watcher = XidWatcher(library)
+    watcher.poll()
+    for _ in range(2):
+        driver.devices[0]["events"] = [{"eventType": XID_CRITICAL, "eventData": 31}]
+        watcher.poll()
+    first, second = card_telemetry((), library, watcher.counts)
+    assert (first.newest_xid, first.xid_count, second.newest_xid, second.xid_count) == (31, 2, None, 0)
+
+
+def test_a_driver_that_goes_while_its_cards_are_listed_fails_no_poll():
+    driver, library = driver_of("healthy_3090")
+    driver.devices[0]["nvmlDeviceGetName"] = {"error": 9}
+    assert XidWatcher(library).poll() == ()
+
+
+def test_what_processes_hold_of_cards_is_known_where_the_driver_says_so_of_each():
+    driver, library = driver_of("two_memory_nodes")
+    uuids = tuple(device["nvmlDeviceGetUUID"] for device in driver.devices)
+    for device, held in zip(driver.devices, ({7: 100, 8: 20}, {8: 3, 9: 5}), strict=True):
+        device["nvmlDeviceGetComputeRunningProcesses_v3"] = [
+            {"pid": pid, "usedGpuMemory": size_bytes, "gpuInstanceId": None, "computeInstanceId": None} for pid, size_bytes in held.items()
+        ]
+    assert card_bytes_held(uuids, {8}, library) == 23
+    assert card_bytes_held(uuids[:1], {7, 8}, library) == 120
+    assert card_bytes_held(uuids, {7}, library) is None, "of the second card nothing is known"
+    assert card_bytes_held(uuids, {1}, library) is None, "as in a container, whose numbers the driver does not use"
+    assert card_bytes_held((*uuids, "GPU-gone"), {8}, library) is None
+    driver.devices[0]["nvmlDeviceGetComputeRunningProcesses_v3"][1]["usedGpuMemory"] = None
+    assert card_bytes_held(uuids, {8}, library) is None
+    driver.devices[1]["lost"] = True
+    assert card_bytes_held(uuids[1:], {8}, library) is None
+    _, without = driver_of("driver_not_loaded")
+    assert card_bytes_held(uuids, {8}, without) is None
 
 
 def test_without_a_driver_no_fault_is_heard():

@@ -18,8 +18,9 @@ import psutil
 import pytest
 import structlog.testing
 
-from potluck_node.domain.hardware import DriverAbsence, Reach, Slot, XidEvent
-from potluck_node.probe import host, inventory, kernel_log, network, pci
+from potluck_node.domain.hardware import CardPair, DriverAbsence, PeerStatus, Reach, Slot, XidEvent
+from potluck_node.probe import host, inventory, kernel_log, network, nvidia, pci
+from potluck_node.probe.engine_cuda import cuda_of
 from potluck_node.probe.nvml import NvmlLibrary
 from potluck_protocol.values import Accelerator, Inventory
 from tests.support.nvml_dump import DumpedDriver, load_dump, write_sysfs
@@ -145,7 +146,6 @@ async def test_ports_that_answer_have_a_round_trip_and_others_a_reason():
     assert (http.service, http.target, http.failure) == ("http", target, "")
     assert grpc == Reach("grpc", dead, failure="Connection refused")
     assert abs(seen.clock_skew_seconds) < 1.5
-    assert (seen.upload_bytes_per_second, seen.download_bytes_per_second, bool(seen.rate_failure)) == (None, None, True)
 
 
 async def test_a_coordinator_whose_name_is_unknown_is_told_so_without_waiting():
@@ -167,14 +167,14 @@ async def test_only_what_listens_beyond_loopback_is_told():
     )
     try:
         port = int(await child.stdout.readline())
-        tree = network.process_tree(os.getpid())
+        tree = host.process_tree(os.getpid())
         assert child.pid in tree
         assert network.listening_beyond_loopback(frozenset({child.pid})) == (f"0.0.0.0:{port}",)
     finally:
         child.stdin.close()
         await child.wait()
     assert network.listening_beyond_loopback(frozenset({child.pid})) == ()
-    assert network.process_tree(child.pid) == frozenset({child.pid})
+    assert host.process_tree(child.pid) == frozenset({child.pid})
 
 
 def test_sockets_that_are_hidden_are_unknown_and_not_absent(monkeypatch):
@@ -183,6 +183,41 @@ def test_sockets_that_are_hidden_are_unknown_and_not_absent(monkeypatch):
 
     monkeypatch.setattr(network.psutil, "Process", lambda _: SimpleNamespace(net_connections=hidden))
     assert network.listening_beyond_loopback(frozenset({1})) is None
+
+
+def test_a_port_is_told_from_an_address_of_either_kind(monkeypatch):
+    addresses = (("10.0.0.5", 29600), ("fd00::5", 29600), ("::", 7), ("::1", 8), ("127.0.0.1", 9))
+    sockets = [SimpleNamespace(laddr=SimpleNamespace(ip=ip, port=port), status=psutil.CONN_LISTEN) for ip, port in addresses]
+    monkeypatch.setattr(network.psutil, "Process", lambda _: SimpleNamespace(net_connections=lambda **_: sockets))
+    assert network.listening_beyond_loopback(frozenset({1})) == ("10.0.0.5:29600", "[::]:7", "[fd00::5]:29600")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://pool.example:99999", "http://pool.example:x"])
+async def test_what_is_no_url_costs_its_own_fact(url):
+    seen = await network.read_network(link_target="127.0.0.1:1", grpc_target="127.0.0.1:1", url=url, listening=())
+    assert [(reach.service, reach.round_trip_ms) for reach in seen.reaches] == [("link", None), ("grpc", None), ("http", None)]
+    assert "no URL" in seen.reaches[2].failure
+    assert seen.clock_skew_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"),
+    [
+        ("cuda: Optional[str] = '13.0'", "13.0"),
+        ('cuda = "12.8"', "12.8"),
+        ("cuda: Optional[str] = None", ""),
+        ("debug = False", None),
+        ("cuda: Optional[str] = build()", None),
+    ],
+)
+def test_the_cuda_of_an_environment_is_what_its_torch_was_built_for(tmp_path, line, cuda):
+    told = tmp_path / "lib/python3.11/site-packages/torch/version.py"
+    assert cuda_of(tmp_path / "bin/python") is None
+    told.parent.mkdir(parents=True)
+    told.write_text(
+        f"from typing import Optional\n__all__ = ['__version__', 'cuda']\n__version__ = '2.13.0'\n{line}\nhip: Optional[str] = None\n"
+    )
+    assert cuda_of(tmp_path / "bin/python") == cuda
 
 
 def test_failing_probe_costs_its_own_fact_and_is_logged_once(monkeypatch, tmp_path):
@@ -218,6 +253,22 @@ def test_the_inventory_has_what_a_planner_needs_of_four_cards(monkeypatch, tmp_p
         power_limit_milliwatts=350_000,
         nvlink_peer_uuids=(uuids[1],),
     )
+    # Without a bridge its stock driver grants nothing between them.
+    assert [card.pcie_peer_uuids for card in found.accelerators] == [()] * 4
+
+
+def test_cards_that_a_driver_lets_reach_each_other_over_pcie_name_each_other():
+    cards = nvidia.read_cards(library_of("four_3090s_nvlink_pairs"))
+    pairs = (
+        CardPair(0, 1, PeerStatus.OK, PeerStatus.OK),
+        CardPair(0, 2, PeerStatus.NOT_SUPPORTED, PeerStatus.OK),
+        CardPair(1, 2, PeerStatus.NOT_SUPPORTED, PeerStatus.CHIPSET_NOT_SUPPORTED),
+        CardPair(2, 3, None, None),
+    )
+    found = inventory.accelerators(cards, pairs)
+    uuids = [card.uuid for card in found]
+    assert [card.nvlink_peer_uuids for card in found] == [(uuids[1],), (uuids[0],), (), ()]
+    assert [card.pcie_peer_uuids for card in found] == [(uuids[2],), (), (uuids[0],), ()]
 
 
 def test_a_lost_card_is_no_part_of_the_inventory():

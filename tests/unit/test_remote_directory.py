@@ -12,7 +12,13 @@ from potluck_coordinator.desk_socket import NOT_REPEATABLE, DirectoryAbsentError
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, NodeId
 
-WOULD_WORK_TWICE = [("accounts", "create_account"), ("accounts", "create_key"), ("accounts", "create_join_token"), ("nodes", "report")]
+WOULD_WORK_TWICE = [
+    ("accounts", "create_account"),
+    ("accounts", "create_key"),
+    ("accounts", "create_join_token"),
+    ("catalogue", "remove_model"),
+    ("nodes", "report"),
+]
 
 
 class MovedClock:

@@ -199,3 +199,23 @@ def test_what_cannot_be_known_is_said():
 def test_a_repositorys_name_makes_a_model_id():
     assert model_id_of("Org/Some Model+v2.1_GGUF") == "some-model-v2.1_gguf"
     assert len(model_id_of("Org/" + "x" * 200)) == 96
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [
+        PinnedFile("../model.safetensors", "1" * 64, 5),
+        PinnedFile("-model.safetensors", "1" * 64, 5),
+        PinnedFile("a b.safetensors", "1" * 64, 5),
+        PinnedFile("model.safetensors\n", "1" * 64, 5),
+        PinnedFile("model.py", "1" * 64, 5),
+        PinnedFile("model.safetensors", "A" * 64, 5),
+        PinnedFile("model.safetensors", "", 5),
+        PinnedFile("model.safetensors", "1" * 64, 0),
+        PINS[1],
+    ],
+    ids=["up", "an option", "a space", "a line end", "code", "capitals", "no hash", "empty", "twice"],
+)
+def test_the_hub_may_not_say_what_a_catalogue_file_may_not(pin):
+    with pytest.raises(ValueError, match=r"no node takes|no good hash|twice"):
+        entry(pins=(pin, PINS[1]))

@@ -110,7 +110,7 @@ def test_every_call_names_a_method_of_the_contract_and_its_reply():
         assert method.output_type is call.reply_type.DESCRIPTOR
     assert {call.method for call in made} == methods.keys() - {calls.GENERATE_METHOD}
     made_once = {call.method.rsplit("/")[-1] for call in made if not call.repeatable}
-    assert made_once == {"CreateKey", "CreateJoinToken", "CreateAccount", "RemoveModel", "Undeploy"}
+    assert made_once == {"CreateKey", "CreateJoinToken", "CreateAccount", "RemoveModel"}
 
 
 @given(texts=st.lists(st.text(min_size=1), max_size=8), cuts=st.lists(st.integers(0, 2000), max_size=10), crlf=st.booleans())

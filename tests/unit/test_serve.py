@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -108,3 +109,39 @@ def test_a_sweep_of_nothing_removes_the_folder(tmp_path: Path) -> None:
 
     assert sweep(run_dir)
     assert not run_dir.exists()
+
+
+STUCK = """
+import ctypes, os, sys
+from pathlib import Path
+from potluck_coordinator import serve
+from potluck_coordinator.settings import Settings
+
+class Stuck:
+    def stop(self):
+        print("stopping", flush=True)
+        # Unlike CDLL it keeps the interpreter's lock, so that no other thread of Python's runs any more.
+        ctypes.PyDLL(None).sleep(100)
+
+serve.STOP_SECONDS_MAX = 0.2
+serve._stop(Stuck(), Settings.model_validate({"data_dir": Path(sys.argv[1])}))
+"""
+
+
+def test_a_stop_that_never_returns_is_ended_even_where_python_itself_stands_still(tmp_path: Path) -> None:
+    stuck = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert (stuck.stdout, stuck.returncode) == ("stopping\n", -signal.SIGALRM), stuck.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_ends_the_wait_whenever_it_comes_and_handlers_are_given_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with serve._stop_signal() as stopped_within:
+        assert not stopped_within(0)
+        for _ in range(100_000):  # more than the pipe holds: a handler that waited would wait for ever
+            signal.raise_signal(number)
+        assert stopped_within(60)
+    with serve._stop_signal() as stopped_within:
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        assert stopped_within(60), "it interrupts a wait"
+    assert signal.getsignal(number) is before

@@ -59,16 +59,16 @@ async def test_a_client_that_reads_slowly_is_no_standstill():
     listening = Listening()
     await listening.standstill.hear(asyncio.sleep(0))
     listening.now += 1_000
-    assert not listening.standstill.is_over_time
+    assert not listening.standstill.silence.is_too_long
     words = asyncio.get_running_loop().create_future()
     hearing = asyncio.create_task(listening.standstill.hear(words))
     await asyncio.sleep(0)
-    assert not listening.standstill.is_over_time
+    assert not listening.standstill.silence.is_too_long
     listening.now += SILENCE_SECONDS_MAX + 1
-    assert listening.standstill.is_over_time
+    assert listening.standstill.silence.is_too_long
     words.set_result(b"")
     await hearing
-    assert not listening.standstill.is_over_time
+    assert not listening.standstill.silence.is_too_long
 
 
 def test_any_word_counts_for_everyone_who_waits():

@@ -80,6 +80,23 @@ def test_strange_events_pass_untouched(piece: bytes) -> None:
     assert watcher.usage is None
 
 
+@pytest.mark.parametrize(
+    "end", [b"data:[DONE]\n\n", b"data: [DONE]\n", b"data: [DONE]\n\n: bye\n\n", b"event: end\ndata: [DONE]\n\n", b"\ndata: [DONE]\n\n"]
+)
+def test_the_end_is_seen_however_a_server_writes_it(end: bytes) -> None:
+    watcher = UsageWatcher(keep_usage_event=False)
+    assert watcher.feed(ROLE + TOKEN) == ROLE + TOKEN
+    assert watcher.feed(end) == end
+    assert (watcher.done, watcher.token_count) == (True, 1)
+
+
+def test_usage_is_read_of_an_event_with_a_name_and_without_a_space() -> None:
+    record = b"event: message\n" + usage_event().replace(b"data: ", b"data:")
+    watcher = UsageWatcher(keep_usage_event=False)
+    assert watcher.feed(ROLE + TOKEN) + watcher.feed(TOKEN + record + DONE) == ROLE + TOKEN + TOKEN + DONE
+    assert (watcher.usage, watcher.done) == (USAGE, True)
+
+
 def test_counts_below_zero_are_no_counts() -> None:
     watcher = UsageWatcher(keep_usage_event=True)
     watcher.feed(usage_event(Usage(-5, -1, -2)))

@@ -56,6 +56,11 @@ def test_split_by_minute(end_ms, seconds, first_minute, expected):
     assert split_by_minute(end_ms, seconds, first_minute) == expected
 
 
+@pytest.mark.parametrize(("seconds", "unwatched"), [(0, False), (1, False), (9, False), (11, True), (59, True), (3600, True)])
+def test_after_ten_seconds_without_a_report_nobody_watched(seconds, unwatched):
+    assert uptime.went_unwatched(START, START + seconds * 1000) is unwatched
+
+
 def test_two_sessions_of_one_node_do_not_add_up_beyond_the_minute():
     state = uptime.start(START)
     for _ in range(5):

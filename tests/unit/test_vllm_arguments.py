@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from potluck_node.engines import sglang, vllm, vllm_inside
 from potluck_node.engines.base import EngineLaunch
+from potluck_protocol.card_facts import CardFacts, PeerAccess
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import EngineShape, GroupPlace, ModelId
 
@@ -42,6 +44,7 @@ def value(words: tuple[str, ...], flag: str) -> str:
         ({"shape": EngineShape(card_uuids=CARDS[:1], quantization="fp8")}, {"--quantization": "fp8"}),
         ({"group": LEADER}, {"--pipeline-parallel-size": "2", "--nnodes": "2", "--node-rank": "0", "--master-addr": "10.0.0.1"}),
         ({"group": MEMBER}, {"--node-rank": "1", "--master-addr": "10.0.0.1", "--master-port": "29600"}),
+        ({"group": MEMBER}, {"--worker-extension-cls": "stage_weights.Nothing"}),
     ],
 )
 def test_vllms_flags(fields, expected):
@@ -71,6 +74,7 @@ def test_who_answers_does_so_on_loopback_and_writes_no_prompt_down(fields):
     assert (value(words, "--host"), value(words, "--port")) == ("127.0.0.1", "{port}")
     assert value(words, "--middleware") == "vllm_inside.Door"
     assert {"--no-enable-log-requests", "--disable-uvicorn-access-log", "--no-trust-remote-code"} <= set(words)
+    assert "--enable-prompt-tokens-details" in words
     assert value(words, "--load-format") == "safetensors"
 
 
@@ -121,9 +125,9 @@ def test_an_environment_tells_its_engines_version(tmp_path, engine, package, ver
     assert engine.environment_of(environment_with(tmp_path, package)).version == version
 
 
-@pytest.mark.parametrize("engine", [vllm, sglang])
-def test_an_environment_without_the_engine_is_refused_with_the_command_that_makes_one(tmp_path, engine):
-    with pytest.raises(PotluckError, match=rf"python3 -m venv {tmp_path} && {tmp_path}/bin/pip install") as caught:
+@pytest.mark.parametrize(("engine", "kind"), [(vllm, "vllm"), (sglang, "sglang")])
+def test_an_environment_without_the_engine_is_refused_with_the_command_that_makes_one(tmp_path, engine, kind):
+    with pytest.raises(PotluckError, match=rf"potluck node engines install {kind}; it is used where {kind}_python is not set") as caught:
         engine.environment_of(environment_with(tmp_path, "vllm_ascend-0.1.dist-info"))
     assert caught.value.code is ErrorCode.INVALID_REQUEST
 
@@ -136,6 +140,11 @@ def test_sglangs_flags():
     assert not any("trust" in word or "log-requests" in word for word in words)
     with pytest.raises(ValueError, match="no groups"):
         sglang.flags(launch(group=LEADER))
+    assert not {"--dtype", "--disable-custom-all-reduce"} & set(words)
+    old = CardFacts(90, half_precision=True, without_custom_all_reduce=True, peer_access=PeerAccess.NONE)
+    told = sglang.SglangEngine(Path("/e/bin/python")).arguments(launch(shape=replace(PAIR, card_facts=old)))
+    assert value(told, "--dtype") == "half"
+    assert {"--disable-custom-all-reduce", f"CUDA_VISIBLE_DEVICES={','.join(CARDS)}", "NCCL_P2P_DISABLE=1"} <= set(told)
 
 
 async def through_the_door(monkeypatch, path: str, authorization: str | None, kind: str = "http") -> int | str:

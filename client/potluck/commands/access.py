@@ -101,11 +101,16 @@ def list_tokens(
 
 @tokens_app.command("revoke")
 def revoke_token(
-    token_id: Annotated[str, typer.Argument(help="From `potluck tokens list`.")], url: UrlOption = None, api_key_file: KeyFileOption = None
+    token_id: Annotated[str, typer.Argument(help="From `potluck tokens list`.")],
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
 ) -> None:
     """Make an unused invite worthless."""
     with connected(url, api_key_file) as transport:
         transport.unary(calls.revoke_join_token(TokenId(token_id)))
+    if as_json:
+        show_json({"token_id": token_id})
     say(f"Invite {token_id} is revoked.")
 
 
@@ -114,6 +119,7 @@ def create_key(
     name: Annotated[str, typer.Option(help="What it is for, such as the machine it goes to.")] = "",
     lifetime: KeyLifetime = "0s",
     account: AccountOption = None,
+    as_json: JsonOption = False,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
 ) -> None:
@@ -121,7 +127,10 @@ def create_key(
     lifetime_seconds = duration_seconds(lifetime)
     with connected(url, api_key_file) as transport:
         secret = transport.unary(calls.create_key(name, lifetime_seconds, AccountId(account) if account else None))
-    show(secret.value)
+    if as_json:
+        show_json({"key_prefix": secret.identifier, "api_key": secret.value})
+    else:
+        show(secret.value)
     say(f"Keep it like a password. Take it back: potluck keys revoke {secret.identifier}")
 
 
@@ -151,11 +160,16 @@ def list_keys(
 
 @keys_app.command("revoke")
 def revoke_key(
-    key_prefix: Annotated[str, typer.Argument(help="From `potluck keys list`.")], url: UrlOption = None, api_key_file: KeyFileOption = None
+    key_prefix: Annotated[str, typer.Argument(help="From `potluck keys list`.")],
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
 ) -> None:
     """Make an API key worthless for good. New requests with it are refused; answers that are running finish."""
     with connected(url, api_key_file) as transport:
         transport.unary(calls.revoke_key(KeyPrefix(key_prefix)))
+    if as_json:
+        show_json({"key_prefix": key_prefix})
     say(f"Key {key_prefix} is revoked.")
 
 

@@ -15,7 +15,7 @@ import typer
 
 from potluck.client import Client
 from potluck.commands.session import KeyFileOption, UrlOption, address
-from potluck.commands.terminal import say
+from potluck.commands.terminal import say, show_part
 from potluck.errors import PoolError
 from potluck.results import ChatResult
 from potluck_protocol.money import credits_text
@@ -88,8 +88,8 @@ def chat(
                 raise typer.BadParameter("what is asked must be text in UTF-8")
             if not question.strip():
                 raise typer.BadParameter("there is nothing to ask: give a PROMPT, or text on standard input")
-            answer = stream_answer(client, [{"role": "user", "content": question}], _write, model=model, **fields)
-            _write("\n")
+            answer = stream_answer(client, [{"role": "user", "content": question}], show_part, model=model, **fields)
+            show_part("\n")
             say(footer(answer))
 
 
@@ -105,15 +105,10 @@ def _converse(client: Client, model: str | None, fields: Mapping[str, Any]) -> N
             continue
         try:
             asked = [*messages, {"role": "user", "content": question}]
-            answer = stream_answer(client, asked, _write, model=model, **fields)
+            answer = stream_answer(client, asked, show_part, model=model, **fields)
         except PoolError as error:
             say(f"\nerror: {error.message}")
             continue
         messages = [*asked, {"role": "assistant", "content": answer.result.text}]
-        _write("\n")
+        show_part("\n")
         say(footer(answer))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -6,7 +6,6 @@ Decides what is asked, what is shown of it, and that books which do not balance 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from potluck.command import EXIT_INTERRUPTED
 from potluck.commands.chat import TimedAnswer, stream_answer
 from potluck.commands.local_pool import LocalPool, LocalPoolPlan, ended_by_signals, person_key
 from potluck.commands.progress import LiveLine
-from potluck.commands.terminal import EXIT_FAILED, say, show
+from potluck.commands.terminal import EXIT_FAILED, say, show, show_part
 from potluck.commands.up import CatalogueOption
 from potluck.errors import pool_error
 from potluck.results import Audit
@@ -64,8 +63,8 @@ def _run(plan: LocalPoolPlan, line: LiveLine, question: str) -> Audit:
         _, api_key = person_key(operator, "guest", "potluck demo")
         show(f"\n> {question}")
         with Client(pool.operator.url, api_key) as client:
-            answer = stream_answer(client, [{"role": "user", "content": question}], _write, max_tokens=ANSWER_TOKENS_MAX)
-        _write("\n\n")
+            answer = stream_answer(client, [{"role": "user", "content": question}], show_part, max_tokens=ANSWER_TOKENS_MAX)
+        show_part("\n\n")
         report = _settled_books(operator)
         for text in (*_story(operator, answer), *_books(report)):
             show(text)
@@ -111,8 +110,3 @@ def _books(report: Audit) -> Sequence[str]:
         f"audit   {verdict}: {report.account_count} accounts, {report.transaction_count} transactions, {report.posting_count} postings",
         *(f"FINDING {finding}" for finding in report.findings),
     )
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

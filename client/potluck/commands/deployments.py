@@ -16,6 +16,7 @@ from potluck.commands.models import ModelArgument, wish_words
 from potluck.commands.session import KeyFileOption, UrlOption, connected
 from potluck.commands.terminal import JsonOption, say, show, show_json, show_table
 from potluck.results import Deployment, NodeVerdict, Tier
+from potluck_protocol.bounds import REPLICAS_MAX
 from potluck_protocol.values import ModelId
 
 SERVES: Final = "serves"
@@ -24,7 +25,8 @@ SERVES: Final = "serves"
 def deploy(
     model: ModelArgument,
     replicas: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many. Else one on every node that can serve it.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=REPLICAS_MAX, metavar="N", help="How many. Else one on every node that can serve it.", show_default=False),
     ] = None,
     tier: Annotated[Tier, typer.Option(help="Where there is not enough for both, flex makes room for default.")] = "default",
     as_json: JsonOption = False,
@@ -37,6 +39,8 @@ def deploy(
     are, `potluck explain MODEL` why. To wish for more or fewer replicas, or another tier, deploy again.
 
     For example: potluck deploy my-model --replicas 2
+
+    Or, where it may make room for other models: potluck deploy my-model --tier flex
     """
     deployment = Deployment(ModelId(model), replicas, tier)
     with connected(url, api_key_file) as transport:
@@ -50,6 +54,8 @@ def undeploy(model: ModelArgument, as_json: JsonOption = False, url: UrlOption =
     """No longer have a model served. Operators only.
 
     Its replicas finish what they are answering, and stop. The model stays in the catalogue.
+
+    For example: potluck undeploy my-model
     """
     with connected(url, api_key_file) as transport:
         transport.unary(catalogue_calls.undeploy(ModelId(model)))
@@ -61,7 +67,10 @@ def undeploy(model: ModelArgument, as_json: JsonOption = False, url: UrlOption =
 def list_deployments(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
     """List the models that should be served, how many replicas are ready, and what keeps further ones away.
 
-    STARTING are on their way; WAITING are requests that wait for a slot.
+    STARTING are on their way; WAITING are requests that wait for a slot. To add a line: potluck deploy MODEL. To take one away: potluck
+    undeploy MODEL.
+
+    For example: potluck deployments
     """
     with connected(url, api_key_file) as transport:
         found = transport.unary(catalogue_calls.list_deployments())
@@ -87,6 +96,8 @@ def explain(model: ModelArgument, as_json: JsonOption = False, url: UrlOption = 
     """Say why a deployed model is where it is. Operators only.
 
     Each node has a line: what it has to do with the model, and why; what rules it out, or why another node is better.
+
+    For example: potluck explain my-model
     """
     with connected(url, api_key_file) as transport:
         found = transport.unary(catalogue_calls.explain_deployment(ModelId(model)))

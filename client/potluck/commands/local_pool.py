@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -25,10 +24,12 @@ from potluck.commands.access import make_invite
 from potluck.commands.children import Child, child_environment, potluck_command
 from potluck.commands.progress import LiveLine, megabytes
 from potluck.commands.session import read_operator
+from potluck.commands.terminal import install_command
 from potluck.errors import PoolError, pool_error
 from potluck.results import NodeInfo
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
+from potluck_protocol.private_files import read_json
 from potluck_protocol.values import AccountId, EngineState, EngineStatus
 
 COORDINATOR_START_SECONDS_MAX: Final = 90.0
@@ -239,7 +240,7 @@ def _check_extras() -> None:
     if missing:
         raise pool_error(
             ErrorCode.INVALID_REQUEST,
-            f"A pool on this machine needs parts that are not installed. Run: pip install 'potluck[{','.join(missing)}]'",
+            f"A pool on this machine needs parts that are not installed. Run: {install_command(','.join(missing))}",
         )
 
 
@@ -258,9 +259,10 @@ def _held(folder: Path) -> IO[str]:
 def _announced_pid(data_folder: Path) -> int | None:
     """The process that serves from the folder, by its own word; None if none is ready."""
     try:
-        return int(json.loads((data_folder / "endpoints.json").read_text())["pid"])
+        process_id = read_json(data_folder / "endpoints.json")["pid"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return process_id if isinstance(process_id, int) else None
 
 
 def _engines(nodes: tuple[NodeInfo, ...]) -> tuple[EngineStatus, ...]:

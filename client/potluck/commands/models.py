@@ -37,7 +37,7 @@ models_app = typer.Typer(invoke_without_command=True)
 
 
 def _option(help_text: str, name: str, metavar: str = "N", least: int | None = None) -> Any:
-    return typer.Option(name, metavar=metavar, min=least, help=help_text, show_default=False)
+    return typer.Option(name, metavar=metavar, min=least, max=None if least is None else 2**31 - 1, help=help_text, show_default=False)
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id, from `potluck models list`.", show_default=False)]
@@ -78,6 +78,8 @@ def list_models(as_json: JsonOption = False, url: UrlOption = None, api_key_file
 
     A model whose files are not pinned yet is an offer: its note is the command that pins them. Prices are credits for a million tokens,
     of the prompt (IN) and of the answer (OUT).
+
+    For example: potluck models list
     """
     with connected(url, api_key_file) as transport:
         found = transport.unary(calls.list_models(with_offers=True))
@@ -90,7 +92,10 @@ def list_models(as_json: JsonOption = False, url: UrlOption = None, api_key_file
 
 @models_app.command("show")
 def show_model(model: ModelArgument, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
-    """Show all about one model: where it is from, its limits and prices, its files and their hashes, and the wish for it."""
+    """Show all about one model: where it is from, its limits and prices, its files and their hashes, and the wish for it.
+
+    For example: potluck models show my-model
+    """
     with connected(url, api_key_file) as transport:
         found = transport.unary(catalogue_calls.get_model(ModelId(model)))
     if as_json:
@@ -160,6 +165,8 @@ def remove_model(model: ModelArgument, as_json: JsonOption = False, url: UrlOpti
     """Take an added model away. Operators only.
 
     Those that `potluck models add` has added can be; with one goes the wish to have it served.
+
+    For example: potluck models remove my-model
     """
     with connected(url, api_key_file) as transport:
         transport.unary(catalogue_calls.remove_model(ModelId(model)))

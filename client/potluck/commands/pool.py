@@ -53,6 +53,7 @@ def list_nodes(as_json: JsonOption = False, url: UrlOption = None, api_key_file:
 def revoke_node(
     node_id: Annotated[str, typer.Argument(help="The node's whole id, from `potluck nodes`.")],
     reason: Annotated[str, typer.Option(help="Why, for the node's owner to read.")] = "",
+    as_json: JsonOption = False,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
 ) -> None:
@@ -63,6 +64,8 @@ def revoke_node(
     """
     with connected(url, api_key_file) as transport:
         transport.unary(calls.revoke_node(NodeId(node_id), reason))
+    if as_json:
+        show_json({"node_id": node_id})
     say(f"Node {node_id} is revoked.")
 
 

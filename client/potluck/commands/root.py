@@ -7,7 +7,7 @@ role before it is asked for, because each needs an extra that may not be install
 from __future__ import annotations
 
 import errno
-import os
+import io
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Final, NoReturn
@@ -15,11 +15,13 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from potluck.commands import access, chat, demo, deployments, models, money, pool, up
-from potluck.commands.terminal import EXIT_FAILED, explain, say
+from potluck.commands.output import guard_output
+from potluck.commands.terminal import EXIT_FAILED, EXIT_USAGE, explain, install_command, say
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.version import package_version
 
 ENTRY_POINT_GROUP: Final = "potluck.commands"
+WORD_CHARACTERS_SHOWN: Final = 80
 
 ROOT_HELP: Final = """Volunteers pool their GPUs; together they serve open-weight language models.
 
@@ -27,22 +29,29 @@ ROOT_HELP: Final = """Volunteers pool their GPUs; together they serve open-weigh
     potluck chat "Hello"    ask it something
 
 Commands find the pool by --url or POTLUCK_URL, and your key by --api-key-file or POTLUCK_API_KEY; on the coordinator's own machine both are
-found by themselves. Exit codes: 0 done, 1 failed, 2 wrong usage, 4 not authorised, 5 unreachable."""
+found by themselves. Exit codes: 0 done, 1 failed, 2 wrong usage, 4 not authorised, 5 unreachable, 141 nobody reads the output any more."""
 
 
 def run(app: typer.Typer) -> NoReturn:
     """Runs this process's command line; ends by SystemExit with its code. A file or folder that cannot be used, or is full, is named."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal has no letters for is spelled out: it must not end a command that has done its work.
+            stream.reconfigure(errors="backslashreplace")
+    guard_output()
     try:
         sys.exit(app())
     except PotluckError as error:
         sys.exit(explain(error))
+    except UnicodeEncodeError as error:
+        # Of a word on the command line: the calls take text only. Files may have any name.
+        say(f"error: {str(error.object)[:WORD_CHARACTERS_SHOWN]!r} is not text in UTF-8.")
+        sys.exit(EXIT_USAGE)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        say(f"error: {error.filename or 'standard output'}: {error.strerror or error}")
-        if error.filename is None:
-            # What still waits for it has nowhere to go, and Python would say so once more, at length.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        place = f"{error.filename}: " if error.filename is not None else ""
+        say(f"error: {place}{error.strerror or error}")
         sys.exit(EXIT_FAILED)
 
 
@@ -81,12 +90,12 @@ def _add_role(app: typer.Typer, entry: EntryPoint) -> None:
 
         @app.command(
             entry.name,
-            help=f"Not installed: pip install 'potluck[{extra}]'",
+            help=f"Not installed: {install_command(extra)}",
             context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
             add_help_option=False,
         )
         def hint() -> None:
-            say(f"error: `potluck {entry.name}` needs {missing}, which is not installed. Run: pip install 'potluck[{extra}]'")
+            say(f"error: `potluck {entry.name}` needs {missing}, which is not installed. Run: {install_command(extra)}")
             raise typer.Exit(EXIT_FAILED)
 
 

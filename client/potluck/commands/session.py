@@ -7,7 +7,6 @@ coordinator only.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from potluck.address import API_KEY_VARIABLE, URL_VARIABLE, PoolAddress, pool_ad
 from potluck.errors import NotPermittedError, PoolError, pool_error
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
+from potluck_protocol.private_files import read_json
 
 DATA_DIR_VARIABLE: Final = "POTLUCK_COORDINATOR_DATA_DIR"
 
@@ -57,14 +57,16 @@ def read_operator(data_folder: Path) -> PoolAddress:
     """The address in a coordinator's data folder; raises NotPermittedError where this person may not read it."""
     path = data_folder / "operator.json"
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
         return PoolAddress(str(fields["url"]), str(fields["api_key"]))
     except PermissionError as error:
         raise pool_error(
             ErrorCode.PERMISSION_DENIED, f"{path} belongs to another person; set {URL_VARIABLE} and {API_KEY_VARIABLE}."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise pool_error(ErrorCode.NOT_FOUND, f"{path} cannot be read: {error}") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        fix = f"The coordinator writes it anew when it starts; or set {URL_VARIABLE} and {API_KEY_VARIABLE}."
+        raise pool_error(ErrorCode.NOT_FOUND, f"{path} cannot be read: {why}. {fix}") from error
 
 
 def address(url: str | None, api_key_file: Path | None) -> PoolAddress:
@@ -80,7 +82,8 @@ def address(url: str | None, api_key_file: Path | None) -> PoolAddress:
         if wanted_url is None:
             message = f"No pool is named: pass --url or set {URL_VARIABLE}, or start one on this machine with `potluck up`."
             raise pool_error(ErrorCode.INVALID_REQUEST, message)
-        raise pool_error(ErrorCode.INVALID_API_KEY, f"No API key for {wanted_url}: pass --api-key-file or set {API_KEY_VARIABLE}.")
+        fix = f"pass --api-key-file or set {API_KEY_VARIABLE}; the pool's operator makes keys with `potluck keys create`."
+        raise pool_error(ErrorCode.INVALID_API_KEY, f"No API key for {wanted_url}: {fix}")
     return pool_address(wanted_url, api_key)
 
 
@@ -92,21 +95,20 @@ def connected(url: str | None, api_key_file: Path | None) -> Iterator[Transport]
     try:
         yield transport
     except NotPermittedError as error:
-        if (hint := _operators_key_hint(found)) is None:
-            raise
-        raise pool_error(error.code, f"{error.message} {hint}", param=error.param, request_id=error.request_id) from error
+        message = f"{error.message} {_operators_key_hint(found)}"
+        raise pool_error(error.code, message, param=error.param, request_id=error.request_id) from error
     finally:
         transport.close()
 
 
-def _operators_key_hint(refused: PoolAddress) -> str | None:
-    """Where the operator's key to the same pool lies on this machine; None if it is not here, or is the key that was refused."""
+def _operators_key_hint(refused: PoolAddress) -> str:
+    """Where the operator's key to the same pool lies, on this machine or another."""
     for folder in coordinator_folders():
         with suppress(PoolError):
             operator = read_operator(folder)
             if operator.url == refused.url and operator.api_key != refused.api_key:
                 return f"The operator's key is in {folder / 'operator.json'}; without {API_KEY_VARIABLE} and --api-key-file it is used."
-    return None
+    return "What only an operator may do is typed on the coordinator's machine, or with --api-key-file and a file of the operator's key."
 
 
 def _file_key(path: Path) -> str:

@@ -1,7 +1,7 @@
 """How the commands speak: tables, JSON, failures and exit codes.
 
 Decides what reaches standard output (results, for people and for scripts) and what reaches standard error (everything said beside them). It
-must not know what is shown.
+must not know what is shown, nor what becomes of a result that cannot be: see `output`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
@@ -44,12 +45,20 @@ def say(text: str) -> None:
 
 def show(text: str) -> None:
     """A line of the result."""
-    typer.echo(text)
+    show_part(text + "\n")
+
+
+def show_part(text: str) -> None:
+    """A part of the result, as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def show_json(value: Any) -> None:
     """A frozen value or a list of them, as JSON."""
-    typer.echo(json.dumps(value, default=_jsonable, indent=2, ensure_ascii=False))
+    # Where letters would be spelled out, JSON has a way of its own.
+    all_letters = sys.stdout.encoding.lower().startswith("utf")
+    show(json.dumps(value, default=_jsonable, indent=2, ensure_ascii=not all_letters))
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -57,12 +66,17 @@ def show_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     lines = [tuple(headers), *(tuple(str(cell) for cell in row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     for line in lines:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        show("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def moment(unix_ms: int) -> str:
     """A time as people read it, in UTC; "never" for 0."""
     return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M") if unix_ms else "never"
+
+
+def install_command(extras: str) -> str:
+    """How parts that are missing are installed: from the sources, for no index has Potluck."""
+    return f"pip install '.[{extras}]' (in the folder of Potluck's sources)"
 
 
 def explain(error: PotluckError) -> int:

@@ -135,7 +135,9 @@ class Accounts:
         def revoke(work: UnitOfWork) -> None:
             stored = work.keys.get(key_prefix)
             if stored is None or account_id not in (None, stored.record.account_id):
-                raise PotluckError(ErrorCode.NOT_FOUND, "There is no such API key on this account.", param="key_prefix")
+                raise PotluckError(
+                    ErrorCode.NOT_FOUND, "There is no such API key on this account; see `potluck keys list`.", param="key_prefix"
+                )
             work.keys.revoke(key_prefix)
 
         await self._store.run(revoke)
@@ -173,7 +175,9 @@ class Accounts:
         def revoke(work: UnitOfWork) -> None:
             stored = work.join_tokens.get(token_id)
             if stored is None or account_id not in (None, stored.record.account_id):
-                raise PotluckError(ErrorCode.NOT_FOUND, "There is no such join token on this account.", param="token_id")
+                raise PotluckError(
+                    ErrorCode.NOT_FOUND, "There is no such join token on this account; see `potluck tokens list`.", param="token_id"
+                )
             work.join_tokens.revoke(token_id)
 
         await self._store.run(revoke)
@@ -193,7 +197,7 @@ def open_account(work: UnitOfWork, account: AccountRecord, grant_micro_credits: 
 def _existing(work: UnitOfWork, account_id: AccountId) -> AccountRecord:
     account = work.accounts.get(account_id)
     if account is None:
-        raise PotluckError(ErrorCode.NOT_FOUND, f"There is no account {account_id}.", param="account_id")
+        raise PotluckError(ErrorCode.NOT_FOUND, f"There is no account {account_id}; see `potluck accounts list`.", param="account_id")
     return account
 
 

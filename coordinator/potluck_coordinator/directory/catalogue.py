@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import Final
 
@@ -19,12 +19,14 @@ from potluck_coordinator.catalogue_file import parse_catalogue
 from potluck_coordinator.desks import DeploymentRecord, ModelRecord, NodeVerdictRecord, PinProgress
 from potluck_coordinator.directory.hub import SOURCE, Hub
 from potluck_coordinator.directory.nodes import Nodes
-from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment, not_pinned
+from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment, engine_refusal, not_pinned
+from potluck_coordinator.domain.entry_rules import MODELS_MAX, WORD_CHARACTERS_MAX, entry_refusal
 from potluck_coordinator.domain.planning.explain import Standing
 from potluck_coordinator.domain.repository import ModelWishes, entry_of_repository, model_id_of
 from potluck_coordinator.storage.catalogue import Origin
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
+from potluck_protocol.bounds import printable
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import ModelId, NodeId
 
@@ -32,8 +34,10 @@ PATIENCE_SECONDS: Final = 5.0
 """How long one call waits for the hub before it answers with progress."""
 READINGS_MAX: Final = 4
 """Repositories that are read at a time."""
-READING_SECONDS_MAX: Final = 300.0
-"""For one repository: its list of files, and a few small ones."""
+READING_SECONDS_MAX: Final = 1700.0
+"""For one repository: its list of files, and a few small ones. A little less than `potluck models add` waits, so that it hears why."""
+DONE_SECONDS_MAX: Final = 60.0
+"""How long what was read waits for whoever asked: then it is old, and the hub is asked anew."""
 _log = structlog.get_logger()
 
 
@@ -67,7 +71,8 @@ class Catalogue:
 
     async def add_models(self, catalogue_toml: str) -> tuple[ModelRecord, ...]:
         """As `CatalogueDesk.add_models`."""
-        return await self._put(parse_catalogue(catalogue_toml, "The text"))
+        # A parser in Python, and a text from outside: the loop has better things to do.
+        return await self._put(await asyncio.to_thread(parse_catalogue, catalogue_toml, "The text"))
 
     async def pin_model(self, source: str, wishes: ModelWishes) -> ModelRecord | PinProgress:
         """As `CatalogueDesk.pin_model`."""
@@ -105,6 +110,8 @@ class Catalogue:
             if entry.file is None:
                 message = f"{deployment.model_id} cannot be deployed: {not_pinned(entry)}"
                 raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="model_id")
+            if refusal := engine_refusal(entry):
+                raise PotluckError(ErrorCode.INVALID_REQUEST, f"{deployment.model_id} cannot be deployed: {refusal}.", param="model_id")
             work.catalogue.deploy(deployment)
 
         await self._store.run(wish)
@@ -112,17 +119,17 @@ class Catalogue:
         await self._nodes.refresh()
 
     async def undeploy(self, model_id: ModelId) -> None:
+        """As `CatalogueDesk.undeploy`."""
+
         def withdraw(work: UnitOfWork) -> None:
             _known(work, model_id)
-            if not work.catalogue.withdraw(model_id):
-                raise PotluckError(ErrorCode.NOT_FOUND, f"{model_id} is not deployed.", param="model_id")
+            work.catalogue.withdraw(model_id)
 
         await self._store.run(withdraw)
         _log.info("undeployed", model_id=model_id)
         await self._nodes.refresh()
 
     async def list_deployments(self) -> tuple[DeploymentRecord, ...]:
-        await self._nodes.refresh()
         standings, waiting_counts = await self._nodes.standings()
         deployments = await self._store.run(lambda work: work.catalogue.deployments())
         nothing = Standing(0, 0, "the catalogue does not say what its files are")
@@ -142,7 +149,8 @@ class Catalogue:
         """As `CatalogueDesk.explain`."""
         record = await self.get_model(model_id)
         if record.deployment is None:
-            raise PotluckError(ErrorCode.NOT_FOUND, f"{model_id} is not deployed: potluck deploy {model_id}", param="model_id")
+            why = not_pinned(record.entry) if record.entry.file is None else f"to have it served, `potluck deploy {model_id}`"
+            raise PotluckError(ErrorCode.NOT_FOUND, f"{model_id} is not deployed: {why}", param="model_id")
         await self._nodes.refresh()
         verdicts, names, group_words = await self._nodes.verdicts(model_id)
         rows = tuple(NodeVerdictRecord(each.node_id, names.get(each.node_id, ""), each.verdict, each.reason) for each in verdicts)
@@ -171,7 +179,13 @@ class Catalogue:
         # One that nobody asks for again must not complain of that.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._readings[source, wishes] = begun = _Reading(task, stop, words)
+        task.add_done_callback(lambda _: asyncio.get_running_loop().call_later(DONE_SECONDS_MAX, self._drop, (source, wishes), begun))
         return begun
+
+    def _drop(self, key: tuple[str, ModelWishes], reading: _Reading) -> None:
+        """A reading that nobody asked for again; another of the same repository may have begun since."""
+        if self._readings.get(key) is reading:
+            del self._readings[key]
 
     async def _read(
         self, source: str, name: str, revision: str, *, wishes: ModelWishes, hub: Hub, on_progress: Callable[[str], None]
@@ -183,7 +197,13 @@ class Catalogue:
             offer = next((entry for entry in offers.values() if entry.file is None and _is_meant(entry, wanted_id, name)), None)
             entry = entry_of_repository(repository, pins, documents, wishes, offer)
         except ValueError as error:
-            raise PotluckError(ErrorCode.INVALID_REQUEST, f"{source} cannot be served: {error}.", param="source") from None
+            # It may quote the repository, which is somebody's.
+            message = f"{source} cannot be served: {printable(str(error))[:WORD_CHARACTERS_MAX]}."
+            raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="source") from None
+        # What is unchecked may quote the repository at any length.
+        entry = replace(entry, licence=printable(entry.licence), unchecked=printable(entry.unchecked)[:WORD_CHARACTERS_MAX])
+        if refusal := entry_refusal(entry):
+            raise PotluckError(ErrorCode.INVALID_REQUEST, f"{source} cannot be served: {refusal}.", param="source")
         return (await self._put((entry,)))[0]
 
     async def _put(self, entries: tuple[CatalogueEntry, ...]) -> tuple[ModelRecord, ...]:
@@ -192,6 +212,13 @@ class Catalogue:
             if fixed := [entry.model_id for entry in entries if origins.get(entry.model_id) is Origin.FILE]:
                 message = f"{', '.join(fixed)}: the coordinator's catalogue file has an entry of that name, and is read at each start."
                 raise PotluckError(ErrorCode.ALREADY_EXISTS, f"{message} Change it there, or choose another name.", param="model_id")
+            deployed = {deployment.model_id for deployment in work.catalogue.deployments()}
+            if offers := [entry.model_id for entry in entries if entry.file is None and entry.model_id in deployed]:
+                message = f"{', '.join(offers)}: deployed, and an entry without files is not served. Undeploy it first, or pin its files."
+                raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="model_id")
+            if len(origins.keys() | {entry.model_id for entry in entries}) > MODELS_MAX:
+                message = f"The catalogue would have more than {MODELS_MAX} models; `potluck models remove MODEL` makes room."
+                raise PotluckError(ErrorCode.INVALID_REQUEST, message)
             work.catalogue.put(entries, Origin.ADDED)
             return tuple(_record(work, entry.model_id) for entry in entries)
 

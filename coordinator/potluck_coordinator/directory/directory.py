@@ -1,4 +1,4 @@
-"""The directory's composition root: the books, six desks over them, and the chores that time brings.
+"""The directory's composition root: the books, seven desks over them, and the chores that time brings.
 
 Decides what is made at a start, in which order, and how often chores run: overdue holds settled (`ledger`), ended minutes judged (`nodes`).
 It must not know Ray, gRPC or HTTP.
@@ -7,6 +7,7 @@ It must not know Ray, gRPC or HTTP.
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 from typing import Final
 
@@ -21,6 +22,7 @@ from potluck_coordinator.directory.certificate_authority import CertificateAutho
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.hub import Hub
 from potluck_coordinator.directory.ledger import LedgerDesk
+from potluck_coordinator.directory.lethal_requests import LethalRequests, load_or_create_key
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.directory.operator_file import known_operator_key, local_url, write_operator_file
 from potluck_coordinator.directory.pool import Pool
@@ -32,10 +34,24 @@ from potluck_protocol.connection import certificate_hash
 from potluck_protocol.errors import PotluckError
 
 CHORES_SECONDS: Final = 1.0
+COLLECT_SECONDS: Final = 3600.0
+"""Garbage that went round in circles for longer than a few seconds stays for so long."""
+_NEVER: Final = 2**31 - 1
 SNAPSHOT_VERSIONS_PER_START: Final = 1_000_000
 """Versions must grow over restarts, and are not worth a commit each."""
 
 _log = structlog.get_logger()
+
+
+def spare_collections() -> None:
+    """For the directory's own process: a collection over all that a large pool's plans hold stops every thread for a tenth of a second.
+
+    So what is young is collected as ever, in steps of some milliseconds, and all of it once an hour, in `Directory.run_background`.
+    """
+    gc.collect()
+    gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
 
 
 class Directory:
@@ -51,6 +67,7 @@ class Directory:
         enrolment: Enrolments,
         nodes: Nodes,
         catalogue: Catalogue,
+        lethal: LethalRequests,
         pool: Pool,
     ) -> None:
         self._store = store
@@ -60,6 +77,7 @@ class Directory:
         self.enrolment: Final = enrolment
         self.nodes: Final = nodes
         self.catalogue: Final = catalogue
+        self.lethal: Final = lethal
         self.pool: Final = pool
 
     @classmethod
@@ -71,6 +89,7 @@ class Directory:
         """
         own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
         authority = CertificateAuthority.load_or_create(settings.certificate_authority_dir, clock.unix_ms())
+        fingerprint_key = load_or_create_key(settings.fingerprint_key_file)
         store = Store(settings.database_url)
         try:
             store.migrate()
@@ -85,7 +104,18 @@ class Directory:
             nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
             catalogue = Catalogue(store, nodes, built_in_catalogue(), lambda stop: Hub(None, stop))
             enrolment = Enrolments(store, clock, authority, node_has_joined=nodes.refresh)
-            pool = Pool(pool_id=pool_id, store=store, board=board, authority=authority, ledger=ledger, nodes=nodes, clock=clock)
+            lethal = LethalRequests(store, board, clock)
+            pool = Pool(
+                pool_id=pool_id,
+                store=store,
+                board=board,
+                authority=authority,
+                ledger=ledger,
+                nodes=nodes,
+                fingerprint_key=fingerprint_key,
+                clock=clock,
+            )
+            await lethal.load()
             await nodes.refresh()
             api_key = await operator_key(accounts, known_operator_key(settings.operator_file))
             write_operator_file(settings.operator_file, local_url(settings, certificate_hash(authority.ca_certificate_pem)), api_key)
@@ -100,17 +130,23 @@ class Directory:
             enrolment=enrolment,
             nodes=nodes,
             catalogue=catalogue,
+            lethal=lethal,
             pool=pool,
         )
 
     async def run_background(self) -> None:
         """Settles overdue holds, books judged minutes and plans anew, until cancelled."""
+        collected_at = self._clock.monotonic_seconds()
         while True:
             await asyncio.sleep(CHORES_SECONDS)
+            if self._clock.monotonic_seconds() - collected_at >= COLLECT_SECONDS:
+                collected_at = self._clock.monotonic_seconds()
+                gc.collect()
             try:
                 await self.ledger.settle_expired(self._clock.unix_ms())
                 await self.nodes.judge_minutes()
                 await self.nodes.refresh_old_plan()
+                await self.lethal.forget_old()
             except PotluckError as error:
                 _log.warning("chore_failed", code=error.code)
 

@@ -87,6 +87,11 @@ class Enrolments:
         _log.info("node_joined", node_id=node_id, account_id=owner, token_id=token_id)
         return Enrolment(node_id, owner, certificate)
 
+    async def is_enrolled(self, node_id: NodeId) -> bool:
+        """As `desks.EnrolmentDesk.is_enrolled`."""
+        node = await self._store.run(lambda work: work.nodes.get(node_id))
+        return node is not None and node.status is NodeStatus.ACTIVE
+
     async def renew(self, certificate_request_der: bytes) -> tuple[NodeId, str]:
         """As `desks.EnrolmentDesk.renew`: the proof of the key is enough, however long its last certificate has run out."""
         public_key = public_key_of_request(certificate_request_der)

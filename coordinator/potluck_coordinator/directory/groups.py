@@ -10,7 +10,6 @@ import hmac
 import secrets
 from collections.abc import Mapping, Sequence
 
-from potluck_coordinator.domain.grouping.membership import MEASURING_PORT_OFFSET
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_protocol.values import NodeId, Peer
 
@@ -31,5 +30,5 @@ class PeerSecrets:
             for own, other, dial in ((first, second, True), (second, first, False)):
                 offer = nodes[other].inventory.group_offer
                 if offer is not None:
-                    peers.setdefault(own, []).append(Peer(other, offer.address, offer.port + MEASURING_PORT_OFFSET, secret, dial))
+                    peers.setdefault(own, []).append(Peer(other, offer.address, offer.measuring_port, secret, dial))
         return {node_id: tuple(named) for node_id, named in peers.items()}

@@ -178,6 +178,6 @@ def _balance(work: UnitOfWork, account_id: AccountId) -> Balance:
     user = work.ledger.position(ledger_account_id(LedgerAccountKind.USER, account_id))
     earned = work.ledger.position(ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id))
     if user is None or earned is None:
-        raise PotluckError(ErrorCode.NOT_FOUND, f"There is no account {account_id}.", param="account_id")
+        raise PotluckError(ErrorCode.NOT_FOUND, f"There is no account {account_id}; see `potluck accounts list`.", param="account_id")
     posted, held = user
     return Balance(account_id, available_micro_credits=posted - held, held_micro_credits=held, earned_micro_credits=earned[0])

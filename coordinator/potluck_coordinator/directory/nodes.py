@@ -8,18 +8,22 @@ epochs, ends, uptime and the plan are kept in the books. It must not know links.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from potluck_coordinator.desks import NodeRecord, NodeReport, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.kept_plan import KeptPlan
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
-from potluck_coordinator.domain.node_view import NodeView
+from potluck_coordinator.domain.node_view import NodeView, foreign_bytes_known
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
+from potluck_coordinator.domain.planning.node_kinds import cards_of
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
@@ -27,20 +31,13 @@ from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import (
-    DesiredState,
-    GoodbyeReason,
-    Hello,
-    ModelId,
-    NodeId,
-    NodeState,
-    ReplicaId,
-)
+from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, ModelId, NodeId, NodeState, ReplicaId
 
 PLAN_SECONDS_MAX: Final = 5.0
 """How old a plan may be: time alone, an absence or an idle replica, may call for another one."""
 
 _log = structlog.get_logger()
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +46,20 @@ class _LiveNode:
 
     report: NodeReport
     reported_at_seconds: float
+    card_foreign_bytes: Mapping[str, int]
 
     def planned_by(self) -> object:
         """What of it may change a plan at once."""
         said = self.report
-        engines = [(status.replica_id, status.state, status.group_generation, status.failure) for status in said.engines]
-        return said.epoch, said.state, engines, said.peer_measurements, said.attached_model_names
+        engines = [
+            (status.replica_id, status.state, status.group_generation, status.weight_bytes, status.failure) for status in said.engines
+        ]
+        return said.epoch, said.state, engines, said.peer_measurements, said.attached_model_names, self.lost_cards
+
+    @property
+    def lost_cards(self) -> frozenset[str]:
+        """The uuids of cards that its driver no longer reaches."""
+        return frozenset(card.uuid for card in self.report.cards if card.lost)
 
 
 class Nodes:
@@ -73,10 +78,16 @@ class Nodes:
         self._clock = clock
         self._silence_seconds_max = silence_seconds_max
         self._live: dict[NodeId, _LiveNode] = {}
+        self._card_foreign_bytes: dict[NodeId, Mapping[str, int]] = {}
+        """Of every node that said so since this process began, until it is out: a link that breaks takes nothing back."""
         self._attempt_counts: dict[ReplicaId, int] = {}
+        self._used_at: dict[ReplicaId, float] = {}
         self._waiting_counts: Mapping[ModelId, int] = {}
+        self._kept_plan = KeptPlan(store)
         self._planner: Planner | None = None
         self._facts = PoolFacts((), {}, {})
+        self._standings: Mapping[ModelId, Standing] | None = None
+        """Of the last plan; None while nobody has asked."""
         self._planned_at = -PLAN_SECONDS_MAX
         self._links_ended = False
         """By the coordinator itself, since the last plan."""
@@ -94,24 +105,25 @@ class Nodes:
             if self._answered_count >= asked_count:
                 # Whoever waited before us saw what we saw.
                 return
-            self._answered_count = self._asked_count
+            answering_count = self._asked_count
             self._planned_at = self._now()
             facts, outcasts = await self._store.run(self._known)
             if self._planner is None:
-                self._planner = await self._store.run(self._kept_planner)
+                self._planner = await self._kept_plan.planner(self._now())
             planner, self._facts = self._planner, facts
             if self._links_ended:
                 self._links_ended = False
                 planner.expect_back(self._now())
-            before = (planner.replicas, planner.groups, planner.corrections)
             try:
-                wishes = await asyncio.to_thread(planner.advance, facts, self._now())
+                wishes = await _to_its_end(partial(planner.advance, facts, self._now()))
             except Exception:  # noqa: BLE001 - a fault of the planner's must not keep nodes out, or outcasts in: the last plan holds
                 _log.exception("planning_failed")
                 self._publish(outcasts=outcasts, models=facts.catalogue)
+                self._answered_count = answering_count
                 return
-            if (planner.replicas, planner.groups, planner.corrections) != before:
-                await self._store.run(lambda work: _keep(work, planner))
+            self._standings = None
+            self._forget_uses(planner)
+            await self._kept_plan.keep(planner, self._now())
             desired = await self._store.run(lambda work: self._desired(work, wishes))
             self._publish(
                 desired=desired,
@@ -121,6 +133,8 @@ class Nodes:
                 broken_groups=wishes.broken_groups,
                 leaving=wishes.leaving,
             )
+            # Only now: whoever was told that it is done before this has failed would wait for what nobody does.
+            self._answered_count = answering_count
 
     async def refresh_old_plan(self) -> None:
         """Plans anew where the last time is too long ago."""
@@ -132,14 +146,17 @@ class Nodes:
         async with self._refreshing:
             assert self._planner is not None, "the directory plans before it serves"
             nodes = await self._store.run(lambda work: work.nodes.list_all())
-            verdicts = await asyncio.to_thread(self._planner.explain, self._facts, model_id, self._now())
+            verdicts = await _to_its_end(partial(self._planner.explain, self._facts, model_id, self._now()))
             return verdicts, {node.node_id: node.display_name for node in nodes}, self._planner.group_words(model_id)
 
     async def standings(self) -> tuple[Mapping[ModelId, Standing], Mapping[ModelId, int]]:
-        """How far each wish is met, and how many requests wait for which model."""
-        async with self._refreshing:
-            assert self._planner is not None, "the directory plans before it serves"
-            return await asyncio.to_thread(self._planner.standings, self._facts, self._now()), self._waiting_counts
+        """How far the last plan meets each wish, and how many requests wait for which model. Counted once a plan: anyone may ask."""
+        if (known := self._standings) is None:
+            async with self._refreshing:
+                assert self._planner is not None, "the directory plans before it serves"
+                if (known := self._standings) is None:
+                    known = self._standings = await _to_its_end(partial(self._planner.standings, self._facts, self._now()))
+        return known, self._waiting_counts
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]:
         """Every node that ever enrolled."""
@@ -151,12 +168,13 @@ class Nodes:
 
         def revoke(work: UnitOfWork) -> None:
             if work.nodes.get(node_id) is None:
-                raise PotluckError(ErrorCode.NOT_FOUND, f"There is no node {node_id}.", param="node_id")
+                raise PotluckError(ErrorCode.NOT_FOUND, f"There is no node {node_id}; see `potluck nodes`.", param="node_id")
             work.nodes.end(node_id, NodeStatus.REVOKED, reason)
 
         await self._store.run(revoke)
         _log.info("node_revoked", node_id=node_id, reason=reason)
         self._forget([node_id])
+        self._card_foreign_bytes.pop(node_id, None)
         await self.refresh()
 
     async def open_session(self, hello: Hello) -> SessionGrant:
@@ -179,9 +197,11 @@ class Nodes:
             suspect=False,
             state=hello.state,
             engines=hello.engines,
+            cards=hello.cards,
             attached_model_names=hello.inventory.attached_model_names,
+            line=hello.inventory.line,
         )
-        self._live[node.node_id] = _LiveNode(said, self._now())
+        self._live[node.node_id] = self._heard(said, self._now())
         await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
@@ -197,17 +217,22 @@ class Nodes:
         await self._store.run(lambda work: work.nodes.saw(node_id, self._clock.unix_ms()))
         if reason is GoodbyeReason.LEAVING and not replaced:
             await self._store.run(lambda work: work.nodes.end(node_id, NodeStatus.LEFT, "taken out by its owner"))
+            self._card_foreign_bytes.pop(node_id, None)
         if not replaced:
             await self.refresh()
 
     async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:
         """Takes a gateway's second-by-second word; it is also how a directory that was restarted learns who is there."""
-        now, waits_anew = self._now(), waiting_counts.keys() - self._waiting_counts.keys()
-        self._waiting_counts = dict(waiting_counts)
+        deployed = {deployment.model_id for deployment in self._facts.deployments}
+        waiting = {model_id: count for model_id, count in waiting_counts.items() if model_id in deployed}
+        now, waits_anew = self._now(), waiting.keys() - self._waiting_counts.keys()
+        self._waiting_counts = waiting
         changed = [self._take(report, now) for report in reports]
         if any(changed) or waits_anew:
             await self.refresh()
-        self._reported_at_ms = self._steady_ms()
+        last_report_ms, self._reported_at_ms = self._reported_at_ms, self._steady_ms()
+        if uptime.went_unwatched(last_report_ms, self._reported_at_ms):
+            self._uptime = uptime.start(self._reported_at_ms)
         coverages = [Coverage(report.node_id, report.covered_seconds) for report in reports]
         self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
 
@@ -241,9 +266,15 @@ class Nodes:
         known = self._live.get(report.node_id)
         if known is not None and known.report.epoch > report.epoch:
             return False
-        live = self._live[report.node_id] = _LiveNode(report, now)
+        live = self._live[report.node_id] = self._heard(report, now)
         self._attempt_counts |= report.attempt_counts
+        self._used_at |= dict.fromkeys(report.attempt_counts, now)
         return known is None or known.planned_by() != live.planned_by()
+
+    def _heard(self, report: NodeReport, now: float) -> _LiveNode:
+        known = foreign_bytes_known(self._card_foreign_bytes.get(report.node_id, {}), report.cards)
+        self._card_foreign_bytes[report.node_id] = known
+        return _LiveNode(report, now, known)
 
     def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str]]:
         """What a plan is made from, and who is out."""
@@ -253,13 +284,16 @@ class Nodes:
             catalogue=work.catalogue.entries(),
             nodes={node.node_id: _view(node, self._live.get(node.node_id)) for node in nodes if node.status is NodeStatus.ACTIVE},
             attempt_counts=dict(self._attempt_counts),
+            used_at=dict(self._used_at),
             waiting_counts=self._waiting_counts,
         )
         return facts, {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}
 
-    def _kept_planner(self, work: UnitOfWork) -> Planner:
-        generation = work.state.counter(StateName.GROUP_GENERATION)
-        return Planner(work.plan.all(), work.groups.all(), generation, work.plan.corrections(), self._now())
+    def _forget_uses(self, planner: Planner) -> None:
+        """Of replicas that are no more."""
+        planned = planner.replicas.keys() | planner.groups.keys()
+        self._used_at = {replica_id: at for replica_id, at in self._used_at.items() if replica_id in planned}
+        self._attempt_counts = {replica_id: count for replica_id, count in self._attempt_counts.items() if replica_id in planned}
 
     def _desired(self, work: UnitOfWork, wishes: Wishes) -> Mapping[NodeId, DesiredState]:
         before = self._board.snapshot.desired
@@ -287,7 +321,7 @@ class Nodes:
             connection=_connection(node.status, live),
             state=live.report.state if live is not None else NodeState.DRAINING,
             engines=live.report.engines if live is not None else (),
-            inventory=node.inventory,
+            inventory=node.inventory if live is None else replace(node.inventory, line=live.report.line),
             agent_version=node.agent_version,
             up_minutes=up_minutes,
             down_minutes=down_minutes,
@@ -322,24 +356,30 @@ def _view(node: EnrolledNode, live: _LiveNode | None) -> NodeView:
     )
     if live is None:
         return away
-    said = live.report
+    said, lost_cards = live.report, live.lost_cards
+    cards = tuple(card for card in node.inventory.accelerators if card.uuid not in lost_cards)
     return replace(
         away,
-        inventory=replace(node.inventory, attached_model_names=said.attached_model_names),
+        inventory=replace(node.inventory, accelerators=cards, attached_model_names=said.attached_model_names, line=said.line),
         connected=True,
         state=said.state,
         engines=said.engines,
         peer_measurements={measured.node_id: measured for measured in said.peer_measurements},
         disk_free_bytes=said.disk_free_bytes,
-        card_foreign_bytes={card.uuid: card.memory_foreign_bytes for card in said.cards if card.memory_foreign_bytes},
+        card_foreign_bytes=live.card_foreign_bytes,
+        cards_lost=bool(cards_of(node.inventory)) and not cards_of(replace(node.inventory, accelerators=cards)),
     )
 
 
-def _keep(work: UnitOfWork, planner: Planner) -> None:
-    work.plan.keep(planner.replicas)
-    work.groups.keep(planner.groups)
-    work.state.put(StateName.GROUP_GENERATION, str(planner.generation))
-    work.plan.keep_corrections(planner.corrections)
+async def _to_its_end(planning: Callable[[], _Result]) -> _Result:
+    """In a thread, which is waited for even if its caller is cancelled: the planner is nobody else's until then."""
+    running = asyncio.get_running_loop().run_in_executor(None, planning)
+    try:
+        return await asyncio.shield(running)
+    finally:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
 
 
 def _book_minute(work: UnitOfWork, minute: JudgedMinute) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potluck_protocol.connection import is_loopback_host, pinned_url
-from potluck_protocol.private_files import write_private
+from potluck_protocol.private_files import read_json, write_private
 
 if TYPE_CHECKING:
     from potluck_coordinator.settings import Settings
@@ -27,7 +27,7 @@ def local_url(settings: Settings, ca_hash: str) -> str:
 def known_operator_key(path: Path) -> str | None:
     """The key in the file; None for no file, or none that can be understood."""
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
     except (OSError, ValueError):
         return None
     api_key = document.get("api_key") if isinstance(document, dict) else None

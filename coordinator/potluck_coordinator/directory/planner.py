@@ -23,11 +23,12 @@ from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing, explain, standing
 from potluck_coordinator.domain.planning.learning import observations
+from potluck_coordinator.domain.planning.node_kinds import engine_versions, in_steps
 from potluck_coordinator.domain.planning.plan import drafted, plan
-from potluck_coordinator.domain.planning.sizing import Sizer, engine_versions
+from potluck_coordinator.domain.planning.sizing import Sizer
 from potluck_coordinator.domain.planning.state import group_prefix
 from potluck_coordinator.domain.planning.troubles import KnownTroubles, remember, troubles
-from potluck_coordinator.domain.planning.words import Phase, Plan, PlannedReplica, PlanningView
+from potluck_coordinator.domain.planning.words import Plan, PlannedReplica, PlanningView
 from potluck_protocol.values import DesiredEngine, EngineStatus, ModelId, NodeId, NodeState, Peer, ReplicaId
 
 ROUNDS_MAX: Final = 3
@@ -43,6 +44,8 @@ class PoolFacts:
     nodes: Mapping[NodeId, NodeView]
     """The active ones."""
     attempt_counts: Mapping[ReplicaId, int] = field(default_factory=dict)
+    used_at: Mapping[ReplicaId, float] = field(default_factory=dict)
+    """When gateways last said that replicas answered, be it for less than the time between two plans."""
     waiting_counts: Mapping[ModelId, int] = field(default_factory=dict)
 
 
@@ -84,6 +87,7 @@ class Planner:
         self.generation = generation
         self._formations: Mapping[ReplicaId, Formation] = {}
         self._sizer = Sizer(corrections)
+        self._heard: dict[ReplicaId, object] = {}
         self._learned: dict[ReplicaId, tuple[Observation, ...]] = {}
         self._peer_secrets = PeerSecrets()
         self._absent_since: dict[NodeId, float] = {}
@@ -97,7 +101,18 @@ class Planner:
             before = self.groups
             whole = plan(self._view(facts, now))
             self.replicas = dict(whole.replicas)
-            grouped = plan_groups(whole.needs, facts.nodes, whole.rooms, before, next_generation=self._next_generation, now=now)
+            grouped = plan_groups(
+                whole.needs,
+                facts.nodes,
+                whole.rooms,
+                before,
+                next_generation=self._next_generation,
+                now=now,
+                absent_since=self._absent_since,
+                promised=whole.promised,
+                hoped_rooms=whole.hoped_rooms,
+                attempt_counts=facts.attempt_counts,
+            )
             self.groups, self._formations = dict(grouped.groups), grouped.formations
             if self.groups == before:
                 break
@@ -141,24 +156,32 @@ class Planner:
     def _remember(self, facts: PoolFacts, now: float) -> None:
         away = [node for node in facts.nodes.values() if not node.connected or node.state is not NodeState.SERVING]
         self._absent_since = {node.node_id: self._absent_since.get(node.node_id, now) for node in away}
+        self._used_at |= facts.used_at
         self._used_at |= {replica_id: now for replica_id, count in facts.attempt_counts.items() if count}
         self._used_at = {replica_id: used_at for replica_id, used_at in self._used_at.items() if replica_id in self.replicas}
-        self._troubles = remember(self._troubles, facts.nodes.values(), now)
+        planned = {(replica.node_id, replica.model_id) for replica in self.replicas.values()}
+        self._troubles = remember(self._troubles, facts.nodes.values(), planned, now)
         self._learn(facts)
 
     def _learn(self, facts: PoolFacts) -> None:
         """Each replica's word counts once, until it says something else."""
         corrections = self._sizer.corrections
-        for replica_id, status, node in _statuses(facts, self.replicas):
+        heard: dict[ReplicaId, object] = {}
+        said = _statuses(facts, self.replicas)
+        for replica_id, status, node in said:
             replica = self.replicas[replica_id]
+            heard[replica_id] = words = (replica.sizing, *_figures(status, on_cards=bool(replica.sizing.shape.card_uuids)))
+            if self._heard.get(replica_id) == words:
+                continue
             shown = observations(facts.catalogue[replica.model_id], node, replica, status) if replica.model_id in facts.catalogue else ()
             if shown and self._learned.get(replica_id) != shown:
                 self._learned[replica_id] = shown
                 corrections = reduce(learn, shown, corrections)
+        self._heard = heard
         self._learned = {replica_id: shown for replica_id, shown in self._learned.items() if replica_id in self.replicas}
-        versions = tuple(sorted((dict(self._sizer.versions) | engine_versions(facts.nodes.values())).items()))
-        if (corrections, versions) != (self._sizer.corrections, self._sizer.versions):
-            self._sizer = Sizer(corrections, versions)
+        told = engine_versions(status for _, status, _ in said)
+        versions = tuple(sorted((dict(self._sizer.versions) | told).items()))
+        self._sizer = self._sizer.learning(corrections, versions)
 
     def _view(self, facts: PoolFacts, now: float) -> PlanningView:
         return PlanningView(
@@ -188,10 +211,18 @@ class Planner:
             peers=self._peer_secrets.peers(grouped.pairs, facts.nodes),
             replica_payees=grouped.payees,
             broken_groups=broken,
-            leaving=frozenset(replica.replica_id for replica in whole.replicas.values() if replica.phase is Phase.LEAVING),
+            leaving=whole.leaving | grouped.leaving,
         )
 
 
 def _statuses(facts: PoolFacts, replicas: Mapping[ReplicaId, PlannedReplica]) -> list[tuple[ReplicaId, EngineStatus, NodeView]]:
-    """What nodes say of replicas that are planned."""
-    return [(status.replica_id, status, node) for node in facts.nodes.values() for status in node.engines if status.replica_id in replicas]
+    """What nodes say of replicas that are planned on them; of another node's they know nothing."""
+    said = [(replicas.get(status.replica_id), status, node) for node in facts.nodes.values() for status in node.engines]
+    return [(status.replica_id, status, node) for replica, status, node in said if replica is not None and replica.node_id == node.node_id]
+
+
+def _figures(status: EngineStatus, *, on_cards: bool) -> tuple[object, ...]:
+    """All of an engine's words that something can be learned from; memory, which moves at each look, in steps, and on cards only."""
+    memory_bytes = in_steps(status.memory_bytes) if on_cards and status.memory_bytes is not None else None
+    rates = (status.prefill_tokens_per_second, status.decode_tokens_per_second)
+    return status.state, status.engine_version, status.kv_capacity_tokens, memory_bytes, status.memory_utilization_percent, *rates

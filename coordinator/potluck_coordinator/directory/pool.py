@@ -35,6 +35,7 @@ class Pool:
         authority: signs the server's certificate.
         ledger: settles what an earlier gateway left open.
         nodes: hears that there is a new gateway.
+        fingerprint_key: what gateways hash requests with that engines die of.
         clock: for the certificate's dates.
     """
 
@@ -47,6 +48,7 @@ class Pool:
         authority: CertificateAuthority,
         ledger: LedgerDesk,
         nodes: Nodes,
+        fingerprint_key: bytes,
         clock: Clock,
     ) -> None:
         self._pool_id = pool_id
@@ -55,6 +57,7 @@ class Pool:
         self._authority = authority
         self._ledger = ledger
         self._nodes = nodes
+        self._fingerprint_key = fingerprint_key
         self._clock = clock
 
     async def register_gateway(self) -> GatewayGrant:
@@ -63,7 +66,8 @@ class Pool:
         settled_count = await self._ledger.settle_orphans(epoch)
         self._nodes.gateway_started()
         _log.info("gateway_registered", epoch=epoch, orphaned_holds_settled=settled_count)
-        return GatewayGrant(epoch, self._pool_id, self._authority.issue_server_certificate(self._clock.unix_ms()))
+        server = self._authority.issue_server_certificate(self._clock.unix_ms())
+        return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key)
 
     async def watch(self, known_version: int) -> PoolSnapshot:
         """As `PoolDesk.watch`."""

@@ -1,8 +1,8 @@
 """Whether a request is dispatched, waits, or is refused, and what a refused client is told.
 
-Decides from counts: the slots that could take the request, those of them that are free, and the requests in the model's queue. How long a
-request has held a slot in the mean lately says only when a refused client should come back. `gateway.requests` counts and measures. It must
-not know tasks or sockets.
+Decides from counts: the slots that could take the request, those of them that are free and left over by whoever waits, and the requests in
+the model's queue. How long a request has held a slot in the mean lately says only when a refused client should come back.
+`gateway.requests` counts and measures. It must not know tasks or sockets.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class ModelLoad:
     usable_slot_count: int
     """Slots of replicas that could take this request, busy or not."""
     free_slot_count: int
+    """Of these, that nobody who waits could take."""
     queued_count: int
     request_seconds_mean: float
     """How long a request has held a slot lately."""
@@ -71,7 +72,7 @@ def retry_after_seconds(load: ModelLoad, limits: AdmissionLimits) -> float:
 
 
 def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0) -> Admission:
-    """Decides over one request, new or given back by a node. Nobody overtakes the queue: a free slot belongs to whoever waits already.
+    """Decides over one request, new or given back by a node. A slot that is free is its own, for whoever waits already cannot take it.
 
     Args:
         load: the model's position now.
@@ -80,7 +81,7 @@ def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0)
     """
     if load.usable_slot_count == 0:
         return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
-    if load.free_slot_count > 0 and load.queued_count == 0:
+    if load.free_slot_count > 0:
         return Dispatch()
     if load.queued_count >= limits.queue_length_max:
         return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(load, limits))

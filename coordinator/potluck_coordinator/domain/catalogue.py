@@ -60,6 +60,10 @@ class CatalogueEntry:
         return source.removeprefix(ATTACH_PREFIX) if source.startswith(ATTACH_PREFIX) else ""
 
 
+FORMATS: Final = {"llamacpp": ".gguf", "vllm": ".safetensors", "sglang": ".safetensors"}
+"""How the files end that an engine reads weights from; of any other engine nothing is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """The wish "this model, this many replicas, this tier"; None asks for one on every node that may serve."""
@@ -72,3 +76,17 @@ class Deployment:
 def not_pinned(entry: CatalogueEntry) -> str:
     """Why an entry without files cannot be deployed, and the command that pins it."""
     return f"its files are not pinned: run `potluck models add {entry.repository}@REVISION --as {entry.model_id}`"
+
+
+def engine_refusal(entry: CatalogueEntry) -> str:
+    """Why one of the entry's engines would never start with its files, and the option that is right; empty where nothing is wrong."""
+    names = [file.file_name for file in entry.file.files] if entry.file is not None and not entry.attached_name else []
+    has = {ending for ending in FORMATS.values() if any(name.endswith(ending) for name in names)}
+    wrong = [kind for kind in entry.engine_kinds if names and FORMATS.get(kind, "") not in {"", *has}]
+    if not wrong:
+        return ""
+    if not has:
+        return f"{wrong[0]} reads {FORMATS[wrong[0]].removeprefix('.')} files, and it has none"
+    right = " ".join(f"--engine {kind}" for kind, ending in FORMATS.items() if ending in has)
+    wanted, found = FORMATS[wrong[0]].removeprefix("."), " and ".join(sorted(ending.removeprefix(".") for ending in has))
+    return f"{wrong[0]} reads {wanted} files, and it has {found}; add it anew with {right}"

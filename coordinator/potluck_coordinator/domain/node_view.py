@@ -1,6 +1,7 @@
 """One node as planning sees it: what it has, whose it is, and whether it is there.
 
-Decides nothing; these are the words that `planning` and `grouping` share. It must not know where they were heard.
+These are the words that `planning` and `grouping` share. Decides only what counts for a fact that a node cannot tell now. It must not know
+where they were heard.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from potluck_protocol.values import AccountId, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement
+    from potluck_protocol.values import AccountId, CardTelemetry, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +35,22 @@ class NodeView:
     disk_free_bytes: int = 0
     """As it last said; 0: not known."""
     card_foreign_bytes: Mapping[str, int] = field(default_factory=dict)
-    """By card uuid: memory that programs of its owner's hold there."""
+    """By card uuid: memory that programs of its owner's hold there, as was last known; of a card that is not here nothing ever was."""
+    cards_lost: bool = False
+    """It has cards, and its driver reaches none of them: no machine without cards, whose engines for cards run on its processor."""
+
+
+def foreign_bytes_known(before: Mapping[str, int], cards: Sequence[CardTelemetry]) -> Mapping[str, int]:
+    """What others than a node's engines hold of its cards, by uuid, after its newest word.
+
+    Where drivers hide processes, as from containers, a node knows this only while none of its engines has the card. What it said last
+    stands meanwhile: unknown is neither nothing, nor a reason to move the engine.
+
+    Args:
+        before: what was known.
+        cards: as the node tells of them now; none at all where it has not looked yet.
+    """
+    if not cards:
+        return before
+    told = {card.uuid: before.get(card.uuid) if card.memory_foreign_bytes is None else card.memory_foreign_bytes for card in cards}
+    return {uuid: foreign_bytes for uuid, foreign_bytes in told.items() if foreign_bytes}

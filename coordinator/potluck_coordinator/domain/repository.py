@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.domain.fit.config_json import architecture_of_config
+from potluck_coordinator.domain.fit.gguf_header import GgufHeader
+from potluck_coordinator.domain.fit.gguf_metadata import architecture_of_gguf
 from potluck_protocol.values import Endpoint, ModelFile, ModelId, PinnedFile
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.domain.fit.architecture import ModelArchitecture
 
+FILE_NAME_PATTERN: Final = r"^[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*\Z"
+"""Of a file that is served: a path inside its folder that means nothing to a shell."""
+SHA256_PATTERN: Final = r"^[0-9a-f]{64}\Z"
 WEIGHT_INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
@@ -129,15 +134,18 @@ def entry_of_repository(
     Args:
         repository: where they are from.
         pins: the files, weights first, each with its hash.
-        documents: the parsed JSON files by name.
+        documents: the parsed JSON files by name; of a GGUF file its `GgufHeader`, or in words why there is none.
         wishes: what the operator said.
         offer: the catalogue's entry without files that this one takes the place of; None for none.
 
     Raises:
         ValueError: the model cannot be served, with the reason.
     """
+    _check(pins)
     if reason := python_needed(documents):
         raise ValueError(reason)
+    if not isinstance(documents.get(CONFIG, {}), dict):
+        raise ValueError(f"its {CONFIG} is no JSON object, and engines read no other")  # noqa: TRY004 - the file is wrong, not the caller
     unchecked: list[str] = []
     architecture = _architecture(pins, documents, unchecked)
     base = offer or _unsaid(repository, pins[0], architecture)
@@ -168,6 +176,17 @@ def entry_of_repository(
         repository="",
         unchecked="; ".join(unchecked),
     )
+
+
+def _check(pins: Sequence[PinnedFile]) -> None:
+    """What a catalogue file may not say, a hub may not either; raises ValueError."""
+    for pin in pins:
+        if not re.match(FILE_NAME_PATTERN, pin.file_name) or not holds_no_code(pin.file_name):
+            raise ValueError(f"no node takes a file of the name {pin.file_name!r}")
+        if not re.match(SHA256_PATTERN, pin.sha256) or pin.size_bytes <= 0:
+            raise ValueError(f"{pin.file_name} has no good hash or size: {pin.sha256!r}, {pin.size_bytes} bytes")
+    if len({pin.file_name for pin in pins}) != len(pins):
+        raise ValueError("it names a file twice")
 
 
 def _unsaid(repository: Repository, first: PinnedFile, architecture: ModelArchitecture | None) -> CatalogueEntry:
@@ -253,12 +272,14 @@ def _parts(document: object, place: str = "") -> list[tuple[str, Mapping[str, An
 
 
 def _architecture(pins: Sequence[PinnedFile], documents: Mapping[str, Any], unchecked: list[str]) -> ModelArchitecture | None:
-    config = documents.get(CONFIG)
-    if not isinstance(config, dict):
-        unchecked.append("its architecture: a GGUF file says it inside, and only its size and hash were read")
-        return None
-    weight_bytes = sum(pin.size_bytes for pin in pins if pin.file_name.endswith(".safetensors"))
+    config, header = documents.get(CONFIG), documents.get(pins[0].file_name)
+    weight_bytes = sum(pin.size_bytes for pin in pins if pin.file_name.endswith((".safetensors", ".gguf")))
     try:
+        if isinstance(header, GgufHeader):
+            return architecture_of_gguf(header.metadata, weight_bytes=weight_bytes, has_output_table=header.has_output_table)
+        if not isinstance(config, dict):
+            unchecked.append(f"its architecture: {header or 'a GGUF file says it inside, and only its size and hash were read'}")
+            return None
         return architecture_of_config(config, weight_bytes=weight_bytes or None)
     except ValueError as error:
         unchecked.append(f"what it needs beside its files: {error}")

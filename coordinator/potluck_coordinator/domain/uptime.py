@@ -25,6 +25,8 @@ START_GRACE_MS: Final = 60_000
 """The coordinator's first minute, in which nodes are still finding their way back."""
 REPORT_DELAY_MS: Final = 15_000
 """How long after its end a minute is judged, so that the last report about it has come."""
+REPORT_GAP_MS: Final = 10_000
+"""So long without a report, nobody watched: more than that is missing from a minute, and its verdict would be a guess."""
 MASS_SILENCE_MINUTES_MAX: Final = 10
 """After so long a silence it is taken for what it looks like, unless every node is silent."""
 
@@ -68,6 +70,11 @@ class UptimeState:
 def start(now_ms: int) -> UptimeState:
     """The state of a coordinator, or its gateway, that starts at `now_ms`: it judges from the first whole minute after its grace."""
     return UptimeState(next_minute=-(-(now_ms + START_GRACE_MS) // MINUTE_MS))
+
+
+def went_unwatched(last_report_ms: int, now_ms: int) -> bool:
+    """Whether this process, or the gateway's, stood still since the last report: then judging starts anew, as after a restart."""
+    return now_ms - last_report_ms > REPORT_GAP_MS
 
 
 def record(state: UptimeState, coverages: Iterable[Coverage], now_ms: int) -> UptimeState:

@@ -1,8 +1,8 @@
 """Who may call what: the one table of every gRPC method and every HTTP route.
 
 Decides the audience of each call, and which account a call may be about. It must not know how a credential is checked: the edges establish
-a `KeyIdentity` and ask here whether it is enough; of a link, whose audience is nodes, `interceptors` sees to the certificate. A method
-without a row is refused, and fails the start.
+a `KeyIdentity`, or of a node its certificate and what the directory says of it, and ask here whether that is enough. A method without a
+row is refused, and fails the start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Audience(StrEnum):
     JOINER = "joiner"
     """No credential beside the message: it carries a join token, or a request signed by an enrolled key, for the directory to judge."""
     NODE = "node"
-    """A certificate of this pool's CA, of a node that is not revoked. API keys count for nothing here."""
+    """A certificate of this pool's CA, of a node that is enrolled now: one that left, was revoked, or was never entered in the books is
+    none, whatever was signed for it. API keys count for nothing here."""
     USER = "user"
     """A good API key. About one's own account; the operator's key may name another."""
     OPERATOR = "operator"
@@ -38,6 +39,8 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.EnrolmentService/Join": Audience.JOINER,
     "/potluck_protocol.v1.EnrolmentService/Renew": Audience.JOINER,
     "/potluck_protocol.v1.NodeService/Link": Audience.NODE,
+    "/potluck_protocol.v1.NodeService/MeasureUpload": Audience.NODE,
+    "/potluck_protocol.v1.NodeService/MeasureDownload": Audience.NODE,
     "/potluck_protocol.v1.InferenceService/Generate": Audience.USER,
     "/potluck_protocol.v1.InferenceService/ListModels": Audience.USER,
     "/potluck_protocol.v1.AccountService/GetBalance": Audience.USER,
@@ -105,6 +108,21 @@ def require(identity: KeyIdentity, audience: Audience) -> None:
         return
     needed = "the operator's key" if audience is Audience.OPERATOR else "a node's certificate"
     raise PotluckError(ErrorCode.PERMISSION_DENIED, f"This call needs {needed}.")
+
+
+def require_node(outcast_reason: str | None, *, is_enrolled: bool) -> None:
+    """Lets a node pass whose certificate is good, or raises PotluckError(INVALID_CERTIFICATE).
+
+    Args:
+        outcast_reason: why it is no longer welcome, "" where nobody said; None for one that was not put out.
+        is_enrolled: whether the books have it as an active node.
+    """
+    if outcast_reason is None and is_enrolled:
+        return
+    words = f" ({outcast_reason})" if outcast_reason else ""
+    raise PotluckError(
+        ErrorCode.INVALID_CERTIFICATE, f"This node is no longer part of the pool{words}; ask the pool's operator for a new invite."
+    )
 
 
 def account_for(identity: KeyIdentity, requested_account_id: str) -> AccountId:

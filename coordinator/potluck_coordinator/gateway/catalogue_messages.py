@@ -11,10 +11,11 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from potluck_coordinator.catalogue_file import MODEL_ID_PATTERN, PRICE_MICRO_CREDITS_MAX, SLOTS_MAX
+from potluck_coordinator.catalogue_file import CONTEXT_TOKENS_MAX, MODEL_ID_PATTERN, PRICE_MICRO_CREDITS_MAX, SLOTS_MAX
 from potluck_coordinator.domain.catalogue import ATTACH_KIND, Deployment, ServiceTier
+from potluck_coordinator.domain.entry_rules import ENGINE_KIND, ENGINE_KINDS_MAX
 from potluck_coordinator.domain.repository import ModelWishes
-from potluck_protocol.bounds import CATALOGUE_CHARACTERS_MAX, items, text, word
+from potluck_protocol.bounds import CATALOGUE_CHARACTERS_MAX, REPLICAS_MAX, items, text, word
 from potluck_protocol.engine_codec import ENDPOINT_NUMBER
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.hardware_codec import set_field
@@ -28,15 +29,11 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.domain.fit.architecture import ModelArchitecture
 
-REPLICAS_MAX: Final = 10_000
-CONTEXT_TOKENS_MAX: Final = 16 * 1024 * 1024
-ENGINE_KINDS_MAX: Final = 8
 SERVICE_TIER_NUMBER: Final = {
     ServiceTier.FLEX: pool_pb2.SERVICE_TIER_FLEX,
     ServiceTier.DEFAULT: pool_pb2.SERVICE_TIER_DEFAULT,
 }
 _MODEL_ID: Final = re.compile(MODEL_ID_PATTERN)
-_ENGINE_KIND: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}\Z")
 
 
 def model_id_value(given: str) -> ModelId:
@@ -147,7 +144,7 @@ def _fact_messages(architecture: ModelArchitecture) -> list[pool_pb2.Architectur
 
 def _engine_kinds(given: Sequence[str]) -> tuple[str, ...]:
     for kind in items(given, ENGINE_KINDS_MAX, "engine_kinds"):
-        if not _ENGINE_KIND.match(kind):
+        if not ENGINE_KIND.fullmatch(kind):
             raise _refusal("An engine kind is a word such as vllm, sglang or llamacpp.", "engine_kinds")
         if kind == ATTACH_KIND:
             raise _refusal("A repository's files are not for engines that owners run themselves.", "engine_kinds")

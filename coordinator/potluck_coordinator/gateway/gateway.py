@@ -44,7 +44,7 @@ from potluck_protocol.version import PROTOCOL_VERSION
 _log = structlog.get_logger()
 
 TICK_SECONDS: Final = 0.25
-"""Between two looks at nodes and queues: a lease that lapsed is noticed so much late at most."""
+"""Between two looks at nodes and queues: a lease that lapsed, or a slot that a node's word made free, is noticed so much late at most."""
 REPORT_SECONDS: Final = 1.0
 """Between two reports of nodes, and two marks of what answers have earned: so much of an answer is unpaid if this process dies."""
 RETRY_SECONDS: Final = 0.5
@@ -106,6 +106,7 @@ class Gateway:
     async def start(self) -> Endpoints:
         """Registers with the directory, learns the pool, and serves. Raises PotluckError if the directory is away or a port is taken."""
         grant = await self._directory.pool.register_gateway()
+        self._links.use_fingerprint_key(grant.fingerprint_key)
         self._take(await self._directory.pool.watch(0))
         requests = self._requests = RequestService(
             links=self._links,
@@ -160,7 +161,7 @@ class Gateway:
 
     async def _serve(self, grant: GatewayGrant, requests: RequestService) -> Endpoints:
         settings = self._settings
-        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._clock)
+        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._links.is_enrolled, self._clock)
         people = build_grpc_server(
             grant,
             interceptor,
@@ -199,7 +200,7 @@ class Gateway:
 
     def _reading(self, requests: RequestService) -> PoolReading:
         queued = {model_id: requests.queued_count(model_id) for model_id in self._snapshot.models}
-        return PoolReading(queued, len(self._links), requests.in_flight_count)
+        return PoolReading(queued, len(self._links), requests.in_flight_count, len(self._links.refused_requests))
 
     def _take(self, snapshot: PoolSnapshot) -> None:
         self._snapshot = snapshot

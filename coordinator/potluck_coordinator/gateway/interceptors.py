@@ -1,9 +1,9 @@
 """What happens around every gRPC call: who calls, whether they may, how a failure leaves, and the one log line of the call.
 
 Decides nothing about who may call what (`authorisation` does) and nothing about a call's content; `key_cache` says whose key a call
-carries. That a link's certificate names a node, and none that left or was revoked (`links.outcasts`), is seen here; whether the books know
-it, by the directory at its hello. A `PotluckError` becomes its catalogue status with an `ErrorDetail`, its message included; anything else
-becomes `internal_error` with an id that the log knows, and none of its text leaves.
+carries. That a node's certificate names one is seen here; at each call `links` says who is out and whom the books know, and has to ask the
+directory only of a node that has no session. A `PotluckError` becomes its catalogue status with an `ErrorDetail`, its message included;
+anything else becomes `internal_error` with an id that the log knows, and none of its text leaves.
 
 A call holds one of its port's places even while it says nothing. So the caller is looked at before the call's message is waited for, the
 message has `BODY_SECONDS_MAX` to come, no caller has more than a part of the places, and all without a credential count as one. An answer
@@ -25,7 +25,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from potluck_coordinator.desks import KeyIdentity
-from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, UNIDENTIFIED, Audience, require
+from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, UNIDENTIFIED, Audience, require, require_node
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX, log_unexpected
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.request_ids import request_id_of
@@ -96,12 +96,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         keys: whose API key it is.
         outcasts: the nodes that are no longer welcome, as of now, and why.
+        is_enrolled: whether the books have a node as an active one; may wait for a directory that is away.
         clock: for certificates' dates and durations.
     """
 
-    def __init__(self, keys: KeyCache, outcasts: Callable[[], Mapping[NodeId, str]], clock: Clock) -> None:
+    def __init__(
+        self,
+        keys: KeyCache,
+        outcasts: Callable[[], Mapping[NodeId, str]],
+        is_enrolled: Callable[[NodeId], Awaitable[bool]],
+        clock: Clock,
+    ) -> None:
         self._keys = keys
         self._outcasts = outcasts
+        self._is_enrolled = is_enrolled
         self._clock = clock
         self._places: Counter[str] = Counter()
 
@@ -174,22 +182,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             case audience if audience in UNIDENTIFIED:
                 return
             case Audience.NODE:
-                call.node_id = self._node_of(context)
+                call.node_id = await self._node_of(context)
             case audience:
                 call.identity = await self._keys.identify(authorization)
                 require(call.identity, audience)
 
-    def _node_of(self, context: _Context) -> NodeId:
+    async def _node_of(self, context: _Context) -> NodeId:
         shown = tuple(context.auth_context().get("x509_pem_cert", ()))
         if len(shown) != 1:
             raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The connection shows no node's certificate.")
         node_id = node_id_of_certificate(shown[0], self._clock.unix_ms())
         reason = self._outcasts().get(node_id)
-        if reason is not None:
-            words = f" ({reason})" if reason else ""
-            raise PotluckError(
-                ErrorCode.INVALID_CERTIFICATE, f"This node is no longer part of the pool{words}; ask the pool's operator for a new invite."
-            )
+        require_node(reason, is_enrolled=reason is None and await self._is_enrolled(node_id))
         return node_id
 
     def _log_call(self, call: Call, started_seconds: float) -> None:

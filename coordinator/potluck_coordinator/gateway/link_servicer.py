@@ -1,7 +1,7 @@
-"""The link port's servicer: moves frames between the gRPC stream of one node and its session.
+"""The link port's servicer: moves frames between the gRPC stream of one node and its session. `line_servicer` is its measuring part.
 
 Decides which hello is taken, and drops frames of another epoch. `links` opens the session, makes the welcome and hears of the goodbye;
-chunks and ends go to their attempt's `relay`, heartbeats to the `node_session`, certificate requests to the directory's enrolment desk.
+chunks and ends go to their attempt's `relay`, heartbeats to `links`, certificate requests to the directory's enrolment desk.
 The reading loop is the hot path of every token: no task, future, log line or metric per chunk. It must not know requests or money.
 """
 
@@ -14,10 +14,11 @@ import grpc
 import structlog
 
 from potluck_coordinator.gateway.interceptors import calling_node
+from potluck_coordinator.gateway.line_servicer import LineServicer
 from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.v1 import node_pb2, node_pb2_grpc
+from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, EndReason, GoodbyeReason
 from potluck_protocol.version import PROTOCOL_VERSION
 
@@ -35,12 +36,14 @@ _log = structlog.get_logger()
 ATTEMPT_ID_CHARACTERS_MAX: Final = 64
 HELLO_SECONDS_MAX: Final = 10.0
 """How long a connected node may take to say who it is."""
+_GOODBYES_OF_NODES: Final = frozenset({GoodbyeReason.STOPPING, GoodbyeReason.LEAVING})
+"""All others are the coordinator's to say; of a node they say no more than that its link has ended."""
 
 _LinkContext = grpc.aio.ServicerContext[node_pb2.NodeFrame, node_pb2.CoordinatorFrame]
 
 
-class LinkServicer(node_pb2_grpc.NodeServiceServicer):
-    """Serves `NodeService.Link`.
+class LinkServicer(LineServicer):
+    """Serves `NodeService`: the link here, the measuring by what it inherits.
 
     Args:
         links: the sessions.
@@ -49,9 +52,9 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
     """
 
     def __init__(self, links: Links, directory: DirectoryPort, clock: Clock) -> None:
+        super().__init__(clock)
         self._links = links
         self._directory = directory
-        self._clock = clock
         self._renewals: dict[Outbox, asyncio.Task[None]] = {}
 
     async def Link(  # type: ignore[override]  # noqa: N802 - the stub wants an iterator; read/write cost less per frame
@@ -128,7 +131,8 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
             if frame.HasField("certificate_request"):
                 self._renew_beside(frame.certificate_request.certificate_request_der, session, outbox)
             if frame.HasField("goodbye"):
-                return codec.goodbye_reason_from_number(frame.goodbye.reason)
+                reason = codec.goodbye_reason_from_number(frame.goodbye.reason)
+                return reason if reason in _GOODBYES_OF_NODES else None
 
     @staticmethod
     def _take_chunks(frame: node_pb2.NodeFrame, session: NodeSession, outbox: Outbox, now: float) -> None:
@@ -160,10 +164,9 @@ class LinkServicer(node_pb2_grpc.NodeServiceServicer):
             relay.end(end.sequence, reason, end.detail, kills_engines=kills_engines)
 
     def _take_heartbeat(self, message: node_pb2.Heartbeat, session: NodeSession, outbox: Outbox, now: float) -> None:
-        session.beat(codec.heartbeat_value(message), now)
+        self._links.beat(session, codec.heartbeat_value(message), now)
         if session.outbox is outbox:
             outbox.renew_lease(session.epoch, self._links.lease_ttl_ms)
-        self._links.node_changed()
 
     def _renew_beside(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
         """Beside the reading loop: a directory that restarts must not keep heartbeats from being read. One at a time."""

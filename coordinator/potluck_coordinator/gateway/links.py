@@ -3,32 +3,39 @@
 Decides whether a hello begins a session or goes on with one, by the agent's session id. `domain.nodes` says which sessions end by silence
 or a lost link; a goodbye, a newer agent, and a revocation end them too. The directory grants each session its epoch
 (`desks.NodeDesk.open_session`), and with it the node's first wish; later ones, and revocations, come with snapshots.
-It must not know requests: who waits for a slot is told through `on_change`, what was running hears of its end through its relay.
+What placement sees of all of them is in a `roster`, kept up where anything changes. It must not know requests: who waits for a slot is told
+of new links through `on_change`, what was running hears of its end through its relay.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from potluck_coordinator.domain.lethal import DEATHS_HEARD_SECONDS, LoneDeath, is_heard
 from potluck_coordinator.domain.nodes import attempt_is_silent, lapsed_nodes, link_grace_is_over
+from potluck_coordinator.domain.placement import rejection
+from potluck_coordinator.gateway.leavers import Leavers, has_died
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
+from potluck_coordinator.gateway.roster import Roster
 from potluck_protocol.culprits import Culprits
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import GoodbyeReason, NodeId, Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
     from potluck_coordinator.domain.nodes import LivenessLimits
-    from potluck_coordinator.domain.placement import ReplicaView
+    from potluck_coordinator.domain.placement import Cohort
+    from potluck_coordinator.gateway.requests import InferenceRequest
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import AttemptId, DesiredState, Hello, ModelId, ReplicaId
+    from potluck_protocol.culprits import Fingerprint
+    from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId
 
 _log = structlog.get_logger()
 
@@ -43,7 +50,7 @@ class Links:
         directory: grants epochs, hears of ends and of uptime.
         limits: the lease and its companions.
         clock: whose monotonic seconds leases are counted in.
-        on_change: called whenever a replica may have become usable.
+        on_change: called when a link has brought replicas; those that a node's word or an end makes usable are found by whoever looks.
     """
 
     def __init__(self, directory: DirectoryPort, limits: LivenessLimits, clock: Clock, on_change: Callable[[], None]) -> None:
@@ -52,8 +59,18 @@ class Links:
         self._clock = clock
         self._on_change = on_change
         self.culprits = Culprits(clock.monotonic_seconds)
-        """Which requests engines of these nodes died of."""
+        """Which requests engines of these nodes died of, as far as this process saw it."""
+        self.refused_requests: frozenset[Fingerprint] = frozenset()
+        """For good, as the directory says."""
+        self.suspect_requests: Mapping[Fingerprint, AccountId] = {}
+        """Those that had one engine to themselves when it died, and whose that was."""
+        self._leavers = Leavers(clock.monotonic_seconds)
+        self._deaths_heard_at: dict[NodeId, list[float]] = {}
+        """Lone ones that the directory was told of, lately."""
         self._sessions: dict[NodeId, NodeSession] = {}
+        self._roster = Roster()
+        self._changed: set[NodeId] = set()
+        """Whose replicas may be others than in the roster."""
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._outcasts: Mapping[NodeId, str] = {}
         self._leaving: frozenset[ReplicaId] = frozenset()
@@ -79,9 +96,16 @@ class Links:
         """What each renewal grants."""
         return int(self._limits.lease_ttl_seconds * 1000)
 
-    def node_changed(self) -> None:
-        """A node's word may have made a replica usable."""
-        self._on_change()
+    def node_changed(self, node_id: NodeId) -> None:
+        """To be called after anything that changes a node's replicas: its word, an attempt's start or end. It costs nothing here."""
+        self._changed.add(node_id)
+
+    async def is_enrolled(self, node_id: NodeId) -> bool:
+        """Whether the books have the node as an active one.
+
+        Of one with a session they had, and would have ended it by a snapshot: a link that comes back waits for no directory that is away.
+        """
+        return node_id in self._sessions or await self._directory.enrolment.is_enrolled(node_id)
 
     def session(self, node_id: NodeId) -> NodeSession | None:
         """The node's session, if it has one."""
@@ -90,19 +114,109 @@ class Links:
     def engine_died(self, session: NodeSession, attempt_id: AttemptId) -> None:
         """A node says that an attempt's engine died while it worked on it."""
         present = session.present_at_death(attempt_id)
-        if present:
-            _log.warning("engine_died", node_id=session.node_id, replica_id=present[0].replica_id, attempts_lost=len(present))
-            self.culprits.died(self.culprits.fingerprint(start.endpoint, start.body) for start in present)
+        if not present:
+            return
+        replica_id = present[0].replica_id
+        _log.warning("engine_died", node_id=session.node_id, replica_id=replica_id, attempts_lost=len(present))
+        requests = [session.requests[start.attempt_id] for start in present]
+        fingerprints = {request.fingerprint(self.culprits) for request in requests} | self._leavers.take(replica_id)
+        self.culprits.died(fingerprints)
+        if len(fingerprints) == 1 and self._hears(session.node_id, self._clock.monotonic_seconds()):
+            owner = session.owner_account_id
+            is_only_owner = not self.others_can_take(requests[0], owner, session.tried(attempt_id))
+            self._tell(self._directory.lethal.report_death(LoneDeath(attempt_id, fingerprints.pop(), owner, is_only_owner)))
+
+    def beat(self, session: NodeSession, heartbeat: Heartbeat, now: float) -> None:
+        """A node's sign of life. Where an engine has died with which nobody stayed, nothing but this tells so."""
+        before = session.engines
+        session.beat(heartbeat, now)
+        self.node_changed(session.node_id)
+        for replica_id, status in session.engines.items():
+            if has_died(before.get(replica_id), status) and not session.at_engine(replica_id):
+                self._deserted_engine_died(session, replica_id)
+
+    def _deserted_engine_died(self, session: NodeSession, replica_id: ReplicaId) -> None:
+        """Of whoever left it, maybe: they are refused for a while only. For good is what an engine was seen to work on to its end."""
+        if all(view.replica_id != replica_id for view in session.replica_views()):
+            return  # Another node's maybe, whatever this one says.
+        suspects = self._leavers.take(replica_id)
+        if suspects:
+            _log.warning("deserted_engine_died", node_id=session.node_id, replica_id=replica_id, leavers_count=len(suspects))
+            self.culprits.died(suspects)
+
+    def _hears(self, node_id: NodeId, now: float) -> bool:
+        """Whether the directory is told of one more lone death on this node. A word costs it nothing, and the directory a write."""
+        self._deaths_heard_at = {
+            known_id: recent
+            for known_id, times in self._deaths_heard_at.items()
+            if (recent := [at for at in times if now - at < DEATHS_HEARD_SECONDS])
+        }
+        heard_at = self._deaths_heard_at.setdefault(node_id, [])
+        if not is_heard(heard_at, now):
+            _log.warning("lone_death_not_heard", node_id=node_id, heard_count=len(heard_at))
+            return False
+        heard_at.append(now)
+        return True
+
+    def finish(self, session: NodeSession, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
+        """Nobody waits for an attempt any more. Its engine may be at it still and die of it, whoever else is there then.
+
+        Its body is hashed here, on the loop, also where no engine ever died: milliseconds for one of megabytes. To keep bodies instead, in
+        case their engine dies, would take memory.
+        """
+        if session.is_at_engine(attempt_id):
+            self._leavers.left(replica_id, session.requests[attempt_id].fingerprint(self.culprits))
+        session.finish(attempt_id, replica_id)
+        self.node_changed(session.node_id)
+
+    def stood(self, fingerprint: Fingerprint) -> None:
+        """A request was answered in full."""
+        self.culprits.clear(fingerprint)
+        if fingerprint in self.suspect_requests:
+            self._tell(self._directory.lethal.clear(fingerprint))
+
+    @property
+    def knows_lethal_requests(self) -> bool:
+        """Whether there is anything to look a request up in: where engines do not die, only requests that were given up are hashed."""
+        return self.culprits.has_any or bool(self.refused_requests or self.suspect_requests)
+
+    def use_fingerprint_key(self, key: bytes) -> None:
+        """The pool's; called before the first node connects."""
+        self.culprits = Culprits(self._clock.monotonic_seconds, key)
+
+    def others_can_take(self, request: InferenceRequest, owner: AccountId, tried: frozenset[NodeId] = frozenset()) -> bool:
+        """Whether a node of another owner could answer the request, now or when it has a slot free; those `tried` would not."""
+        others = [session for session in self._sessions.values() if session.owner_account_id != owner]
+        replicas = (replica for other in others for replica in other.replica_views(request.model_id))
+        return any(rejection(replica, request.endpoint, tried, request.prompt_tokens_min) is None for replica in replicas)
+
+    def _tell(self, telling: Coroutine[Any, Any, None]) -> None:
+        """Beside the reading loop. What does not reach the directory is known to this gateway alone."""
+
+        async def tell() -> bool:
+            try:
+                await telling
+            except PotluckError as error:
+                _log.warning("lethal_request_not_told", code=error.code)
+                return False
+            return True
+
+        task = asyncio.ensure_future(tell())
+        self._closings.add(task)
+        task.add_done_callback(self._closings.discard)
 
     def kills_engines(self, session: NodeSession, attempt_id: AttemptId) -> bool:
         """Whether the attempt's request is known to."""
-        start = session.start_of(attempt_id)
-        return start is not None and self.culprits.is_refused(self.culprits.fingerprint(start.endpoint, start.body))
+        request = session.requests.get(attempt_id)
+        return request is not None and self.culprits.is_refused(request.fingerprint(self.culprits))
 
-    def replicas(self, model_id: ModelId) -> Iterator[ReplicaView]:
-        """Every replica of the model on a connected node."""
-        for session in self._sessions.values():
-            yield from session.replica_views(model_id)
+    def cohorts(self, model_id: ModelId) -> tuple[Cohort, ...]:
+        """Every replica of the model on a connected node, those that are alike together; true for no longer than until the next call."""
+        while self._changed:
+            node_id = self._changed.pop()
+            session = self._sessions.get(node_id)
+            self._roster.enter(node_id, session.replica_views() if session is not None else ())
+        return self._roster.cohorts(model_id)
 
     async def connect(self, hello: Hello) -> tuple[NodeSession, Outbox, Welcome]:
         """Begins the node's session, or goes on with it over a new link.
@@ -129,6 +243,7 @@ class Links:
                 session.outbox.close(GoodbyeReason.REPLACED, "A newer link of this node took over.")
             outbox = Outbox()
             session.connect(hello, outbox, self._clock.monotonic_seconds())
+            self.node_changed(hello.node_id)
         session.restart_missing(frozenset(hello.in_flight))
         self._on_change()
         return session, outbox, self._welcome(session)
@@ -141,6 +256,7 @@ class Links:
         if session.outbox is not outbox or self._sessions.get(session.node_id) is not session:
             return None
         session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
+        self.node_changed(session.node_id)
         return None if goodbye is None else self.close(session, goodbye)
 
     def close(
@@ -149,6 +265,7 @@ class Links:
         """Ends a session and every attempt in it; whether the directory knows. A node that still listens is told `farewell`, and why."""
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
+        self.node_changed(session.node_id)
         if farewell is not None and session.outbox is not None:
             session.outbox.close(farewell, words)
         session.outbox = None
@@ -170,9 +287,11 @@ class Links:
                 _log.warning("session_ended", node_id=session.node_id, reason=reason, silence_seconds=round(now - session.heartbeat_at, 3))
                 self.close(session, None, GoodbyeReason.LEASE_ENDED)
                 continue
-            session.judge(now, self._limits)
+            if session.judge(now, self._limits):
+                self.node_changed(session.node_id)
+            signs = session.signs
             for relay in session.attempts.values():
-                if not relay.over and attempt_is_silent(session.signs, relay.last_chunk_at, now, self._limits):
+                if not relay.over and attempt_is_silent(signs, relay.last_chunk_at, now, self._limits):
                     relay.fail(PotluckError(ErrorCode.NODE_LOST, "The node that was answering fell silent."))
 
     def _forgive_own_absence(self, now: float) -> None:
@@ -190,7 +309,9 @@ class Links:
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
         self._outcasts, self._desired, self._leaving = snapshot.outcasts, snapshot.desired, snapshot.leaving
+        self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
         for session in self.sessions:
+            before = session.leaving, session.desired
             if session.node_id in snapshot.outcasts:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
                 continue
@@ -198,12 +319,14 @@ class Links:
             session.fail_broken(snapshot.broken_groups)
             if session.node_id in snapshot.desired:
                 session.wish(snapshot.desired[session.node_id])
+            if before != (session.leaving, session.desired):
+                self.node_changed(session.node_id)
 
     async def report(self, waiting_counts: Mapping[ModelId, int]) -> None:
         """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching.
 
         Args:
-            waiting_counts: the requests that wait for a slot, by model.
+            waiting_counts: the requests that wait for a slot, and the people whose requests were refused lately, by model.
         """
         now = self._clock.monotonic_seconds()
         await self._directory.nodes.report([session.report(now) for session in self._sessions.values()], waiting_counts)

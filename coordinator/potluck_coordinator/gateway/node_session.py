@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.desks import NodeReport
+from potluck_coordinator.domain.catalogue import ATTACH_KIND
 from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, liveness
-from potluck_coordinator.domain.placement import ReplicaView
+from potluck_coordinator.domain.placement import ReplicaView, slots_beside_owner
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EngineState, NodeState
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.gateway.outbox import Outbox
     from potluck_coordinator.gateway.relay import Relay
+    from potluck_coordinator.gateway.requests import InferenceRequest
+    from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
         CardTelemetry,
         DesiredState,
@@ -52,7 +55,10 @@ class NodeSession:
         self.state = hello.state
         self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
         self.attempts: dict[AttemptId, Relay] = {}
+        self.requests: dict[AttemptId, InferenceRequest] = {}
+        """What each attempt is one of."""
         self._starts: dict[AttemptId, StartAttempt] = {}
+        self._tried: dict[AttemptId, frozenset[NodeId]] = {}
         self._bereaved: set[AttemptId] = set()
         """Those whose engine's death is known."""
         self.attempts_by_replica: dict[ReplicaId, int] = {}
@@ -60,8 +66,9 @@ class NodeSession:
         """Those with attempts since the last report."""
         self._disk_free_bytes = hello.inventory.disk_free_bytes
         self._attached_model_names = hello.inventory.attached_model_names
-        self._cards: tuple[CardTelemetry, ...] = ()
+        self._cards: tuple[CardTelemetry, ...] = hello.cards
         self._peer_measurements: tuple[PeerMeasurement, ...] = ()
+        self._line: LineMeasurement | None = hello.inventory.line
         self.heartbeat_at = now
         self.busy_since: float | None = None
         self.suspect = False
@@ -75,7 +82,7 @@ class NodeSession:
     @property
     def signs(self) -> SignsOfLife:
         """What `domain.nodes` judges by."""
-        return SignsOfLife(self.heartbeat_at, self.busy_since)
+        return SignsOfLife(self.heartbeat_at, self.busy_since if self.suspect or self._is_at_work() else None)
 
     def connect(self, hello: Hello, outbox: Outbox, now: float) -> None:
         """A link, the first or a later one, is there."""
@@ -85,6 +92,8 @@ class NodeSession:
         self.state = hello.state
         self.engines = {status.replica_id: status for status in hello.engines}
         self._attached_model_names = hello.inventory.attached_model_names
+        self._cards = hello.cards or self._cards
+        self._line = hello.inventory.line or self._line
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
         """A sign of life."""
@@ -96,14 +105,20 @@ class NodeSession:
         self.engines = {status.replica_id: status for status in heartbeat.engines}
         self._disk_free_bytes = heartbeat.disk_free_bytes
         self._cards, self._peer_measurements = heartbeat.cards, heartbeat.peer_measurements
+        self._line = heartbeat.line or self._line
 
-    def start(self, start: StartAttempt, relay: Relay, now: float) -> None:
+    def start(
+        self, start: StartAttempt, relay: Relay, now: float, request: InferenceRequest, tried: frozenset[NodeId] = frozenset()
+    ) -> None:
         """Sends an attempt to the node; raises NO_CAPACITY if the link has just gone or it has as many as it may."""
         if self.outbox is None or self.outbox.closed or len(self.attempts) >= ATTEMPTS_PER_NODE_MAX:
             raise PotluckError(ErrorCode.NO_CAPACITY, retry_after_seconds=1)
-        self.busy_since = self.busy_since or now
+        if self.busy_since is None or not (self.suspect or self._is_at_work()):
+            self.busy_since = now
         self.attempts[start.attempt_id] = relay
+        self.requests[start.attempt_id] = request
         self._starts[start.attempt_id] = start
+        self._tried[start.attempt_id] = tried
         self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
         self._used_replica_ids.add(start.replica_id)
         self.outbox.start(start)
@@ -113,7 +128,7 @@ class NodeSession:
         relay = self.attempts.pop(attempt_id, None)
         if relay is None:
             return
-        del self._starts[attempt_id]
+        del self._starts[attempt_id], self._tried[attempt_id], self.requests[attempt_id]
         self._bereaved.discard(attempt_id)
         self.attempts_by_replica[replica_id] -= 1
         if not self.attempts and not self.suspect:
@@ -132,22 +147,31 @@ class NodeSession:
             else:
                 relay.fail(PotluckError(ErrorCode.NODE_LOST))
 
-    def start_of(self, attempt_id: AttemptId) -> StartAttempt | None:
-        """What was asked, while the attempt is not finished."""
-        return self._starts.get(attempt_id)
-
     def present_at_death(self, attempt_id: AttemptId) -> tuple[StartAttempt, ...]:
         """Everything that was with the engine which, as the node says of this attempt, has died; nothing where that death is known."""
         start = self._starts.get(attempt_id)
         if start is None or attempt_id in self._bereaved:
             return ()
-        present = tuple(
-            other
-            for other_id, other in self._starts.items()
-            if other.replica_id == start.replica_id and other_id not in self._bereaved and not self.attempts[other_id].over
-        )
+        present = self.at_engine(start.replica_id)
         self._bereaved.update(other.attempt_id for other in present)
         return present
+
+    def at_engine(self, replica_id: ReplicaId) -> tuple[StartAttempt, ...]:
+        """Everything that somebody here waits for and that the replica's engine may be at work on."""
+        return tuple(start for start in self._starts.values() if start.replica_id == replica_id and self.is_at_engine(start.attempt_id))
+
+    def is_at_engine(self, attempt_id: AttemptId) -> bool:
+        """Whether an engine that lives may be at work on it, also where nobody here waits for it any more."""
+        relay = self.attempts.get(attempt_id)
+        return relay is not None and not relay.ended_by_node and attempt_id not in self._bereaved
+
+    def tried(self, attempt_id: AttemptId) -> frozenset[NodeId]:
+        """The nodes that would not take its request before this one did."""
+        return self._tried.get(attempt_id, frozenset())
+
+    def _is_at_work(self) -> bool:
+        """Whether the node owes anything. What it has ended may stay here for long, for a slow client or a directory that is away."""
+        return any(not relay.ended_by_node for relay in self.attempts.values())
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """Tells the node what it may forget, and by how much it may go on."""
@@ -173,9 +197,10 @@ class NodeSession:
             if reason is not None:
                 relay.fail(PotluckError(ErrorCode.NODE_LOST, f"The group of nodes that was answering broke: {reason}."))
 
-    def judge(self, now: float, limits: LivenessLimits) -> None:
-        """Notes whether new work should keep away."""
-        self.suspect = liveness(self.signs, now, limits) is not Liveness.FRESH
+    def judge(self, now: float, limits: LivenessLimits) -> bool:
+        """Notes whether new work should keep away; whether that is news."""
+        before, self.suspect = self.suspect, liveness(self.signs, now, limits) is not Liveness.FRESH
+        return self.suspect is not before
 
     def report(self, now: float) -> NodeReport:
         """What happened since the last report, for the directory's count of uptime and its planning."""
@@ -191,16 +216,17 @@ class NodeSession:
             cards=self._cards,
             peer_measurements=self._peer_measurements,
             attached_model_names=self._attached_model_names,
+            line=self._line,
         )
         self._used_replica_ids = {replica_id for replica_id, count in self.attempts_by_replica.items() if count}
         self._reported_at = now
         return report
 
-    def replica_views(self, model_id: ModelId) -> Iterator[ReplicaView]:
-        """Its replicas of a model as placement sees them: what was wished of it, as far as it says that it is there."""
+    def replica_views(self, model_id: ModelId | None = None) -> Iterator[ReplicaView]:
+        """Its replicas, of one model or all, as placement sees them: what was wished of it, as far as it says that it is there."""
         for wish in self.desired.engines:
             group = wish.group
-            if wish.model.model_id != model_id or (group is not None and group.rank > 0):
+            if model_id not in {None, wish.model.model_id} or (group is not None and group.rank > 0):
                 continue
             status = self.engines.get(wish.replica_id)
             if group is not None and status is not None and status.group_generation != group.generation:
@@ -209,10 +235,12 @@ class NodeSession:
             in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
             # A node at its bound of attempts has no slot left, whatever its replicas offer.
             room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
+            if wish.engine_kind == ATTACH_KIND and status is not None:
+                room_count = slots_beside_owner(room_count, in_flight_count, status.waiting_count)
             yield ReplicaView(
                 replica_id=wish.replica_id,
                 node_id=self.node_id,
-                model_id=model_id,
+                model_id=wish.model.model_id,
                 ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
                 slot_count=min(status.slot_count, wish.slot_count, room_count) if status is not None else 0,
                 in_flight_count=in_flight_count,
@@ -221,4 +249,5 @@ class NodeSession:
                 link_up=self.outbox is not None and not self.outbox.closed,
                 endpoints=status.endpoints if status is not None else (),
                 leaving=wish.replica_id in self.leaving,
+                context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
             )

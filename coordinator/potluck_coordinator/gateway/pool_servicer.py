@@ -1,7 +1,8 @@
 """The pool as people see it: the gRPC side of the directory's node and catalogue desks.
 
-Decides what of a node is shown to whom: its owner and the operator see everything; others see neither whose it is, nor its cards' uuids,
-nor why an engine failed. The operator's words over nodes, models and deployments come in here as well; `authorisation` keeps them to the
+Decides what of a node is shown to whom: its owner and the operator see everything; others see neither whose it is, nor what tells its cards
+apart, nor why an engine failed, nor what it offers to groups (its site and private address, and whom its owner trusts), nor what its owner
+calls models of their own. The operator's words over nodes, models and deployments come in here as well; `authorisation` keeps them to the
 operator, and `catalogue_messages` within bounds. It must not know links.
 """
 
@@ -121,12 +122,12 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
 def _as_seen_by(identity: KeyIdentity, record: NodeRecord) -> NodeRecord:
     if identity.operator or record.owner_account_id == identity.account_id:
         return record
-    cards = tuple(replace(card, uuid="") for card in record.inventory.accelerators)
+    cards = tuple(replace(card, uuid="", nvlink_peer_uuids=(), pcie_peer_uuids=()) for card in record.inventory.accelerators)
     return replace(
         record,
         owner_account_id=AccountId(""),
         engines=tuple(replace(status, failure="") for status in record.engines),
-        inventory=replace(record.inventory, accelerators=cards),
+        inventory=replace(record.inventory, accelerators=cards, group_offer=None, attached_model_names=()),
     )
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import AdmissionLimits, Dispatch, ModelLoad, Refuse, Wait, admit, retry_after_seconds
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
-from potluck_coordinator.domain.placement import place, rejection
+from potluck_coordinator.domain.placement import place, slots, tokens_wanted
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway.answer import Answer
 from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
 from potluck_coordinator.gateway.quarantine import Quarantine
+from potluck_coordinator.gateway.refusals import Refusals
 from potluck_coordinator.gateway.relay import Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, AttemptId, Endpoint, ModelId, NodeId, ReplicaId, RequestId, StartAttempt
@@ -30,10 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
-    from potluck_coordinator.domain.placement import ReplicaView
+    from potluck_coordinator.domain.placement import Placement, ReplicaView
     from potluck_coordinator.gateway.ledger_writer import LedgerWriter
     from potluck_coordinator.gateway.links import Links
     from potluck_protocol.clock import Clock
+    from potluck_protocol.culprits import Culprits, Fingerprint
 
 PLACEMENTS_MAX: Final = 3
 """How often a request is placed at most: its node or engine may not take it after all (it paused a moment ago, say)."""
@@ -64,6 +67,14 @@ class InferenceRequest:
     prompt_count: int
     prompt_tokens_min: int
     """A lower bound on the tokens of the longest prompt: what cannot fit is refused before an engine works on it."""
+    _fingerprints: list[Fingerprint] = field(default_factory=list, init=False, repr=False, compare=False)
+    """None or one."""
+
+    def fingerprint(self, culprits: Culprits) -> Fingerprint:
+        """Made once, however often it is looked up: a body has up to megabytes, and a request that waits is looked at again and again."""
+        if not self._fingerprints:
+            self._fingerprints.append(culprits.fingerprint(self.endpoint, self.body))
+        return self._fingerprints[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +136,8 @@ class RequestService:
         gateway_epoch: int,
     ) -> None:
         self._links = links
-        self._quarantine = Quarantine(links.culprits)
+        self._quarantine = Quarantine(links)
+        self._refusals = Refusals(clock)
         self._ledger = ledger
         self._catalogue = catalogue
         self._replica_payees = replica_payees
@@ -144,21 +156,29 @@ class RequestService:
         return len(self._answers)
 
     def queued_count(self, model_id: ModelId) -> int:
-        """Requests waiting for a slot of the model."""
-        return len(self._queues.get(model_id, ()))
+        """Requests waiting for a slot of the model; one that has it has just not left the queue yet."""
+        return sum(not waiting.turn.done() for waiting in self._queues.get(model_id, ()))
 
     @property
     def waiting_counts(self) -> Mapping[ModelId, int]:
-        """Requests waiting for a slot, of every model that has some."""
-        return {model_id: len(queue) for model_id, queue in self._queues.items() if queue}
+        """How much every model is asked for that has no slot free: its queue, and the people who were refused lately."""
+        counts = self._refusals.counts(self._catalogue())
+        for model_id, queue in self._queues.items():
+            if queue:
+                counts[model_id] = counts.get(model_id, 0) + len(queue)
+        return counts
 
     def models(self, *, with_offers: bool = False) -> tuple[ModelView, ...]:
         """The catalogue with what is ready now; the entries that are offers, with nothing to serve yet, only if they are asked for."""
         return tuple(
-            ModelView(entry, sum(1 for replica in self._links.replicas(entry.model_id) if replica.ready and replica.link_up))
+            ModelView(entry, self._ready_replica_count(entry.model_id))
             for entry in self._catalogue().values()
             if with_offers or entry.file is not None
         )
+
+    def _ready_replica_count(self, model_id: ModelId) -> int:
+        cohorts = self._links.cohorts(model_id)
+        return sum(len(cohort.replicas) for cohort in cohorts if cohort.sample.ready and cohort.sample.link_up)
 
     async def begin(self, request: InferenceRequest) -> Answer:
         """Admits, places and dispatches, and waits until the engine has begun to answer.
@@ -176,7 +196,7 @@ class RequestService:
         if request.prompt_tokens_min > entry.context_length_tokens:
             message = f"The prompt is longer than the model's context of {entry.context_length_tokens} tokens. Send a shorter one."
             raise PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param=INPUT_PARAM[request.endpoint])
-        self._quarantine.check(request.endpoint, request.body)
+        self._quarantine.check(request)
         began_at = self._clock.monotonic_seconds()
         excluded: frozenset[NodeId] = frozenset()
         while True:
@@ -197,21 +217,22 @@ class RequestService:
     async def _slot(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId], waited_seconds: float) -> Answer:
         """A dispatched attempt, at once or after waiting for a slot."""
         load = self._load(request, excluded)
+        if load.free_slot_count and load.queued_count:
+            # Whoever waits comes first. What is free after that suits none of them, and is not kept from others.
+            self._serve_queue(request.model_id)
+            load = self._load(request, excluded)
+        chosen = self._placed(request, excluded, self._draw()).chosen if load.free_slot_count else None
+        if chosen is None:
+            # A slot that is free is then on a node that this request is kept from.
+            load = replace(load, free_slot_count=0)
         match admit(load, self._limits.admission, waited_seconds):
-            case Refuse(code, retry_after):
-                raise self._refusal(code, request, excluded, retry_after)
+            case Dispatch():
+                assert chosen is not None, "no other slot counts as free"
+                return self._dispatch(request, entry, chosen, excluded)
             case Wait(wait_seconds_max):
                 return await self._wait_in_queue(_Waiting(request, entry, excluded, wait_seconds_max))
-            case Dispatch():
-                shunned = self._quarantine.shunned(request.endpoint, request.body)
-                placement = place(self._links.replicas(request.model_id), request.endpoint, excluded | shunned, self._draw())
-                if placement.chosen is not None:
-                    return self._dispatch(request, entry, placement.chosen)
-                if shunned:
-                    seconds_max = max(0.0, self._limits.admission.queue_wait_seconds_max - waited_seconds)
-                    return await self._wait_in_queue(_Waiting(request, entry, excluded, seconds_max))
-        # Admission counted a free slot that placement did not find.
-        raise self._refusal(ErrorCode.NO_CAPACITY, request, excluded, self._limits.admission.retry_after_seconds_min)
+            case Refuse(code, retry_after):
+                raise self._refusal(code, request, excluded, retry_after)
 
     async def _wait_in_queue(self, waiting: _Waiting) -> Answer:
         queue = self._queues.setdefault(waiting.request.model_id, deque())
@@ -232,23 +253,27 @@ class RequestService:
         return answer
 
     def serve_queues(self) -> None:
-        """Gives free slots to whoever waits longest: called whenever a slot may have become free."""
-        for model_id, queue in self._queues.items():
-            for waiting in tuple(queue):
-                if waiting.turn.done():
-                    continue
-                request = waiting.request
-                excluded = waiting.excluded | self._quarantine.shunned(request.endpoint, request.body)
-                placement = place(self._links.replicas(model_id), request.endpoint, excluded, self._draw())
-                if placement.chosen is None:
-                    # One that no free replica suits does not hold up those behind it.
-                    continue
-                try:
-                    waiting.turn.set_result(self._dispatch(request, waiting.entry, placement.chosen))
-                except Exception as error:  # noqa: BLE001 - it is this request's failure, and its client is told
-                    waiting.turn.set_exception(error)
+        """Gives free slots to whoever waits longest: called whenever an answer ends, and a few times a second for all other reasons."""
+        for model_id in self._queues:
+            self._serve_queue(model_id)
 
-    def _dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView) -> Answer:
+    def _serve_queue(self, model_id: ModelId) -> None:
+        for waiting in tuple(self._queues.get(model_id, ())):
+            if waiting.turn.done():
+                continue
+            if not any(cohort.is_free for cohort in self._links.cohorts(model_id)):
+                break
+            request = waiting.request
+            placement = self._placed(request, waiting.excluded, self._draw())
+            if placement.chosen is None:
+                # One that no free replica suits does not hold up those behind it.
+                continue
+            try:
+                waiting.turn.set_result(self._dispatch(request, waiting.entry, placement.chosen, waiting.excluded))
+            except Exception as error:  # noqa: BLE001 - it is this request's failure, and its client is told
+                waiting.turn.set_exception(error)
+
+    def _dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId]) -> Answer:
         """Starts an attempt and, beside it, its hold. The engine is not kept waiting; the client sees nothing before the hold stands."""
         session = self._links.session(replica.node_id)
         assert session is not None, "placement saw the session in this same turn of the loop"
@@ -258,26 +283,29 @@ class RequestService:
         relay = Relay(attempt_id, self._limits.window_bytes, now, session.acknowledge)
         payees = self._replica_payees().get(replica.replica_id, (PayeeShare(session.owner_account_id, 1),))
         start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, self._limits.window_bytes)
-        session.start(start, relay, now)
+        session.start(start, relay, now, request, tried)
+        self._links.node_changed(session.node_id)
+
+        finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
         try:
             hold = self._ledger.submit(self._hold(attempt_id, request.account_id, payees, amount))
         except BaseException:
-            session.finish(attempt_id, replica.replica_id)
+            finish()
             raise
-        self._quarantine.begin(attempt_id, session.node_id, request.endpoint, request.body)
+        self._quarantine.begin(attempt_id, session.node_id, request)
 
         def expire() -> None:
             relay.fail(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
             # The slot is not kept until whoever reads the answer notices.
-            session.finish(attempt_id, replica.replica_id)
+            finish()
             self.serve_queues()
 
         deadline = asyncio.get_running_loop().call_later(REQUEST_SECONDS_MAX, expire)
 
         def release() -> None:
             deadline.cancel()
-            session.finish(attempt_id, replica.replica_id)
-            self._quarantine.end(attempt_id, request.endpoint, request.body, answered=answer.is_whole)
+            finish()
+            self._quarantine.end(attempt_id, request, answered=answer.is_whole)
             del self._answers[attempt_id]
             self._learn_duration(request.model_id, self._clock.monotonic_seconds() - now)
             self.serve_queues()
@@ -326,16 +354,25 @@ class RequestService:
             # Settled here and now: a client that does not read would keep its edge from it for longer than a stop may take.
             await answer.close()
 
+    def _placed(self, request: InferenceRequest, excluded: frozenset[NodeId], draw: float) -> Placement:
+        cohorts = self._links.cohorts(request.model_id)
+        for shunned in self._quarantine.shunned(request, excluded):
+            out = excluded | shunned
+            tokens_min = tokens_wanted(cohorts, request.endpoint, out, request.prompt_tokens_min, request.completion_tokens_max)
+            placement = place(cohorts, request.endpoint, out, draw, tokens_min)
+            if placement.chosen is not None:
+                break
+        return placement
+
     def _load(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> ModelLoad:
-        usable = free = 0
-        for replica in self._links.replicas(request.model_id):
-            if rejection(replica, request.endpoint, excluded) is None:
-                usable += replica.slot_count
-                free += max(0, replica.slot_count - replica.in_flight_count)
+        cohorts = self._links.cohorts(request.model_id)
+        tokens_min = tokens_wanted(cohorts, request.endpoint, excluded, request.prompt_tokens_min, request.completion_tokens_max)
+        usable, free = slots(cohorts, request.endpoint, excluded, tokens_min)
         return ModelLoad(usable, free, self.queued_count(request.model_id), self._request_seconds_mean.get(request.model_id, 1.0))
 
     def _refusal(self, code: ErrorCode, request: InferenceRequest, excluded: frozenset[NodeId], retry_after: float) -> PotluckError:
-        placement = place(self._links.replicas(request.model_id), request.endpoint, excluded, 0.0)
+        self._refusals.note(request.model_id, request.account_id)
+        placement = self._placed(request, excluded, 0.0)
         text = PotluckError(code).message
         return PotluckError(code, f"{text} Replicas: {placement.explanation()}.", retry_after_seconds=retry_after)
 

@@ -6,15 +6,21 @@ Decides only the form in which it is kept, so that a directory that starts anew 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
-from sqlmodel import Session, col, delete, select
+from sqlalchemy import bindparam
+from sqlmodel import Session, col, delete, insert, select
 
 from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED, Corrections
 from potluck_coordinator.domain.planning.words import PlannedReplica
 from potluck_coordinator.storage.state import StateName, StateRepository
 from potluck_coordinator.storage.tables import PlannedReplicaRow
 from potluck_protocol.values import ReplicaId
+
+# A row at a time, as many as there are: one statement has room for some thousands of ids only.
+_REMOVE: Final = delete(PlannedReplicaRow).where(col(PlannedReplicaRow.replica_id) == bindparam("removed"))
+_ADD: Final = insert(PlannedReplicaRow)
 
 
 class PlanRepository:
@@ -39,10 +45,12 @@ class PlanRepository:
     def keep_corrections(self, corrections: Corrections) -> None:
         StateRepository(self._session).put(StateName.FIT_CORRECTIONS, msgspec.json.encode(corrections).decode())
 
-    def keep(self, replicas: Mapping[ReplicaId, PlannedReplica]) -> None:
-        """Makes these the replicas that there are."""
-        self._session.exec(delete(PlannedReplicaRow).where(col(PlannedReplicaRow.replica_id).not_in(list(replicas))))
-        for replica_id, replica in replicas.items():
-            row = PlannedReplicaRow(replica_id=replica_id, node_id=replica.node_id, plan=msgspec.json.encode(replica).decode())
-            self._session.merge(row)
-        self._session.flush()
+    def keep(self, before: Mapping[ReplicaId, PlannedReplica], replicas: Mapping[ReplicaId, PlannedReplica]) -> None:
+        """Makes these the replicas that there are, where those were; writes only what differs."""
+        connection = self._session.connection()
+        new = [replica for replica_id, replica in replicas.items() if before.get(replica_id) != replica]
+        if removed := [*(before.keys() - replicas.keys()), *(replica.replica_id for replica in new)]:
+            connection.execute(_REMOVE, [{"removed": replica_id} for replica_id in removed])
+        if new:
+            rows = [{"replica_id": one.replica_id, "node_id": one.node_id, "plan": msgspec.json.encode(one).decode()} for one in new]
+            connection.execute(_ADD, rows)

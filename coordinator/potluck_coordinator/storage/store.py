@@ -179,16 +179,18 @@ def _public(error: BaseException) -> BaseException:
     )
 
 
+def unusable_url(error: Exception) -> PotluckError:
+    """What to say of a database URL that SQLAlchemy would not have; without the URL's own text, for it may hold a password."""
+    missing = f" {error.name} is not installed." if isinstance(error, ModuleNotFoundError) else ""
+    text = f"The database URL cannot be used.{missing} It looks like sqlite:////folder/potluck.db or postgresql+psycopg://user@host/name."
+    return PotluckError(ErrorCode.INVALID_REQUEST, text)
+
+
 def _engine(url: str) -> Engine:
     try:
         engine = create_engine(url, poolclass=StaticPool)
     except (ArgumentError, ModuleNotFoundError, ValueError) as error:
-        # Without the URL's own text: it may hold a password.
-        missing = f" {error.name} is not installed." if isinstance(error, ModuleNotFoundError) else ""
-        text = (
-            f"The database URL cannot be used.{missing} It looks like sqlite:////folder/potluck.db or postgresql+psycopg://user@host/name."
-        )
-        raise PotluckError(ErrorCode.INVALID_REQUEST, text) from None
+        raise unusable_url(error) from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

@@ -222,6 +222,18 @@ class ShardGroupRow(SQLModel, table=True):
     shard_group: str
 
 
+class LethalRequestRow(SQLModel, table=True):
+    """A request with which an engine died, by its keyed hash; with a date where it is refused for good."""
+
+    __tablename__ = "lethal_request"
+
+    fingerprint: str = Field(primary_key=True)
+    attempt_id: str
+    owner_account_id: str
+    died_at_unix_ms: int = _big()
+    refused_at_unix_ms: int | None = _big(nullable=True)
+
+
 class NodeUptimeHourRow(SQLModel, table=True):
     """A node's judged minutes in one hour of unix time."""
 

@@ -15,6 +15,7 @@ from potluck_coordinator.storage.holds import HoldRepository
 from potluck_coordinator.storage.join_tokens import JoinTokenRepository
 from potluck_coordinator.storage.keys import KeyRepository
 from potluck_coordinator.storage.ledger import LedgerRepository
+from potluck_coordinator.storage.lethal_requests import LethalRequestRepository
 from potluck_coordinator.storage.nodes import NodeRepository
 from potluck_coordinator.storage.plan import PlanRepository
 from potluck_coordinator.storage.state import StateRepository
@@ -35,5 +36,6 @@ class UnitOfWork:
         self.catalogue = CatalogueRepository(session)
         self.plan = PlanRepository(session)
         self.groups = GroupRepository(session)
+        self.lethal_requests = LethalRequestRepository(session)
         self.uptime = UptimeRepository(session)
         self.state = StateRepository(session)

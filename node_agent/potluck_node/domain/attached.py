@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -20,6 +21,12 @@ from potluck_node.domain.model_source import is_attachable
 MODELS_PATH: Final = "/v1/models"
 NAMES_MAX: Final = 256
 """Of one node, as many as the coordinator takes."""
+WORD_SECONDS_MAX: Final = 600.0
+"""For any word of a server, as long as a gateway gives a request: its owner's own requests may keep it busy, a large model may have to be
+loaded first, and some servers list nothing while they are at work."""
+BUSY_STATUSES: Final = frozenset({429, 502, 503, 504})
+"""What a server, or what stands before it, says while it cannot answer just now: llama.cpp 503 for as long as it loads a model, which it
+lists already. Not 500, which is an answer: the request was tried."""
 UNKNOWN: Final = "an OpenAI-compatible server"
 
 _BY_OWNER: Final = {
@@ -30,6 +37,15 @@ _BY_OWNER: Final = {
     "tabbyAPI": "TabbyAPI",
     "organization_owner": "LM Studio",
     "koboldcpp": "KoboldCpp",
+}
+_KINDS: Final = {
+    "vLLM": "vllm",
+    "SGLang": "sglang",
+    "llama.cpp": "llamacpp",
+    "TensorRT-LLM": "tensorrt_llm",
+    "TGI": "tgi",
+    "TabbyAPI": "tabbyapi",
+    "Ollama": "ollama",
 }
 RECOGNITION_PATHS: Final = ("/api/version", "/info", "/props", "/version")
 """Asked once of a server, after its models."""
@@ -72,7 +88,13 @@ def parse_attached(text: str) -> AttachedServer:
         loopback = host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         loopback, port = False, None
-    if not loopback or port is None or parts.scheme != "http" or parts.username or parts.query or parts.fragment:
+    if {"@", "?", "#"} & set(url):
+        # Not quoted: there may be a secret in it.
+        raise ValueError(
+            "an attached URL has a user, a password, a query or a fragment; give a server on this machine's loopback such as "
+            "http://127.0.0.1:11434, and the file of its key, if it asks for one, after a blank"
+        )
+    if not loopback or port is None or parts.scheme != "http":
         raise ValueError(f"{url!r} is no server on this machine's loopback; give one such as http://127.0.0.1:11434")
     # People copy what they give to OpenAI's client, which wants it with the version.
     return AttachedServer(url.rstrip("/").removesuffix("/v1"), key_file.strip())
@@ -80,12 +102,32 @@ def parse_attached(text: str) -> AttachedServer:
 
 def model_names(models: Answer) -> tuple[str, ...]:
     """What the server calls its models, as far as a catalogue can name them."""
-    names = {entry.get("id") for entry in _entries(models)}
-    return tuple(sorted(name for name in names if isinstance(name, str) and is_attachable(name)))
+    ids = (entry.get("id") for entry in _entries(models))
+    return tuple(sorted({name for name in ids if isinstance(name, str) and is_attachable(name)}))
+
+
+def is_only_busy(models: Answer) -> bool:
+    """Whether a server that is asked for its models does not list them just now, which says nothing of what it has."""
+    return models.status >= HTTPStatus.INTERNAL_SERVER_ERROR or models.status in BUSY_STATUSES
 
 
 def recognised(answers: Mapping[str, Answer]) -> str:
-    """Which software this is, with its version where it says so. What it says of its models' owner counts before everything else."""
+    """Which software this is, for people, with its version where it says so."""
+    software, props = _software(answers), _fields(answers.get("/props"))
+    if not software:
+        return UNKNOWN
+    said = {"Ollama": "/api/version", "TGI": "/info", "vLLM": "/version", "TensorRT-LLM": "/version"}.get(software)
+    version = _fields(answers.get(said)).get("version") if said else props.get("build_info") if software == "llama.cpp" else None
+    return f"{software} {version}" if isinstance(version, str) and version.isprintable() and 0 < len(version) <= 40 else software
+
+
+def recognised_kind(answers: Mapping[str, Answer]) -> str:
+    """The same as the word for a kind of engine, by which `engines.metrics` has its metrics; empty for one that has none there."""
+    return _KINDS.get(_software(answers), "")
+
+
+def _software(answers: Mapping[str, Answer]) -> str:
+    """What the server says of its models' owner counts before everything else; empty where it says nothing known."""
     models = answers.get(MODELS_PATH, Answer(0))
     owners = [entry.get("owned_by") for entry in _entries(models)]
     kind = next((_BY_OWNER[owner] for owner in owners if isinstance(owner, str) and owner in _BY_OWNER), "")
@@ -96,11 +138,7 @@ def recognised(answers: Mapping[str, Answer]) -> str:
         kind = "TGI"
     if not kind and isinstance(_fields(answers.get("/api/version")).get("version"), str):
         kind = "Ollama"
-    if not kind:
-        return UNKNOWN
-    said = {"Ollama": "/api/version", "TGI": "/info", "vLLM": "/version", "TensorRT-LLM": "/version"}.get(kind)
-    version = _fields(answers.get(said)).get("version") if said else props.get("build_info") if kind == "llama.cpp" else None
-    return f"{kind} {version}" if isinstance(version, str) and version.isprintable() and 0 < len(version) <= 40 else kind
+    return kind
 
 
 def _entries(models: Answer) -> list[dict[str, Any]]:

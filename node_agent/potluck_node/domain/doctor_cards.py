@@ -1,32 +1,37 @@
-"""Checks of the cards themselves: there at all, heat, clocks, power, memory, faults.
+"""Checks of the cards themselves: there at all, heat, clocks, memory, faults.
 
-Decides what is too hot, too hungry or too full. A power cap at work is how a capped card works, and no alarm.
+Decides what is too hot, too slow or too full. A power cap at work is how a capped card works, and no alarm. What a driver does not tell is
+not judged, and said to be so.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Final
 
-from potluck_node.domain.findings import GIB, Examination, Finding, Level, by_card, card_subject, gib, listed, watts
+from potluck_node.domain.findings import (
+    GIB,
+    Examination,
+    Finding,
+    Level,
+    by_card,
+    card_subject,
+    gib,
+    limit_milliwatts,
+    limit_words,
+    listed,
+    watts,
+)
 from potluck_node.domain.hardware import Card, CardProcess, ThrottleReason, foreign_bytes
 from potluck_node.domain.xid import meaning
 
 HEADROOM_CELSIUS: Final = 10
 """To the card's own slowdown threshold, 95 °C on most 3090s: at 85 °C the pool that this one learns from had lost 40 % of its clocks."""
-TRANSIENT_FACTOR: Final = 500 / 350
-"""What a card takes for milliseconds, by what it is limited to: guides that go back to Igor's Lab's measurements of the 350 W RTX 3090
-budget up to 500 W for it (unanswered.io/guide/rtx-3090-power-consumption-psu-requirements). The driver's limit does not bound such peaks,
-and the cards of one model peak together (github.com/noonghunna/club-3090/issues/1019)."""
-HOST_WATTS: Final = 100
-"""The machine without its cards: 70 to 100 W at such work (research of the design, ecosystem §3.5)."""
-CAP_STEP_WATTS: Final = 10
-CLOCKS_BOUND_MHZ: Final = "210,1550"
-"""What keeps the peaks of four 3090s below a 1500 W supply's protection: github.com/noonghunna/club-3090/issues/814."""
 FOREIGN_BYTES: Final = GIB
 """Held by others before it is worth a word; a desktop alone holds about half of it."""
 PROCESSES_NAMED: Final = 3
+USUAL_LIMIT_MILLIWATTS: Final = 350_000
+"""Of a 3090."""
 
 _SLOWED: Final = {
     ThrottleReason.HARDWARE_THERMAL: (Level.FAIL, "by its own protection against heat"),
@@ -35,9 +40,10 @@ _SLOWED: Final = {
     ThrottleReason.HARDWARE_SLOWDOWN: (Level.FAIL, "by its own protection"),
 }
 """The gravest that applies is told; the last says only that one of the others does, or none that has a name."""
-COOLER_CAPS_WATTS: Final = (280, 250, 220)
-"""280 W costs a 3090 less than 1 % of its decoding speed, and 220 W is the last before it falls off (research of the design, peers §2.11,
-ecosystem §3.4)."""
+COOLER_SHARES: Final = (0.8, 0.71, 0.63)
+"""Caps to try, by what a card is made for: 280, 250 and 220 W of a 3090's 350. 280 W cost it less than 1 % of its decoding speed, and 220 W
+is the last before it falls off (research of the design, peers §2.11, ecosystem §3.4)."""
+CAP_STEP_WATTS: Final = 10
 _SLOWED_FIXES: Final = {
     ThrottleReason.POWER_BRAKE: "check its power cables, one for each socket, and the power supply",
     ThrottleReason.HARDWARE_SLOWDOWN: "check its power cables and its heat",
@@ -53,59 +59,39 @@ def check_presence(examination: Examination) -> tuple[Finding, ...]:
 
 def check_heat(examination: Examination) -> tuple[Finding, ...]:
     """Cards near the temperature at which they slow down by themselves."""
-    cards = [card for card in examination.live_cards if card.reading.temperature_celsius is not None]
+    cards = examination.live_cards
     bad = [finding for card in cards if (finding := _heat_fault(card)) is not None]
-    if bad or not examination.live_cards:
+    if unknown := {card.index: _unjudged_heat(card) for card in cards if _headroom_celsius(card) is None}:
+        what = f"not judged, for want of the driver's word: {by_card(unknown)}"
+        bad.append(Finding(Level.WARN, "heat", what, "nvidia-smi -q -d TEMPERATURE"))
+    if bad or not cards:
         return tuple(bad)
-    if not cards:
-        return (Finding(Level.OK, "heat", "the driver does not tell the temperature"),)
-    return (Finding(Level.OK, "heat", by_card({card.index: f"{card.reading.temperature_celsius} °C" for card in cards})),)
+    return (Finding(Level.OK, "heat", by_card({card.index: _heat_words(card) for card in cards})),)
 
 
 def check_clocks(examination: Examination) -> tuple[Finding, ...]:
     """Cards that are slowed down now, by anything but their power cap."""
     cards = examination.live_cards
     bad = [finding for card in cards if (finding := _clock_fault(card)) is not None]
+    if unknown := {card.index: "what slows it down" for card in cards if card.reading.throttle_reasons is None}:
+        bad.append(Finding(Level.WARN, "clocks", f"the driver does not tell {by_card(unknown)}", "nvidia-smi -q -d PERFORMANCE"))
     if bad or not cards:
         return tuple(bad)
-    if all(card.reading.throttle_reasons is None for card in cards):
-        return (Finding(Level.OK, "clocks", "the driver does not tell what slows a card down"),)
     capped = [card for card in cards if ThrottleReason.POWER_CAP in (card.reading.throttle_reasons or ())]
     if not capped:
         return (Finding(Level.OK, "clocks", "no card is slowed down"),)
-    caps = by_card({card.index: _limit_words(card) for card in capped})
+    caps = by_card({card.index: limit_words(card) for card in capped})
     return (Finding(Level.OK, "clocks", f"at the power cap, as they should be under load: {caps}"),)
-
-
-def check_power_supply(examination: Examination) -> tuple[Finding, ...]:
-    """Whether the power supply carries what the cards may take together, and their peaks."""
-    cards = examination.live_cards
-    limits_milliwatts = [limit for card in cards if (limit := _limit_milliwatts(card)) is not None]
-    if not limits_milliwatts or len(limits_milliwatts) < len(cards):
-        return (Finding(Level.OK, "power", "the driver does not tell the cards' power limits"),) if cards else ()
-    limits_watts = sum(limits_milliwatts) / 1000
-    steady_watts = round(limits_watts + HOST_WATTS)
-    peak_watts = round(limits_watts * TRANSIENT_FACTOR + HOST_WATTS)
-    supply_watts = examination.owner.power_supply_watts
-    load = f"the machine may take about {steady_watts} W, and {peak_watts} W for milliseconds"
-    if supply_watts is None:
-        return (Finding(Level.OK, "power", load, "set power_supply_watts in node.toml to have your power supply checked"),)
-    if peak_watts <= supply_watts:
-        return (Finding(Level.OK, "power", f"{load}; the power supply gives {supply_watts} W"),)
-    level = Level.FAIL if steady_watts > supply_watts else Level.WARN
-    what = f"{load}, but the power supply gives {supply_watts} W: it may switch off under load"
-    return (Finding(level, "power", what, _power_fix(cards, supply_watts, peak_watts)),)
 
 
 def check_foreign_memory(examination: Examination) -> tuple[Finding, ...]:
     """Memory of the cards that programs other than this node's hold."""
     cards = examination.live_cards
-    held = {card.index: foreign_bytes(card.reading.memory_used_bytes, card.processes) for card in cards}
-    bad = [_foreign_fault(card, size) for card in cards if (size := held[card.index]) is not None and size >= FOREIGN_BYTES]
+    held = {card.index: foreign_bytes(card.reading.memory_used_bytes, card.processes, engine_here=card.engine_here) for card in cards}
+    bad = [_foreign_fault(examination, card, size) for card in cards if (size := held[card.index]) is not None and size >= FOREIGN_BYTES]
+    bad += _unknown_holders([card for card in cards if held[card.index] is None])
     if bad or not cards:
         return tuple(bad)
-    if all(size is None for size in held.values()):
-        return (Finding(Level.OK, "vram", "the driver does not tell who uses the cards' memory"),)
     return (Finding(Level.OK, "vram", f"others hold {gib(max(size or 0 for size in held.values()))} of a card at most"),)
 
 
@@ -115,7 +101,7 @@ def check_faults(examination: Examination) -> tuple[Finding, ...]:
     if not examination.hardware.cards:
         return ()
     if xids is None:
-        return (Finding(Level.OK, "faults", "the kernel's log may not be read by you", "sudo dmesg | grep -i xid"),)
+        return (Finding(Level.OK, "faults", "not looked at: the kernel's log may not be read by you", "sudo dmesg | grep -i xid"),)
     if not xids:
         return (Finding(Level.OK, "faults", "none since the machine was started"),)
     indexes = {card.identity.bus_id: card.index for card in examination.hardware.cards if card.identity.bus_id is not None}
@@ -139,19 +125,37 @@ def _presence(card: Card) -> Finding:
         words.append(gib(identity.memory_bytes))
     if identity.compute_capability is not None:
         words.append(f"compute capability {identity.compute_capability}")
-    if (limit := _limit_milliwatts(card)) is not None:
+    if (limit := limit_milliwatts(card)) is not None:
         lowest, highest = identity.power_limit_min_milliwatts, identity.power_limit_max_milliwatts
         allowed = "" if lowest is None or highest is None else f" ({watts(lowest)} to {watts(highest)} allowed)"
         words.append(f"limit {watts(limit)}{allowed}")
     return Finding(Level.OK, card_subject(card), ", ".join(words))
 
 
-def _heat_fault(card: Card) -> Finding | None:
+def _headroom_celsius(card: Card) -> int | None:
+    """How far the card is from slowing down by itself; newer cards tell it as such, and no threshold."""
     celsius, slowdown = card.reading.temperature_celsius, card.identity.slowdown_celsius
-    if celsius is None or slowdown is None or slowdown - celsius >= HEADROOM_CELSIUS:
+    return card.reading.thermal_margin_celsius if celsius is None or slowdown is None else slowdown - celsius
+
+
+def _heat_words(card: Card) -> str:
+    celsius, slowdown = card.reading.temperature_celsius, card.identity.slowdown_celsius
+    if celsius is not None and slowdown is not None:
+        return f"{celsius} °C, it slows down at {slowdown} °C"
+    margin = f"{card.reading.thermal_margin_celsius} °C below where it slows down"
+    return margin if celsius is None else f"{celsius} °C, {margin}"
+
+
+def _unjudged_heat(card: Card) -> str:
+    celsius = card.reading.temperature_celsius
+    return "no temperature" if celsius is None else f"{celsius} °C, but not where it slows down"
+
+
+def _heat_fault(card: Card) -> Finding | None:
+    headroom = _headroom_celsius(card)
+    if headroom is None or headroom >= HEADROOM_CELSIUS:
         return None
-    level = Level.WARN if celsius < slowdown else Level.FAIL
-    return Finding(level, card_subject(card), f"{celsius} °C, it slows down at {slowdown} °C", _cooling(card))
+    return Finding(Level.WARN if headroom > 0 else Level.FAIL, card_subject(card), _heat_words(card), _cooling(card))
 
 
 def _clock_fault(card: Card) -> Finding | None:
@@ -164,17 +168,48 @@ def _clock_fault(card: Card) -> Finding | None:
 
 
 def _cooling(card: Card) -> str:
-    limit = _limit_milliwatts(card)
-    for cap_watts in COOLER_CAPS_WATTS:
-        if limit is None or cap_watts * 1000 < limit:
+    limit, made_for, lowest = (
+        limit_milliwatts(card),
+        card.identity.power_limit_default_milliwatts or USUAL_LIMIT_MILLIWATTS,
+        card.identity.power_limit_min_milliwatts or 0,
+    )
+    for share in COOLER_SHARES:
+        cap_watts = round(made_for * share / 1000 / CAP_STEP_WATTS) * CAP_STEP_WATTS
+        if lowest <= cap_watts * 1000 and (limit is None or cap_watts * 1000 < limit):
             return f"clean fans and filters, give it air, or cap it: sudo nvidia-smi -i {card.index} -pl {cap_watts}"
     return "clean fans and filters, and give it air"
 
 
-def _foreign_fault(card: Card, held_bytes: int) -> Finding:
+def _foreign_fault(examination: Examination, card: Card, held_bytes: int) -> Finding:
     total = "" if card.identity.memory_bytes is None else f" of {gib(card.identity.memory_bytes)}"
     what = f"others hold {gib(held_bytes)}{total}: {_process_words(card.processes or ())}"
-    return Finding(Level.WARN, card_subject(card), what, "close them, or run `potluck node pause` while you use the card")
+    fix = "close them" if examination.network is None else "close them, or run `potluck node pause` while you use the card"
+    if "attach" in examination.owner.engine_kinds:
+        fix = f"leave the server that you share, and {fix}"
+    return Finding(Level.WARN, card_subject(card), what, fix)
+
+
+def _unknown_holders(cards: list[Card]) -> list[Finding]:
+    untold = [card for card in cards if card.reading.memory_used_bytes is None]
+    hidden = [card for card in cards if card.reading.memory_used_bytes is not None and not _may_hold_nothing_yet(card)]
+    early = [card for card in cards if card.reading.memory_used_bytes is not None and _may_hold_nothing_yet(card)]
+    findings = []
+    if untold:
+        what = f"the driver does not tell {by_card({card.index: 'how much is in use' for card in untold})}"
+        findings.append(Finding(Level.WARN, "vram", what, "nvidia-smi -q -d MEMORY"))
+    if hidden:
+        which = by_card({card.index: "the driver does not show what this node's engine holds" for card in hidden})
+        fix = "in a container, start it with --pid=host; else nvidia-smi shows all"
+        findings.append(Finding(Level.WARN, "vram", f"what others hold is not known: {which}", fix))
+    if early:
+        which = by_card({card.index: "this node's engine starts or ends there, and the driver shows nothing of it" for card in early})
+        findings.append(Finding(Level.OK, "vram", f"what others hold is not known yet: {which}", "look again when it is ready"))
+    return findings
+
+
+def _may_hold_nothing_yet(card: Card) -> bool:
+    """Whether the driver may show no memory of our engine because there is none: it still reads its own code, or has ended."""
+    return card.engine_here and not card.engine_serves and not any(process.own for process in card.processes or ())
 
 
 def _process_words(processes: tuple[CardProcess, ...]) -> str:
@@ -184,22 +219,3 @@ def _process_words(processes: tuple[CardProcess, ...]) -> str:
     words = [f"{process.name} (pid {process.pid})" if process.name else f"pid {process.pid}" for process in foreign[:PROCESSES_NAMED]]
     more_count = len(foreign) - len(words)
     return listed([*words, f"{more_count} more"] if more_count else words)
-
-
-def _power_fix(cards: tuple[Card, ...], supply_watts: int, peak_watts: int) -> str:
-    cap_watts = math.floor((supply_watts - HOST_WATTS) / TRANSIENT_FACTOR / len(cards) / CAP_STEP_WATTS) * CAP_STEP_WATTS
-    lowest_watts = max((card.identity.power_limit_min_milliwatts or 0) / 1000 for card in cards)
-    if cap_watts < max(lowest_watts, CAP_STEP_WATTS):
-        return f"use a power supply of {math.ceil(peak_watts / 50) * 50} W, or fewer cards"
-    return f"sudo nvidia-smi -pl {cap_watts}; if it still switches off, bound the clocks too: sudo nvidia-smi -lgc {CLOCKS_BOUND_MHZ}"
-
-
-def _limit_milliwatts(card: Card) -> int | None:
-    if card.reading.power_limit_milliwatts is not None:
-        return card.reading.power_limit_milliwatts
-    return card.identity.power_limit_default_milliwatts
-
-
-def _limit_words(card: Card) -> str:
-    limit = _limit_milliwatts(card)
-    return "an unknown limit" if limit is None else watts(limit)

@@ -1,6 +1,6 @@
-"""Checks of the machine and of its way to the pool: driver, disk, shared memory, ports, clock.
+"""Checks of the machine around the cards: driver, engines, shared memory, disk.
 
-Decides what an engine and an agent need around the cards.
+Decides what an engine needs there, and what is told of a machine that is not all this node's.
 """
 
 from __future__ import annotations
@@ -9,26 +9,23 @@ from collections.abc import Mapping
 from typing import Final
 
 from potluck_node.domain.findings import GIB, Examination, Finding, Level, gib, listed
-from potluck_node.domain.hardware import Driver, DriverAbsence, Reach
+from potluck_node.domain.hardware import Driver, DriverAbsence
 
-ENGINE_CUDA_MINIMUM: Final[Mapping[str, tuple[int, int]]] = {"sglang": (13, 0), "vllm": (13, 0)}
-"""The CUDA that an engine's wheels are built for, by its kind; a driver must run that major version. vLLM builds its default wheels for
-CUDA 13 since 0.20 (github.com/vllm-project/router/pull/154), SGLang since 0.5.11 (github.com/gpustack/gpustack/issues/5285). llama.cpp is
-not here: the wheel that a node installs computes without CUDA."""
+USUAL_CUDA: Final[Mapping[str, str]] = {"sglang": "13.0", "vllm": "13.0"}
+"""What an engine's usual wheels are built for, by its kind, where no environment tells. vLLM builds them for CUDA 13 since 0.20
+(github.com/vllm-project/router/pull/154), SGLang since 0.5.11 (github.com/gpustack/gpustack/issues/5285). llama.cpp is not here: the wheel
+that a node installs computes without CUDA."""
 DRIVER_OF_CUDA: Final[Mapping[int, str]] = {12: "525", 13: "580"}
 """The first driver for a CUDA major version: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html."""
+CARD_ENGINE_KINDS: Final = frozenset({"attach", "sglang", "vllm"})
+"""Those that compute on cards; of an attached server only its owner knows, who has cared for it."""
 DISK_FAIL_BYTES: Final = 5 * GIB
 """An 8B model at four bits."""
 DISK_WARN_BYTES: Final = 50 * GIB
 """A 70B model at four bits takes about 40 GiB."""
 SHARED_MEMORY_BYTES: Final = GIB
 """What NVIDIA's own containers ask for engines on several cards (`--shm-size=1g`)."""
-CLOCK_WARN_SECONDS: Final = 30
-CLOCK_FAIL_SECONDS: Final = 300
-"""A node's certificate is valid from five minutes before it was made: a clock further behind refuses it."""
 
-_ANYWHERE: Final = ("0.0.0.0:", ":::")
-"""How an address begins that stands for every interface, public ones too."""
 _ABSENCE_FIXES: Final = {
     DriverAbsence.LIBRARY_NOT_FOUND: "install the NVIDIA driver, 580 or newer; in a container, start it with --gpus all",
     DriverAbsence.DRIVER_NOT_LOADED: "sudo modprobe nvidia; if that fails, install the driver for your kernel again and restart",
@@ -45,14 +42,42 @@ def check_driver(examination: Examination) -> tuple[Finding, ...]:
         return (_absence(driver, driver.absence),)
     if driver.cuda_version is None:
         return (Finding(Level.WARN, "driver", f"{driver.version or 'it'} does not tell which CUDA it runs", "nvidia-smi"),)
-    needs = listed(f"{kind} {major}.{minor}" for kind, (major, minor) in sorted(ENGINE_CUDA_MINIMUM.items()))
-    short = {kind: need for kind, need in ENGINE_CUDA_MINIMUM.items() if _version(driver.cuda_version) < need}
-    what = f"{driver.version or 'of unknown version'} runs CUDA {driver.cuda_version}; needed: {needs}"
+    built_for = examination.owner.engine_cuda_versions
+    needs = _needed_cuda(built_for)
+    what = f"{driver.version or 'of unknown version'} runs CUDA {driver.cuda_version}{_needed_words(built_for, needs)}"
+    # A driver runs what was built for any minor version of its CUDA.
+    short = {kind: _version(need)[0] for kind, need in needs.items() if _version(need)[0] > _version(driver.cuda_version)[0]}
     if not short:
-        return (Finding(Level.OK, "driver", what),)
-    level = Level.FAIL if short.keys() & examination.owner.engine_kinds else Level.WARN
-    major = max(need for need in short.values())[0]
-    return (Finding(level, "driver", what, f"install driver {DRIVER_OF_CUDA[major]} or newer, then restart the machine"),)
+        later = any(_version(need) > _version(driver.cuda_version) for need in needs.values())
+        return (Finding(Level.OK, "driver", what + (f" (any CUDA {_version(driver.cuda_version)[0]} runs it)" if later else "")),)
+    # What no environment told is a guess.
+    level = Level.FAIL if any(built_for.get(kind) for kind in short) else Level.WARN
+    major = max(short.values())
+    wanted = f"driver {DRIVER_OF_CUDA[major]} or newer" if major in DRIVER_OF_CUDA else f"a driver that runs CUDA {major}"
+    return (Finding(level, "driver", what, f"install {wanted}, then restart the machine"),)
+
+
+def check_engines(examination: Examination) -> tuple[Finding, ...]:
+    """Whether any engine here computes on the cards; said only where none does, or what the owner names is none."""
+    if failure := examination.owner.engine_failure:
+        return (Finding(Level.FAIL, "engine", failure.rstrip("."), "correct node.toml; potluck node engines list shows what there is"),)
+    kinds, built_for = examination.owner.engine_kinds, examination.owner.engine_cuda_versions
+    if not examination.live_cards or any(built_for.get(kind) != "" for kind in kinds & CARD_ENGINE_KINDS):
+        return ()
+    without = listed(sorted(kind for kind in kinds if built_for.get(kind) == "")) if "" in built_for.values() else ""
+    what = f"no engine here computes on the cards{f': {without} is a build for processors' if without else ''}"
+    # What is installed is not used as long as the owner names another.
+    first = "take vllm_python out of your settings, then: " if "vllm" in examination.owner.engine_kinds_named else ""
+    return (Finding(Level.WARN, "engine", what, f"{first}potluck node engines install vllm"),)
+
+
+def check_memory(examination: Examination) -> tuple[Finding, ...]:
+    """What of the machine's memory is this node's; said only where that is not all of it."""
+    host = examination.hardware.host
+    if host.memory_bytes is None or host.memory_installed_bytes is None or host.memory_bytes >= host.memory_installed_bytes:
+        return ()
+    what = f"{gib(host.memory_bytes)} of the machine's {gib(host.memory_installed_bytes)}, by its control group"
+    return (Finding(Level.OK, "memory", what),)
 
 
 def check_shared_memory(examination: Examination) -> tuple[Finding, ...]:
@@ -76,49 +101,6 @@ def check_disk(examination: Examination) -> tuple[Finding, ...]:
     return (Finding(level, "disk", what, "free some, or set cache_dir in node.toml to a larger disk"),)
 
 
-def check_coordinator(examination: Examination) -> tuple[Finding, ...]:
-    """Whether the coordinator's three ports are reached."""
-    network = examination.network
-    if network is None:
-        return (Finding(Level.OK, "network", "not joined to a pool yet, so there is no coordinator to reach", "potluck node join"),)
-    bad = tuple(_unreached(reach) for reach in network.reaches if reach.round_trip_ms is None)
-    if bad:
-        return bad
-    trips = [reach.round_trip_ms for reach in network.reaches if reach.service == "link" and reach.round_trip_ms is not None]
-    distance = f", {trips[0]:.1f} ms away" if trips else ""
-    return (Finding(Level.OK, "network", f"the coordinator's {listed(r.service for r in network.reaches)} ports are reached{distance}"),)
-
-
-def check_ports(examination: Examination) -> tuple[Finding, ...]:
-    """That nothing of the agent can be reached from outside."""
-    network = examination.network
-    listening = None if network is None else network.listening
-    if listening:
-        what = f"the agent's processes listen beyond this machine, on {listed(listening)}"
-        if not examination.owner.group_allowed:
-            return (Finding(Level.WARN, "ports", what, "potluck node leave, and report it: without group_site a node opens no port"),)
-        if any(address.startswith(_ANYWHERE) for address in listening):
-            return (Finding(Level.WARN, "ports", what, "let your firewall keep all but your group's network away from these ports"),)
-        return (Finding(Level.OK, "ports", f"{what}, for the group that group_site allows"),)
-    what = "a node opens none" if listening is None else "none of the agent's processes listens beyond this machine"
-    return (Finding(Level.OK, "ports", what),)
-
-
-def check_clock(examination: Examination) -> tuple[Finding, ...]:
-    """Whether this machine and the coordinator agree about the time."""
-    network = examination.network
-    if network is None:
-        return ()
-    skew_seconds = network.clock_skew_seconds
-    if skew_seconds is None:
-        return (Finding(Level.OK, "clock", "the coordinator's clock was not seen"),)
-    what = f"{abs(skew_seconds):.0f} s {'behind' if skew_seconds < 0 else 'ahead of'} the coordinator's"
-    if abs(skew_seconds) < CLOCK_WARN_SECONDS:
-        return (Finding(Level.OK, "clock", what),)
-    level = Level.FAIL if abs(skew_seconds) >= CLOCK_FAIL_SECONDS else Level.WARN
-    return (Finding(level, "clock", what, "sudo timedatectl set-ntp true"),)
-
-
 def _absence(driver: Driver, absence: DriverAbsence) -> Finding:
     count = driver.bus_card_count
     said = driver.absence_text.rstrip(".")
@@ -129,11 +111,20 @@ def _absence(driver: Driver, absence: DriverAbsence) -> Finding:
     return Finding(Level.WARN, "driver", f"{cards}no driver to use ({said}): this is a CPU node", _ABSENCE_FIXES[absence])
 
 
-def _unreached(reach: Reach) -> Finding:
-    level = Level.FAIL if reach.service == "link" else Level.WARN
-    what = f"the coordinator's {reach.service} port {reach.target} is not reached: {reach.failure}"
-    return Finding(level, "network", what, "ask the operator whether it runs; your firewall must let TCP out to that port")
+def _needed_cuda(built_for: Mapping[str, str | None]) -> dict[str, str]:
+    """The version by kind of engine: of those that are here, but for builds for processors; else of usual ones."""
+    if not built_for:
+        return dict(USUAL_CUDA)
+    return {kind: USUAL_CUDA.get(kind, "") if version is None else version for kind, version in built_for.items() if version != ""}
+
+
+def _needed_words(built_for: Mapping[str, str | None], needs: Mapping[str, str]) -> str:
+    """What follows the driver's own version."""
+    if not built_for:
+        return f"; usual builds need {listed(f'{kind} {need}' for kind, need in sorted(needs.items()))}, and none is installed here"
+    guessed = {kind: " (its usual build; the one here does not tell)" if built_for[kind] is None else "" for kind in needs}
+    return f"; needed: {listed(f'{kind} {need}{guessed[kind]}' for kind, need in sorted(needs.items()))}" if needs else ""
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
+    return tuple(int(part) for part in text.split(".") if part.isdigit()) or (0,)

@@ -19,6 +19,9 @@ WIDTH_POOR: Final = 4
 setting its slots right (research of the design, peers §2.11; such a card: github.com/noonghunna/club-3090/issues/222)."""
 GENERATION_DROP: Final = 2
 """Generations below the best that count as collapsed. One is often set on purpose, for the sake of a riser."""
+GRANTED_BY: Final = "update the driver, turn the IOMMU off in the BIOS, restart; then: nvidia-smi topo -p2p n"
+LINK_SHOWN_BY: Final = 'sudo lspci -vv -d 10de: | grep -E "^[0-9a-f]|LnkCap:|LnkSta:"'
+"""The kernel's own word for each card's link, what it can and how it is."""
 LOAD_PERCENT: Final = 20
 """Utilisation from which on a link has left its idle speed."""
 
@@ -27,14 +30,15 @@ def check_pcie(examination: Examination) -> tuple[Finding, ...]:
     """Lanes that are missing, and a generation that stays down under load."""
     cards = examination.live_cards
     bad = [finding for card in cards if (finding := _pcie_fault(card)) is not None]
+    untold = {card.index: what for card in cards if (what := _untold_link(card))}
+    if untold:
+        bad.append(Finding(Level.WARN, "pcie", f"the driver does not tell {by_card(untold)}", LINK_SHOWN_BY))
     if bad or not cards:
         return tuple(bad)
-    known = [card for card in cards if card.reading.pcie_width is not None]
-    if not known:
-        return (Finding(Level.OK, "pcie", "the driver does not tell the lanes of the cards"),)
-    widths = by_card({card.index: f"x{card.reading.pcie_width} of x{_capable_width(card) or '?'}" for card in known})
-    idle = any(not _under_load(card) for card in known)
-    return (Finding(Level.OK, "pcie", widths + ("; generation not judged while idle" if idle else "; generation holds under load")),)
+    widths = by_card({card.index: f"x{card.reading.pcie_width} of x{_capable_width(card)}" for card in cards})
+    if all(_under_load(card) for card in cards):
+        return (Finding(Level.OK, "pcie", f"{widths}; generation holds under load"),)
+    return (Finding(Level.OK, "pcie", f"{widths}; generation not judged while idle", "run it again while a model answers"),)
 
 
 def check_nvlink(examination: Examination) -> tuple[Finding, ...]:
@@ -43,11 +47,13 @@ def check_nvlink(examination: Examination) -> tuple[Finding, ...]:
     if len(cards) < 2:
         return ()
     joined = joined_pairs(examination.hardware.pairs)
-    bad = [*_half_seated(cards), *_not_granted(examination, joined)]
+    bad = [*_half_seated(cards), *_not_granted(examination, joined), *_leading_nowhere(examination, joined)]
     if bad:
         return tuple(bad)
     if joined:
         return (Finding(Level.OK, "nvlink", f"joins cards {listed(f'{first}-{second}' for first, second in joined)}"),)
+    if all(pair.nvlink is None for pair in examination.hardware.pairs) and not any(card.nvlinks for card in cards):
+        return (Finding(Level.OK, "nvlink", "the driver tells nothing of a bridge between the cards", "nvidia-smi topo -p2p n"),)
     return (Finding(Level.OK, "nvlink", "no bridge seen: the cards talk over PCIe, so one model a card is the best use of them"),)
 
 
@@ -57,8 +63,12 @@ def check_numa(examination: Examination) -> tuple[Finding, ...]:
     bad = [*_split_pairs(examination, cards), *_lonely_cards(cards), *_far_cards(examination, cards)]
     if bad or not cards:
         return tuple(bad)
+    known = examination.hardware.host.numa_nodes_allowed is not None
+    together = (
+        "cards and their processors are together" if known else "it is not known which processors the agent may use; cards are together"
+    )
     nodes = sorted({card.slot.numa_node for card in cards if card.slot.numa_node is not None})
-    return (Finding(Level.OK, "numa", f"cards and their processors are together on node {listed(str(node) for node in nodes)}"),)
+    return (Finding(Level.OK, "numa", f"{together} on node {listed(str(node) for node in nodes)}"),)
 
 
 def _pcie_fault(card: Card) -> Finding | None:
@@ -78,6 +88,16 @@ def _pcie_fault(card: Card) -> Finding | None:
         what = f"PCIe generation {generation} at {card.reading.utilization_percent} % load, {best} is possible"
         return Finding(Level.WARN, card_subject(card), what, "set the slot's PCIe speed in the BIOS by hand, or change the riser")
     return None
+
+
+def _untold_link(card: Card) -> str:
+    """What would have to be known to judge the card's link as it is now; empty: nothing."""
+    if card.reading.pcie_width is None:
+        return "how many lanes are in use"
+    if _capable_width(card) is None:
+        return "how many lanes it has"
+    generations = (card.reading.pcie_generation, card.identity.pcie_generation_max)
+    return "the generation under load" if _under_load(card) and None in generations else ""
 
 
 def _capable_width(card: Card) -> int | None:
@@ -101,7 +121,7 @@ def _half_seated(cards: tuple[Card, ...]) -> list[Finding]:
 
 def _not_granted(examination: Examination, joined: tuple[tuple[int, int], ...]) -> list[Finding]:
     """Pairs with a bridge between them, by the bus ids at the ends of their ports, that the driver does not let talk."""
-    indexes = {card.identity.bus_id: card.index for card in examination.live_cards}
+    indexes = {card.identity.bus_id: card.index for card in examination.live_cards if card.identity.bus_id is not None}
     bridged = {
         (min(card.index, indexes[link.remote_bus_id]), max(card.index, indexes[link.remote_bus_id]))
         for card in examination.live_cards
@@ -114,9 +134,19 @@ def _not_granted(examination: Examination, joined: tuple[tuple[int, int], ...]) 
         pair = statuses.get((first, second))
         answer = "nothing" if pair is None or pair.nvlink is None else str(pair.nvlink if pair.nvlink != "ok" else pair.read)
         what = f"the NVLink bridge is up but not in use: the driver answers {answer} for peer access"
-        fix = "update the driver, turn the IOMMU off in the BIOS, restart; then: nvidia-smi topo -p2p n"
-        findings.append(Finding(Level.WARN, f"cards {first}-{second}", what, fix))
+        findings.append(Finding(Level.WARN, f"cards {first}-{second}", what, GRANTED_BY))
     return findings
+
+
+def _leading_nowhere(examination: Examination, joined: tuple[tuple[int, int], ...]) -> list[Finding]:
+    """Cards whose ports are up, of which the driver says neither where they lead nor that they join it with any other."""
+    return [
+        Finding(Level.WARN, card_subject(card), "its NVLink ports are up but not in use: the driver joins it with no card", GRANTED_BY)
+        for card in examination.live_cards
+        if any(link.active for link in card.nvlinks)
+        and all(link.remote_bus_id is None for link in card.nvlinks)
+        and not any(card.index in pair for pair in joined)
+    ]
 
 
 def _split_pairs(examination: Examination, cards: list[Card]) -> list[Finding]:

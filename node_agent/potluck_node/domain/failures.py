@@ -2,7 +2,8 @@
 
 Decides the `FailureKind` and which line tells it, by the words that vLLM, SGLang, llama.cpp, PyTorch, CUDA and Linux use for it. Where
 several kinds of words are there, the one further up in `_WORDS` counts: a card that ran out of memory also says "CUDA error", and an engine
-that could not load its model says so after whatever kept it from that. It must not know processes, nor what is done about a failure.
+that could not load its model says so after whatever kept it from that. What is only a warning was survived: it counts where no other line
+has such words and the process's end says nothing. It must not know processes, nor what is done about a failure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_protocol.values import FailureKind
 
 
@@ -23,6 +25,8 @@ class Shortage(StrEnum):
     """It took more than there is: it must take less."""
     CACHE = "cache"
     """What it may take leaves nothing for the cache of keys and values: it must ask for less beside it, and taking less makes it worse."""
+    OTHERS = "others"
+    """Others hold so much of the card that less was free than it was told to take: the model is not to blame."""
     SEQUENCE = "sequence"
     """The whole cache does not hold one sequence of its context: fewer at a time make no difference."""
 
@@ -38,12 +42,14 @@ class Diagnosis:
     """The engine's line that has these words; once it serves, it may quote requests."""
     shortage: Shortage | None = None
     """With OUT_OF_MEMORY."""
+    free_percent: int | None = None
+    """Of the fullest card, where others hold the rest and the engine says how much that is."""
 
 
-MAY_BE_A_REQUESTS_FAULT: Final = frozenset({FailureKind.OUT_OF_MEMORY, FailureKind.CUDA_ERROR, FailureKind.CRASHED, FailureKind.HUNG})
-"""Ends of a serving engine that a request can bring about. One that somebody killed, or whose group broke, is nobody's who asked."""
+_MAY_BE_A_REQUESTS_FAULT: Final = frozenset({FailureKind.OUT_OF_MEMORY, FailureKind.CUDA_ERROR, FailureKind.CRASHED, FailureKind.HUNG})
 
 _SHORTAGE_OF_WORDS: Final = {
+    "less than desired GPU memory utilization": Shortage.OTHERS,
     "larger than the available KV cache": Shortage.SEQUENCE,
     "Cannot auto-fit max_model_len": Shortage.SEQUENCE,
     "No available memory for the cache blocks": Shortage.CACHE,
@@ -62,15 +68,16 @@ _WORDS: Final[tuple[tuple[FailureKind, tuple[str, ...]], ...]] = (
             "device kernel image is invalid",
             "unsupported display driver / cuda driver combination",
             "forward compatibility was attempted",
-            "libcudart.so",
-            "libcuda.so",
+            # Not the bare names: they stand in every backtrace.
+            "libcudart.so … cannot open",
+            "libcuda.so … cannot open",
+            "libcuda.so cannot found",
         ),
     ),
     (
         FailureKind.OUT_OF_MEMORY,
         (
             *_SHORTAGE_OF_WORDS,
-            "less than desired GPU memory utilization",
             "less than desired CPU memory utilization",
             "less than requested memory for kv",
             "out of memory",
@@ -146,12 +153,27 @@ _WORDS: Final[tuple[tuple[FailureKind, tuple[str, ...]], ...]] = (
     (FailureKind.CRASHED, ("GGML_ASSERT", "Segmentation fault", "No space left")),
 )
 
-_SOUND_LINE: Final = re.compile(r"(?:^|[\s)\]])(?:DEBUG|INFO)[\s:]")
-"""Engines explain settings in such lines, in the words of failures."""
+_FREE: Final = re.compile(r"\((?P<free>\d+(?:\.\d+)?)/(?P<total>\d+(?:\.\d+)?) GiB\) on startup is less than desired GPU memory")
+_ROUNDING_GIB: Final = 0.005
+_BETWEEN: Final = " … "
+"""In words that stand apart from each other in the line, in this order."""
+_LEVEL: Final = re.compile(
+    r"(?:^|[\s)\]])(?:(?P<sound>DEBUG|INFO)|(?P<warning>WARNING|WARN|[Ww]arning:|[A-Za-z]*Warning(?=:))|ERROR|CRITICAL|FATAL)(?:[\s:]|$)"
+)
+"""A line's first. In the sound ones engines explain settings, in the words of failures. Tracebacks and llama.cpp's lines have none."""
 _KILLS: Final = frozenset({"signal SIGKILL", "signal SIGTERM", "signal SIGINT", "signal SIGHUP"})
 """What others send."""
 _CRASHES: Final = ("signal ", "exit status 134", "exit status 136", "exit status 139")
 """Signals of a process's own making, the last three as a shell tells them."""
+
+
+def may_be_a_requests_fault(kind: FailureKind, engine_kind: str) -> bool:
+    """Whether a request can have brought a serving engine to such an end.
+
+    One that somebody killed, or whose group broke, is nobody's who asked. Of a server that its owner runs only the door is seen from here:
+    what it had to do for him, and what became of it, nobody can tell.
+    """
+    return kind in _MAY_BE_A_REQUESTS_FAULT and engine_kind != ATTACHED_KIND
 
 
 def diagnose(ending: str, lines: Iterable[str], *, served: bool, memory_was_reclaimed: bool = False) -> Diagnosis:
@@ -163,14 +185,30 @@ def diagnose(ending: str, lines: Iterable[str], *, served: bool, memory_was_recl
         served: it had answered its first request.
         memory_was_reclaimed: while it ran, the kernel killed a process for want of memory.
     """
-    told = _told([line for line in lines if not _SOUND_LINE.search(line)])
+    grave, warnings = _by_level(lines)
+    told = _told(grave)
     if told is not None:
         return told
     if memory_was_reclaimed:
         return Diagnosis(FailureKind.OUT_OF_MEMORY, "the kernel killing for want of memory", shortage=Shortage.TAKEN)
     if ending in _KILLS:
         return Diagnosis(FailureKind.KILLED)
-    return Diagnosis(FailureKind.CRASHED if served or ending.startswith(_CRASHES) else FailureKind.NOT_STARTED)
+    if served or ending.startswith(_CRASHES):
+        return Diagnosis(FailureKind.CRASHED)
+    return _told(warnings) or Diagnosis(FailureKind.NOT_STARTED)
+
+
+def _by_level(lines: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of failures, and the warnings."""
+    grave: list[str] = []
+    warnings: list[str] = []
+    for line in lines:
+        level = _LEVEL.search(line)
+        if level is None or not (level["sound"] or level["warning"]):
+            grave.append(line)
+        elif level["warning"]:
+            warnings.append(line)
+    return grave, warnings
 
 
 def _told(lines: list[str]) -> Diagnosis | None:
@@ -179,7 +217,25 @@ def _told(lines: list[str]) -> Diagnosis | None:
         for words in all_words:
             # The last such line: what came first may have been mended.
             for line, low in zip(reversed(lines), reversed(lowered), strict=True):
-                if words.lower() in low:
-                    out_of_memory = kind is FailureKind.OUT_OF_MEMORY
-                    return Diagnosis(kind, words, line, _SHORTAGE_OF_WORDS.get(words, Shortage.TAKEN) if out_of_memory else None)
+                if _has(low, words):
+                    if kind is not FailureKind.OUT_OF_MEMORY:
+                        return Diagnosis(kind, words, line)
+                    shortage = _SHORTAGE_OF_WORDS.get(words, Shortage.TAKEN)
+                    return Diagnosis(kind, words, line, shortage, _free_percent(lines) if shortage is Shortage.OTHERS else None)
     return None
+
+
+def _has(lowered_line: str, words: str) -> bool:
+    at = 0
+    for part in words.lower().split(_BETWEEN):
+        at = lowered_line.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+def _free_percent(lines: list[str]) -> int | None:
+    """Rounded down, so that it is there. Several workers each tell of their own card."""
+    told = [match for line in lines if (match := _FREE.search(line)) and float(match["total"]) > 0]
+    return min((max(0, int(100 * (float(match["free"]) - _ROUNDING_GIB) / float(match["total"]))) for match in told), default=None)

@@ -6,7 +6,7 @@ Decides the words and the exit code. It must not know the checks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -20,7 +20,7 @@ class Level(StrEnum):
 
     OK = "OK"
     WARN = "WARN"
-    """It works, but worse than it could, or it will not for long."""
+    """It works, but worse than it could, or it will not for long; or nobody can tell, though drivers mostly do."""
     FAIL = "FAIL"
     """Something that the pool would use does not work."""
 
@@ -37,6 +37,8 @@ class Finding:
     what: str
     fix: str = ""
     """A command or an action; with OK, how to learn more."""
+    check: str = ""
+    """Which of `doctor.CHECKS` says so, for programs: the other words may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,30 @@ class OwnerWord:
     power_supply_watts: int | None = None
     engine_kinds: frozenset[str] = frozenset()
     """The engines that this node can run."""
+    engine_kinds_named: frozenset[str] = frozenset()
+    """Those whose environment the settings name, so that none which is installed counts."""
+    engine_failure: str = ""
+    """Why it is not known which those are: the owner names an environment that has no engine."""
+    engine_cuda_versions: Mapping[str, str | None] = field(default_factory=dict)
+    """By kind, of the engines in environments of their own: the CUDA they were built for, such as "13.0"; empty: they compute without;
+    None: the environment does not tell."""
     group_allowed: bool = False
     """Whether this machine may be one of several that serve a model together, and so be reached by them."""
+    group_address: str = ""
+    """Where they reach it, if so."""
+    group_ports: tuple[int, ...] = ()
+    group_failure: str = ""
+    """Why an agent with these settings would refuse to start: what they say of groups is half said, or names a public address."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSeen:
+    """What is seen of the agent on this machine, from outside of it."""
+
+    running: bool = False
+    damage: str = ""
+    """Why it cannot be its pool's node: what it keeps of itself is damaged, or hidden from who looks."""
+    damage_fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +80,9 @@ class Examination:
 
     hardware: Hardware
     network: Network | None
-    """None: the node has not joined a pool."""
+    """None: the node has not joined a pool, or cannot tell which."""
     owner: OwnerWord = OwnerWord()
+    agent: AgentSeen = AgentSeen()
 
     @property
     def live_cards(self) -> tuple[Card, ...]:
@@ -86,6 +111,19 @@ def gib(size_bytes: int) -> str:
 def watts(power_milliwatts: int) -> str:
     """Such as "350 W"."""
     return f"{power_milliwatts / 1000:.0f} W"
+
+
+def limit_milliwatts(card: Card) -> int | None:
+    """The one in force, or the one it was made with."""
+    if card.reading.power_limit_milliwatts is not None:
+        return card.reading.power_limit_milliwatts
+    return card.identity.power_limit_default_milliwatts
+
+
+def limit_words(card: Card) -> str:
+    """Such as "280 W"."""
+    limit = limit_milliwatts(card)
+    return "an unknown limit" if limit is None else watts(limit)
 
 
 def listed(words: Iterable[str]) -> str:

@@ -78,6 +78,8 @@ class CardReading:
     """What changes from second to second."""
 
     temperature_celsius: int | None = None
+    thermal_margin_celsius: int | None = None
+    """How far it is from slowing down by itself; a 3090 does not tell it, and later cards no threshold."""
     power_milliwatts: int | None = None
     power_limit_milliwatts: int | None = None
     """The one in force."""
@@ -140,6 +142,10 @@ class Card:
     slot: Slot = Slot()
     nvlinks: tuple[NvLink, ...] = ()
     processes: tuple[CardProcess, ...] | None = None
+    engine_here: bool = False
+    """Whether an engine of this node, starting or running, was given this card."""
+    engine_serves: bool = False
+    """Whether it is ready, and so holds memory of the card; one that starts may not have come so far."""
     lost: bool = False
     """The driver no longer reaches it."""
 
@@ -184,6 +190,9 @@ class Host:
     cpu_name: str | None = None
     cpu_count: int | None = None
     memory_bytes: int | None = None
+    """What this process and those that it starts may use."""
+    memory_installed_bytes: int | None = None
+    """Of the whole machine, or of the virtual one; more, where a control group limits what may be used."""
     memory_available_bytes: int | None = None
     disk_free_bytes: int | None = None
     """Where models are kept."""
@@ -213,9 +222,12 @@ class Network:
     clock_skew_seconds: float | None = None
     """This machine's clock less the coordinator's, as good as two seconds."""
     upload_bytes_per_second: int | None = None
+    """Towards the coordinator."""
     download_bytes_per_second: int | None = None
+    rate_age_seconds: float | None = None
+    """How long ago the rates were measured; None where there are none."""
     rate_failure: str = ""
-    """Why there are no rates."""
+    """Why a rate is missing, or was not measured anew."""
     listening: tuple[str, ...] | None = None
     """Addresses beyond loopback on which the agent's own processes listen; None where no agent runs or its sockets are hidden."""
 
@@ -239,18 +251,32 @@ def joined_pairs(pairs: tuple[CardPair, ...]) -> tuple[tuple[int, int], ...]:
     )
 
 
-def foreign_bytes(used_bytes: int | None, processes: tuple[CardProcess, ...] | None) -> int | None:
-    """What of a card's memory is held by others than this node's engines.
+def pcie_peer_pairs(pairs: tuple[CardPair, ...]) -> tuple[tuple[int, int], ...]:
+    """The pairs that reach each other's memory without NVLink. Stock drivers of GeForce cards grant it to none."""
+    joined = set(joined_pairs(pairs))
+    return tuple((pair.first, pair.second) for pair in pairs if pair.read is PeerStatus.OK and (pair.first, pair.second) not in joined)
 
-    All that is used less what our own processes hold: processes of other containers use memory and are in nobody's list. None where the
-    driver tells too little.
+
+def foreign_bytes(used_bytes: int | None, processes: tuple[CardProcess, ...] | None, *, engine_here: bool) -> int | None:
+    """What of a card's memory is held by others than this node's engines; None where the driver tells too little.
+
+    All that is used less what our own processes hold: processes of other containers use memory and are in nobody's list. In a container
+    the driver may list none of ours either, or by numbers that are not the container's; then nobody can tell whose the memory is.
+
+    Args:
+        used_bytes: of the card, by everyone.
+        processes: those that the driver lists; None where it lists none of any kind.
+        engine_here: whether an engine of this node was given the card.
     """
-    if used_bytes is None or processes is None:
+    own = [process.memory_bytes for process in processes or () if process.own]
+    own_bytes = held_bytes(processes or ())
+    if used_bytes is None or own_bytes is None or (engine_here and not own):
         return None
-    own_bytes = 0
-    for process in processes:
-        if process.own:
-            if process.memory_bytes is None:
-                return None
-            own_bytes += process.memory_bytes
     return max(0, used_bytes - own_bytes)
+
+
+def held_bytes(processes: tuple[CardProcess, ...] | None) -> int | None:
+    """What our own processes hold of a card's memory; None where the driver does not say."""
+    held = [process.memory_bytes for process in processes or () if process.own]
+    known = [size_bytes for size_bytes in held if size_bytes is not None]
+    return None if processes is None or len(known) < len(held) else sum(known)

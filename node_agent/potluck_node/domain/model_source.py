@@ -19,6 +19,7 @@ NAMES_ALLOWED: Final = ("tokenizer.model", "merges.txt", "vocab.txt", "chat_temp
 """Files of a tokenizer. A chat template is data too: engines render it in a sandbox, as they do the one inside a GGUF or a JSON file."""
 ATTACHED_KIND: Final = "attach"
 """The kind of engine for models without files; no other kind has such."""
+ATTACH_PREFIX: Final = "attach:"
 FILES_MAX: Final = 1000
 NAME_CHARACTERS_MAX: Final = 200
 
@@ -26,7 +27,6 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB: Final = re.compile(rf"hf:(?P<repository>{_NAME}/{_NAME})@(?P<revision>[A-Za-z0-9][A-Za-z0-9._-]*)")
 _WHEEL: Final = re.compile(rf"wheel:(?P<name>{_NAME})==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
-_ATTACHED: Final = re.compile(r"attach:(?P<name>[A-Za-z0-9_./][!-~]{0,199})")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+-]*")
 
 
@@ -72,14 +72,19 @@ def parse_source(source: str) -> ModelSource:
         return WheelSource(match["name"], match["version"])
     if source.startswith("path:/") and ".." not in source.split("/") and source.isprintable():
         return FolderSource(source.removeprefix("path:"))
-    if (match := _ATTACHED.fullmatch(source)) and is_attachable(match["name"]):
-        return AttachedSource(match["name"])
+    if is_attachable(name := attached_name(source)):
+        return AttachedSource(name)
     raise ValueError(f"the source {source!r} is none of hf:ORG/NAME@REVISION, wheel:NAME==VERSION, path:/FOLDER, attach:NAME")
 
 
 def is_attachable(name: str) -> bool:
-    """Whether a catalogue can name this model of an attached engine: printable, without blanks, and the same when taken for a path."""
-    return _ATTACHED.fullmatch(f"attach:{name}") is not None and str(PurePosixPath(name)) == name
+    """Whether a catalogue can name this model of an attached engine: any printable name. It is compared and sent, never opened."""
+    return 0 < len(name) <= NAME_CHARACTERS_MAX and name.isprintable()
+
+
+def attached_name(source: str) -> str:
+    """What the attached engine calls the model; empty for any other source."""
+    return source.removeprefix(ATTACH_PREFIX) if source.startswith(ATTACH_PREFIX) else ""
 
 
 def check_model_file(file: ModelFile) -> None:

@@ -15,15 +15,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
-from potluck_node.domain.breaker import BACKOFF_FIRST_SECONDS, NO_CRASHES, CrashRecord, after_crash, backoff_seconds, pause_seconds
+from potluck_node.domain.breaker import (
+    BACKOFF_FIRST_SECONDS,
+    NO_CRASHES,
+    CrashRecord,
+    after_absence,
+    after_crash,
+    backoff_seconds,
+    pause_seconds,
+)
 from potluck_node.domain.group_place import place_refusal
 from potluck_node.domain.model_source import ATTACHED_KIND, AttachedSource, HubSource, WheelSource, check_model_file, parse_source
 from potluck_protocol.values import DesiredEngine, DesiredState, FailureKind, GroupOffer, ModelId, ReplicaId
+from potluck_protocol.vllm_words import shape_refusal
 
 COSTLY_BACKOFF_SECONDS: Final = 600.0
 """After a file that was fetched whole and was not what the catalogue says: fetching it again at once would burn the owner's uplink."""
+_ITS_OWNERS_BUSINESS: Final = frozenset({FailureKind.KILLED, FailureKind.HUNG})
+"""Of an attached server: it went away, or did not answer for longer than anybody waits, or said that it could not just now."""
 
 
 class Phase(StrEnum):
@@ -40,6 +52,8 @@ class Phase(StrEnum):
 
 RUNNING: Final = frozenset({Phase.FETCHING, Phase.FETCHED, Phase.STARTING, Phase.READY})
 """Something of it lives: it has to be stopped before it can be forgotten."""
+HOLDING: Final = frozenset({Phase.STARTING, Phase.READY, Phase.STOPPING})
+"""An engine may hold memory for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,8 @@ class LocalLimits:
     """For engines without cards together; None: as the coordinator plans."""
     group_offer: GroupOffer | None = None
     """None: in no group."""
+    lines_folder: Path | None = None
+    """Where the last lines of engines that had served may be kept, which may quote requests; None: nowhere."""
     paused: bool = False
 
 
@@ -153,9 +169,14 @@ def failed_fetch(replica: ObservedReplica, now_seconds: float, *, costly: bool) 
     return replace(replica, phase=Phase.FAILED, fetch_failure_count=count, retry_at_seconds=now_seconds + pause)
 
 
-def crashed(replica: ObservedReplica, now_seconds: float, ready_for_seconds: float) -> ObservedReplica:
+def crashed(
+    replica: ObservedReplica, now_seconds: float, ready_for_seconds: float, kind: FailureKind = FailureKind.CRASHED
+) -> ObservedReplica:
     """Its engine failed, in its start (ready for 0 s) or later, and the next one will be the same."""
-    crashes = after_crash(replica.crashes, now_seconds, ready_for_seconds)
+    if replica.engine.engine_kind == ATTACHED_KIND and kind in _ITS_OWNERS_BUSINESS:
+        crashes = after_absence(replica.crashes, ready_for_seconds)
+    else:
+        crashes = after_crash(replica.crashes, now_seconds, ready_for_seconds)
     return replace(replica, phase=Phase.FAILED, crashes=crashes, retry_at_seconds=now_seconds + pause_seconds(crashes))
 
 
@@ -235,8 +256,8 @@ def _memory_refusal(engine: DesiredEngine, left_bytes: int | None) -> str:
 
 
 def _memory_bytes(engine: DesiredEngine) -> int:
-    """Of the machine's own memory."""
-    return 0 if engine.shape.card_uuids else engine.shape.memory_bytes
+    """Of the machine's own memory. The cache is part of what an engine is given, also where a coordinator says that it is not."""
+    return 0 if engine.shape.card_uuids else max(engine.shape.memory_bytes, engine.shape.kv_cache_bytes)
 
 
 def _own_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
@@ -252,4 +273,6 @@ def _own_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
         return str(error)
     if (engine.engine_kind == ATTACHED_KIND) != isinstance(parse_source(engine.model.source), AttachedSource):
         return f"the engine {engine.engine_kind!r} does not go with the source {engine.model.source!r}"
-    return place_refusal(engine.group, limits.group_offer)
+    if engine.group is not None and engine.shape.stage_layer_counts:
+        return "the coordinator would have a group's stage be stages of its own"
+    return shape_refusal(engine.shape) or place_refusal(engine.group, limits.group_offer)

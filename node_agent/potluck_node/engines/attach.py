@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from potluck_node.domain.attached import WORD_SECONDS_MAX
 from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.engines.base import EngineLaunch, EngineProbe
 from potluck_protocol.values import Endpoint
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AttachEngine:
-    """See the module. The launch's model path is what the server calls the model."""
+    """See the module. It has no use for a launch's model path."""
 
     servers: AttachedServers
     kind: str = ATTACHED_KIND
@@ -31,8 +32,8 @@ class AttachEngine:
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
         servers = tuple(part for server in self.servers.servers for part in ("--server", str(server)))
-        return ("-m", "potluck_node.engines.attach_server", "--lifeline", "--name", str(launch.model_path), *servers)
+        return ("-m", "potluck_node.engines.attach_server", "--lifeline", f"--name={launch.attached_name}", *servers)
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:
-        body = {"model": str(launch.model_path), "prompt": "Hello", "max_tokens": 1}
-        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode())
+        body = {"model": launch.attached_name, "prompt": "Hello", "max_tokens": 1}
+        return EngineProbe(Endpoint.COMPLETIONS, json.dumps(body).encode(), WORD_SECONDS_MAX)

@@ -6,8 +6,11 @@ Waits until one of the servers lists the model, prints one line of JSON with its
 has the model no more. Then it ends, so that its supervisor knows, and the next one waits again. With `--lifeline` it lives no longer than
 its stdin.
 
-Decides that only the model's name in a request is changed, nothing in an answer, and that a client's hang-up closes the server's connection
-at once. It must not know the link, and never asks the server for anything but models and answers.
+Decides that only the model's name in a request is changed, nothing in an answer, that a client's hang-up closes the server's connection at
+once, and when the server is gone. One that listens may be at its owner's work: it is given up only where, while somebody waits here,
+neither an answer nor its list of models came for as long as any request may take. Its `/metrics` are the server's own in our words, read in
+the dialect of the software that the server is recognised as. It must not know the link, and never asks the server for anything but models,
+answers and what it says of itself.
 """
 
 from __future__ import annotations
@@ -15,34 +18,36 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from functools import partial
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager, suppress
+from time import monotonic
+from typing import Final
 
 import uvloop
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
 
-from potluck_node.attached_servers import ask, headers_of
-from potluck_node.domain.attached import MODELS_PATH, AttachedServer, model_names, parse_attached
+from potluck_node.attached_servers import CONNECT_LIMIT_SECONDS, address_of, ask, headers_of, listens, words_of
+from potluck_node.domain.attached import MODELS_PATH, WORD_SECONDS_MAX, AttachedServer, model_names, parse_attached, recognised_kind
+from potluck_node.engines.asking import BEHIND_DOOR_SECONDS_MAX, ask_load
+from potluck_node.engines.door import nobody_answered, open_door
+from potluck_node.engines.metrics import metrics_of
+from potluck_node.engines.metrics_page import page_of
+from potluck_node.engines.standstill import Standstill
 from potluck_node.lifeline import exit_with_parent
 from potluck_protocol.values import Endpoint
 
-BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 WAIT_LIMIT_SECONDS: Final = 180.0
 """For a server that lists the model. So long, because a start that fails counts as a crash, and five within ten minutes as too many."""
 WAIT_LOOK_SECONDS: Final = 1.0
 LOOK_SECONDS: Final = 5.0
 LOOKS_MISSED_MAX: Final = 2
-"""So many looks in a row without a server that listens and lists the model: it is gone. One that listens and says nothing is busy."""
-CONNECT_LIMIT_SECONDS: Final = 5.0
+"""So many looks in a row without a server that listens and lists the model: it is gone. One that listens and says nothing is busy, up to
+`WORD_SECONDS_MAX`."""
 EXIT_GONE: Final = 69
 
 
 class GoneError(Exception):
-    """No server has the model; its text is one line for people."""
+    """No server has the model, or it says nothing; its text is one line for people, with the words by which `failures` knows which."""
 
 
 async def server_with(http: ClientSession, servers: list[AttachedServer], name: str) -> AttachedServer:
@@ -63,7 +68,7 @@ async def server_with(http: ClientSession, servers: list[AttachedServer], name: 
 
 
 class Front:
-    """The door: one HTTP server on loopback, one client towards the attached server.
+    """What stands behind the door: one client towards the attached server.
 
     Args:
         http: the client.
@@ -76,25 +81,17 @@ class Front:
         self._server = server
         self._name = name
         self._in_doubt = asyncio.Event()
+        self._standstill = Standstill(monotonic)
+        self._under_way_count = 0
+        self._kind: str | None = None
+        """Of engine, for its metrics; None: not yet asked."""
 
-    @asynccontextmanager
-    async def serve(self) -> AsyncIterator[str]:
-        """Keeps the door open on a free loopback port until the block ends; the URL, which is as good as a key."""
-        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refuse_browsers])
-        secret_path = f"/{secrets.token_urlsafe(24)}"
-        for endpoint in Endpoint:
-            application.router.add_post(secret_path + endpoint.value, partial(self._forward, endpoint=endpoint))
-        # Without handler_cancellation a handler would outlive its client.
-        runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}{secret_path}"
-        finally:
-            await runner.cleanup()
+    def serve(self) -> AbstractAsyncContextManager[str]:
+        """As `open_door`."""
+        return open_door(self._forward, Endpoint, self._metrics)
 
     async def until_gone(self) -> None:
-        """Looks again and again, and at once when a request found no server; raises GoneError."""
+        """Looks again and again, and at once when a request found no server; raises GoneError when it is, or says nothing any more."""
         missed_count = 0
         while missed_count < LOOKS_MISSED_MAX:
             # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
@@ -103,34 +100,62 @@ class Front:
                     await self._in_doubt.wait()
             self._in_doubt.clear()
             missed_count = missed_count + 1 if await self._is_missed() else 0
+            silence = self._standstill.silence
+            if silence.listening_count and silence.silent_seconds > WORD_SECONDS_MAX:
+                seconds = f"{silence.silent_seconds:.0f} s"
+                raise GoneError(f"{self._server.place} says nothing any more: no answer and no list of models for {seconds}")
         raise GoneError(f"the attached server went away: {self._server.place} serves {self._name} no more")
 
     async def _is_missed(self) -> bool:
         models = await ask(self._http, self._server, MODELS_PATH)
         if models is not None:
+            self._standstill.heard()
             return models.status == 200 and self._name not in model_names(models)
-        return not await _listens(self._server)
+        return not await listens(self._server)
 
-    async def _forward(self, request: web.Request, *, endpoint: Endpoint) -> web.StreamResponse:
+    async def _metrics(self) -> str:
+        """What the server says of itself; nothing while its key file cannot be read, or it is not known which software it is.
+
+        While nobody asks it anything here it may sleep, and must not be woken by being asked how it is.
+        """
+        if self._kind is None:
+            models = await ask(self._http, self._server, MODELS_PATH)
+            if models is None or models.status != 200:
+                return ""
+            self._kind = recognised_kind(await words_of(self._http, self._server, models))
+        try:
+            address = address_of(self._server)
+        except (OSError, ValueError):
+            return ""
+        load = await ask_load(self._http, self._kind, address, BEHIND_DOOR_SECONDS_MAX, may_wake=self._under_way_count > 0)
+        return page_of(metrics_of(load))
+
+    async def _forward(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        self._under_way_count += 1
+        try:
+            return await self._forwarded(endpoint, request)
+        finally:
+            self._under_way_count -= 1
+
+    async def _forwarded(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         body = _renamed(await request.read(), self._name)
         try:
             # The answer's bytes go on as they are, so they must not be packed.
             headers = headers_of(self._server) | {"accept-encoding": "identity"}
-            response = await self._http.post(self._server.url + endpoint.value, data=body, headers=headers)
+            response = await self._standstill.hear(self._http.post(self._server.url + endpoint.value, data=body, headers=headers))
         except (ClientError, OSError, ValueError) as error:
             self._in_doubt.set()
-            text = json.dumps({"error": {"code": 502, "message": "the attached server did not answer", "type": "server_error"}})
-            raise web.HTTPBadGateway(text=text, content_type="application/json") from error
+            raise nobody_answered("the attached server did not answer") from error
         async with response:
-            return await _pass_on(request, response)
+            return await _pass_on(request, response, self._standstill)
 
 
-async def _pass_on(request: web.Request, response: ClientResponse) -> web.StreamResponse:
+async def _pass_on(request: web.Request, response: ClientResponse, standstill: Standstill) -> web.StreamResponse:
     passed = web.StreamResponse(status=response.status, headers={"content-type": response.headers.get("content-type", "application/json")})
     passed.content_length = response.content_length
     await passed.prepare(request)
     try:
-        while piece := await response.content.readany():
+        while piece := await standstill.hear(response.content.readany()):
             await passed.write(piece)
     except ClientError:
         # The client must not take what came so far for the whole answer.
@@ -148,27 +173,6 @@ def _renamed(body: bytes, name: str) -> bytes:
     except (ValueError, RecursionError):
         return body
     return json.dumps(asked | {"model": name}).encode() if isinstance(asked, dict) else body
-
-
-async def _listens(server: AttachedServer) -> bool:
-    host, _, port = server.place.rpartition(":")
-    try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_LIMIT_SECONDS)
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
-    writer.close()
-    return True
-
-
-@web.middleware
-async def _refuse_browsers(request: web.Request, handler: Any) -> web.StreamResponse:
-    """A page open in this machine's browser may post to loopback; it cannot keep the browser from saying so."""
-    if "origin" in request.headers:
-        raise web.HTTPForbidden(text="This engine answers the node agent only.")
-    response: web.StreamResponse = await handler(request)
-    return response
 
 
 async def _run(options: argparse.Namespace) -> None:

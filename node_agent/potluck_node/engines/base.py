@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from potluck_node.domain.step_down import UTILIZATION_PERCENT_NOTCHES
 from potluck_protocol.values import Endpoint, EngineShape, GroupPlace, ModelId
 
 FAILURE_CHARACTERS_MAX: Final = 2_000
@@ -30,9 +31,11 @@ class EngineLaunch:
     context_length_tokens: int
     """Of one slot: prompt and answer together."""
     shape: EngineShape = WHOLE
-    memory_utilization_percent: int = 95
+    memory_utilization_percent: int = UTILIZATION_PERCENT_NOTCHES[0]
     """Of each card, or of `shape.memory_bytes` without cards; lower after a start that ran out of memory."""
     group: GroupPlace | None = None
+    attached_name: str = ""
+    """What an attached engine calls its model, to the letter: as a path, "./a" would be "a"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class EngineProbe:
 
     endpoint: Endpoint
     body: bytes
+    limit_seconds: float = 120.0
+    """For the answer; some engines compile for their first one."""
 
 
 def one_token_probe(launch: EngineLaunch) -> EngineProbe:

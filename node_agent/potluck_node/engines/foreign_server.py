@@ -1,20 +1,23 @@
 """An engine of another environment as a process of the agent's: `python -m potluck_node.engines.foreign_server [OPTION…] -- COMMAND…`.
 
 Starts the command on a free loopback port with a key that only the environment tells, prints one line of JSON with both once it says that
-it is well, and from then on watches. Decides that such an engine ends as a whole: with the agent, when one of its processes dies (the
-others of vLLM would wait for it for ever, and say that they are well), or when another member of its group is gone. Nothing of it is left:
-no process, and no shared memory. It must not know models, nor what the command's flags mean.
+it is well (and, of a group's stage, where its workers leave what they count), and from then on watches. Decides that such an engine ends as
+a whole: with the agent, when one of its processes dies (the others of vLLM would wait for it for ever, and say that they are well), or when
+another member of its group is gone. Nothing of it is left: no process, no shared memory, and none of the sockets and files that it forgets
+in the folder for temporary ones, which is this process's own; where this process is killed itself, `shared_memory` says who frees that. It
+must not know models, nor what the command's flags mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import http.client
 import json
 import os
+import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,9 +33,13 @@ from typing import Final, NoReturn
 
 import psutil
 
+from potluck_node.engines import stage_count
+from potluck_node.engines.shared_memory import EngineFolder, free_what_the_dead_left
 from potluck_node.lifeline import PARENT_GONE_EXIT_STATUS
 
 LOOK_SECONDS: Final = 0.25
+NOTE_SECONDS: Final = 2.0
+"""Between looks at what is shared: engines go on to share more while they load, and some with their first requests."""
 HEALTH_LIMIT_SECONDS: Final = 5.0
 STOP_LIMIT_SECONDS: Final = 3.0
 """For an engine that was asked to end; the agent gives this process five."""
@@ -39,9 +47,12 @@ KILL_ROUND_SECONDS: Final = 0.2
 KILL_ROUNDS_MAX: Final = 5
 """A process may start another one while it is being killed."""
 BROKEN_EXIT_STATUS: Final = 70
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where Linux keeps it, not a place for files
-_INODE_COLUMN: Final = 4
-"""Of /proc/PID/maps. It says which file is meant; of a semaphore, the path there is a name that it had for a moment."""
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""What Linux takes; a zero follows."""
+SOCKET_NAME_BYTES_MAX: Final = 36
+"""vLLM's are UUIDs."""
+_COMPILED: Final = "TORCHINDUCTOR_CACHE_DIR"
+"""PyTorch's name for where it keeps what it compiled."""
 _READ_BYTES: Final = 4096
 
 
@@ -62,13 +73,13 @@ class Key:
     """What the engine asks for, and how it is told: by a variable of its environment, or by a line of a file that only its owner reads."""
 
     secret: str = field(repr=False)
-    folder: Path
-    """Its own; gone with the engine."""
+    folder: EngineFolder
+    """Gone with the engine."""
 
     @property
     def file(self) -> Path:
         """For engines that read their settings from YAML."""
-        return self.folder / "key.yaml"
+        return self.folder.path / "key.yaml"
 
     def write(self, word: str) -> None:
         """Writes the file, as the setting of this name."""
@@ -91,7 +102,6 @@ class ForeignEngine:
         self._port, self._key, self._group = port, key, group
         self._processes: list[psutil.Process] = []
         self._peers: frozenset[str] = frozenset()
-        self._shared: set[int] = set()
         # Its stdin is its own lifeline. What it prints must not be taken for this process's one line.
         self._command = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=sys.stderr.fileno())
 
@@ -117,7 +127,11 @@ class ForeignEngine:
         """What is there now belongs to it as long as it lives."""
         self._processes = [process for process in _members() if "::" in _title(process)]
         self._peers = self._connected()
-        self._note_shared_memory()
+        self.note_shared_memory()
+
+    def note_shared_memory(self) -> None:
+        """So that it can be freed, whoever is killed."""
+        self._key.folder.note(process.pid for process in _members())
 
     def fault(self) -> str:
         """What is missing of what was there; empty: nothing."""
@@ -130,7 +144,7 @@ class ForeignEngine:
 
     def end(self, limit_seconds: float) -> None:
         """Waits for the command's own end, then kills what is left, and frees the memory that it shared among its processes."""
-        self._note_shared_memory()
+        self.note_shared_memory()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._command.wait(limit_seconds)
         for _ in range(KILL_ROUNDS_MAX):
@@ -140,11 +154,7 @@ class ForeignEngine:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(left, KILL_ROUND_SECONDS)
-        for path in _SHARED_MEMORY.iterdir() if self._shared else ():
-            with contextlib.suppress(OSError):
-                if path.stat().st_ino in self._shared:
-                    path.unlink()
-        shutil.rmtree(self._key.folder, ignore_errors=True)
+        self._key.folder.remove()
 
     def _connected(self) -> frozenset[str]:
         """The addresses of the group's other members that a connection to or from its meeting place stands to."""
@@ -161,13 +171,6 @@ class ForeignEngine:
                         continue
                     found.add(connection.raddr.ip.removeprefix("::ffff:"))
         return frozenset(found - {self._group.address})
-
-    def _note_shared_memory(self) -> None:
-        for process in _members():
-            with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                    if str(_SHARED_MEMORY) in line:
-                        self._shared.add(int(line.split()[_INODE_COLUMN]))
 
 
 def _members() -> list[psutil.Process]:
@@ -203,17 +206,39 @@ def engine_environment(settings: list[str], group: Group | None) -> dict[str, st
     return kept | {name: value.replace("{interface}", interface) for name, value in told.items()}
 
 
-def _end_with_parent(engine: ForeignEngine) -> None:
+def temporary_variables(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """What has an engine put its temporary files into its own folder, and keep what is worth keeping where it would lie without that.
+
+    What it compiles lies where the environment says, if it says so.
+
+    Empty where the folder's path is too long for the sockets that engines make there: then what they forget stays behind.
+    """
+    if len(os.fsencode(folder)) + 1 + SOCKET_NAME_BYTES_MAX > SOCKET_PATH_BYTES_MAX:
+        return {}
+    if _COMPILED in environment:
+        return {"TMPDIR": str(folder)}
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # of a user without a name
+        user = f"uid_{os.getuid()}"
+    # As PyTorch makes it; compiling it all again costs minutes.
+    compiled = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    return {"TMPDIR": str(folder), _COMPILED: str(compiled)}
+
+
+def _end_with_parent(engine: ForeignEngine, orphaned: threading.Event) -> None:
     with contextlib.suppress(OSError):
         while os.read(0, _READ_BYTES):
             pass
+    # Said first: whoever watches the engine sees it end, and would take that for its own end.
+    orphaned.set()
     engine.end(0)
     os._exit(PARENT_GONE_EXIT_STATUS)
 
 
 def _run(engine: ForeignEngine, announcement: str) -> int:
     """Announces the engine when it is well; returns when it is over: its exit status, or below zero the signal that ended it."""
-    announced = False
+    announced, noted_at = False, 0.0
     while (status := engine.exit_status) is None:
         if announced and (fault := engine.fault()):
             print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's tail
@@ -223,6 +248,9 @@ def _run(engine: ForeignEngine, announcement: str) -> int:
             engine.remember()
             print(announcement, flush=True)  # noqa: T201 - how the supervisor learns the port
             announced = True
+        if time.monotonic() - noted_at >= NOTE_SECONDS:
+            engine.note_shared_memory()
+            noted_at = time.monotonic()
         time.sleep(LOOK_SECONDS)
     engine.end(0)
     return status
@@ -246,20 +274,27 @@ def _start(options: argparse.Namespace, port: int) -> tuple[ForeignEngine, str]:
     group = Group(options.group_address, options.group_port, options.follows) if options.group_address else None
     environment = engine_environment(options.set, group)
     # Hexadecimal: SGLang makes a flag of what its file says, and takes a key that begins with a dash for another one.
-    key = Key(secrets.token_hex(24), Path(tempfile.mkdtemp(prefix="potluck-engine-")))
+    key = Key(secrets.token_hex(24), EngineFolder())
+    environment |= temporary_variables(key.folder.path, environment)
     if options.key_variable:
         environment[options.key_variable] = key.secret
+    counts = key.folder.path / stage_count.FOLDER_NAME
+    if group is not None:
+        counts.mkdir()
+        environment[stage_count.VARIABLE] = str(counts)
     if options.key_file_word:
         key.write(options.key_file_word)
     command = [word.replace("{port}", str(port)).replace("{key_file}", str(key.file)) for word in options.command]
     url = "" if group is not None and group.follows else f"http://127.0.0.1:{port}"
-    return ForeignEngine(command, environment, port, key, group), json.dumps({"url": url, "api_key": key.secret})
+    announcement = {"url": url, "api_key": key.secret, **({"stage_counts": str(counts)} if group is not None else {})}
+    return ForeignEngine(command, environment, port, key, group), json.dumps(announcement)
 
 
 def main() -> None:
     options = _options()
     if os.getpgrp() != os.getpid():
         os.setpgrp()
+    free_what_the_dead_left()
     # Held, though not listened on, until the engine is well, which is minutes after: nobody else is given this port.
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -276,9 +311,12 @@ def main() -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
+        orphaned = threading.Event()
         if options.lifeline:
-            threading.Thread(target=_end_with_parent, args=(engine,), name="lifeline", daemon=True).start()
+            threading.Thread(target=_end_with_parent, args=(engine, orphaned), name="lifeline", daemon=True).start()
         status = _run(engine, announcement)
+    if orphaned.is_set():
+        os._exit(PARENT_GONE_EXIT_STATUS)
     if status < 0:
         with contextlib.suppress(OSError):  # of those that are not to be handled
             signal.signal(-status, signal.SIG_DFL)

@@ -12,14 +12,14 @@ the door is told, once, and should end the process.
 Of several choices llama.cpp counts each by itself. Such answers are read event by event, and leave with one usage record for them all.
 
 Decides when llama.cpp learns that nobody waits any more, and what clients see of its events; `fold` and `usage_sum` do the adding up. It
-must not know the link or the pool. Only chats and completions pass.
+must not know the link or the pool. Only chats and completions pass; `/metrics` is answered with llama.cpp's own, and with what its slots
+hold, which it tells elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from time import monotonic
@@ -27,7 +27,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 
+from potluck_node.domain.event_stream import DataLines
+from potluck_node.engines.asking import BEHIND_DOOR_SECONDS_MAX, ask_page
+from potluck_node.engines.base import EngineAddress
+from potluck_node.engines.door import nobody_answered, open_door
 from potluck_node.engines.fold import AnswerFold
+from potluck_node.engines.metrics import LLAMACPP_SLOTS, JsonPage
+from potluck_node.engines.metrics_json import from_props
 from potluck_node.engines.standstill import Standstill
 from potluck_node.engines.usage_sum import UsageSum
 from potluck_protocol.values import Endpoint
@@ -35,12 +41,13 @@ from potluck_protocol.values import Endpoint
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
 LOOK_SECONDS: Final = 0.5
 """Between looks for a standstill."""
 BATCH_BYTES_MAX: Final = 8 * 1024
 """Of a prompt is read before the next word of its progress: a batch of 2,048 tokens."""
+_BESIDE_METRICS: Final = (JsonPage("/props", partial(from_props, has_shared_cache=False)), LLAMACPP_SLOTS)
+"""What llama.cpp is asked beside its metrics; `llamacpp_server` gives each slot a cache of its own."""
 _QUESTION: Final = b'{"prompt":"Hello","max_tokens":1}'
 """Asked of an engine in doubt: it costs a token."""
 _JSON: Final = "application/json; charset=utf-8"
@@ -50,7 +57,7 @@ _HEAD_FIELDS: Final = frozenset({"id", "object", "created", "model", "system_fin
 
 
 class Front:
-    """The door: one HTTP server on loopback, one client towards llama.cpp.
+    """What stands behind the door: one client towards llama.cpp.
 
     Args:
         engine_url: llama.cpp's.
@@ -74,21 +81,12 @@ class Front:
             # One event may be long; the default of 64 KiB would raise.
             read_bufsize=EVENT_BYTES_MAX,
         )
-        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refuse_browsers])
-        # Not guessable: loopback is everybody's on this machine, and only the agent is told the URL.
-        secret_path = f"/{secrets.token_urlsafe(24)}"
-        for endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
-            application.router.add_post(secret_path + endpoint.value, partial(self._generate, endpoint=endpoint))
-        # Without handler_cancellation a handler would outlive its client.
-        runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1)
-        await runner.setup()
         watching = asyncio.create_task(self._watch(), name="standstill")
         try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}{secret_path}"
+            async with open_door(self._generate, (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS), self._metrics) as url:
+                yield url
         finally:
             watching.cancel()
-            await runner.cleanup()
             await self._session.close()
 
     async def _post(self, endpoint: Endpoint, body: bytes) -> ClientResponse:
@@ -97,12 +95,16 @@ class Front:
             asking = self._session.post(self._engine_url + endpoint.value, data=body, headers={"content-type": "application/json"})
             return await self._standstill.hear(asking, min(len(body), BATCH_BYTES_MAX))
         except ClientError as error:
-            text = json.dumps({"error": {"code": 502, "message": "llama.cpp did not answer", "type": "server_error"}})
-            raise web.HTTPBadGateway(text=text, content_type="application/json") from error
+            raise nobody_answered("llama.cpp did not answer") from error
+
+    async def _metrics(self) -> str:
+        """Not heard by the standstill's watch: an engine that computes nothing any more may still tell them."""
+        assert self._session is not None
+        return await ask_page(self._session, "llamacpp", EngineAddress(self._engine_url), _BESIDE_METRICS, BEHIND_DOOR_SECONDS_MAX)
 
     async def _watch(self) -> None:
         asking: asyncio.Future[None] | None = None
-        while not self._standstill.is_over_time:
+        while not self._standstill.silence.is_too_long:
             await asyncio.sleep(LOOK_SECONDS)
             if self._standstill.is_in_doubt and (asking is None or asking.done()):
                 asking = asyncio.ensure_future(self._ask())
@@ -114,7 +116,7 @@ class Front:
             async with await self._post(Endpoint.COMPLETIONS, _QUESTION) as response:
                 await self._standstill.hear(response.read())
 
-    async def _generate(self, request: web.Request, *, endpoint: Endpoint) -> web.StreamResponse:
+    async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         try:
             return await self._generated(request, endpoint)
         except asyncio.CancelledError:
@@ -142,15 +144,6 @@ class Front:
             return await _pass_stream(request, response, self._standstill, several)
 
 
-@web.middleware
-async def _refuse_browsers(request: web.Request, handler: Any) -> web.StreamResponse:
-    """A page open in this machine's browser may post to loopback; it cannot keep the browser from saying so."""
-    if "origin" in request.headers:
-        raise web.HTTPForbidden(text="This engine answers the node agent only.")
-    response: web.StreamResponse = await handler(request)
-    return response
-
-
 def _decoded(body: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(body)
@@ -176,12 +169,17 @@ def _several_choices(asked: dict[str, Any]) -> bool:
     return any(asked.get(name) not in (None, 1) for name in ("n", "n_cmpl"))
 
 
+def _is_event(line: bytes) -> bool:
+    """Not an empty line, nor a comment, with which llama.cpp keeps a silent stream alive; the end of it all counts, too."""
+    return not line or line.rstrip()[:1] not in (b"", b":")
+
+
 async def _events(response: ClientResponse, standstill: Standstill) -> AsyncGenerator[bytes, None]:
     """The lines that say something, without their ends. Progress does not, nor the `null` before several prompts. Ends at a break, too."""
     try:
-        while line := await standstill.hear(response.content.readline()):
+        while line := await standstill.hear(response.content.readline(), says_something=_is_event):
             event = line.rstrip()
-            if event and event != b"data: null" and b'"prompt_progress":{' not in event:
+            if _is_event(line) and event != b"data: null" and b'"prompt_progress":{' not in event:
                 yield event
     except ClientError:
         return
@@ -230,7 +228,8 @@ async def _pass_stream(
         await passed.prepare(request)
         if several is None:
             await passed.write(first + b"\n")  # the rest of its end is the first byte still to come
-            while piece := await standstill.hear(response.content.readany()):
+            lines = DataLines()
+            while piece := await standstill.hear(response.content.readany(), says_something=lambda piece: not piece or lines.take(piece)):
                 await passed.write(piece)
         else:
             await passed.write(several.passed(first))

@@ -28,7 +28,11 @@ CPU_BATCH_TOKENS: Final = 64
 free within 0.98 s (median 0.27 s); with 128 within 2.0 s (0.9 s). How fast prompts are read differed less than it did from run to run.
 """
 GPU_BATCH_TOKENS: Final = 2048
+NO_PINGS: Final = -1
+"""Seconds. A silent stream is silent: llama.cpp's HTTP thread would keep it alive by comments while the model hangs."""
 EXIT_STANDSTILL: Final = 70
+CARDS_BY: Final = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
+"""What CUDA, ROCm and Vulkan go by. The wheel that comes with the node has none of them."""
 ERRORS_ONLY: Final = 1
 """llama.cpp's log level. Its warnings come with every request, and at 5 it writes prompts."""
 
@@ -48,11 +52,15 @@ def parameters(options: argparse.Namespace, *, has_gpu: bool) -> Any:
     params.cors_origins_explicit = True
     params.n_parallel = options.slots
     params.n_ctx = options.context * options.slots
+    params.kv_unified = False  # the door's `/metrics` counts each slot's cache by itself
     params.n_batch = params.n_ubatch = min(GPU_BATCH_TOKENS if has_gpu else CPU_BATCH_TOKENS, params.n_ctx)
     params.cache_ram_mib = PROMPT_CACHE_MIB
+    params.sse_ping_interval = NO_PINGS
     params.offline = True
     params.ui = False
-    params.endpoint_slots = False
+    # Both for the door alone, which tells the numbers in them: a slot's own page has more of a request than is anybody's business.
+    params.endpoint_metrics = True
+    params.endpoint_slots = True
     params.endpoint_props = False
     params.verbosity = ERRORS_ONLY
     return params
@@ -65,7 +73,9 @@ def first_file(model: Path) -> Path:
 
 def start_engine(options: argparse.Namespace) -> tuple[Any, str]:
     """Loads the model; the server, which stops when it is dropped, and its URL."""
-    import xllamacpp  # noqa: PLC0415 - as above
+    # Coordinators plan llama.cpp for the processors: a card that another build finds is promised to other engines, and to its owner.
+    os.environ.update(dict.fromkeys(CARDS_BY, ""))
+    import xllamacpp  # noqa: PLC0415 - as above, and after the cards are hidden
 
     has_gpu = any("GPU" in device["type"].name for device in xllamacpp.get_device_info())
     params = parameters(options, has_gpu=has_gpu)

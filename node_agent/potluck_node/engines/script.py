@@ -5,10 +5,11 @@ Decides nothing; a script is data. A request may override any of it in its own b
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
+
+from potluck_protocol.private_files import read_json
 
 _DEFAULT_TOKENS: Final = ("Every", "one", " brings", " a", " GPU", ",", " every", "one", " eats", ".")
 
@@ -57,7 +58,7 @@ class Script:
 
 def read_script(path: Path) -> Script:
     """The script in a JSON file; raises OSError or ValueError."""
-    values = json.loads(path.read_bytes())
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} holds no JSON object")  # noqa: TRY004 - a wrong file, not a wrong call
     return Script().overridden(values)

@@ -45,12 +45,15 @@ class Standstill:
         """Somebody waits for words from now on, who has sent so much to be read before."""
         return Ear(self, self._now, prompt_bytes)
 
-    async def hear(self, words: Awaitable[_Words], prompt_bytes: int = 0) -> _Words:
-        """Waits for the engine's next words, whatever they are."""
+    async def hear(
+        self, words: Awaitable[_Words], prompt_bytes: int = 0, *, says_something: Callable[[_Words], object] = lambda _: True
+    ) -> _Words:
+        """Waits for what comes next from the engine; what says nothing, such as a keep-alive, leaves the silence as long as it was."""
         ear = self.listen(prompt_bytes)
         try:
             said = await words
-            ear.heard()
+            if says_something(said):
+                ear.heard()
         finally:
             ear.close()
         return said
@@ -76,11 +79,6 @@ class Standstill:
             unread_prompt_bytes=self._unread_bytes + self._abandoned_bytes,
             prefill_bytes_per_second=min(self._prefill_bytes_per_second, default=None),
         )
-
-    @property
-    def is_over_time(self) -> bool:
-        """Somebody listens, and the engine has been silent for too long."""
-        return self.silence.is_too_long
 
     @property
     def is_in_doubt(self) -> bool:

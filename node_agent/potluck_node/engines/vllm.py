@@ -1,13 +1,12 @@
 """The engine kind `vllm`: vLLM out of an environment of its own, for folders of safetensors.
 
-Decides which of vLLM's flags and variables a launch becomes. It must not import vLLM; `foreign_server`, the process that it names, runs the
-environment's interpreter with `vllm_inside`. Names are those of vLLM 0.32, which the tests run on processors; with cards it has not been
-run.
+Decides which of vLLM's flags and variables a launch becomes; those of its shape are `vllm_words`'. It must not import vLLM;
+`foreign_server`, the process that it names, runs the environment's interpreter with `vllm_inside`. Names are those of vLLM 0.32, which the
+tests run on processors; with cards it has not been run.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,16 +14,10 @@ from typing import Final
 from potluck_node.engines.base import EngineLaunch, EngineProbe, one_token_probe
 from potluck_node.engines.environments import installed_version, not_installed
 from potluck_protocol.values import Endpoint, GroupPlace
+from potluck_protocol.vllm_words import shape_arguments, shape_variables
 
-FIRST_UTILIZATION_PERCENT: Final = 95
-"""What a launch starts from. Without cards, steps below it take their share from the cache."""
-PROCESSOR_CACHE_BYTES: Final = 1024**3
-"""For keys and values without cards, where the launch does not say: vLLM's own choice is nearly all of the machine's memory."""
 STOPPING_SECONDS: Final = 1
 """For vLLM's own workers; what is left after it is killed. Its five would use up all the time that an engine has to stop."""
-MADE_WHILE_LOADING: Final = frozenset({"fp8", "fp8_per_tensor", "fp8_per_block", "int8_per_channel_weight_only", "mxfp8"})
-"""Quantisations that vLLM makes of unquantised files. Those of quantised files (AWQ, GPTQ, …) it reads from them, and picks the fastest
-kernel by itself; named, it would keep to that kernel."""
 
 _INSIDE: Final = Path(__file__).with_name("vllm_inside.py")
 _PACKAGE: Final = r"vllm(?:_cpu)?"
@@ -65,7 +58,7 @@ def environment_of(python: Path) -> VllmEngine:
     """The engine of an environment; raises PotluckError(INVALID_REQUEST) where there is no vLLM in it."""
     if installed_version(python, _PACKAGE):
         return VllmEngine(python)
-    raise not_installed(python, "vLLM", "'vllm>=0.30'", "vllm_python")
+    raise not_installed(python, "vllm", "vLLM")
 
 
 def flags(launch: EngineLaunch) -> tuple[str, ...]:
@@ -80,8 +73,13 @@ def flags(launch: EngineLaunch) -> tuple[str, ...]:
             "safetensors",
             "--no-trust-remote-code",
         ),
-        *("--max-model-len", str(launch.context_length_tokens), "--max-num-seqs", str(launch.slot_count)),
-        *_shape_flags(launch),
+        *shape_arguments(
+            launch.shape,
+            context_length_tokens=launch.context_length_tokens,
+            slot_count=launch.slot_count,
+            memory_utilization_percent=launch.memory_utilization_percent,
+            group_layer_counts=_group_layer_counts(launch),
+        ),
         *(_group_flags(launch.group) if launch.group else ()),
         *(("--headless",) if launch.group and launch.group.rank else _front_flags()),
     )
@@ -102,38 +100,20 @@ def variables(launch: EngineLaunch) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
     }
-    if launch.shape.card_uuids:
-        told["CUDA_VISIBLE_DEVICES"] = ",".join(launch.shape.card_uuids)
-    if group:
-        told["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, group.layer_counts))
-        if not group.rank:
-            told["POTLUCK_GROUP_STORE"] = f"{group.leader_address}:{group.leader_port}"
-    return told
+    if group and not group.rank:
+        told["POTLUCK_GROUP_STORE"] = f"{group.leader_address}:{group.leader_port}"
+    return told | shape_variables(launch.shape, _group_layer_counts(launch))
 
 
-def processor_cache_bytes(launch: EngineLaunch) -> int:
-    """Memory for keys and values without cards: as planned, and less by the same share as `memory_utilization_percent`."""
-    planned_bytes = launch.shape.kv_cache_bytes or PROCESSOR_CACHE_BYTES
-    return planned_bytes * min(launch.memory_utilization_percent, FIRST_UTILIZATION_PERCENT) // FIRST_UTILIZATION_PERCENT
-
-
-def _shape_flags(launch: EngineLaunch) -> tuple[str, ...]:
-    shape = launch.shape
-    parallel = ("--tensor-parallel-size", str(shape.tensor_parallel_size)) if shape.tensor_parallel_size > 1 else ()
-    quantization = ("--quantization", shape.quantization) if shape.quantization in MADE_WHILE_LOADING else ()
-    if shape.card_uuids:
-        return (*parallel, *quantization, "--gpu-memory-utilization", f"{launch.memory_utilization_percent / 100:.2f}")
-    # Without cards nothing is compiled: it takes a minute, wants a C++ compiler, and words its answers differently. A stage's buffers are
-    # made by the warm-up, which vLLM leaves out when it is eager; traced and not compiled it warms up, and answers the same as eager.
-    eager = ("--compilation-config", json.dumps({"mode": 2, "backend": "eager"})) if launch.group else ("--enforce-eager",)
-    return (*parallel, *quantization, "--kv-cache-memory-bytes", str(processor_cache_bytes(launch)), *eager)
+def _group_layer_counts(launch: EngineLaunch) -> tuple[int, ...]:
+    return launch.group.layer_counts if launch.group else ()
 
 
 def _group_flags(group: GroupPlace) -> tuple[str, ...]:
-    stage_count = str(len(group.layer_counts))
     return (
-        *("--pipeline-parallel-size", stage_count, "--nnodes", stage_count, "--node-rank", str(group.rank)),
+        *("--nnodes", str(len(group.layer_counts)), "--node-rank", str(group.rank)),
         *("--master-addr", group.leader_address, "--master-port", str(group.leader_port)),
+        *("--worker-extension-cls", "stage_weights.Nothing"),
     )
 
 
@@ -142,4 +122,6 @@ def _front_flags() -> tuple[str, ...]:
     return (
         *("--host", "127.0.0.1", "--port", "{port}", "--middleware", "vllm_inside.Door"),
         *("--no-enable-log-requests", "--disable-uvicorn-access-log", "--disable-fastapi-docs"),
+        # Without it nobody can tell how much of a prompt was read, and how much was remembered.
+        "--enable-prompt-tokens-details",
     )

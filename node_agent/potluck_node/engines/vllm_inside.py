@@ -1,8 +1,9 @@
 """What runs inside vLLM's own interpreter, before vLLM does: a script for `foreign_server` that nothing of ours imports.
 
-Decides three things that vLLM leaves open. Who may ask: every path but the few that the agent needs is closed, and those want the key.
+Decides four things that vLLM leaves open. Who may ask: every path but the few that the agent needs is closed, and those want the key.
 Where a group's members meet: on the address that the owners named, and not on all of the machine's. How long vLLM lives: as long as its
-stdin lasts, with all of its processes. It must not know models; only vLLM and torch are there beside the standard library.
+stdin lasts, with all of its processes. Which of our files its workers may import: those of `within_vllm`. It must not know models; only
+vLLM and torch are there beside the standard library.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import socket
 import sys
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/version", "/v1/models", "/v1/chat/completions", "/v1/completions"})
 STORE_WAIT_SECONDS: Final = 600
+WORKERS_FOLDER: Final = Path(__file__).with_name("within_vllm")
 _READ_BYTES: Final = 4096
 _version: Final = importlib.metadata.version
 
@@ -85,6 +88,8 @@ def main() -> None:
     importlib.metadata.version = version_asked
     # vLLM imports its middleware by name.
     sys.modules["vllm_inside"] = sys.modules["__main__"]
+    # Processes that vLLM spawns get this path, too. Not the folder of this file: there is a vllm.py in it.
+    sys.path.append(str(WORKERS_FOLDER))
     address, _, port = os.environ.pop("POTLUCK_GROUP_STORE", "").rpartition(":")
     _store = host_store(address, int(port)) if address else None
     runpy.run_module("vllm.entrypoints.cli.main", run_name="__main__", alter_sys=True)

@@ -38,7 +38,7 @@ async def check_files(root: Path, pinned_names: Sequence[str], unchecked_names: 
     """
     arguments = ("-m", "potluck_node.model_store.checker", str(root), "--pinned", *pinned_names, "--check", *unchecked_names)
     try:
-        child = await ChildProcess.spawn(arguments, {name: value for name, value in environment.items() if name in _PASSED_VARIABLES})
+        child = ChildProcess.spawn(arguments, {name: value for name, value in environment.items() if name in _PASSED_VARIABLES})
     except OSError as error:
         raise FetchFailedError(f"the check of the model's files could not be started: {error}") from error
     try:

@@ -42,7 +42,7 @@ def folder_bytes(folder: Path) -> int:
 async def run_client(arguments: Sequence[str], *, name: str, folder: Path, environment: Mapping[str, str], on_progress: OnProgress) -> None:
     """Runs `python ARGUMENT…` to its end; raises FetchFailedError, which speaks of the client by its name."""
     try:
-        child = await ChildProcess.spawn(arguments, environment)
+        child = ChildProcess.spawn(arguments, environment)
     except OSError as error:
         raise FetchFailedError(f"{name} could not be started: {error}") from error
     draining = asyncio.create_task(child.drain_stdout())

@@ -2,9 +2,10 @@
 
 Decides when a file has to be hashed again: one that was hashed once is known by its size, times of change and place on the disk, so a
 second start is fast. Any later write brings the full hash back: the kernel itself sets `st_ctime`, and `os.utime` does not reach it. So
-does a write through another hard link, for the links of a file share all that. What the same bytes have passed under the same name, they
-have passed for good. Only a plain file can be the pinned one: what a symbolic link, a device or a pipe leads to may be another thing a
-moment later.
+does a write through another hard link, for the links of a file share all that. A link that comes or goes looks the same, and another agent
+of this machine may make one at any time: a file that changed while it was hashed is hashed again, a few times, and only its bytes count.
+What the same bytes have passed under the same name, they have passed for good. Only a plain file can be the pinned one: what a symbolic
+link, a device or a pipe leads to may be another thing a moment later.
 
 It must not know where files come from, nor what is looked for in them.
 """
@@ -21,9 +22,11 @@ from pathlib import Path
 from threading import Event
 from typing import Final
 
-from potluck_protocol.private_files import write_private
+from potluck_protocol.private_files import read_json, write_private
 
 PIECE_BYTES: Final = 1024 * 1024
+TRIES_MAX: Final = 5
+"""For a file that changes while it is looked at. Each agent that shares it links it once, and a file that is written to does not end."""
 _KINDS: Final = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -99,36 +102,39 @@ class Stamps:
         """Returns when the file is the pinned one.
 
         Raises:
-            FileMismatchError: it is another file, or none.
+            FileMismatchError: it is another file, or none, or changed again and again.
             OSError: it cannot be read.
             StoppedError: `stop` was set.
         """
         check_plain(root, file_name)
         path = root / file_name
-        mark = _mark(path)
-        if mark[0] != size_bytes:
-            raise FileMismatchError(f"{path.name} has {mark[0]} bytes, and the catalogue says {size_bytes}")
         stamp = self._read(sha256).get(file_name, _NEVER)
-        if stamp.mark == mark:
-            return
-        actual = sha256_of(path, stop)
-        if actual != sha256:
-            raise FileMismatchError(f"{path.name} has the sha256 {actual}, and the catalogue says {sha256}")
-        if _mark(path) != mark:
-            raise FileMismatchError(f"{path.name} was written to while it was verified")
-        # The same bytes under the same name: what they passed before, they pass.
-        self._write(sha256, file_name, replace(stamp, mark=mark))
+        for _ in range(TRIES_MAX):
+            mark = _mark(path)
+            if mark[0] != size_bytes:
+                raise FileMismatchError(f"{path.name} has {mark[0]} bytes, and the catalogue says {size_bytes}")
+            if stamp.mark == mark:
+                return
+            actual = sha256_of(path, stop)
+            if actual != sha256:
+                raise FileMismatchError(f"{path.name} has the sha256 {actual}, and the catalogue says {sha256}")
+            if _mark(path) == mark:
+                # The same bytes under the same name: what they passed before, they pass.
+                self._write(sha256, file_name, replace(stamp, mark=mark))
+                return
+        raise FileMismatchError(f"{path.name} was written to whenever it was verified, {TRIES_MAX} times")
 
     def has_passed(self, file_name: str, sha256: str, check: str) -> bool:
         """Whether a file of these bytes has passed the check under this name."""
         return check in self._read(sha256).get(file_name, _NEVER).checks
 
-    def note_passed(self, root: Path, file_name: str, sha256: str, check: str) -> None:
-        """The file has passed; raises FileMismatchError where it was written to since it was verified."""
+    def note_passed(self, root: Path, file_name: str, sha256: str, check: str) -> bool:
+        """The file has passed; False, and nothing is noted, where it changed since it was verified."""
         stamp = self._read(sha256).get(file_name, _NEVER)
         if stamp.mark != _mark(root / file_name):
-            raise FileMismatchError(f"{Path(file_name).name} was written to while it was checked")
+            return False
         self._write(sha256, file_name, replace(stamp, checks=[*stamp.checks, check][-CHECKS_KEPT:]))
+        return True
 
     def note_use(self, sha256: str) -> None:
         """The file is used now; see `used_at`."""
@@ -148,7 +154,7 @@ class Stamps:
 
     def _read(self, sha256: str) -> dict[str, _Stamp]:
         try:
-            stamps = json.loads((self._folder / f"{sha256}.json").read_bytes())
+            stamps = read_json(self._folder / f"{sha256}.json")
             return {name: _Stamp(**stamp) for name, stamp in stamps.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}

@@ -95,6 +95,7 @@ IDENTITY: Final[Mapping[str, Probe]] = {
 
 READING: Final[Mapping[str, Probe]] = {
     "temperature_celsius": _first_of(int, Call("nvmlDeviceGetTemperatureV", (0,)), Call("nvmlDeviceGetTemperature", (0,))),
+    "thermal_margin_celsius": _of("nvmlDeviceGetMarginTemperature"),
     "power_milliwatts": _of("nvmlDeviceGetPowerUsage"),
     "power_limit_milliwatts": _of("nvmlDeviceGetEnforcedPowerLimit"),
     "energy_millijoules": _of("nvmlDeviceGetTotalEnergyConsumption"),

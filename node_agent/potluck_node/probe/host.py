@@ -1,4 +1,4 @@
-"""The machine itself: its operating system, processors and memory."""
+"""The machine itself: its operating system, processors, memory and processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import psutil
+
+from potluck_node.probe.control_groups import ControlGroups
 
 
 def operating_system() -> str:
@@ -24,19 +26,38 @@ def cpu_name(information: Path = Path("/proc/cpuinfo")) -> str:
     raise LookupError("the kernel does not name the processor")
 
 
-def cpu_count() -> int:
-    """Processors that this process may use; a container often has fewer than the machine."""
-    return len(_allowed_processors()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+def cpu_count(groups: ControlGroups | None = None) -> int:
+    """Processors that this process may use; a container often has fewer than the machine, or the time of fewer."""
+    allowed = len(_allowed_processors()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+    share = (groups or ControlGroups()).processor_limit()
+    return allowed if share is None else min(allowed, max(1, int(share)))
 
 
-def memory_bytes() -> int:
-    """Memory of the machine."""
+def memory_bytes(groups: ControlGroups | None = None) -> int:
+    """Memory of the machine, or the part of it that this process may use."""
+    limit_bytes = (groups or ControlGroups()).memory_limit_bytes()
+    installed_bytes = memory_installed_bytes()
+    return installed_bytes if limit_bytes is None else min(installed_bytes, limit_bytes)
+
+
+def memory_installed_bytes() -> int:
+    """Memory of the machine, whoever may use it."""
     return int(psutil.virtual_memory().total)
 
 
-def memory_available_bytes() -> int:
+def memory_available_bytes(groups: ControlGroups | None = None) -> int:
     """Memory that a new process could take."""
-    return int(psutil.virtual_memory().available)
+    free_bytes = (groups or ControlGroups()).memory_free_bytes()
+    available_bytes = int(psutil.virtual_memory().available)
+    return available_bytes if free_bytes is None else min(available_bytes, free_bytes)
+
+
+def process_tree(pid: int) -> frozenset[int]:
+    """A process and all its descendants."""
+    try:
+        return frozenset({pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))})
+    except psutil.Error:
+        return frozenset({pid})
 
 
 def numa_nodes_allowed(root: Path = Path("/sys/devices/system/node")) -> tuple[int, ...]:

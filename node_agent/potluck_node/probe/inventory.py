@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from potluck_node.domain.hardware import Card, CardPair, Driver, Hardware, Host, joined_pairs
+from potluck_node.domain.hardware import Card, CardPair, Driver, Hardware, Host, joined_pairs, pcie_peer_pairs
 from potluck_node.probe import disk, host, kernel_log, nvidia, pci
 from potluck_node.probe.nvml import DriverUnavailableError, NvmlLibrary, process_library
 from potluck_protocol.values import Accelerator, Inventory
@@ -57,10 +57,7 @@ def read_accelerators(library: NvmlLibrary) -> tuple[Accelerator, ...]:
 def accelerators(cards: Collection[Card], pairs: tuple[CardPair, ...]) -> tuple[Accelerator, ...]:
     """The cards as the contract has them."""
     uuids = {card.index: card.identity.uuid or "" for card in cards}
-    peers: dict[int, list[str]] = {card.index: [] for card in cards}
-    for first, second in joined_pairs(pairs):
-        peers[first].append(uuids[second])
-        peers[second].append(uuids[first])
+    bridged, reached = (_peers(uuids, found) for found in (joined_pairs(pairs), pcie_peer_pairs(pairs)))
     return tuple(
         Accelerator(
             name=_text(card.identity.name),
@@ -72,17 +69,27 @@ def accelerators(cards: Collection[Card], pairs: tuple[CardPair, ...]) -> tuple[
             pcie_generation_max=card.identity.pcie_generation_max,
             power_limit_milliwatts=card.reading.power_limit_milliwatts,
             numa_node=card.slot.numa_node,
-            nvlink_peer_uuids=tuple(_text(uuid) for uuid in peers[card.index]),
+            nvlink_peer_uuids=bridged[card.index],
+            pcie_peer_uuids=reached[card.index],
         )
         for card in cards
         if not card.lost and card.identity.uuid and card.identity.memory_bytes
     )
 
 
+def _peers(uuids: dict[int, str], pairs: Collection[tuple[int, int]]) -> dict[int, tuple[str, ...]]:
+    """The others' names of each card's pairs, by the card's index."""
+    return {
+        index: tuple(_text(uuids[second if first == index else first]) for first, second in pairs if index in {first, second})
+        for index in uuids
+    }
+
+
 def examine(
     cache_folder: Path,
     *,
     own_process_ids: Collection[int] = (),
+    own_card_uuids: Collection[str] = (),
     library: NvmlLibrary | None = None,
     sysfs: Path = pci.SYSFS,
     pause: Callable[[float], None] = time.sleep,
@@ -92,6 +99,7 @@ def examine(
     Args:
         cache_folder: where models are kept.
         own_process_ids: the agent's and its engines' processes.
+        own_card_uuids: the cards that these engines were given.
         library: the driver's library; the process's own if not given.
         sysfs: where the kernel shows its devices.
         pause: waits for so many seconds.
@@ -102,7 +110,7 @@ def examine(
     pairs: tuple[CardPair, ...] = ()
     try:
         if driver.absence is None:
-            cards = nvidia.read_cards(library, own_process_ids, sysfs)
+            cards = nvidia.read_cards(library, own_process_ids, sysfs, own_card_uuids=own_card_uuids)
             pairs = nvidia.read_pairs(library)
             for _ in range(LINK_LOOKS - 1 if cards else 0):
                 pause(LINK_PAUSE_SECONDS)
@@ -126,6 +134,7 @@ def read_host(cache_folder: Path) -> Host:
         cpu_name=_text(_fact("cpu_name", host.cpu_name)) or None,
         cpu_count=_fact("cpu_count", host.cpu_count),
         memory_bytes=_fact("memory_bytes", host.memory_bytes),
+        memory_installed_bytes=_fact("memory_installed_bytes", host.memory_installed_bytes),
         memory_available_bytes=_fact("memory_available_bytes", host.memory_available_bytes),
         disk_free_bytes=_fact("disk_free_bytes", lambda: disk.disk_free_bytes(cache_folder)),
         shared_memory_bytes=_fact("shared_memory_bytes", lambda: shutil.disk_usage(SHARED_MEMORY).total),

@@ -1,9 +1,9 @@
 """The way to the coordinator: whether its ports are reached, how far it is, what its clock says.
 
-Decides what is measured, and how. It must not know what is good: `domain.doctor_network` judges.
+Decides what is looked at without being one of the pool's nodes, and how. It must not know what is good: `domain.doctor_host` judges. How
+much the line carries is `line_measurement`'s, for which the coordinator wants to see the node's certificate.
 
-A round trip is the time of a TCP connection's start, which any port answers without being asked for anything. Upload and download rates are
-not measured: no port of a coordinator takes or gives bytes for that purpose, and a rate guessed from a document of 2 KB would be noise.
+A round trip is the time of a TCP connection's start, which any port answers without being asked for anything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from potluck_protocol.connection import is_loopback_host
 CONNECT_LIMIT_SECONDS: Final = 4.0
 CONNECT_COUNT: Final = 3
 """Connections to each port; their median is told, so that one lost packet does not look like a far coordinator."""
-RATE_FAILURE: Final = "a coordinator offers nothing to measure a rate with"
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -43,12 +42,16 @@ async def read_network(*, link_target: str, grpc_target: str, url: str, listenin
         url: the coordinator's HTTP URL.
         listening: what the agent's own processes listen on.
     """
-    http_target = _http_target(url)
-    services = {"link": link_target, "grpc": grpc_target, "http": http_target}
-    reaches = await asyncio.gather(*(_reach(service, target) for service, target in services.items()))
-    http_reached = any(reach.service == "http" and not reach.failure for reach in reaches)
+    services = {"link": link_target, "grpc": grpc_target}
+    unreadable: tuple[Reach, ...] = ()
+    try:
+        services["http"] = _http_target(url)
+    except ValueError as error:
+        unreadable = (Reach("http", url, failure=f"that is no URL ({error})"),)
+    reaches = (*await asyncio.gather(*(reach(service, target) for service, target in services.items())), *unreadable)
+    http_reached = any(seen.service == "http" and not seen.failure for seen in reaches)
     skew_seconds = await asyncio.to_thread(read_clock_skew, url) if http_reached else None
-    return Network(tuple(reaches), skew_seconds, rate_failure=RATE_FAILURE, listening=listening)
+    return Network(reaches, skew_seconds, listening=listening)
 
 
 def read_clock_skew(url: str, unix_seconds: Callable[[], float] = time.time) -> float | None:
@@ -90,22 +93,15 @@ def listening_beyond_loopback(process_ids: frozenset[int]) -> tuple[str, ...] | 
         except psutil.Error:
             return None
         found |= {
-            f"{connection.laddr.ip}:{connection.laddr.port}"
+            _with_port(connection.laddr.ip, connection.laddr.port)
             for connection in connections
             if connection.status == psutil.CONN_LISTEN and not is_loopback_host(connection.laddr.ip)
         }
     return tuple(sorted(found))
 
 
-def process_tree(pid: int) -> frozenset[int]:
-    """A process and all its descendants."""
-    try:
-        return frozenset({pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))})
-    except psutil.Error:
-        return frozenset({pid})
-
-
-async def _reach(service: str, target: str) -> Reach:
+async def reach(service: str, target: str) -> Reach:
+    """One of the coordinator's ports: how far it is, or why it is not reached. Never raises."""
     host, _, port = target.rpartition(":")
     times_ms: list[float] = []
     for _ in range(CONNECT_COUNT):
@@ -133,7 +129,10 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _http_target(url: str) -> str:
+    """Raises ValueError for what is no URL."""
     address = urlsplit(url)
-    host = address.hostname or ""
-    bracketed = f"[{host}]" if ":" in host else host
-    return f"{bracketed}:{address.port or _PORTS.get(address.scheme, 443)}"
+    return _with_port(address.hostname or "", address.port or _PORTS.get(address.scheme, 443))
+
+
+def _with_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -30,18 +30,26 @@ def read_driver(library: NvmlLibrary) -> Driver:
         return Driver(absence=failure.absence, absence_text=failure.text)
 
 
-def read_cards(library: NvmlLibrary, own_process_ids: Collection[int] = (), sysfs: Path = pci.SYSFS) -> tuple[Card, ...]:
+def read_cards(
+    library: NvmlLibrary,
+    own_process_ids: Collection[int] = (),
+    sysfs: Path = pci.SYSFS,
+    *,
+    own_card_uuids: Collection[str] = (),
+) -> tuple[Card, ...]:
     """Every card with all its facts.
 
     Args:
         library: the driver's library.
         own_process_ids: the agent's and its engines' processes; any other is foreign.
         sysfs: where the kernel shows its devices.
+        own_card_uuids: the cards that the agent's engines were given.
 
     Raises:
         DriverUnavailableError: there is no driver.
     """
-    return tuple(_card(library, index, own_process_ids, sysfs) for index in range(card_count(library)))
+    cards = (_card(library, index, own_process_ids, sysfs) for index in range(card_count(library)))
+    return tuple(replace(card, engine_here=card.identity.uuid in own_card_uuids) for card in cards)
 
 
 def card_count(library: NvmlLibrary) -> int:

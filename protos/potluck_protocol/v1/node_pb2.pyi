@@ -140,6 +140,29 @@ FAILURE_KIND_NOT_ALLOWED: FailureKind.ValueType  # 12
 FAILURE_KIND_GROUP_BROKEN: FailureKind.ValueType  # 13
 """Another member of its group is gone."""
 
+class _PeerAccess:
+    ValueType = NewType("ValueType", int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PeerAccessEnumTypeWrapper(_EnumTypeWrapper[_PeerAccess.ValueType], type):
+    DESCRIPTOR: EnumDescriptor
+    PEER_ACCESS_UNSPECIFIED: _PeerAccess.ValueType  # 0
+    """Whatever the driver says."""
+    PEER_ACCESS_BRIDGES: _PeerAccess.ValueType  # 1
+    """NVLink bridges only: over PCIe the driver refuses it."""
+    PEER_ACCESS_NONE: _PeerAccess.ValueType  # 2
+    """None: everything goes through the machine's memory."""
+
+class PeerAccess(_PeerAccess, metaclass=_PeerAccessEnumTypeWrapper):
+    """By which ways the cards of an engine may reach each other's memory."""
+
+PEER_ACCESS_UNSPECIFIED: PeerAccess.ValueType  # 0
+"""Whatever the driver says."""
+PEER_ACCESS_BRIDGES: PeerAccess.ValueType  # 1
+"""NVLink bridges only: over PCIe the driver refuses it."""
+PEER_ACCESS_NONE: PeerAccess.ValueType  # 2
+"""None: everything goes through the machine's memory."""
+
 class _EndReason:
     ValueType = NewType("ValueType", int)
     V: typing_extensions.TypeAlias = ValueType
@@ -276,6 +299,75 @@ class RenewResponse(Message):
     def ClearField(self, field_name: Literal["certificate_pem", b"certificate_pem"]) -> None: ...
 
 @final
+class MeasureUploadRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    DATA_FIELD_NUMBER: int
+    data: bytes
+    """Random bytes, which nothing on the way can make smaller."""
+    def __init__(
+        self,
+        *,
+        data: bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["data", b"data"]) -> None: ...
+
+@final
+class MeasureUploadResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    ARRIVALS_FIELD_NUMBER: int
+    @property
+    def arrivals(self) -> RepeatedCompositeFieldContainer[Arrival]:
+        """When the pieces came, the first one's at 0."""
+
+    def __init__(
+        self,
+        *,
+        arrivals: Iterable[Arrival] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["arrivals", b"arrivals"]) -> None: ...
+
+@final
+class Arrival(Message):
+    """So much had come by then."""
+
+    DESCRIPTOR: Descriptor
+
+    ELAPSED_MICROSECONDS_FIELD_NUMBER: int
+    RECEIVED_BYTES_FIELD_NUMBER: int
+    elapsed_microseconds: int
+    received_bytes: int
+    def __init__(
+        self,
+        *,
+        elapsed_microseconds: int = ...,
+        received_bytes: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["elapsed_microseconds", b"elapsed_microseconds", "received_bytes", b"received_bytes"]) -> None: ...
+
+@final
+class MeasureDownloadRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+@final
+class MeasureDownloadResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    DATA_FIELD_NUMBER: int
+    data: bytes
+    def __init__(
+        self,
+        *,
+        data: bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["data", b"data"]) -> None: ...
+
+@final
 class NodeFrame(Message):
     """Everything that was waiting on the node when the frame was built. The first frame holds `hello` alone."""
 
@@ -373,6 +465,7 @@ class Hello(Message):
     IN_FLIGHT_FIELD_NUMBER: int
     STATE_FIELD_NUMBER: int
     ENGINES_FIELD_NUMBER: int
+    CARDS_FIELD_NUMBER: int
     protocol_version: int
     node_id: str
     session_id: str
@@ -387,6 +480,10 @@ class Hello(Message):
 
     @property
     def engines(self) -> RepeatedCompositeFieldContainer[EngineStatus]: ...
+    @property
+    def cards(self) -> RepeatedCompositeFieldContainer[CardTelemetry]:
+        """As in the heartbeat, where they are known by then: a coordinator that begins anew plans from the first hello on."""
+
     def __init__(
         self,
         *,
@@ -398,9 +495,10 @@ class Hello(Message):
         in_flight: Iterable[InFlightAttempt] | None = ...,
         state: NodeState.ValueType = ...,
         engines: Iterable[EngineStatus] | None = ...,
+        cards: Iterable[CardTelemetry] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["inventory", b"inventory"]) -> bool: ...
-    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "engines", b"engines", "in_flight", b"in_flight", "inventory", b"inventory", "node_id", b"node_id", "protocol_version", b"protocol_version", "session_id", b"session_id", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "engines", b"engines", "in_flight", b"in_flight", "inventory", b"inventory", "node_id", b"node_id", "protocol_version", b"protocol_version", "session_id", b"session_id", "state", b"state"]) -> None: ...
 
 @final
 class InFlightAttempt(Message):
@@ -493,6 +591,7 @@ class Heartbeat(Message):
     DISK_FREE_BYTES_FIELD_NUMBER: int
     CARDS_FIELD_NUMBER: int
     PEER_MEASUREMENTS_FIELD_NUMBER: int
+    LINE_FIELD_NUMBER: int
     progress_count: int
     """Grows with every chunk any engine of the node produced. For people: the coordinator judges by the chunks that it gets."""
     state: NodeState.ValueType
@@ -505,6 +604,10 @@ class Heartbeat(Message):
     def peer_measurements(self) -> RepeatedCompositeFieldContainer[PeerMeasurement]:
         """What the node measured towards the peers of `DesiredState.peers`."""
 
+    @property
+    def line(self) -> LineMeasurement:
+        """What the node measured towards the coordinator, in this run or an earlier one; not set before the first measurement."""
+
     def __init__(
         self,
         *,
@@ -514,8 +617,10 @@ class Heartbeat(Message):
         disk_free_bytes: int = ...,
         cards: Iterable[CardTelemetry] | None = ...,
         peer_measurements: Iterable[PeerMeasurement] | None = ...,
+        line: LineMeasurement | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: Literal["line", b"line"]) -> bool: ...
+    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
 
 @final
 class CardTelemetry(Message):
@@ -532,16 +637,22 @@ class CardTelemetry(Message):
     UTILIZATION_PERCENT_FIELD_NUMBER: int
     THROTTLE_REASONS_FIELD_NUMBER: int
     LOST_FIELD_NUMBER: int
+    NEWEST_XID_FIELD_NUMBER: int
+    XID_COUNT_FIELD_NUMBER: int
     uuid: str
     temperature_celsius: int
     power_milliwatts: int
     power_limit_milliwatts: int
     memory_used_bytes: int
     memory_foreign_bytes: int
-    """By processes that are not this node's engines."""
+    """By processes that are not this node's engines, as it was when that could last be told: some drivers hide processes."""
     utilization_percent: int
     lost: bool
     """The driver no longer reaches the card."""
+    newest_xid: int
+    """The number of the newest fault (Xid) that the driver told of since the agent started; not set where there was none."""
+    xid_count: int
+    """Faults since then."""
     @property
     def throttle_reasons(self) -> RepeatedScalarFieldContainer[str]:
         """"power_cap", "software_thermal", "hardware_thermal", "hardware_slowdown", "power_brake", "sync_boost"."""
@@ -558,13 +669,17 @@ class CardTelemetry(Message):
         utilization_percent: int | None = ...,
         throttle_reasons: Iterable[str] | None = ...,
         lost: bool = ...,
+        newest_xid: int | None = ...,
+        xid_count: int = ...,
     ) -> None: ...
-    def HasField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "utilization_percent", b"utilization_percent"]) -> bool: ...
-    def ClearField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "lost", b"lost", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "utilization_percent", b"utilization_percent", "uuid", b"uuid"]) -> None: ...
+    def HasField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_newest_xid", b"_newest_xid", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "newest_xid", b"newest_xid", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "utilization_percent", b"utilization_percent"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_newest_xid", b"_newest_xid", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "lost", b"lost", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "newest_xid", b"newest_xid", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "utilization_percent", b"utilization_percent", "uuid", b"uuid", "xid_count", b"xid_count"]) -> None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes"]) -> Literal["memory_foreign_bytes"] | None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_memory_used_bytes", b"_memory_used_bytes"]) -> Literal["memory_used_bytes"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_newest_xid", b"_newest_xid"]) -> Literal["newest_xid"] | None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_power_limit_milliwatts", b"_power_limit_milliwatts"]) -> Literal["power_limit_milliwatts"] | None: ...
     @overload
@@ -573,6 +688,39 @@ class CardTelemetry(Message):
     def WhichOneof(self, oneof_group: Literal["_temperature_celsius", b"_temperature_celsius"]) -> Literal["temperature_celsius"] | None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_utilization_percent", b"_utilization_percent"]) -> Literal["utilization_percent"] | None: ...
+
+@final
+class LineMeasurement(Message):
+    """The way from a node to its coordinator. A field that is not set is a figure that was not to be had."""
+
+    DESCRIPTOR: Descriptor
+
+    MEASURED_AT_UNIX_MS_FIELD_NUMBER: int
+    ROUND_TRIP_MICROSECONDS_FIELD_NUMBER: int
+    UPLOAD_BYTES_PER_SECOND_FIELD_NUMBER: int
+    DOWNLOAD_BYTES_PER_SECOND_FIELD_NUMBER: int
+    measured_at_unix_ms: int
+    """By the node's clock."""
+    round_trip_microseconds: int
+    """Of a TCP connection's start."""
+    upload_bytes_per_second: int
+    download_bytes_per_second: int
+    def __init__(
+        self,
+        *,
+        measured_at_unix_ms: int = ...,
+        round_trip_microseconds: int | None = ...,
+        upload_bytes_per_second: int | None = ...,
+        download_bytes_per_second: int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["_download_bytes_per_second", b"_download_bytes_per_second", "_round_trip_microseconds", b"_round_trip_microseconds", "_upload_bytes_per_second", b"_upload_bytes_per_second", "download_bytes_per_second", b"download_bytes_per_second", "round_trip_microseconds", b"round_trip_microseconds", "upload_bytes_per_second", b"upload_bytes_per_second"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_download_bytes_per_second", b"_download_bytes_per_second", "_round_trip_microseconds", b"_round_trip_microseconds", "_upload_bytes_per_second", b"_upload_bytes_per_second", "download_bytes_per_second", b"download_bytes_per_second", "measured_at_unix_ms", b"measured_at_unix_ms", "round_trip_microseconds", b"round_trip_microseconds", "upload_bytes_per_second", b"upload_bytes_per_second"]) -> None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_download_bytes_per_second", b"_download_bytes_per_second"]) -> Literal["download_bytes_per_second"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_round_trip_microseconds", b"_round_trip_microseconds"]) -> Literal["round_trip_microseconds"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_upload_bytes_per_second", b"_upload_bytes_per_second"]) -> Literal["upload_bytes_per_second"] | None: ...
 
 @final
 class PeerMeasurement(Message):
@@ -624,6 +772,11 @@ class EngineStatus(Message):
     GROUP_ID_FIELD_NUMBER: int
     GROUP_RANK_FIELD_NUMBER: int
     GROUP_GENERATION_FIELD_NUMBER: int
+    PREFILL_PAST_TOKENS_FIELD_NUMBER: int
+    DECODE_PAST_TOKENS_FIELD_NUMBER: int
+    PREFIX_QUERIED_TOKENS_FIELD_NUMBER: int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: int
+    WEIGHT_BYTES_FIELD_NUMBER: int
     replica_id: str
     model_id: str
     state: EngineState.ValueType
@@ -646,12 +799,20 @@ class EngineStatus(Message):
     memory_utilization_percent: int
     """The share of each card's memory that it was started with; lower than wished after it ran out of memory. 0: does not apply."""
     prefill_tokens_per_second: float
-    """Rates of the newest answers, as the node measured them."""
+    """Rates of the newest answers that had the engine to themselves, as the node measured them."""
     decode_tokens_per_second: float
     group_id: str
     """Of the group that the replica is part of; empty for one that is whole."""
     group_rank: int
     group_generation: int
+    prefill_past_tokens: int
+    """How many tokens stood before those that the rates are of, on average: long pasts slow an engine down. 0: not told."""
+    decode_past_tokens: int
+    prefix_queried_tokens: int
+    """Prompt tokens that were looked up in the prefix cache since the engine started, and those of them that were there."""
+    prefix_hit_tokens: int
+    weight_bytes: int
+    """Of the weights that a group's stage has loaded, as its engine counted them; not set where it does not."""
     @property
     def endpoints(self) -> RepeatedScalarFieldContainer[Endpoint.ValueType]: ...
     def __init__(
@@ -680,9 +841,14 @@ class EngineStatus(Message):
         group_id: str = ...,
         group_rank: int = ...,
         group_generation: int = ...,
+        prefill_past_tokens: int = ...,
+        decode_past_tokens: int = ...,
+        prefix_queried_tokens: int | None = ...,
+        prefix_hit_tokens: int | None = ...,
+        weight_bytes: int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_memory_bytes", b"_memory_bytes", "_prefill_tokens_per_second", b"_prefill_tokens_per_second", "_waiting_count", b"_waiting_count", "decode_tokens_per_second", b"decode_tokens_per_second", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "memory_bytes", b"memory_bytes", "prefill_tokens_per_second", b"prefill_tokens_per_second", "waiting_count", b"waiting_count"]) -> bool: ...
-    def ClearField(self, field_name: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_memory_bytes", b"_memory_bytes", "_prefill_tokens_per_second", b"_prefill_tokens_per_second", "_waiting_count", b"_waiting_count", "context_length_tokens", b"context_length_tokens", "decode_tokens_per_second", b"decode_tokens_per_second", "endpoints", b"endpoints", "engine_kind", b"engine_kind", "engine_version", b"engine_version", "failure", b"failure", "failure_kind", b"failure_kind", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "group_generation", b"group_generation", "group_id", b"group_id", "group_rank", b"group_rank", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "memory_bytes", b"memory_bytes", "memory_utilization_percent", b"memory_utilization_percent", "model_id", b"model_id", "prefill_tokens_per_second", b"prefill_tokens_per_second", "replica_id", b"replica_id", "running_count", b"running_count", "slot_count", b"slot_count", "state", b"state", "waiting_count", b"waiting_count"]) -> None: ...
+    def HasField(self, field_name: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_memory_bytes", b"_memory_bytes", "_prefill_tokens_per_second", b"_prefill_tokens_per_second", "_prefix_hit_tokens", b"_prefix_hit_tokens", "_prefix_queried_tokens", b"_prefix_queried_tokens", "_waiting_count", b"_waiting_count", "_weight_bytes", b"_weight_bytes", "decode_tokens_per_second", b"decode_tokens_per_second", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "memory_bytes", b"memory_bytes", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "waiting_count", b"waiting_count", "weight_bytes", b"weight_bytes"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_memory_bytes", b"_memory_bytes", "_prefill_tokens_per_second", b"_prefill_tokens_per_second", "_prefix_hit_tokens", b"_prefix_hit_tokens", "_prefix_queried_tokens", b"_prefix_queried_tokens", "_waiting_count", b"_waiting_count", "_weight_bytes", b"_weight_bytes", "context_length_tokens", b"context_length_tokens", "decode_past_tokens", b"decode_past_tokens", "decode_tokens_per_second", b"decode_tokens_per_second", "endpoints", b"endpoints", "engine_kind", b"engine_kind", "engine_version", b"engine_version", "failure", b"failure", "failure_kind", b"failure_kind", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "group_generation", b"group_generation", "group_id", b"group_id", "group_rank", b"group_rank", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "memory_bytes", b"memory_bytes", "memory_utilization_percent", b"memory_utilization_percent", "model_id", b"model_id", "prefill_past_tokens", b"prefill_past_tokens", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "replica_id", b"replica_id", "running_count", b"running_count", "slot_count", b"slot_count", "state", b"state", "waiting_count", b"waiting_count", "weight_bytes", b"weight_bytes"]) -> None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_decode_tokens_per_second", b"_decode_tokens_per_second"]) -> Literal["decode_tokens_per_second"] | None: ...
     @overload
@@ -694,7 +860,13 @@ class EngineStatus(Message):
     @overload
     def WhichOneof(self, oneof_group: Literal["_prefill_tokens_per_second", b"_prefill_tokens_per_second"]) -> Literal["prefill_tokens_per_second"] | None: ...
     @overload
+    def WhichOneof(self, oneof_group: Literal["_prefix_hit_tokens", b"_prefix_hit_tokens"]) -> Literal["prefix_hit_tokens"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_prefix_queried_tokens", b"_prefix_queried_tokens"]) -> Literal["prefix_queried_tokens"] | None: ...
+    @overload
     def WhichOneof(self, oneof_group: Literal["_waiting_count", b"_waiting_count"]) -> Literal["waiting_count"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_weight_bytes", b"_weight_bytes"]) -> Literal["weight_bytes"] | None: ...
 
 @final
 class Inventory(Message):
@@ -711,6 +883,7 @@ class Inventory(Message):
     ENGINE_KINDS_FIELD_NUMBER: int
     GROUP_OFFER_FIELD_NUMBER: int
     ATTACHED_MODEL_NAMES_FIELD_NUMBER: int
+    LINE_FIELD_NUMBER: int
     operating_system: str
     cpu_count: int
     memory_bytes: int
@@ -734,6 +907,10 @@ class Inventory(Message):
     def attached_model_names(self) -> RepeatedScalarFieldContainer[str]:
         """What engines that the owner runs here already, and attached, call their models."""
 
+    @property
+    def line(self) -> LineMeasurement:
+        """As in the heartbeat; a hello has it where it is known by then."""
+
     def __init__(
         self,
         *,
@@ -748,9 +925,10 @@ class Inventory(Message):
         engine_kinds: Iterable[str] | None = ...,
         group_offer: GroupOffer | None = ...,
         attached_model_names: Iterable[str] | None = ...,
+        line: LineMeasurement | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: Literal["group_offer", b"group_offer"]) -> bool: ...
-    def ClearField(self, field_name: Literal["accelerators", b"accelerators", "attached_model_names", b"attached_model_names", "cpu_count", b"cpu_count", "cuda_version", b"cuda_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine_kinds", b"engine_kinds", "group_offer", b"group_offer", "memory_budget_bytes", b"memory_budget_bytes", "memory_bytes", b"memory_bytes", "operating_system", b"operating_system"]) -> None: ...
+    def HasField(self, field_name: Literal["group_offer", b"group_offer", "line", b"line"]) -> bool: ...
+    def ClearField(self, field_name: Literal["accelerators", b"accelerators", "attached_model_names", b"attached_model_names", "cpu_count", b"cpu_count", "cuda_version", b"cuda_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine_kinds", b"engine_kinds", "group_offer", b"group_offer", "line", b"line", "memory_budget_bytes", b"memory_budget_bytes", "memory_bytes", b"memory_bytes", "operating_system", b"operating_system"]) -> None: ...
 
 @final
 class Accelerator(Message):
@@ -766,6 +944,7 @@ class Accelerator(Message):
     POWER_LIMIT_MILLIWATTS_FIELD_NUMBER: int
     NUMA_NODE_FIELD_NUMBER: int
     NVLINK_PEER_UUIDS_FIELD_NUMBER: int
+    PCIE_PEER_UUIDS_FIELD_NUMBER: int
     name: str
     uuid: str
     memory_bytes: int
@@ -780,6 +959,10 @@ class Accelerator(Message):
     def nvlink_peer_uuids(self) -> RepeatedScalarFieldContainer[str]:
         """Cards that this one reaches by NVLink, proved by the driver's peer-to-peer status."""
 
+    @property
+    def pcie_peer_uuids(self) -> RepeatedScalarFieldContainer[str]:
+        """Cards that this one reaches over PCIe without the machine's memory between, by the driver's peer-to-peer status."""
+
     def __init__(
         self,
         *,
@@ -793,9 +976,10 @@ class Accelerator(Message):
         power_limit_milliwatts: int | None = ...,
         numa_node: int | None = ...,
         nvlink_peer_uuids: Iterable[str] | None = ...,
+        pcie_peer_uuids: Iterable[str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["_numa_node", b"_numa_node", "_pcie_generation_max", b"_pcie_generation_max", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_power_limit_milliwatts", b"_power_limit_milliwatts", "numa_node", b"numa_node", "pcie_generation_max", b"pcie_generation_max", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "power_limit_milliwatts", b"power_limit_milliwatts"]) -> bool: ...
-    def ClearField(self, field_name: Literal["_numa_node", b"_numa_node", "_pcie_generation_max", b"_pcie_generation_max", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_power_limit_milliwatts", b"_power_limit_milliwatts", "compute_capability", b"compute_capability", "memory_bytes", b"memory_bytes", "name", b"name", "numa_node", b"numa_node", "nvlink_peer_uuids", b"nvlink_peer_uuids", "pcie_generation_max", b"pcie_generation_max", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "power_limit_milliwatts", b"power_limit_milliwatts", "uuid", b"uuid"]) -> None: ...
+    def ClearField(self, field_name: Literal["_numa_node", b"_numa_node", "_pcie_generation_max", b"_pcie_generation_max", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_power_limit_milliwatts", b"_power_limit_milliwatts", "compute_capability", b"compute_capability", "memory_bytes", b"memory_bytes", "name", b"name", "numa_node", b"numa_node", "nvlink_peer_uuids", b"nvlink_peer_uuids", "pcie_generation_max", b"pcie_generation_max", "pcie_peer_uuids", b"pcie_peer_uuids", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "power_limit_milliwatts", b"power_limit_milliwatts", "uuid", b"uuid"]) -> None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_numa_node", b"_numa_node"]) -> Literal["numa_node"] | None: ...
     @overload
@@ -938,6 +1122,8 @@ class EngineShape(Message):
     QUANTIZATION_FIELD_NUMBER: int
     KV_CACHE_BYTES_FIELD_NUMBER: int
     MEMORY_BYTES_FIELD_NUMBER: int
+    CARD_FACTS_FIELD_NUMBER: int
+    STAGE_LAYER_COUNTS_FIELD_NUMBER: int
     tensor_parallel_size: int
     quantization: str
     """"awq", "gptq", …; empty: as the model's files say."""
@@ -949,6 +1135,12 @@ class EngineShape(Message):
     def card_uuids(self) -> RepeatedScalarFieldContainer[str]:
         """The cards to use; none: the machine's processors, or whatever the engine takes."""
 
+    @property
+    def card_facts(self) -> CardFacts: ...
+    @property
+    def stage_layer_counts(self) -> RepeatedScalarFieldContainer[int]:
+        """Of each stage, where cards of this node that follow one another hold the layers; empty: every card holds a part of each layer."""
+
     def __init__(
         self,
         *,
@@ -957,8 +1149,38 @@ class EngineShape(Message):
         quantization: str = ...,
         kv_cache_bytes: int = ...,
         memory_bytes: int = ...,
+        card_facts: CardFacts | None = ...,
+        stage_layer_counts: Iterable[int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["card_uuids", b"card_uuids", "kv_cache_bytes", b"kv_cache_bytes", "memory_bytes", b"memory_bytes", "quantization", b"quantization", "tensor_parallel_size", b"tensor_parallel_size"]) -> None: ...
+    def HasField(self, field_name: Literal["card_facts", b"card_facts"]) -> bool: ...
+    def ClearField(self, field_name: Literal["card_facts", b"card_facts", "card_uuids", b"card_uuids", "kv_cache_bytes", b"kv_cache_bytes", "memory_bytes", b"memory_bytes", "quantization", b"quantization", "stage_layer_counts", b"stage_layer_counts", "tensor_parallel_size", b"tensor_parallel_size"]) -> None: ...
+
+@final
+class CardFacts(Message):
+    """What the coordinator's fit knows of the cards of an engine, as facts: the node alone makes flags of them."""
+
+    DESCRIPTOR: Descriptor
+
+    MEMORY_UTILIZATION_PERCENT_FIELD_NUMBER: int
+    HALF_PRECISION_FIELD_NUMBER: int
+    WITHOUT_CUSTOM_ALL_REDUCE_FIELD_NUMBER: int
+    PEER_ACCESS_FIELD_NUMBER: int
+    memory_utilization_percent: int
+    """How much of each card's memory the engine may begin with, 1 to 95. 0: not said."""
+    half_precision: bool
+    """A card among them cannot calculate in bfloat16."""
+    without_custom_all_reduce: bool
+    """The cards do not reach each other as the engine's own all-reduce wants it."""
+    peer_access: PeerAccess.ValueType
+    def __init__(
+        self,
+        *,
+        memory_utilization_percent: int = ...,
+        half_precision: bool = ...,
+        without_custom_all_reduce: bool = ...,
+        peer_access: PeerAccess.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["half_precision", b"half_precision", "memory_utilization_percent", b"memory_utilization_percent", "peer_access", b"peer_access", "without_custom_all_reduce", b"without_custom_all_reduce"]) -> None: ...
 
 @final
 class GroupPlace(Message):
@@ -1132,6 +1354,7 @@ class AttemptChunk(Message):
     sequence: int
     """From 0, without gaps, per attempt."""
     data: bytes
+    """Of an answer that is a stream of events: whole ones, whose lines line feeds end, whatever the engine ends them with."""
     @property
     def head(self) -> ResponseHead:
         """With sequence 0 only."""

@@ -160,6 +160,16 @@ class NodeServiceStub(object):
                 request_serializer=potluck__protocol_dot_v1_dot_node__pb2.NodeFrame.SerializeToString,
                 response_deserializer=potluck__protocol_dot_v1_dot_node__pb2.CoordinatorFrame.FromString,
                 _registered_method=True)
+        self.MeasureUpload = channel.stream_unary(
+                '/potluck_protocol.v1.NodeService/MeasureUpload',
+                request_serializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureUploadRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureUploadResponse.FromString,
+                _registered_method=True)
+        self.MeasureDownload = channel.unary_stream(
+                '/potluck_protocol.v1.NodeService/MeasureDownload',
+                request_serializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureDownloadRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureDownloadResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer(object):
@@ -175,6 +185,23 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureUpload(self, request_iterator, context):
+        """How fast the node sends to the coordinator. The node streams pieces, 8 MiB at most; the coordinator answers after those, or two seconds
+        after the first one. One measurement of a node at a time, two of a coordinator's, and minutes between two of the same kind: otherwise
+        it is refused with RESOURCE_EXHAUSTED, whose ErrorDetail says when to come again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureDownload(self, request, context):
+        """How fast the node receives from the coordinator, which streams pieces within the same bounds. The node times them, and cancels after two
+        seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -182,6 +209,16 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Link,
                     request_deserializer=potluck__protocol_dot_v1_dot_node__pb2.NodeFrame.FromString,
                     response_serializer=potluck__protocol_dot_v1_dot_node__pb2.CoordinatorFrame.SerializeToString,
+            ),
+            'MeasureUpload': grpc.stream_unary_rpc_method_handler(
+                    servicer.MeasureUpload,
+                    request_deserializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureUploadRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureUploadResponse.SerializeToString,
+            ),
+            'MeasureDownload': grpc.unary_stream_rpc_method_handler(
+                    servicer.MeasureDownload,
+                    request_deserializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureDownloadRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_node__pb2.MeasureDownloadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -212,6 +249,60 @@ class NodeService(object):
             '/potluck_protocol.v1.NodeService/Link',
             potluck__protocol_dot_v1_dot_node__pb2.NodeFrame.SerializeToString,
             potluck__protocol_dot_v1_dot_node__pb2.CoordinatorFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureUpload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/potluck_protocol.v1.NodeService/MeasureUpload',
+            potluck__protocol_dot_v1_dot_node__pb2.MeasureUploadRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_node__pb2.MeasureUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureDownload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/potluck_protocol.v1.NodeService/MeasureDownload',
+            potluck__protocol_dot_v1_dot_node__pb2.MeasureDownloadRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_node__pb2.MeasureDownloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

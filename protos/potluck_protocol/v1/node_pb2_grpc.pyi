@@ -138,7 +138,39 @@ _NodeServiceLinkType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeServiceStub(typing.Generic[_NodeServiceLinkType]):
+_NodeServiceMeasureUploadType = typing_extensions.TypeVar(
+    '_NodeServiceMeasureUploadType',
+    grpc.StreamUnaryMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureUploadRequest,
+        potluck_protocol.v1.node_pb2.MeasureUploadResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureUploadRequest,
+        potluck_protocol.v1.node_pb2.MeasureUploadResponse,
+    ],
+    default=grpc.StreamUnaryMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureUploadRequest,
+        potluck_protocol.v1.node_pb2.MeasureUploadResponse,
+    ],
+)
+
+_NodeServiceMeasureDownloadType = typing_extensions.TypeVar(
+    '_NodeServiceMeasureDownloadType',
+    grpc.UnaryStreamMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+        potluck_protocol.v1.node_pb2.MeasureDownloadResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+        potluck_protocol.v1.node_pb2.MeasureDownloadResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+        potluck_protocol.v1.node_pb2.MeasureDownloadResponse,
+    ],
+)
+
+class NodeServiceStub(typing.Generic[_NodeServiceLinkType, _NodeServiceMeasureUploadType, _NodeServiceMeasureDownloadType]):
     """Served on the link port, which demands a node's certificate."""
 
     @typing.overload
@@ -146,6 +178,14 @@ class NodeServiceStub(typing.Generic[_NodeServiceLinkType]):
         grpc.StreamStreamMultiCallable[
             potluck_protocol.v1.node_pb2.NodeFrame,
             potluck_protocol.v1.node_pb2.CoordinatorFrame,
+        ],
+        grpc.StreamUnaryMultiCallable[
+            potluck_protocol.v1.node_pb2.MeasureUploadRequest,
+            potluck_protocol.v1.node_pb2.MeasureUploadResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+            potluck_protocol.v1.node_pb2.MeasureDownloadResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -155,6 +195,14 @@ class NodeServiceStub(typing.Generic[_NodeServiceLinkType]):
             potluck_protocol.v1.node_pb2.NodeFrame,
             potluck_protocol.v1.node_pb2.CoordinatorFrame,
         ],
+        grpc.aio.StreamUnaryMultiCallable[
+            potluck_protocol.v1.node_pb2.MeasureUploadRequest,
+            potluck_protocol.v1.node_pb2.MeasureUploadResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+            potluck_protocol.v1.node_pb2.MeasureDownloadResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Link: _NodeServiceLinkType
@@ -163,10 +211,29 @@ class NodeServiceStub(typing.Generic[_NodeServiceLinkType]):
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     """
 
+    MeasureUpload: _NodeServiceMeasureUploadType
+    """How fast the node sends to the coordinator. The node streams pieces, 8 MiB at most; the coordinator answers after those, or two seconds
+    after the first one. One measurement of a node at a time, two of a coordinator's, and minutes between two of the same kind: otherwise
+    it is refused with RESOURCE_EXHAUSTED, whose ErrorDetail says when to come again.
+    """
+
+    MeasureDownload: _NodeServiceMeasureDownloadType
+    """How fast the node receives from the coordinator, which streams pieces within the same bounds. The node times them, and cancels after two
+    seconds.
+    """
+
 NodeServiceAsyncStub: typing_extensions.TypeAlias = NodeServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         potluck_protocol.v1.node_pb2.NodeFrame,
         potluck_protocol.v1.node_pb2.CoordinatorFrame,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureUploadRequest,
+        potluck_protocol.v1.node_pb2.MeasureUploadResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+        potluck_protocol.v1.node_pb2.MeasureDownloadResponse,
     ],
 ]
 
@@ -182,6 +249,27 @@ class NodeServiceServicer(metaclass=abc.ABCMeta):
         """The stream ends OK only after a goodbye of the node's that was taken; a node may then throw its key away.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+
+    @abc.abstractmethod
+    def MeasureUpload(
+        self,
+        request_iterator: _MaybeAsyncIterator[potluck_protocol.v1.node_pb2.MeasureUploadRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.node_pb2.MeasureUploadResponse, collections.abc.Awaitable[potluck_protocol.v1.node_pb2.MeasureUploadResponse]]:
+        """How fast the node sends to the coordinator. The node streams pieces, 8 MiB at most; the coordinator answers after those, or two seconds
+        after the first one. One measurement of a node at a time, two of a coordinator's, and minutes between two of the same kind: otherwise
+        it is refused with RESOURCE_EXHAUSTED, whose ErrorDetail says when to come again.
+        """
+
+    @abc.abstractmethod
+    def MeasureDownload(
+        self,
+        request: potluck_protocol.v1.node_pb2.MeasureDownloadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[potluck_protocol.v1.node_pb2.MeasureDownloadResponse], collections.abc.AsyncIterator[potluck_protocol.v1.node_pb2.MeasureDownloadResponse]]:
+        """How fast the node receives from the coordinator, which streams pieces within the same bounds. The node times them, and cancels after two
+        seconds.
         """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

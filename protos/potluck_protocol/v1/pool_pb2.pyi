@@ -494,7 +494,7 @@ class DeploymentStatus(Message):
     starting_replica_count: int
     """Planned, and on their way."""
     waiting_request_count: int
-    """Requests that wait for a slot of the model."""
+    """Requests that wait for a slot of the model, and people who were refused one in the last minute."""
     shortfall: str
     """Why there are not more, in words; empty where there are as many as wished."""
     @property
@@ -547,9 +547,10 @@ class NodeVerdict(Message):
     VERDICT_FIELD_NUMBER: int
     REASON_FIELD_NUMBER: int
     node_id: str
+    """Empty in the last one, which says what became of groups of nodes, where any was thought of."""
     display_name: str
     verdict: str
-    """One word, such as "serves", "offline", "no_fit" or "outscored"."""
+    """One word, such as "serves", "offline", "no_fit" or "outscored"; "group" where no node is named."""
     reason: str
     def __init__(
         self,

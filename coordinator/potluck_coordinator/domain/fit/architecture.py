@@ -7,9 +7,15 @@ Decides bytes and operations from the shape of a decoder-only transformer. It mu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 GIB: Final = 1024**3
+LAYERS_MAX: Final = 1024
+SIZE_MAX: Final = 2**24
+"""Of every other number of a model: widths, heads, experts, its vocabulary and its context."""
+WEIGHT_BYTES_MAX: Final = 2**50
+KV_DTYPE_BYTES_MAX: Final = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +44,12 @@ class Quantization:
 UNQUANTIZED: Final = Quantization("none", 16)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelArchitecture:
-    """A decoder-only transformer with gated feed-forward layers and grouped-query attention, dense or with experts."""
+    """A decoder-only transformer with gated feed-forward layers and grouped-query attention, dense or with experts.
+
+    Without slots, so that sizes are worked out once: a box of many cards asks for them thousands of times.
+    """
 
     model_id: str
     layer_count: int
@@ -69,15 +78,30 @@ class ModelArchitecture:
     """The exact size of the weight files, where it is known; the derived one leaves out norms and biases."""
 
     def __post_init__(self) -> None:
-        positive = (self.layer_count, self.hidden_size, self.attention_head_count, self.kv_head_count, self.head_dim)
-        if min(*positive, self.intermediate_size, self.vocabulary_size, self.context_length_max_tokens) < 1:
-            raise ValueError(f"{self.model_id or 'the model'}: every size must be at least 1")
+        self._check_sizes()
         if self.attention_head_count % self.kv_head_count:
             raise ValueError(f"{self.attention_head_count} attention heads cannot share {self.kv_head_count} KV heads evenly")
         if self.sliding_layer_count + self.linear_attention_layer_count > self.layer_count:
             raise ValueError("more sliding and linear attention layers than layers")
         if not 0 <= self.experts_per_token <= self.expert_count or (self.expert_count and not self.experts_per_token):
             raise ValueError(f"{self.experts_per_token} of {self.expert_count} experts a token")
+
+    def _check_sizes(self) -> None:
+        """All within bounds: what is computed from them is finite and above zero."""
+        name = self.model_id or "the model"
+        widths = (self.hidden_size, self.attention_head_count, self.kv_head_count, self.head_dim)
+        positive = (*widths, self.intermediate_size, self.vocabulary_size, self.context_length_max_tokens)
+        if min(self.layer_count, *positive) < 1:
+            raise ValueError(f"{name}: every size must be at least 1")
+        counts = (self.expert_count, self.experts_per_token, self.shared_expert_intermediate_size, self.sliding_window_tokens)
+        if min(*counts, self.sliding_layer_count, self.linear_attention_layer_count) < 0:
+            raise ValueError(f"{name}: no count is below 0")
+        if self.layer_count > LAYERS_MAX or max(*positive, *counts) > SIZE_MAX:
+            raise ValueError(f"{name}: {LAYERS_MAX} layers are the most, and {SIZE_MAX} of everything else")
+        if not 1 <= self.dtype_bytes <= KV_DTYPE_BYTES_MAX or not 0 < self.kv_dtype_bytes <= KV_DTYPE_BYTES_MAX:
+            raise ValueError(f"{name}: a weight has {self.dtype_bytes} bytes, and a key or value {self.kv_dtype_bytes}")
+        if self.weight_bytes_of_files is not None and not 0 < self.weight_bytes_of_files <= WEIGHT_BYTES_MAX:
+            raise ValueError(f"{name}: its files hold {self.weight_bytes_of_files} bytes of weights")
 
     @property
     def growing_layer_count(self) -> int:
@@ -110,13 +134,13 @@ class ModelArchitecture:
         tables = self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
         return tables + self.layer_count * (self._always_read_parameters + max(1, self.expert_count) * self.expert_parameters)
 
-    @property
+    @cached_property
     def _always_read_parameters(self) -> int:
         """Of one layer, what every token touches, the dense feed-forward layer left out."""
         router = self.hidden_size * self.expert_count
         return self.attention_parameters + router + 3 * self.hidden_size * self.shared_expert_intermediate_size
 
-    @property
+    @cached_property
     def derived_weight_bytes(self) -> float:
         """Of all weights, from the shape and the quantisation alone."""
         experts = max(1, self.expert_count) * self.expert_parameters * self.quantization.bits_per_weight
@@ -128,12 +152,12 @@ class ModelArchitecture:
         """Of all weights: what the files hold, and what lies in memory."""
         return self.derived_weight_bytes if self.weight_bytes_of_files is None else float(self.weight_bytes_of_files)
 
-    @property
+    @cached_property
     def layer_bytes(self) -> float:
         """Weights of one layer."""
         return self._always_read_bytes + max(1, self.expert_count) * self._expert_bytes
 
-    @property
+    @cached_property
     def embedding_bytes(self) -> float:
         """Of one of the vocabulary's tables."""
         return self._files_per_derived * self.embedding_parameters * self._table_bits / 8
@@ -154,12 +178,12 @@ class ModelArchitecture:
     def _files_per_derived(self) -> float:
         return self.weight_bytes / self.derived_weight_bytes
 
-    @property
+    @cached_property
     def _expert_bytes(self) -> float:
         """Of one expert of one layer, or of the dense feed-forward layer."""
         return self._files_per_derived * self.expert_parameters * self.quantization.bits_per_weight / 8
 
-    @property
+    @cached_property
     def _always_read_bytes(self) -> float:
         return self._files_per_derived * self._always_read_parameters * self._dense_bits / 8
 
@@ -177,6 +201,11 @@ class ModelArchitecture:
     def layer_flops_per_token(self) -> float:
         """Two operations for every weight that a token meets in one layer; attention over the past comes on top."""
         return 2.0 * (self._always_read_parameters + max(1, self.experts_per_token) * self.expert_parameters)
+
+    @property
+    def wide_values_per_token(self) -> int:
+        """Of the feed-forward layer, over all experts that a token meets."""
+        return self.intermediate_size * max(1, self.experts_per_token) + self.shared_expert_intermediate_size
 
     @property
     def layer_expert_flops_per_token(self) -> float:

@@ -23,6 +23,8 @@ KEYS_REMEMBERED_MAX: Final = 4096
 """Of keys and measures together; what changed longest ago makes room."""
 PRIOR_NODES: Final = 1
 """The prediction counts as the word of so many nodes."""
+RATIO_STEP: Final = 0.01
+"""Ratios apply in such steps, far below what predictions err by: an answer of the fit holds until they really change."""
 TRUSTED_NODES: Final = 3
 """From so many nodes on one liar cannot be the middle, and the error band narrows."""
 
@@ -99,14 +101,23 @@ class Corrections:
 
         The middle of the nodes, drawn to the prediction as if that were one node more: the first node alone moves it half of the way.
         """
-        ratios = self.ratios.get(key.text(measure), {}).values()
-        if not ratios:
-            return Correction()
-        weight = len(ratios) / (len(ratios) + PRIOR_NODES)
-        return Correction(1.0 + weight * (median(ratios) - 1.0), len(ratios))
+        return _correction(self.ratios.get(key.text(measure), {}))
+
+    def of_model(self, model_id: str) -> tuple[tuple[str, float, bool], ...]:
+        """Everything that bends a model's predictions, in a form to compare and to hash."""
+        told = [(text, _correction(ratios)) for text, ratios in sorted(self.ratios.items()) if f"|{model_id}|" in text]
+        return tuple((text, correction.ratio, correction.is_trusted) for text, correction in told)
 
 
 NOTHING_LEARNED: Final = Corrections()
+
+
+def _correction(ratios: Mapping[str, float]) -> Correction:
+    if not ratios:
+        return Correction()
+    weight = len(ratios) / (len(ratios) + PRIOR_NODES)
+    steps = round(weight * (median(ratios.values()) - 1.0) / RATIO_STEP)
+    return Correction(1.0 + RATIO_STEP * steps, len(ratios))
 
 
 def learn(corrections: Corrections, observation: Observation) -> Corrections:

@@ -20,6 +20,18 @@ LAYER_CYCLES: Final = 150_000
 on an A100, 88 on an RTX 3090. That it goes by the clock: club-3090 issue 104, where two RTX 3090 at 705 and 1695 MHz and the same memory
 clock differ by 117,000 cycles a layer. Fitted once, to vLLM 0.6.3 on an A100 (Qwen2.5's speed table, which alone would want 190,000) and
 llama.cpp of May 2024 on 13 models of card (GPU-Benchmarks-on-LLM-Inference). Newer engines need less, and corrections learn that."""
+VLLM_MATMUL_SHARE_HALVED: Final = 0.75
+VLLM_MATMUL_SHARE: Final = 0.6
+LLAMACPP_TFLOPS_PER_SM_GHZ: Final = 0.50
+LLAMACPP_TFLOPS_PER_WATT_MAX: Final = 0.35
+LLAMACPP_TFLOPS_PER_SM_GHZ_HBM: Final = 0.87
+LLAMACPP_HALF_TFLOPS_PER_SM_GHZ: Final = 0.57
+LLAMACPP_HALF_TFLOPS_PER_WATT_MAX: Final = 0.47
+LLAMACPP_HALF_TFLOPS_PER_SM_GHZ_HBM: Final = 1.25
+"""Of matrix products; see `matmul_tflops`."""
+ACTIVATION_MOVE_BYTES: Final = 4
+UNPACKING_LAUNCHES_PER_LAYER: Final = 7
+"""Kernels that quantised weights take on top: one for each of a layer's seven matrices."""
 HOST_LAYER_SECONDS: Final = 30e-6
 HOST_GFLOPS_PER_CORE: Final = 20.0
 """A guess for a core with AVX2 and a quantised model; a node's own observations correct it."""
@@ -43,6 +55,8 @@ class EngineTraits:
     """Of each of their values; None: the model's own."""
     mask_bytes: int
     """For every token of a batch and every position of the context."""
+    logit_copies: int
+    """Of the logits of the sequences that are answered, in single precision."""
     graph_bytes: int
     """CUDA graphs and workspaces."""
     group_bytes: int
@@ -56,10 +70,18 @@ class EngineTraits:
     pages_kv: bool = False
     """Whether sequences share the KV cache token by token, rather than by slots of the full context."""
     splits_tensors: bool = False
+    packs_tables_on_processor: bool = False
+    """Whether, without a card, it keeps the tables of its words a second time, packed for the processor's matrix products."""
     keeps_embeddings_on_host: bool = False
     """Whether the table from tokens to vectors stays in the box's memory, where it is not the output's table too."""
     quantized_overlaps: bool = True
     """Whether reading 4-bit weights and multiplying by them happen at the same time."""
+    hidden_moves: float = 0.0
+    """How often a layer carries a value of the hidden size to or from a card's memory beside its products, for every prompt token."""
+    wide_moves: float = 0.0
+    """The same of the feed-forward layer's values."""
+    launches_per_layer: int = 0
+    """Kernels that one thread starts for each layer of a prompt's part, on all cards in turn; 0: stages take it one after the other."""
 
 
 ENGINES: Final = {
@@ -74,19 +96,24 @@ ENGINES: Final = {
         activation_hidden_vectors=3,
         activation_value_bytes=None,
         mask_bytes=0,
+        # They, and what is sampled from.
+        logit_copies=2,
         graph_bytes=int(0.3 * GIB),
         group_bytes=int(0.3 * GIB),
-        # Of vLLM 0.32 with SmolLM2: 2,426 MiB in its three processes, shared pages counted once, less 257 of weights and 256 of cache.
-        host_process_bytes=int(1.85 * GIB),
+        # Of vLLM 0.32 with SmolLM2: 2,426 MiB in its three processes, shared pages counted once, less 257 of weights, 54 of the packed
+        # table and 256 of cache.
+        host_process_bytes=int(1.82 * GIB),
         memory_utilization=0.95,
         pipelines_batches=True,
         pages_kv=True,
         splits_tensors=True,
+        # `vocab_parallel_embedding.py` packs them with `remove_weight=False`; other matrices lose their first form.
+        packs_tables_on_processor=True,
     ),
-    # llama.cpp: shares fitted to GPU-Benchmarks-on-LLM-Inference (Llama 3 8B and 70B, Q4_K_M and F16, 21 cards and groups), which they meet
-    # within 25 %; its matrix-vector kernels leave half of an A100's or H100's HBM idle. Batches are those of the node's llamacpp_server.
+    # llama.cpp: shares fitted to GPU-Benchmarks-on-LLM-Inference (Llama 3 8B and 70B, Q4_K_M and F16, on 31 cards and groups); its
+    # matrix-vector kernels leave half of an A100's or H100's HBM idle. Batches are those of the node's llamacpp_server.
     # Activations: the compute buffers that xllamacpp 2026.10 logs for SmolLM2, in batches of 64, 512 and 2048 tokens, are three times 1536
-    # and five times 576 values in single precision for every token, and a mask in half precision.
+    # and five times 576 values in single precision for every token, and a mask in half precision. Of logits there is a row a slot.
     LLAMACPP: EngineTraits(
         kind=LLAMACPP,
         bandwidth_share={Memory.GDDR: 0.88, Memory.HBM: 0.55, Memory.HOST: 0.5},
@@ -95,6 +122,7 @@ ENGINES: Final = {
         activation_hidden_vectors=5,
         activation_value_bytes=4,
         mask_bytes=2,
+        logit_copies=1,
         graph_bytes=0,
         group_bytes=0,
         # Of xllamacpp 2026.10 with SmolLM2: 192 MiB resident, less 94 of weights, 45 of cache and 2 of activations; and 256 for the prompts
@@ -102,6 +130,14 @@ ENGINES: Final = {
         host_process_bytes=GIB // 16 + GIB // 4,
         keeps_embeddings_on_host=True,
         quantized_overlaps=False,
+        # Counted in the graph of a Llama layer as llama.cpp had it in May 2024, in single precision. Of the hidden size: two norms and
+        # their factors 8, halving the input of six products 9, the output of three in halves and widened 6, positions 2, two sums 6. Of the
+        # feed-forward layer: the outputs of gate and up 4, activation 2, their product 3, halving the input of down 1.5. Some is fused now.
+        hidden_moves=31,
+        wide_moves=10.5,
+        # 14 kernels of the same graph that are no products, three for each of seven products, and about eleven of attention. With fewer
+        # than 45 a stage of 20 layers of quantised weights would not fill the queue, with more than 51 one in half precision would.
+        launches_per_layer=46,
     ),
 }
 
@@ -114,20 +150,31 @@ def traits_of(engine_kind: str) -> EngineTraits:
     return traits
 
 
-def matmul_tflops(engine_kind: str, card: CardModel) -> float:
+def matmul_tflops(engine_kind: str, card: CardModel, *, quantized: bool) -> float:
     """Half-precision matrix products a second that an engine sustains on a card, in units of 10^12 operations.
 
-    vLLM multiplies with cuBLAS and Marlin, accumulating in single precision: 0.75 of that rate on GeForce cards, whose tensor cores are
-    half asleep then, 0.6 where the full rate meets power and memory first (club-3090's prefill rows on two and four RTX 3090).
-
-    llama.cpp's kernels go by the multiprocessors' clock, 0.42 TFLOPS for each of them and GHz, on Ada chips no further than 0.28 TFLOPS a
-    watt of board power; on A100 and H100 0.66 (the prompt columns of GPU-Benchmarks-on-LLM-Inference, within 25 % on 17 cards).
+    llama.cpp's products go by the multiprocessors' clock; on Ada chips no further than the board's power lets them. Weights in half
+    precision go to cuBLAS as they are; others are unpacked, or multiplied by kernels of llama.cpp's own, which are slower (the prompt
+    columns of GPU-Benchmarks-on-LLM-Inference).
     """
-    if engine_kind == LLAMACPP:
-        if card.family.memory is Memory.HBM:
-            return 0.66 * card.sm_count * card.boost_ghz
-        return min(0.42 * card.sm_count * card.boost_ghz, 0.28 * card.board_power_watts)
-    return (0.6 if card.family.fp32_accumulate_share == 1.0 else 0.75) * card.fp32_accumulate_tflops
+    if engine_kind != LLAMACPP:
+        return wide_sum_tflops(card)
+    clock = card.sm_count * card.boost_ghz
+    if card.family.memory is Memory.HBM:
+        return (LLAMACPP_TFLOPS_PER_SM_GHZ_HBM if quantized else LLAMACPP_HALF_TFLOPS_PER_SM_GHZ_HBM) * clock
+    if quantized:
+        return min(LLAMACPP_TFLOPS_PER_SM_GHZ * clock, LLAMACPP_TFLOPS_PER_WATT_MAX * card.board_power_watts)
+    return min(LLAMACPP_HALF_TFLOPS_PER_SM_GHZ * clock, LLAMACPP_HALF_TFLOPS_PER_WATT_MAX * card.board_power_watts)
+
+
+def wide_sum_tflops(card: CardModel) -> float:
+    """The same of products that are summed up in single precision: vLLM's, with cuBLAS and Marlin, and those of attention everywhere.
+
+    0.75 of that rate on GeForce cards, whose tensor cores are half asleep then, 0.6 where the full rate meets power and memory first
+    (club-3090's prefill rows on two and four RTX 3090).
+    """
+    share = VLLM_MATMUL_SHARE if card.family.fp32_accumulate_share == 1.0 else VLLM_MATMUL_SHARE_HALVED
+    return share * card.fp32_accumulate_tflops
 
 
 def prefill_share_at(power_limit_watts: int | None, card: CardModel) -> float:
@@ -150,7 +197,9 @@ def decode_share_at(power_limit_watts: int | None, card: CardModel) -> float:
 
 def _between(power_limit_watts: int | None, card: CardModel, points: tuple[tuple[float, float], ...]) -> float:
     """Straight lines between the points; from the first one down to nothing, from the last one on flat."""
-    limit = 1.0 if power_limit_watts is None else power_limit_watts / card.board_power_watts
+    if power_limit_watts is None:
+        return 1.0
+    limit = power_limit_watts / card.board_power_watts
     below = (0.0, 0.0)
     for point in points:
         if limit <= point[0]:

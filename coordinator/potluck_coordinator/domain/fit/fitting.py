@@ -28,7 +28,7 @@ from potluck_coordinator.domain.fit.report import (
     judge,
     memory_error_bytes,
 )
-from potluck_coordinator.domain.fit.shapes import Shape, groups_of
+from potluck_coordinator.domain.fit.shapes import Shape, ShapeKind, groups_of
 
 PROCESSOR: Final = "processor"
 
@@ -43,6 +43,9 @@ def fit(
     corrections: Corrections = NOTHING_LEARNED,
     link: BoxLink | None = None,
     memory_utilization: float | None = None,
+    batch_tokens: int | None = None,
+    sequence_count_max: int = BATCH_SEQUENCES_MAX,
+    stages_in_box: bool = True,
 ) -> FitReport:
     """Every shape of a model on a box, or on a group of boxes.
 
@@ -55,6 +58,9 @@ def fit(
         corrections: what nodes have observed.
         link: what was measured between the boxes; a gigabit LAN where nothing was.
         memory_utilization: the share of a card that the engine may take, where the supervisor had to step down; None: the engine's first.
+        batch_tokens: prompt tokens that go through the model at a time; None: as many as the engine takes by itself.
+        sequence_count_max: the slots that the engine is started with where its cache holds more sequences: rates of a batch are of no more.
+        stages_in_box: whether it may be started with layers over several cards of one box; a node starts not every engine so.
 
     Raises:
         ValueError: no box, an engine kind that the fit does not model, or a wish for less than one token of one sequence.
@@ -64,9 +70,12 @@ def fit(
     traits = traits_of(engine_kind)
     if memory_utilization is not None:
         traits = replace(traits, memory_utilization=memory_utilization)
+    if batch_tokens is not None:
+        traits = replace(traits, batch_tokens=batch_tokens, host_batch_tokens=batch_tokens)
     load = Load(traits, context_length_tokens, sequence_count_wanted)
-    question = _Question(architecture, boxes, load, corrections, link or BoxLink())
-    shapes = [laid_out(architecture, shape, load) for shape in groups_of(architecture, boxes, load.traits)]
+    question = _Question(architecture, boxes, load, corrections, link or BoxLink(), min(BATCH_SEQUENCES_MAX, sequence_count_max))
+    able = (shape for shape in groups_of(architecture, boxes, load.traits) if stages_in_box or shape.kind is not ShapeKind.PIPELINE)
+    shapes = [laid_out(architecture, shape, load) for shape in able]
     fits = chosen([question.answer(shape) for shape in shapes])
     verdict, reason = _verdict(fits)
     return FitReport(architecture, engine_kind, context_length_tokens, sequence_count_wanted, fits, verdict, reason)
@@ -76,8 +85,8 @@ def correction_key(architecture: ModelArchitecture, boxes: Sequence[NodeHardware
     """Under what observations of a shape are kept; of unlike cards the slowest's name stands for all."""
     cards = [card.model for stage in shape.stages for card in stage.cards]
     name = min(cards, key=lambda model: (model.bandwidth_gb_per_second, model.name)).name if cards else PROCESSOR
-    version = boxes[shape.stages[0].box_index].engine_version(engine_kind)
-    return CorrectionKey(name, f"{engine_kind} {version}".strip(), architecture.model_id, architecture.quantization.name)
+    engine = boxes[shape.stages[0].box_index].engine_text(engine_kind)
+    return CorrectionKey(name, engine, architecture.model_id, architecture.quantization.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +96,18 @@ class _Question:
     load: Load
     corrections: Corrections
     link: BoxLink
+    sequence_count_max: int
 
     def answer(self, shape: Shape) -> ShapeFit:
         """One shape, judged by itself."""
         architecture, load = self.architecture, self.load
         key = correction_key(architecture, self.boxes, shape, load.traits.kind)
         learned = {measure: self.corrections.of(key, measure) for measure in Measure}
-        memory = tuple(_corrected(card, learned[Measure.MEMORY].ratio) for card in shape_memory(architecture, shape, load))
-        tokens = int(kv_capacity_tokens(architecture, shape, memory, load) * learned[Measure.KV_TOKENS].ratio)
+        bare = shape_memory(architecture, shape, load)
+        memory = tuple(_corrected(card, learned[Measure.MEMORY].ratio) for card in bare)
+        # The cache is what the rest of the memory leaves: a node that shows both has shown one thing, which must not count twice.
+        room = bare if learned[Measure.KV_TOKENS].node_count else memory
+        tokens = int(kv_capacity_tokens(architecture, shape, room, load) * learned[Measure.KV_TOKENS].ratio)
         sequences = tokens // load.context_length_tokens
         error_bytes = memory_error_bytes(memory, trusted=learned[Measure.MEMORY].is_trusted or learned[Measure.KV_TOKENS].is_trusted)
         verdict, reason = judge(architecture, load, memory, error_bytes)
@@ -102,7 +115,7 @@ class _Question:
             verdict = Verdict.DOES_NOT_FIT
             reason = f"nodes report room for {tokens:,} tokens, which is {sequences} of {load.sequence_count} sequences"
         # Slots are as many as were asked for; pages serve as many sequences as come.
-        at_a_time = max(load.sequence_count, min(BATCH_SEQUENCES_MAX, sequences)) if load.traits.pages_kv else load.sequence_count
+        at_a_time = max(load.sequence_count, min(self.sequence_count_max, sequences)) if load.traits.pages_kv else load.sequence_count
         rates = rates_of(architecture, shape, load, at_a_time, self.link)
         trusted_rates = learned[Measure.PREFILL].is_trusted and learned[Measure.DECODE].is_trusted
         return ShapeFit(

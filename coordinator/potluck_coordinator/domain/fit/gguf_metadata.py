@@ -56,6 +56,8 @@ def architecture_of_gguf(
         raise ValueError(f"the GGUF file is of family {family}, which the fit does not model")
     layer_count = _count(own, "block_count")
     heads = _count(own, "attention.head_count")
+    if heads == 0:
+        raise ValueError("the GGUF file has attention.head_count = 0, which the fit does not model")
     hidden_size = _count(own, "embedding_length")
     expert_count = _count(own, "expert_count", 0)
     window = _count(own, "attention.sliding_window", 0)

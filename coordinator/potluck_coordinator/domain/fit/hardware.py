@@ -5,7 +5,9 @@ Decides nothing but which pairs of cards have a bridge. It must not know models 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from potluck_coordinator.domain.fit.cards import CardModel
@@ -14,9 +16,9 @@ PCIE_LANES_MAX: Final = 16
 PCIE_GENERATION_OF_MEASUREMENTS: Final = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NodeCard:
-    """One card of a node."""
+    """One card of a node. Without slots, so that its room is worked out once."""
 
     model: CardModel
     memory_usable_bytes: int | None = None
@@ -30,7 +32,7 @@ class NodeCard:
         if self.pcie_width < 1 or self.pcie_generation < 1 or (self.power_limit_watts is not None and self.power_limit_watts < 1):
             raise ValueError("a card has at least one PCIe lane and one watt")
 
-    @property
+    @cached_property
     def usable_bytes(self) -> int:
         """Memory that an engine may fill."""
         return self.model.memory_bytes if self.memory_usable_bytes is None else min(self.memory_usable_bytes, self.model.memory_bytes)
@@ -51,32 +53,56 @@ class EngineOffer:
 
     kind: str
     version: str = ""
+    told_kind: str = ""
+    """Its own name, where the fit has one set of figures for several engines; "" stands for `kind`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NodeHardware:
-    """One box."""
+    """One box. Without slots, so that its pairs are looked through once: a node may tell of thousands."""
 
     cards: tuple[NodeCard, ...] = ()
     nvlink_pairs: tuple[tuple[int, int], ...] = ()
     """Indices into `cards`, where a bridge is in place and the driver uses it."""
-    pcie_peer_to_peer: bool = False
-    """Whether the driver lets cards write to each other over PCIe. Stock GeForce drivers do not."""
+    pcie_peer_pairs: tuple[tuple[int, int], ...] = ()
+    """The same, where the driver lets two cards write to each other over PCIe. Stock GeForce drivers do not."""
     processor: NodeProcessor | None = None
     engines: tuple[EngineOffer, ...] = ()
 
     def __post_init__(self) -> None:
-        for first, second in self.nvlink_pairs:
-            if first == second or not {first, second} <= set(range(len(self.cards))):
-                raise ValueError(f"NVLink pair {first}-{second} names no two of the {len(self.cards)} cards")
+        count = len(self.cards)
+        for kind, pairs in (("NVLink", self.nvlink_pairs), ("PCIe", self.pcie_peer_pairs)):
+            for first, second in pairs:
+                if first == second or not (0 <= first < count and 0 <= second < count):
+                    raise ValueError(f"{kind} pair {first}-{second} names no two of the {count} cards")
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def is_bridged(self, first: int, second: int) -> bool:
         """Whether two cards have NVLink between them."""
-        return (first, second) in self.nvlink_pairs or (second, first) in self.nvlink_pairs
+        return (first, second) in self._bridged
 
-    def engine_version(self, kind: str) -> str:
-        """Of the engine that would run; "" where the node does not say."""
-        return next((offer.version for offer in self.engines if offer.kind == kind), "")
+    def are_pcie_peers(self, first: int, second: int) -> bool:
+        """Whether two cards pass data on over PCIe without the machine's memory between."""
+        return (first, second) in self._peers
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.cards, self.nvlink_pairs, self.pcie_peer_pairs, self.processor, self.engines))
+
+    @cached_property
+    def _bridged(self) -> frozenset[tuple[int, int]]:
+        return _both_ways(self.nvlink_pairs)
+
+    @cached_property
+    def _peers(self) -> frozenset[tuple[int, int]]:
+        return _both_ways(self.pcie_peer_pairs)
+
+    def engine_text(self, kind: str) -> str:
+        """Name and version of the engine of the kind that would run; the kind alone where the node does not say."""
+        told = (f"{offer.told_kind or kind} {offer.version}".strip() for offer in self.engines if offer.kind == kind)
+        return next(told, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +111,7 @@ class BoxLink:
 
     round_trip_ms: float = 0.5
     bandwidth_gbit_per_second: float = 1.0
+
+
+def _both_ways(pairs: Sequence[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+    return frozenset(pairs) | frozenset((second, first) for first, second in pairs)

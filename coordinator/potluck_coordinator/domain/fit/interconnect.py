@@ -20,7 +20,7 @@ ALL_REDUCE_START_SECONDS: Final = 8e-6
 """Launch and meeting point of one all-reduce, however fast its link: two cards with NVLink need about 10 microseconds for a small one."""
 HOST_STAGED_STEP_SECONDS: Final = 8e-6
 """One ring step through host memory. About half of a measured copy: NCCL keeps its buffers mapped. With it, four RTX 3090 without
-peer-to-peer come out 23 % below club-3090 issue 1028 and the losses of issue-named splits keep their order."""
+peer-to-peer come out 20 % below club-3090 issue 1028. What that report allows at the most, and what follows for splits: docs/fit.md."""
 PEER_STEP_SECONDS: Final = 1.01e-6
 HOST_COPY_SECONDS: Final = 15.23e-6
 HOST_STAGED_GB_PER_SECOND: Final = 11.28
@@ -60,11 +60,12 @@ def group_link(box: NodeHardware, indices: Sequence[int]) -> GroupLink:
     cards = [box.cards[index] for index in indices]
     if len(cards) < 2:
         return ALONE
-    bridges = [_bridge_gb_per_second(box, first, second) for first, second in combinations(indices, 2)]
+    pairs = list(combinations(indices, 2))
+    bridges = [_bridge_gb_per_second(box, first, second) for first, second in pairs] if box.nvlink_pairs else [0.0] * len(pairs)
     if all(bridges):
         return GroupLink(Link.NVLINK, NVLINK_SHARE * min(bridges), PEER_STEP_SECONDS, has_bridge=True)
     share = min(map(_pcie_share, cards))
-    if box.pcie_peer_to_peer:
+    if all(bridge or box.are_pcie_peers(first, second) for bridge, (first, second) in zip(bridges, pairs, strict=True)):
         return GroupLink(Link.PEER, share * PEER_GB_PER_SECOND, PEER_STEP_SECONDS, any(bridges))
     return GroupLink(Link.HOST, share * HOST_STAGED_GB_PER_SECOND, HOST_STAGED_STEP_SECONDS, any(bridges))
 
@@ -77,9 +78,9 @@ def all_reduce_seconds(link: GroupLink, card_count: int, size_bytes: float) -> f
     return ALL_REDUCE_START_SECONDS + steps * link.step_seconds + steps / card_count * size_bytes / (link.gb_per_second * 1e9)
 
 
-def hop_inside_seconds(sender: NodeCard, size_bytes: float) -> float:
-    """From one stage to the next in the same box, through host memory."""
-    return HOST_COPY_SECONDS + size_bytes / (_pcie_share(sender) * HOST_STAGED_GB_PER_SECOND * 1e9)
+def hop_inside_seconds(senders: Sequence[NodeCard], size_bytes: float) -> float:
+    """From one stage to the next in the same box, through host memory; as fast as the slowest slot of the stage's cards."""
+    return HOST_COPY_SECONDS + size_bytes / (min(map(_pcie_share, senders)) * HOST_STAGED_GB_PER_SECOND * 1e9)
 
 
 def hop_between_seconds(link: BoxLink, size_bytes: float) -> float:

@@ -12,6 +12,7 @@ from potluck_coordinator.domain.fit.layers import share_layers
 from potluck_coordinator.domain.fit.load import Load
 from potluck_coordinator.domain.fit.memory import stage_memory
 from potluck_coordinator.domain.fit.shapes import Shape, Stage
+from potluck_coordinator.domain.fit.stage_speed import stage_speed
 
 
 def laid_out(architecture: ModelArchitecture, shape: Shape, load: Load) -> Shape:
@@ -19,8 +20,10 @@ def laid_out(architecture: ModelArchitecture, shape: Shape, load: Load) -> Shape
     if len(shape.stages) == 1:
         layers: tuple[int, ...] = (architecture.layer_count,)
     else:
+        # Answers, which take most of the time, wait for their weights to be read alone; groups go by the same rate.
+        speeds = [stage_speed(stage, load.traits).bytes_per_second for stage in shape.stages]
         capacities = [_capacity(architecture, stage, load) for stage in shape.stages]
-        layers = share_layers(architecture.layer_count, [_speed(stage) for stage in shape.stages], capacities)
+        layers = share_layers(architecture.layer_count, speeds, capacities)
     return replace(shape, stages=tuple(replace(stage, layer_count=count) for stage, count in zip(shape.stages, layers, strict=True)))
 
 
@@ -29,10 +32,3 @@ def _capacity(architecture: ModelArchitecture, stage: Stage, load: Load) -> int:
     empty = stage_memory(architecture, replace(stage, layer_count=0), load)
     one = stage_memory(architecture, replace(stage, layer_count=1), load)
     return max(0, empty.spare_bytes // max(1, one.needed_bytes - empty.needed_bytes))
-
-
-def _speed(stage: Stage) -> float:
-    """Bandwidth: answers, which take most of the time, wait for it alone."""
-    if stage.cards:
-        return len(stage.cards) * min(card.model.bandwidth_gb_per_second for card in stage.cards)
-    return stage.processor.bandwidth_gb_per_second if stage.processor else 0.0

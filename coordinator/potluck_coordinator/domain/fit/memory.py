@@ -28,6 +28,7 @@ class CardMemory:
     usable_bytes: int
     """What the engine may take: the card's share of it that the engine is told, or the node's budget."""
     weight_bytes: int
+    """Tables that the engine keeps twice are counted twice."""
     overhead_bytes: int
     """Activations of a step, logits, CUDA's context, graphs, communication buffers; without a card the engine's processes."""
     kv_wanted_bytes: int
@@ -95,7 +96,7 @@ def activation_bytes(architecture: ModelArchitecture, stage: Stage, load: Load) 
     """What one step over a full batch of prompt tokens needs beside weights and KV.
 
     For every token of the batch gate, up and their product, a few vectors of the hidden size, and its row of the attention mask; on the
-    last stage the logits of the sequences that are answered, and a copy of them to sample from, in single precision.
+    last stage the logits of the sequences that are answered, in as many copies as the engine keeps.
     """
     traits = load.traits
     slices = max(1, len(stage.cards))
@@ -103,7 +104,7 @@ def activation_bytes(architecture: ModelArchitecture, stage: Stage, load: Load) 
     values = (wide + traits.activation_hidden_vectors * architecture.hidden_size) * (
         traits.activation_value_bytes or architecture.dtype_bytes
     )
-    logits = 2 * LOGIT_BYTES * load.sequence_count * architecture.vocabulary_size / slices if stage.is_last else 0
+    logits = traits.logit_copies * LOGIT_BYTES * load.sequence_count * architecture.vocabulary_size / slices if stage.is_last else 0
     return load.batch_tokens(on_processor=not stage.cards) * (values + traits.mask_bytes * load.context_length_tokens) + logits
 
 
@@ -133,11 +134,14 @@ def _stage_weight_bytes(architecture: ModelArchitecture, stage: Stage, load: Loa
     tied = architecture.tie_word_embeddings
     first = stage.is_first and not (load.traits.keeps_embeddings_on_host and stage.cards and not (tied and stage.is_last))
     tables = 1 if tied and first and stage.is_last else int(first) + int(stage.is_last)
-    return stage.layer_count * architecture.layer_bytes + tables * architecture.embedding_bytes
+    copies = 2 if load.traits.packs_tables_on_processor and not stage.cards else 1
+    return stage.layer_count * architecture.layer_bytes + tables * copies * architecture.embedding_bytes
 
 
 def _usable_bytes(stage: Stage, load: Load) -> int:
     if not stage.cards:
         return stage.processor.memory_budget_bytes if stage.processor else 0
     told = min(card.model.memory_bytes for card in stage.cards) * load.traits.memory_utilization
-    return min(int(told), *(card.usable_bytes for card in stage.cards))
+    # An engine that is told a share does not start where less than it is free once its own context is there.
+    context_bytes = CUDA_CONTEXT_BYTES if load.traits.memory_utilization < 1 else 0
+    return max(0, min(int(told), *(card.usable_bytes - context_bytes for card in stage.cards)))

@@ -1,4 +1,4 @@
-"""The ways to lay a model out over cards: one card, copies, tensor-parallel groups inside a box, stages over groups or boxes.
+"""The ways to lay a model out over cards: one card, copies, tensor-parallel groups inside a box, stages over cards, groups or boxes.
 
 Decides which there are for a node or a group of nodes, and which cards take which part. It must not know whether a shape fits or how fast
 it is.
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from itertools import groupby
-from typing import Final
 
 from potluck_coordinator.domain.fit.architecture import GIB, ModelArchitecture
+from potluck_coordinator.domain.fit.card_groups import LINKS_BEST_FIRST, card_groups
+from potluck_coordinator.domain.fit.card_order import CARDS_LOOKED_AT_MAX
 from potluck_coordinator.domain.fit.engines import EngineTraits
 from potluck_coordinator.domain.fit.hardware import NodeCard, NodeHardware, NodeProcessor
-from potluck_coordinator.domain.fit.interconnect import GroupLink, Link, group_link
+from potluck_coordinator.domain.fit.interconnect import ALONE, GroupLink, group_link
 
 
 class ShapeKind(StrEnum):
@@ -43,20 +45,25 @@ class Stage:
     is_last: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shape:
-    """One way to run a model: `replica_count` copies of the stages, of which the tightest is drawn."""
+    """One way to run a model: `replica_count` copies of the stages, of which the tightest is drawn.
+
+    Without slots, so that cards are counted once: shapes are compared with each other.
+    """
 
     kind: ShapeKind
     stages: tuple[Stage, ...]
     replica_count: int = 1
+    between: GroupLink = ALONE
+    """What the cards of a box's stages share, where there are several in one box."""
 
     @property
     def tensor_parallel(self) -> int:
         """Cards of a stage."""
         return max(1, len(self.stages[0].cards))
 
-    @property
+    @cached_property
     def cards_per_replica(self) -> int:
         """Cards that one copy takes."""
         return sum(len(stage.cards) for stage in self.stages)
@@ -78,12 +85,9 @@ class Shape:
             case ShapeKind.SINGLE | ShapeKind.TENSOR:
                 return group
             case ShapeKind.PIPELINE:
-                return f"layers over {len(self.stages)} cards ({layers})"
+                return f"layers over {len(self.stages)} " + (f"cards ({layers})" if self.tensor_parallel == 1 else f"x {group} ({layers})")
             case ShapeKind.BOXES:
                 return f"pipeline over {len(self.stages)} boxes ({layers} layers), {group} each"
-
-
-_LINKS_BEST_FIRST: Final = (Link.NONE, Link.NVLINK, Link.PEER, Link.HOST)
 
 
 def groups_of(architecture: ModelArchitecture, boxes: Sequence[NodeHardware], traits: EngineTraits) -> Iterator[Shape]:
@@ -99,11 +103,8 @@ def groups_of(architecture: ModelArchitecture, boxes: Sequence[NodeHardware], tr
         if box.processor is not None:
             yield _shape(ShapeKind.PROCESSOR, (_stage(box, 0, ()),))
         return
-    for group_size in range(1, len(box.cards) + 1):
-        if tensor_parallel_divides(architecture, traits, group_size):
-            yield from _copies(box, card_groups(box, group_size))
-    if not traits.splits_tensors:
-        yield from _layer_splits(architecture, box)
+    for card_count in range(1, min(len(box.cards), CARDS_LOOKED_AT_MAX) + 1):
+        yield from _in_box(architecture, traits, box, card_count)
 
 
 def tensor_parallel_divides(architecture: ModelArchitecture, traits: EngineTraits, group_size: int) -> bool:
@@ -118,31 +119,37 @@ def tensor_parallel_divides(architecture: ModelArchitecture, traits: EngineTrait
     return traits.splits_tensors and heads_divide and architecture.intermediate_size % group_size == 0
 
 
-def card_groups(box: NodeHardware, group_size: int) -> tuple[tuple[int, ...], ...]:
-    """As many disjoint groups as there are, those joined best first: bridged pairs stay together, and like cards with like."""
-    order: list[int] = []
-    for first, second in sorted(box.nvlink_pairs):
-        if first not in order and second not in order:
-            order += [first, second]
-    rest = [index for index in range(len(box.cards)) if index not in order]
-    order += sorted(rest, key=lambda index: (box.cards[index].model.name, -box.cards[index].usable_bytes, index))
-    groups = [tuple(sorted(order[start : start + group_size])) for start in range(0, len(order) - group_size + 1, group_size)]
-    return tuple(sorted(groups, key=lambda group: (_LINKS_BEST_FIRST.index(group_link(box, group).kind), group)))
+def _in_box(architecture: ModelArchitecture, traits: EngineTraits, box: NodeHardware, card_count: int) -> Iterator[Shape]:
+    """Replicas of so many cards each, one shape for every kind of replica, of which the tightest is drawn.
+
+    Tensors are cut over all of a replica's cards, or, where that cannot be (three cards, where the heads are 40; any, with llama.cpp),
+    over stages of the widest groups that it can be for, which keeps bridged pairs together.
+    """
+    size = max(size for size in range(1, card_count + 1) if card_count % size == 0 and tensor_parallel_divides(architecture, traits, size))
+    if card_count // size > architecture.layer_count:
+        return
+    kind = ShapeKind.PIPELINE if size < card_count else ShapeKind.SINGLE if size == 1 else ShapeKind.TENSOR
+    replicas = [_Replica.of(box, cards, size) for cards in card_groups(box, card_count)]
+    for _, group in groupby(sorted(replicas, key=_likeness), key=_likeness):
+        alike = list(group)
+        tightest = min(alike, key=_tightness)
+        yield replace(_shape(kind, tightest.stages, replica_count=len(alike)), between=tightest.between)
 
 
-def _copies(box: NodeHardware, groups: Sequence[tuple[int, ...]]) -> Iterator[Shape]:
-    """A replica on each group, one shape for every kind of group."""
-    kind = ShapeKind.SINGLE if len(groups[0]) == 1 else ShapeKind.TENSOR
-    for _, alike in groupby(sorted((_stage(box, 0, group) for group in groups), key=_likeness), key=_likeness):
-        stages = sorted(alike, key=lambda stage: min(card.usable_bytes for card in stage.cards))
-        yield _shape(kind, stages[:1], replica_count=len(stages))
+@dataclass(frozen=True, slots=True)
+class _Replica:
+    stages: tuple[Stage, ...]
+    between: GroupLink
 
+    @classmethod
+    def of(cls, box: NodeHardware, indices: Sequence[int], stage_size: int) -> _Replica:
+        """One replica on those cards."""
+        groups = card_groups(box, stage_size, indices)
+        return cls(tuple(_stage(box, 0, group) for group in groups), group_link(box, indices) if len(groups) > 1 else ALONE)
 
-def _layer_splits(architecture: ModelArchitecture, box: NodeHardware) -> Iterator[Shape]:
-    """For engines that cut no tensors: layers over two cards and more of the box."""
-    stages = [_stage(box, 0, group) for group in card_groups(box, 1)]
-    for stage_count in range(2, min(len(stages), architecture.layer_count) + 1):
-        yield _shape(ShapeKind.PIPELINE, stages[:stage_count], replica_count=len(stages) // stage_count)
+    @property
+    def cards(self) -> list[NodeCard]:
+        return [card for stage in self.stages for card in stage.cards]
 
 
 def _over_boxes(architecture: ModelArchitecture, boxes: Sequence[NodeHardware], traits: EngineTraits) -> Iterator[Shape]:
@@ -153,15 +160,25 @@ def _over_boxes(architecture: ModelArchitecture, boxes: Sequence[NodeHardware], 
         if all(box.processor is not None for box in boxes):
             yield _shape(ShapeKind.BOXES, [_stage(box, number, ()) for number, box in enumerate(boxes)])
         return
-    for size in range(1, min(len(box.cards) for box in boxes) + 1):
+    for size in range(1, min(CARDS_LOOKED_AT_MAX, *(len(box.cards) for box in boxes)) + 1):
         if tensor_parallel_divides(architecture, traits, size):
             yield _shape(ShapeKind.BOXES, [_stage(box, number, card_groups(box, size)[0]) for number, box in enumerate(boxes)])
 
 
-def _likeness(stage: Stage) -> tuple[object, ...]:
-    """Groups that agree in this are copies of each other; a GiB more or less of others' use makes another kind."""
-    cards = sorted((card.model.name, card.usable_bytes // GIB, card.power_limit_watts or 0) for card in stage.cards)
-    return (_LINKS_BEST_FIRST.index(stage.link.kind), cards)
+def _likeness(replica: _Replica) -> tuple[object, ...]:
+    """Replicas that agree in this are copies of each other; a GiB more or less of others' use makes another kind."""
+    links = [LINKS_BEST_FIRST.index(link.kind) for link in (replica.between, *(stage.link for stage in replica.stages))]
+    cards = [
+        sorted((card.model.name, card.usable_bytes // GIB, card.power_limit_watts or 0) for card in stage.cards) for stage in replica.stages
+    ]
+    return links, cards
+
+
+def _tightness(replica: _Replica) -> tuple[object, ...]:
+    """Of copies, the one with the least memory comes first, then the one with the slowest way between its cards, then in their order."""
+    ways = [link.gb_per_second for link in (replica.between, *(stage.link for stage in replica.stages))]
+    slots = sorted((card.pcie_generation, card.pcie_width) for card in replica.cards)
+    return sorted(card.usable_bytes for card in replica.cards), ways, slots
 
 
 def _shape(kind: ShapeKind, stages: Sequence[Stage], *, replica_count: int = 1) -> Shape:

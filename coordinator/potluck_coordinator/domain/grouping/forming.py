@@ -1,24 +1,34 @@
 """Which nodes form a group, in which order, and how many layers each of them gets.
 
 Decides for the fewest stages that hold the model, and among equally many for the least time of one token: the weights each stage reads, and
-the round trips between stages. Every node that is left out gets its reason. The same nodes in any order give the same group. It must not
-know whether a group of the kind exists already.
+the round trips between stages. Layers are shared out by the fit's own function; which nodes, and in which order, is looked for more simply
+than by `potluck fit --box`, which looks at one group's shapes and their rates: that may call one tight that is formed here. Every node that
+is left out gets its reason. The same nodes in any order give the same group. It must not know whether a group of the kind exists already.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from potluck_coordinator.domain.fit.engines import CUDA_CONTEXT_BYTES
+from potluck_coordinator.domain.fit.flags import stage_facts
+from potluck_coordinator.domain.fit.interconnect import group_link
+from potluck_coordinator.domain.fit.layers import share_layers
+from potluck_coordinator.domain.fit.shapes import Stage as FitStage
 from potluck_coordinator.domain.grouping.membership import link_refusal, measured_link, node_refusal, trust_refusal
 from potluck_coordinator.domain.grouping.words import Formation, Stage
+from potluck_coordinator.domain.planning.node_kinds import Room, hardware_of
+from potluck_protocol.card_facts import NOTHING_KNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from potluck_coordinator.domain.grouping.words import GroupNeed, NodeRoom
     from potluck_coordinator.domain.node_view import NodeView
+    from potluck_protocol.card_facts import CardFacts
     from potluck_protocol.values import NodeId
 
 STAGES_MAX: Final = 8
@@ -42,20 +52,33 @@ class _Candidate:
         return self.view.node_id
 
     @property
+    def card_uuids(self) -> tuple[str, ...]:
+        return self.room.card_uuids[: self.card_count]
+
+    @property
     def stage_bytes_per_second(self) -> float:
         return self.room.weight_bytes_per_second * max(1, self.card_count)
 
 
-def form(need: GroupNeed, views: Mapping[NodeId, NodeView], rooms: Mapping[NodeId, NodeRoom]) -> Formation:
-    """The best group for the need out of these nodes; those without a room have nothing to give."""
-    rejections = {node_id: reason for node_id, view in sorted(views.items()) if (reason := _own_refusal(need, view, rooms.get(node_id)))}
+def form(
+    need: GroupNeed,
+    views: Mapping[NodeId, NodeView],
+    rooms: Mapping[NodeId, NodeRoom],
+    doubts: Mapping[NodeId, str] = MappingProxyType({}),
+) -> Formation:
+    """The best group for the need out of these nodes; those without a room have nothing to give, and those in doubt are not taken yet."""
+    rejections = {
+        node_id: reason
+        for node_id, view in sorted(views.items())
+        if (reason := _own_refusal(need, view, rooms.get(node_id), doubts.get(node_id, "")))
+    }
     able = [view for node_id, view in sorted(views.items()) if node_id not in rejections]
     refusals = _pair_refusals(able)
     for stage_count in range(2, STAGES_MAX + 1):
         found = [
             (seconds, tuple(candidate.node_id for candidate in order), order, layer_counts)
             for candidates in _classes(need, able, rooms)
-            for chosen in _cliques(candidates, stage_count, refusals, _needed_bytes(need))
+            for chosen in _cliques(candidates, stage_count, refusals, _needed_bytes(need, candidates))
             if (fitting := _best_order(need, chosen)) is not None
             for seconds, order, layer_counts in (fitting,)
         ]
@@ -65,36 +88,28 @@ def form(need: GroupNeed, views: Mapping[NodeId, NodeView], rooms: Mapping[NodeI
                 _stages(need, order, layer_counts), "", rejections | _left_out(able, [candidate.view for candidate in order], refusals)
             )
     reason = _shortage(need, able, rooms, refusals)
-    return Formation((), reason, rejections | {view.node_id: _lonely(view, able, refusals, reason) for view in able})
+    sites = by_site(able)
+    lonely = {view.node_id: _lonely(view, able, near, refusals) or reason for near in sites.values() for view in near}
+    return Formation((), reason, rejections | lonely)
 
 
 def possible_members(need: GroupNeed, views: Mapping[NodeId, NodeView], rooms: Mapping[NodeId, NodeRoom]) -> list[NodeView]:
     """The nodes that could be stages as far as each of them goes, of sites where all of these together hold the model."""
     able = [view for node_id, view in sorted(views.items()) if not _own_refusal(need, view, rooms.get(node_id))]
-    enough = [candidates for candidates in _classes(need, able, rooms) if sum(c.stage_bytes for c in candidates) >= _needed_bytes(need)]
-    members = {candidate.node_id for candidates in enough for candidate in candidates}
+    enough = [ones for ones in _classes(need, able, rooms) if sum(one.stage_bytes for one in ones) >= _needed_bytes(need, ones)]
+    members = {one.node_id for ones in enough for one in ones}
     return [view for view in able if view.node_id in members]
 
 
 def layers_by_stage(layer_count: int, layer_counts_max: Sequence[int], speeds: Sequence[float]) -> tuple[int, ...] | None:
-    """Spreads layers so that the slowest stage is as fast as can be, with at least one layer each; None where they do not fit.
-
-    Giving each next layer to the stage that would finish it first is exact for layers of equal cost.
-    """
-    counts = [1] * len(layer_counts_max)
-    if min(layer_counts_max) < 1 or not len(counts) <= layer_count <= sum(layer_counts_max):
+    """Spreads layers as the fit does, with at least one layer each; None where they do not fit."""
+    if min(layer_counts_max) < 1 or not len(layer_counts_max) <= layer_count <= sum(layer_counts_max):
         return None
-    for _ in range(layer_count - len(counts)):
-        rank = min(
-            (rank for rank in range(len(counts)) if counts[rank] < layer_counts_max[rank]),
-            key=lambda rank: ((counts[rank] + 1) / speeds[rank], rank),
-        )
-        counts[rank] += 1
-    return tuple(counts)
+    return share_layers(layer_count, speeds, layer_counts_max)
 
 
-def _own_refusal(need: GroupNeed, view: NodeView, room: NodeRoom | None) -> str:
-    if refusal := node_refusal(view, need.engine_kind):
+def _own_refusal(need: GroupNeed, view: NodeView, room: NodeRoom | None, doubt: str = "") -> str:
+    if refusal := node_refusal(view, need.engine_kind) or doubt:
         return refusal
     if room is None:
         return "nothing of it is free"
@@ -117,25 +132,32 @@ def _stage_bytes(need: GroupNeed, room: NodeRoom, card_count: int) -> int:
 
 def _classes(need: GroupNeed, able: Sequence[NodeView], rooms: Mapping[NodeId, NodeRoom]) -> Iterator[list[_Candidate]]:
     """Those that could be stages of one group as far as hardware goes: the same site, and the same number of cards."""
-    sites = sorted({view.inventory.group_offer.site for view in able if view.inventory.group_offer is not None})
-    for site in sites:
-        for card_count in sorted({count for view in able for count in _card_counts(need, rooms[view.node_id])}):
+    for _, views in sorted(by_site(able).items()):
+        for card_count in sorted({count for view in views for count in _card_counts(need, rooms[view.node_id])}):
             candidates = [
                 _Candidate(view, rooms[view.node_id], card_count, _stage_bytes(need, rooms[view.node_id], card_count))
-                for view in able
-                if view.inventory.group_offer is not None
-                and view.inventory.group_offer.site == site
-                and card_count in _card_counts(need, rooms[view.node_id])
+                for view in views
+                if card_count in _card_counts(need, rooms[view.node_id])
             ]
             candidates.sort(key=lambda candidate: (-candidate.stage_bytes, -candidate.stage_bytes_per_second, candidate.node_id))
             yield candidates[:CANDIDATES_MAX]
 
 
+def by_site(able: Iterable[NodeView]) -> dict[str, list[NodeView]]:
+    """Nodes that offer themselves to groups, by their owners' word for the place: those of two sites are never together."""
+    sites: dict[str, list[NodeView]] = {}
+    for view in able:
+        if view.inventory.group_offer is not None:
+            sites.setdefault(view.inventory.group_offer.site, []).append(view)
+    return sites
+
+
 def _pair_refusals(able: Sequence[NodeView]) -> dict[frozenset[NodeId], str]:
-    """Why two of them cannot be together; a pair without an entry can."""
+    """Why two of one site cannot be together; such a pair without an entry can."""
     return {
         frozenset((first.node_id, second.node_id)): refusal
-        for first, second in combinations(able, 2)
+        for views in by_site(able).values()
+        for first, second in combinations(views, 2)
         if (refusal := trust_refusal(first, second) or link_refusal(first, second))
     }
 
@@ -165,7 +187,8 @@ def _best_order(need: GroupNeed, chosen: Sequence[_Candidate]) -> tuple[float, t
     for leader in sorted(chosen, key=lambda candidate: (*_connection(candidate, chosen), candidate.node_id)):
         order = _chain(leader, chosen)
         layer_counts_max = [
-            (candidate.stage_bytes - _end_bytes(need, rank, len(order))) // layer_cost_bytes for rank, candidate in enumerate(order)
+            (candidate.stage_bytes - _end_memory_bytes(need, candidate, rank, len(order))) // layer_cost_bytes
+            for rank, candidate in enumerate(order)
         ]
         layer_counts = layers_by_stage(need.layer_count, layer_counts_max, [candidate.stage_bytes_per_second for candidate in order])
         if layer_counts is not None:
@@ -210,8 +233,14 @@ def _end_bytes(need: GroupNeed, rank: int, stage_count: int) -> int:
     return (need.first_stage_bytes if rank == 0 else 0) + (need.last_stage_bytes if rank == stage_count - 1 else 0)
 
 
+def _end_memory_bytes(need: GroupNeed, candidate: _Candidate, rank: int, stage_count: int) -> int:
+    copies = 0 if candidate.card_count else (rank == 0) + (rank == stage_count - 1)
+    return _end_bytes(need, rank, stage_count) + copies * need.table_copy_bytes
+
+
 def _stages(need: GroupNeed, order: Sequence[_Candidate], layer_counts: Sequence[int]) -> tuple[Stage, ...]:
     stages = []
+    facts = _card_facts(order)
     for rank, (candidate, count) in enumerate(zip(order, layer_counts, strict=True)):
         offer = candidate.view.inventory.group_offer
         assert offer is not None
@@ -225,17 +254,29 @@ def _stages(need: GroupNeed, order: Sequence[_Candidate], layer_counts: Sequence
                 weight_bytes=count * need.layer_bytes + _end_bytes(need, rank, len(order)),
                 kv_cache_bytes=count * need.layer_kv_bytes,
                 memory_bytes=candidate.room.memory_bytes,
-                card_uuids=candidate.room.card_uuids[: candidate.card_count],
+                card_uuids=candidate.card_uuids,
+                card_facts=facts[rank],
+                site=offer.site,
             )
         )
     return tuple(stages)
+
+
+def _card_facts(order: Sequence[_Candidate]) -> tuple[CardFacts, ...]:
+    """What each stage is told of its cards; nothing where there are none, or their nodes do not say what they are."""
+    boxes = [hardware_of(each.view, Room(frozenset(each.card_uuids), 0), on_cards=True)[0] for each in order]
+    if not all(box.cards for box in boxes):
+        return (NOTHING_KNOWN,) * len(order)
+    places = [tuple(range(len(box.cards))) for box in boxes]
+    stages = [FitStage(0, indices, box.cards, group_link(box, indices)) for box, indices in zip(boxes, places, strict=True)]
+    return stage_facts(stages, [max(0, min(card.usable_bytes for card in box.cards) - CUDA_CONTEXT_BYTES) for box in boxes])
 
 
 def _left_out(able: Sequence[NodeView], chosen: Sequence[NodeView], refusals: Mapping[frozenset[NodeId], str]) -> dict[NodeId, str]:
     members = {view.node_id for view in chosen}
     return {
         view.node_id: next(
-            (_refused_for(view, other, refusals) for other in chosen if frozenset((view.node_id, other.node_id)) in refusals),
+            (refusal for other in chosen if (refusal := _refused_for(view, other, refusals))),
             "it is not needed: the nodes chosen hold the model in as few stages and answer sooner",
         )
         for view in able
@@ -244,40 +285,46 @@ def _left_out(able: Sequence[NodeView], chosen: Sequence[NodeView], refusals: Ma
 
 
 def _refused_for(view: NodeView, other: NodeView, refusals: Mapping[frozenset[NodeId], str]) -> str:
-    """Why the two cannot be together, in words about `view`."""
-    return trust_refusal(view, other) or link_refusal(view, other) or refusals.get(frozenset((view.node_id, other.node_id)), "")
+    """Why the two cannot be together, in words about `view`; empty if they can."""
+    if refusal := trust_refusal(view, other):
+        return refusal
+    return link_refusal(view, other) if frozenset((view.node_id, other.node_id)) in refusals else ""
 
 
-def _lonely(view: NodeView, able: Sequence[NodeView], refusals: Mapping[frozenset[NodeId], str], reason: str) -> str:
-    """Of a node in a pool where no group came about."""
-    words = [_refused_for(view, other, refusals) for other in able if frozenset((view.node_id, other.node_id)) in refusals]
-    if len(words) == len(able) - 1:
-        return words[0] if words else "no other node of its site may be in a group with it"
-    return reason
+def _lonely(view: NodeView, able: Sequence[NodeView], near: Sequence[NodeView], refusals: Mapping[frozenset[NodeId], str]) -> str:
+    """Of a node that may be together with none of the others, those of its site and itself being `near`; empty for any other node."""
+    words = [_refused_for(view, other, refusals) for other in near if other is not view]
+    if not all(words):
+        return ""
+    # Those of its own site say more than the many of others.
+    far = (trust_refusal(view, other) for other in able if other is not view)
+    return words[0] if words else next(far, "no other node of its site may be in a group with it")
 
 
 def _shortage(need: GroupNeed, able: Sequence[NodeView], rooms: Mapping[NodeId, NodeRoom], refusals: Collection[frozenset[NodeId]]) -> str:
     if len(able) < 2:
         return f"a group needs two nodes at least, and {len(able)} of the pool's could be in one"
-    most_bytes = 0
+    most_bytes, needed_bytes = 0, 0
     for candidates in _classes(need, able, rooms):
         # Largest first and greedily: a figure for people, not for a decision.
         together: list[_Candidate] = []
         for candidate in candidates:
             if len(together) < STAGES_MAX and all(frozenset((candidate.node_id, member.node_id)) not in refusals for member in together):
                 together.append(candidate)
-        if len(together) > 1:
-            most_bytes = max(most_bytes, sum(candidate.stage_bytes for candidate in together))
+        if len(together) > 1 and (class_bytes := sum(candidate.stage_bytes for candidate in together)) > most_bytes:
+            most_bytes, needed_bytes = class_bytes, _needed_bytes(need, together)
     if most_bytes == 0:
         return "no two of the nodes that could be in a group may be in one together"
     return (
         f"the nodes that may be together have {_gib(most_bytes)} for weights and cache, "
-        f"and {need.model.model_id} needs {_gib(_needed_bytes(need))}, in whole layers"
+        f"and {need.model.model_id} needs {_gib(needed_bytes)}, in whole layers"
     )
 
 
-def _needed_bytes(need: GroupNeed) -> int:
-    return need.layer_count * (need.layer_bytes + need.layer_kv_bytes) + need.first_stage_bytes + need.last_stage_bytes
+def _needed_bytes(need: GroupNeed, candidates: Sequence[_Candidate]) -> int:
+    """Of stages on such nodes, all of them with as many cards."""
+    copies_bytes = 0 if any(candidate.card_count for candidate in candidates) else 2 * need.table_copy_bytes
+    return need.layer_count * (need.layer_bytes + need.layer_kv_bytes) + need.first_stage_bytes + need.last_stage_bytes + copies_bytes
 
 
 def _gib(count_bytes: int) -> str:

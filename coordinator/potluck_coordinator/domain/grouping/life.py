@@ -28,6 +28,10 @@ RELEASE_SECONDS: Final = 20.0
 """After so long without a link an agent has ended its stage by itself: its lease is over (15 s), and group engines end with it."""
 BLAME_SECONDS: Final = 5.0
 """How long after a break its cause may still show: a lost link is known a second later than the engine that misses its peer."""
+LEAVING_SECONDS_MIN: Final = 2.0
+"""How long a group that is not needed any more may still be asked: gateways hear of it in a moment, and tell of new answers each second."""
+LEAVING_SECONDS_MAX: Final = 120.0
+"""How long it may finish what it is answering; whole replicas have as long."""
 STEADY_SECONDS: Final = 60.0
 """A group that was ready so long was sound: what broke it then says nothing about the next one."""
 PAUSE_FIRST_SECONDS: Final = 10.0
@@ -78,7 +82,8 @@ def begin(
 
 def adopted(group: ShardGroup, now: float) -> ShardGroup:
     """A group of an earlier run of the directory: its members are expected back, in new sessions."""
-    return replace(group, since_seconds=now, epochs={}, ready_node_ids=frozenset())
+    leaving_since_seconds = None if group.leaving_since_seconds is None else now
+    return replace(group, since_seconds=now, epochs={}, ready_node_ids=frozenset(), leaving_since_seconds=leaving_since_seconds)
 
 
 def advance(group: ShardGroup, views: Mapping[NodeId, NodeView], now: float) -> ShardGroup:
@@ -102,32 +107,58 @@ def advance(group: ShardGroup, views: Mapping[NodeId, NodeView], now: float) -> 
     )
 
 
+def leaving(group: ShardGroup, now: float) -> ShardGroup:
+    """A group that nobody needs any more, on its way out."""
+    return group if group.leaving_since_seconds is not None else replace(group, leaving_since_seconds=now)
+
+
+def may_finish(group: ShardGroup, attempt_count: int, now: float) -> bool:
+    """Whether a group that leaves goes on: it answers, or may be asked by a gateway that has not heard of it yet; within bounds."""
+    if group.phase is not GroupPhase.READY or group.leaving_since_seconds is None:
+        return False
+    waited_seconds = now - group.leaving_since_seconds
+    return waited_seconds < (LEAVING_SECONDS_MAX if attempt_count else LEAVING_SECONDS_MIN)
+
+
 def withdrawn(group: ShardGroup, reason: str, now: float) -> ShardGroup:
     """A group that nobody wants any more, or that something better takes the place of."""
     return group if group.phase is GroupPhase.BROKEN else _broken(group, _Fault(Blame.NONE, None, reason), now)
 
 
-def waiting_for(group: ShardGroup, views: Mapping[NodeId, NodeView], now: float) -> str:
+def is_held(group: ShardGroup, node_id: NodeId, views: Mapping[NodeId, NodeView], absent_since: Mapping[NodeId, float], now: float) -> bool:
+    """Whether a member of a group, a broken one too, may still have its stage: its memory is not free, and its port not another's."""
+    if group.phase is not GroupPhase.BROKEN:
+        return True
+    view = views.get(node_id)
+    if view is not None and view.connected:
+        return any(status.replica_id == group.replica_id and status.state not in _LIFELESS for status in view.engines)
+    return now - max(group.since_seconds, absent_since.get(node_id, group.since_seconds)) < RELEASE_SECONDS
+
+
+def waiting_for(group: ShardGroup, views: Mapping[NodeId, NodeView], absent_since: Mapping[NodeId, float], now: float) -> str:
     """Why a broken group may not be formed anew yet; empty when it may."""
     for stage in group.stages:
-        view = views.get(stage.node_id)
-        if view is not None and view.connected:
-            if any(status.replica_id == group.replica_id and status.state not in _LIFELESS for status in view.engines):
-                return f"node {stage.node_id} is still stopping its stage"
-        elif now - group.since_seconds < RELEASE_SECONDS:
-            return f"node {stage.node_id} is away and may still run its stage"
+        if is_held(group, stage.node_id, views, absent_since, now):
+            view = views.get(stage.node_id)
+            is_here = view is not None and view.connected
+            return f"node {stage.node_id} " + ("is still stopping its stage" if is_here else "is away and may still run its stage")
+    return pause_words(group, now)
+
+
+def pause_words(group: ShardGroup, now: float) -> str:
+    """Why a broken group is not formed anew yet though nothing of it is left; empty when it may be."""
     pause_seconds = (
         0.0 if group.failure_count < 2 else min(PAUSE_LAST_SECONDS, PAUSE_FIRST_SECONDS * 2.0 ** min(group.failure_count - 2, 16))
     )
-    if now - group.since_seconds < pause_seconds:
+    if group.phase is GroupPhase.BROKEN and now - group.since_seconds < pause_seconds:
         return f"its engines failed {group.failure_count} times in a row, and it is tried again after {pause_seconds:.0f} s"
     return ""
 
 
-def taken_bytes(group: ShardGroup, views: Mapping[NodeId, NodeView]) -> dict[NodeId, int]:
-    """The memory that the members' engines of this generation take, of those that say it."""
+def counted_bytes(group: ShardGroup, views: Mapping[NodeId, NodeView]) -> dict[NodeId, int]:
+    """The weights that the members' engines of this generation have loaded, of those that counted them."""
     statuses = {node_id: _status(group, views[node_id]) for node_id in (stage.node_id for stage in group.stages) if node_id in views}
-    return {node_id: status.memory_bytes for node_id, status in statuses.items() if status is not None and status.memory_bytes is not None}
+    return {node_id: status.weight_bytes for node_id, status in statuses.items() if status is not None and status.weight_bytes is not None}
 
 
 def _gravest_fault(group: ShardGroup, views: Mapping[NodeId, NodeView], now: float) -> _Fault:
@@ -197,7 +228,14 @@ def _stands(group: ShardGroup, view: NodeView | None) -> bool:
 def _broken(group: ShardGroup, fault: _Fault, now: float) -> ShardGroup:
     was_steady = group.phase is GroupPhase.READY and now - group.since_seconds >= STEADY_SECONDS
     failure_count = 0 if was_steady else group.failure_count
-    group = replace(group, phase=GroupPhase.BROKEN, since_seconds=now, ready_node_ids=frozenset(), failure_count=failure_count)
+    group = replace(
+        group,
+        phase=GroupPhase.BROKEN,
+        since_seconds=now,
+        ready_node_ids=frozenset(),
+        failure_count=failure_count,
+        leaving_since_seconds=None,
+    )
     return _blaming(group, fault)
 
 

@@ -20,8 +20,6 @@ ROUND_TRIP_MICROSECONDS_MAX: Final = 5_000
 """Every token crosses every boundary between stages: at 5 ms, four stages already cost 20 ms a token."""
 BANDWIDTH_BYTES_PER_SECOND_MIN: Final = 12_500_000
 """A line of 100 Mbit/s: a prompt of 2,000 tokens of a 70B model (16 KiB a token at each boundary) takes 2.6 s to cross."""
-MEASURING_PORT_OFFSET: Final = 1
-"""Above the port that a node offers."""
 
 
 def node_refusal(view: NodeView, engine_kind: str) -> str:
@@ -68,15 +66,23 @@ def trust_refusal(first: NodeView, second: NodeView) -> str:
 
 
 def measured_link(first: NodeView, second: NodeView) -> PeerMeasurement | None:
-    """What the two measured, the worse of both words where both speak; None before either has."""
-    words = [
-        view.peer_measurements[other.node_id]
-        for view, other in ((first, second), (second, first))
-        if other.node_id in view.peer_measurements
-    ]
+    """What the two measured, the worse of both words where both speak; None before either has.
+
+    One of them dials, and measures both directions; the other one speaks where nobody can dial it.
+    """
+    words = [word for _, word in _words(first, second)]
     if not words:
         return None
     return max(words, key=lambda word: (bool(word.failure), word.round_trip_microseconds, -word.bandwidth_bytes_per_second))
+
+
+def _words(first: NodeView, second: NodeView) -> list[tuple[NodeView, PeerMeasurement]]:
+    """What each says of the line between them."""
+    return [
+        (view, view.peer_measurements[other.node_id])
+        for view, other in ((first, second), (second, first))
+        if other.node_id in view.peer_measurements
+    ]
 
 
 def link_refusal(first: NodeView, second: NodeView) -> str:
@@ -85,7 +91,8 @@ def link_refusal(first: NodeView, second: NodeView) -> str:
     if link is None:
         return f"its link to node {second.node_id} is not measured yet"
     if link.failure:
-        return f"it and node {second.node_id} do not reach each other: {link.failure}"
+        said = (f"{word.failure} (says node {view.node_id})" for view, word in _words(first, second) if word.failure)
+        return f"it and node {second.node_id} do not reach each other: {'; '.join(said)}"
     if link.round_trip_microseconds > ROUND_TRIP_MICROSECONDS_MAX:
         return (
             f"a round trip to node {second.node_id} takes {link.round_trip_microseconds / 1000:.1f} ms, "

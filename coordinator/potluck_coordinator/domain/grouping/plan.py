@@ -7,18 +7,21 @@ measurement opens a port and costs a second of the line. `forming` chooses, `lif
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import combinations
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.grouping import life
-from potluck_coordinator.domain.grouping.forming import form, possible_members
+from potluck_coordinator.domain.grouping.forming import by_site, form, possible_members
 from potluck_coordinator.domain.grouping.membership import trust_refusal
+from potluck_coordinator.domain.grouping.returned import doubts
 from potluck_coordinator.domain.grouping.shares import payee_shares
 from potluck_coordinator.domain.grouping.words import Formation, GroupPhase, GroupPlan
 from potluck_protocol.values import DesiredEngine, EngineShape, GroupPlace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from potluck_coordinator.domain.grouping.words import GroupNeed, NodeRoom, ShardGroup, Stage
     from potluck_coordinator.domain.node_view import NodeView
@@ -36,57 +39,75 @@ def plan_groups(
     *,
     next_generation: Callable[[], int],
     now: float,
+    absent_since: Mapping[NodeId, float] = MappingProxyType({}),
+    promised: Mapping[NodeId, ReplicaId] = MappingProxyType({}),
+    hoped_rooms: Mapping[NodeId, NodeRoom] = MappingProxyType({}),
+    attempt_counts: Mapping[ReplicaId, int] = MappingProxyType({}),
 ) -> GroupPlan:
     """The next step of every group.
 
     Args:
-        needs: the replicas that are to be groups, the most wanted first; a group without a need is withdrawn.
+        needs: the replicas that are to be groups, the most wanted first; a group without a need finishes its answers and is withdrawn.
         views: every node of the pool.
         rooms: what nodes have left beside engines that are whole; what the groups of `before` hold is to be in it.
         before: the groups of the last call.
         next_generation: gives a number that no group of the pool ever had.
         now: monotonic seconds.
+        absent_since: when nodes that are away went; of one that is not named, at the latest when its group broke.
+        promised: nodes that are kept for one of the needs.
+        hoped_rooms: what nodes would have, if others left: what pairs are measured by.
+        attempt_counts: what each group is answering.
     """
-    groups: dict[ReplicaId, ShardGroup] = {}
+    pool = _Pool(views, absent_since, promised, now)
+    groups = _carried_on(before, {need.replica_id: need for need in needs}, pool, attempt_counts)
+    unsure = doubts(groups.values(), views, absent_since, now)
     formations: dict[ReplicaId, Formation] = {}
     unmet: list[GroupNeed] = []
-    wanted = {need.replica_id: need for need in needs}
-    # Where nobody is connected, the coordinator itself is the one that was away: it judges nobody.
-    is_blind = not any(view.connected for view in views.values())
-    for replica_id, group in before.items():
-        if replica_id in wanted and wanted[replica_id].is_served_by(group.need):
-            groups[replica_id] = group if is_blind else life.advance(group, views, now)
-            continue
-        withdrawn = life.withdrawn(group, "something else is asked for now", now)
-        # Remembered until it is gone, in case somebody asks again.
-        if replica_id in wanted or life.waiting_for(withdrawn, views, now):
-            groups[replica_id] = withdrawn
-    left = _left(rooms, groups)
     for need in needs:
         earlier = groups.get(need.replica_id)
         if earlier is not None and earlier.phase is not GroupPhase.BROKEN:
             continue
-        waiting = "" if earlier is None else life.waiting_for(earlier, views, now)
-        formation = form(need, views, left)
+        waiting = "" if earlier is None else life.waiting_for(earlier, views, absent_since, now)
+        formation = form(need, views, pool.left(rooms, groups, {need.replica_id}), unsure)
         formations[need.replica_id] = formation if not waiting else Formation((), waiting, formation.rejections)
         if formation.stages and not waiting:
-            groups[need.replica_id] = life.begin(
-                need, formation.stages, generation=next_generation(), earlier=earlier, views=views, now=now
-            )
-            left = _left(rooms, groups)
+            number = next_generation()
+            groups[need.replica_id] = life.begin(need, formation.stages, generation=number, earlier=earlier, views=views, now=now)
         else:
             unmet.append(need)
     return GroupPlan(
         groups=groups,
         desired=_desired(groups),
-        pairs=wanted_pairs(unmet, views, left),
+        pairs=wanted_pairs(unmet, views, pool.left({**rooms, **hoped_rooms}, groups, {need.replica_id for need in unmet})),
         payees={
-            replica_id: payee_shares(group.stages, life.taken_bytes(group, views))
+            replica_id: payee_shares(group.stages, life.counted_bytes(group, views))
             for replica_id, group in groups.items()
             if group.phase is not GroupPhase.BROKEN
         },
         formations=formations,
+        leaving=frozenset(replica_id for replica_id, group in groups.items() if group.leaving_since_seconds is not None),
     )
+
+
+def _carried_on(
+    before: Mapping[ReplicaId, ShardGroup], wanted: Mapping[ReplicaId, GroupNeed], pool: _Pool, attempt_counts: Mapping[ReplicaId, int]
+) -> dict[ReplicaId, ShardGroup]:
+    """What became of the groups that there were; those that are gone, and that nobody wants, left out."""
+    views, now = pool.views, pool.now
+    groups: dict[ReplicaId, ShardGroup] = {}
+    # Where nobody is connected, the coordinator itself is the one that was away: it judges nobody.
+    is_blind = not any(view.connected for view in views.values())
+    for replica_id, group in before.items():
+        needed = replica_id in wanted and wanted[replica_id].is_served_by(group.need)
+        going_on = replace(group, leaving_since_seconds=None) if needed else life.leaving(group, now)
+        if needed or life.may_finish(going_on, attempt_counts.get(replica_id, 0), now):
+            groups[replica_id] = going_on if is_blind else life.advance(going_on, views, now)
+            continue
+        withdrawn = life.withdrawn(group, "something else is asked for now", now)
+        # Remembered until it is gone, in case somebody asks again.
+        if replica_id in wanted or life.waiting_for(withdrawn, views, pool.absent_since, now):
+            groups[replica_id] = withdrawn
+    return groups
 
 
 def wanted_pairs(
@@ -98,7 +119,7 @@ def wanted_pairs(
     for need in unmet:
         # The largest first: they are the likeliest to be chosen.
         able = sorted(possible_members(need, views, rooms), key=lambda view: (-rooms[view.node_id].memory_bytes, view.node_id))
-        for pair in combinations(able, 2):
+        for pair in (pair for views in by_site(able).values() for pair in combinations(views, 2)):
             first, second = sorted(view.node_id for view in pair)
             if (first, second) in pairs or max(counts[first], counts[second]) >= PEERS_PER_NODE_MAX or trust_refusal(*pair):
                 continue
@@ -107,9 +128,28 @@ def wanted_pairs(
     return tuple(sorted(pairs))
 
 
-def _left(rooms: Mapping[NodeId, NodeRoom], groups: Mapping[ReplicaId, ShardGroup]) -> dict[NodeId, NodeRoom]:
-    taken = {stage.node_id for group in groups.values() if group.phase is not GroupPhase.BROKEN for stage in group.stages}
-    return {node_id: room for node_id, room in rooms.items() if node_id not in taken}
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """The nodes, since when those are away that are, and for which groups some are kept."""
+
+    views: Mapping[NodeId, NodeView]
+    absent_since: Mapping[NodeId, float]
+    promised: Mapping[NodeId, ReplicaId]
+    now: float
+
+    def left(
+        self, rooms: Mapping[NodeId, NodeRoom], groups: Mapping[ReplicaId, ShardGroup], asking: Collection[ReplicaId]
+    ) -> dict[NodeId, NodeRoom]:
+        """What nodes have that are in no group, nor still stop a stage of one; but what is kept for those that ask, or they stop."""
+        taken = {
+            stage.node_id
+            for replica_id, group in groups.items()
+            if group.phase is not GroupPhase.BROKEN or replica_id not in asking
+            for stage in group.stages
+            if life.is_held(group, stage.node_id, self.views, self.absent_since, self.now)
+        }
+        taken |= {node_id for node_id, replica_id in self.promised.items() if replica_id not in asking}
+        return {node_id: room for node_id, room in rooms.items() if node_id not in taken}
 
 
 def _desired(groups: Mapping[ReplicaId, ShardGroup]) -> dict[NodeId, tuple[DesiredEngine, ...]]:
@@ -138,6 +178,7 @@ def _desired_engine(group: ShardGroup, rank: int, stage: Stage) -> DesiredEngine
             # On cards the cache takes what is left of them.
             kv_cache_bytes=0 if stage.card_uuids else stage.kv_cache_bytes,
             memory_bytes=stage.memory_bytes,
+            card_facts=stage.card_facts,
         ),
         group=GroupPlace(
             group_id=need.replica_id,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from potluck_coordinator.domain.payees import PayeeShare
+from potluck_protocol.card_facts import NOTHING_KNOWN, CardFacts
 from potluck_protocol.values import AccountId, DesiredEngine, ModelFile, NodeId, ReplicaId
 
 
@@ -34,6 +35,8 @@ class GroupNeed:
     """Keys and values of one layer, for the tokens that the replica is to hold."""
     stage_overhead_bytes: int
     """What an engine takes beside weights and cache, on every stage."""
+    table_copy_bytes: int = 0
+    """That an engine without cards keeps of the table at either end a second time: memory, but no weights that anybody is paid for."""
     quantization: str = ""
     tensor_parallel_sizes: tuple[int, ...] = (1,)
     """How many cards of one node may share a stage; every stage of a group has the same number."""
@@ -71,6 +74,9 @@ class Stage:
     memory_bytes: int
     """Of each card, or of the machine, that the stage may take in all."""
     card_uuids: tuple[str, ...] = ()
+    card_facts: CardFacts = NOTHING_KNOWN
+    site: str = ""
+    """The owners' word for where the node is; empty in groups that were kept before it was."""
 
 
 class GroupPhase(StrEnum):
@@ -118,6 +124,8 @@ class ShardGroup:
     """Of a broken one."""
     failure_count: int = 0
     """Generations in a row that an engine's early failure broke."""
+    leaving_since_seconds: float | None = None
+    """Since when nobody needs it any more: it finishes what it is answering, and gets no new requests. None: it is needed."""
 
     @property
     def replica_id(self) -> ReplicaId:
@@ -147,3 +155,5 @@ class GroupPlan:
     """Who earns what a group answers, by stage share."""
     formations: Mapping[ReplicaId, Formation]
     """Of the needs without a group that stands or is being formed, and of those formed in this call; for `explain`."""
+    leaving: frozenset[ReplicaId] = frozenset()
+    """Groups that get no new requests."""

@@ -2,15 +2,17 @@
 
 Decides by room: a node that serves, and has place for it now or once others have left. Nodes without a replica of the model come first, for
 what one node's end takes along, as far as they are at least half as fast as the fastest; then those with place now, then the faster ones.
-It must not take anybody's room.
+Nodes that are alike are asked once. It must not take anybody's room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import merge
 from typing import TYPE_CHECKING, Final
 
-from potluck_coordinator.domain.planning.sizing import Room, demands_of
+from potluck_coordinator.domain.planning.node_kinds import holds
+from potluck_coordinator.domain.planning.sizing import demands_of
 from potluck_coordinator.domain.planning.state import draw
 from potluck_coordinator.domain.planning.words import Phase, PlannedReplica, Sizing, replica_id_of
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from potluck_coordinator.domain.catalogue import Deployment
+    from potluck_coordinator.domain.planning.node_kinds import Room
     from potluck_coordinator.domain.planning.state import Draft
     from potluck_protocol.values import ModelId, NodeId, ReplicaId
 
@@ -31,11 +34,17 @@ class Site:
 
     node_id: NodeId
     sizing: Sizing
+    """In the words of the node's kind; `put` brings it onto the node's own cards."""
     replica_count: int
     """Of the same model, on the node already."""
     waits: bool
     """Whether others have to leave first."""
     lacks_disk: bool
+
+    @property
+    def is_flawless(self) -> bool:
+        """Whether only a faster place would be better."""
+        return not (self.replica_count or self.waits or self.lacks_disk)
 
     def rank(self, model_id: ModelId, best_score: float) -> tuple[bool, int, bool, bool, float, bytes]:
         """Lower is better; `best_score` is the highest of the sites that are compared."""
@@ -43,20 +52,24 @@ class Site:
         return is_slow, self.replica_count, self.lacks_disk, self.waits, -self.sizing.score, draw(model_id, self.node_id)
 
 
-def best_site(model_id: ModelId, found: Iterable[Site]) -> Site | None:
+def best_site(model_id: ModelId, fastest_first: Iterable[Site]) -> Site | None:
     """The one to take; None of none."""
-    compared = tuple(found)
-    best_score = max((site.sizing.score for site in compared), default=0.0)
-    return min(compared, key=lambda site: site.rank(model_id, best_score), default=None)
+    best: tuple[tuple[bool, int, bool, bool, float, bytes], Site] | None = None
+    best_score = 0.0
+    for site in fastest_first:
+        best_score = max(best_score, site.sizing.score)
+        rank = site.rank(model_id, best_score)
+        # Nothing slower is better than a place without a flaw, nor one of the slow ones than one of the others.
+        if best is not None and (rank[0] > best[0][0] or (best[1].is_flawless and site.sizing.score < best[1].sizing.score)):
+            break
+        if best is None or rank < best[0]:
+            best = (rank, site)
+    return None if best is None else best[1]
 
 
 def place(draft: Draft, deployment: Deployment) -> bool:
     """Adds one replica where it goes best; False where there is no place for it."""
-    if deployment.replica_count is None:
-        # All of them get one, so the first is as good as the best.
-        best = next(sites(draft, deployment), None)
-    else:
-        best = best_site(deployment.model_id, sites(draft, deployment))
+    best = best_site(deployment.model_id, sites(draft, deployment))
     if best is not None:
         put(draft, deployment.model_id, best)
     return best is not None
@@ -70,7 +83,7 @@ def put(draft: Draft, model_id: ModelId, site: Site, replaces: ReplicaId | None 
             replica_id=replica_id,
             node_id=site.node_id,
             model_id=model_id,
-            sizing=site.sizing,
+            sizing=draft.kind(site.node_id).own(site.sizing),
             made_for=demands_of(draft.entry(model_id)),
             phase=Phase.WAITING if site.waits else Phase.WISHED,
             since_seconds=draft.view.now_seconds,
@@ -79,25 +92,43 @@ def put(draft: Draft, model_id: ModelId, site: Site, replaces: ReplicaId | None 
     )
 
 
-def sites(draft: Draft, deployment: Deployment) -> Iterator[Site]:
-    """Every place that there is for one more replica; where all nodes are to have one, on those without, the absent ones too."""
-    everywhere = deployment.replica_count is None
-    served = {replica.node_id for replica in draft.of_model(deployment.model_id)} if everywhere else frozenset()
-    for node_id in sorted(draft.view.nodes) if everywhere else draft.serving_nodes():
-        if node_id not in served and not draft.obstacle(deployment.model_id, node_id):
-            found = site_on(draft, deployment.model_id, node_id, draft.room(node_id, soon=True))
-            if found is not None:
-                yield found
+def sites(draft: Draft, deployment: Deployment, least_score: float = 0.0, slot_count_least: int = 1) -> Iterator[Site]:
+    """The places for one more replica, the fastest first: of nodes that are alike one, and each that has a replica of the model already.
+
+    Where all nodes are to have one, those are left out, and the absent ones are not. A replica takes the fewest cards that give it so many
+    slots.
+    """
+    model_id, everywhere = deployment.model_id, deployment.replica_count is None
+    others = (
+        Site(first.node_id, first.sizing, 0, first.waits, first.lacks_disk)
+        for first in draft.alike().fastest_first(model_id, least_score, slot_count_least)
+        if everywhere or not first.is_absent
+    )
+    if everywhere:
+        return others
+    here = [
+        site
+        for node_id in sorted({replica.node_id for replica in draft.of_model(model_id)})
+        if not draft.is_absent(node_id) and not draft.obstacle(model_id, node_id)
+        if (site := site_on(draft, model_id, node_id, draft.room(node_id, soon=True), slot_count_least)) is not None
+        if site.sizing.score >= least_score
+    ]
+    return merge(sorted(here, key=_slowness), others, key=_slowness)
 
 
-def site_on(draft: Draft, model_id: ModelId, node_id: NodeId, room: Room) -> Site | None:
+def site_on(draft: Draft, model_id: ModelId, node_id: NodeId, room: Room, slot_count_least: int = 1) -> Site | None:
     """The place on a node, in what of it will be free; None where the replica does not fit. A machine's processors serve a model once."""
-    sized = draft.sized(model_id, node_id, room)
-    count = sum(1 for replica in draft.on_node(node_id) if replica.model_id == model_id)
+    kind = draft.kind(node_id)
+    sized = draft.sized_on_kind(model_id, kind, kind.free(room), slot_count_least)
+    count = draft.count_on(model_id, node_id)
     if not isinstance(sized, Sizing) or (count and not sized.shape.card_uuids):
         return None
-    waits = not draft.room(node_id, soon=False).holds(sized)
+    waits = not holds(kind.free(draft.room(node_id, soon=False)), sized)
     return Site(node_id, sized, count, waits, draft.lacks_disk(model_id, node_id))
+
+
+def _slowness(site: Site) -> float:
+    return -site.sizing.score
 
 
 def _free_id(draft: Draft, node_id: NodeId, model_id: ModelId) -> ReplicaId:

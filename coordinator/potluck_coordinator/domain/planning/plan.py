@@ -2,8 +2,8 @@
 
 Decides in four steps, again and again until nothing changes: `settling` sees to what stands, `placing` gives each wish its replicas, first
 to the one that is met least, `displacing` takes room from idle replicas for wishes that found none, and `sticking` drops what is too much
-and moves what is much better off elsewhere. So the same facts lead to the same plan, and a plan that was made leads to itself. It must not
-know how a plan is carried out.
+and moves what is much better off elsewhere, as `giving_way` does with groups. So the same facts lead to the same plan, and a plan that was
+made leads to itself. It must not know how a plan is carried out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.planning.displacing import displace
+from potluck_coordinator.domain.planning.giving_way import bring_one_node
 from potluck_coordinator.domain.planning.group_needs import group_needs, node_rooms
+from potluck_coordinator.domain.planning.group_room import make_room_for_group
 from potluck_coordinator.domain.planning.placing import place
 from potluck_coordinator.domain.planning.settling import admit_waiting, settle
 from potluck_coordinator.domain.planning.state import Draft
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 ROUNDS_MAX: Final = 20
 """Each round acts on what the one before freed; two or three suffice."""
-FILL_STEPS_MAX: Final = 100_000
-"""Each step places a replica, takes room from idle ones for a wish that is met less, or gives a wish up."""
+FILL_STEPS_MIN: Final = 1_000
+FILL_STEPS_PER_REPLICA: Final = 4
+"""Each step places a replica, takes room from idle ones for a wish that is met less, or gives a wish up. No more are made in a round than
+so many for each replica that is wished."""
 
 
 def plan(view: PlanningView) -> Plan:
@@ -39,6 +43,8 @@ def plan(view: PlanningView) -> Plan:
         leaving=frozenset(replica.replica_id for replica in draft.replicas.values() if replica.phase is Phase.LEAVING),
         needs=needs,
         rooms=node_rooms(draft) if needs else {},
+        promised=draft.promised,
+        hoped_rooms=draft.hoped_rooms,
     )
 
 
@@ -53,6 +59,7 @@ def drafted(view: PlanningView) -> Draft:
             trim(draft, deployment)
         for deployment in draft.deployments.values():
             move(draft, deployment)
+            bring_one_node(draft, deployment)
         admit_waiting(draft)
         if draft.replicas == before:
             break
@@ -62,17 +69,19 @@ def drafted(view: PlanningView) -> Draft:
 def _fill(draft: Draft) -> None:
     """Gives replicas to wishes, one at a time, to the one that is met least; who finds no room may take that of idle ones."""
     stuck: set[ModelId] = set()
-    for _ in range(FILL_STEPS_MAX):
+    wanted_count = sum(draft.wanted_count(deployment) for deployment in draft.deployments.values())
+    for _ in range(FILL_STEPS_MIN + FILL_STEPS_PER_REPLICA * wanted_count):
         short = [one for one in draft.deployments.values() if one.model_id not in stuck and draft.is_short(one)]
         if not short:
             return
         deployment = min(short, key=draft.urgency)
         if place(draft, deployment):
             continue
-        displaced = displace(draft, deployment)
-        stuck -= displaced
-        if not displaced:
+        displaced = displace(draft, deployment) or make_room_for_group(draft, deployment)
+        if displaced is None:
             stuck.add(deployment.model_id)
+        else:
+            stuck -= displaced
 
 
 def _desired(draft: Draft) -> dict[NodeId, tuple[DesiredEngine, ...]]:

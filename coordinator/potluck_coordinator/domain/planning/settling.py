@@ -28,7 +28,7 @@ def settle(draft: Draft) -> None:
             _settle_wished(draft, replica)
         else:
             let_go(draft, replica)
-    for node_id in sorted(draft.view.nodes):
+    for node_id in sorted({replica.node_id for replica in draft.replicas.values()}):
         _drop_what_does_not_fit_together(draft, draft.on_node(node_id))
 
 

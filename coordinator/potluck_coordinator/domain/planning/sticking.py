@@ -7,26 +7,35 @@ place does; and that of too many, those leave first that do not answer yet, then
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nextafter
 from typing import TYPE_CHECKING
 
+from potluck_coordinator.domain.planning.giving_way import give_up_groups, outdoes_a_group
 from potluck_coordinator.domain.planning.placing import Site, best_site, put, sites
 from potluck_coordinator.domain.planning.settling import retire
 from potluck_coordinator.domain.planning.state import draw
 from potluck_coordinator.domain.planning.words import GAIN_MIN, HERE_TO_STAY, Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from potluck_coordinator.domain.catalogue import Deployment
     from potluck_coordinator.domain.planning.state import Draft
     from potluck_coordinator.domain.planning.words import PlannedReplica
 
 
 def trim(draft: Draft, deployment: Deployment) -> None:
-    """Ends moves that are over, and drops what the wish does not need. Where every node is to have one, none is too many."""
+    """Ends moves that are over, and drops what the wish does not need. Where every node is to have one, only a refused one is too many."""
     if deployment.replica_count is None:
+        for replica in draft.of_model(deployment.model_id):
+            if replica.phase in HERE_TO_STAY and (trouble := draft.trouble(replica)) is not None and trouble.refused:
+                retire(draft, replica)
         return
-    _end_moves(draft, deployment)
     model_id = deployment.model_id
+    outdone = frozenset(one.replaces for one in draft.of_model(model_id) if one.replaces is not None and draft.is_ready(one))
+    _end_moves(draft, deployment)
     counting = draft.counting(model_id)
+    give_up_groups(draft, deployment, outdone)
     excess = draft.have_count(model_id) - deployment.replica_count
     for replica in sorted(counting, key=lambda replica: _dispensability(draft, replica))[: max(0, excess)]:
         retire(draft, replica)
@@ -54,13 +63,10 @@ def is_worth_moving(score: float, new_score: float) -> bool:
     return new_score >= GAIN_MIN * score
 
 
-def _better_sites(draft: Draft, deployment: Deployment, slowest: PlannedReplica) -> list[Site]:
+def _better_sites(draft: Draft, deployment: Deployment, slowest: PlannedReplica) -> Iterator[Site]:
     score = draft.score(slowest)
-    return [
-        site
-        for site in sites(draft, deployment)
-        if not site.waits and not site.lacks_disk and not site.replica_count and is_worth_moving(score, site.sizing.score)
-    ]
+    better = (site for site in sites(draft, deployment, nextafter(score, inf)) if is_worth_moving(score, site.sizing.score))
+    return (site for site in better if site.is_flawless)
 
 
 def _end_moves(draft: Draft, deployment: Deployment) -> None:
@@ -69,6 +75,11 @@ def _end_moves(draft: Draft, deployment: Deployment) -> None:
             continue
         old = draft.replicas.get(replica.replaces)
         if draft.trouble(replica) or draft.is_given_up(replica.node_id):
+            retire(draft, replica)
+        elif draft.takes_a_groups_place(replica) and not draft.is_ready(replica):
+            continue
+        elif draft.takes_a_groups_place(replica) and not outdoes_a_group(draft, replica):
+            # The group came to answer meanwhile, and more at a time.
             retire(draft, replica)
         elif old is None or old.phase is not Phase.WISHED or not draft.counts(old) or draft.is_ready(replica):
             draft.put(replace(replica, replaces=None))

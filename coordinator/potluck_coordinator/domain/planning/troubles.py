@@ -2,7 +2,7 @@
 
 Decides what counts as trouble: a refusal by the owner's limits, a failure that trying again does not mend, or an engine that has failed for
 long; and how long it is remembered once the replica is gone, for a node that is not asked says nothing. An agent that began anew is asked
-anew. It must not know what is planned instead.
+anew. Only of what is planned on a node its word is taken, and no more than a line. It must not know what is planned instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from potluck_coordinator.domain.planning.words import Trouble
 from potluck_protocol.values import EngineState, EngineStatus, FailureKind, ModelId, NodeId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from potluck_coordinator.domain.node_view import NodeView
 
@@ -22,6 +22,7 @@ FAILING_SECONDS_MAX: Final = 600.0
 """An engine that did not answer for so long after its first failure is one that fails; before, its node tries again by itself."""
 REMEMBERED_SECONDS: Final = 1800.0
 """Then the node may be asked once more: its owner may have changed something that does not show."""
+REASON_CHARACTERS_MAX: Final = 200
 _INCURABLE: Final = frozenset({FailureKind.BAD_MODEL, FailureKind.UNSUPPORTED_ARCHITECTURE, FailureKind.UNSUPPORTED_CUDA_VERSION})
 
 
@@ -45,8 +46,13 @@ class KnownTrouble:
 KnownTroubles = dict[tuple[NodeId, ModelId], KnownTrouble]
 
 
-def remember(known: Mapping[tuple[NodeId, ModelId], KnownTrouble], nodes: Iterable[NodeView], now_seconds: float) -> KnownTroubles:
-    """What is known after what the nodes say now."""
+def remember(
+    known: Mapping[tuple[NodeId, ModelId], KnownTrouble],
+    nodes: Iterable[NodeView],
+    planned: Collection[tuple[NodeId, ModelId]],
+    now_seconds: float,
+) -> KnownTroubles:
+    """What is known after what the nodes say now of the models that are planned on them."""
     views = {node.node_id: node for node in nodes}
     kept = {
         key: trouble
@@ -58,7 +64,7 @@ def remember(known: Mapping[tuple[NodeId, ModelId], KnownTrouble], nodes: Iterab
             key = (node.node_id, status.model_id)
             if status.state is EngineState.READY:
                 kept.pop(key, None)
-            elif status.state in {EngineState.REFUSED, EngineState.BACKING_OFF} and not status.group_id:
+            elif status.state in {EngineState.REFUSED, EngineState.BACKING_OFF} and not status.group_id and key in planned:
                 kept[key] = _said(status, kept.get(key), node.epoch, now_seconds)
     return kept
 
@@ -69,9 +75,11 @@ def troubles(known: Mapping[tuple[NodeId, ModelId], KnownTrouble], now_seconds: 
 
 
 def _said(status: EngineStatus, before: KnownTrouble | None, epoch: int, now_seconds: float) -> KnownTrouble:
+    # The first line says what happened; an engine's last words follow it.
+    first_line = (status.failure.strip().splitlines() or [""])[0]
+    printable = "".join(character for character in first_line if character.isprintable())
     return KnownTrouble(
-        # The first line says what happened; an engine's last words follow it.
-        reason=(status.failure.strip().splitlines() or ["it gave no reason"])[0],
+        reason=printable[:REASON_CHARACTERS_MAX] or "it gave no reason",
         refused=status.state is EngineState.REFUSED,
         incurable=status.failure_kind in _INCURABLE,
         epoch=epoch,

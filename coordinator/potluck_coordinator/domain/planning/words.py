@@ -119,6 +119,10 @@ class Plan:
     """Replicas that no single node of the pool can take: what `grouping.plan` is to be asked for, the most wanted first."""
     rooms: Mapping[NodeId, NodeRoom]
     """What nodes have left beside these replicas, what groups hold included; nothing where there are no needs."""
+    promised: Mapping[NodeId, ReplicaId] = field(default_factory=dict)
+    """Nodes of which room is kept for a group until it forms."""
+    hoped_rooms: Mapping[NodeId, NodeRoom] = field(default_factory=dict)
+    """What nodes would have for groups that were looked for in vain, if idle replicas left: what pairs are to be measured by."""
 
 
 def replica_id_of(node_id: NodeId, model_id: ModelId, ordinal: int = 0) -> ReplicaId:

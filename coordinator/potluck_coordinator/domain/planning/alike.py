@@ -1,0 +1,155 @@
+"""Nodes that are alike to a model which none of them runs, the fastest first.
+
+Decides nothing but order: where thousands of nodes are of a few kinds with the same room free, a place is looked for among the few, and the
+node is the first of its like. It must not know what makes nodes alike, nor what is placed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from potluck_coordinator.domain.planning.node_kinds import holds
+from potluck_coordinator.domain.planning.words import Sizing
+from potluck_protocol.values import ModelId, NodeId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from potluck_coordinator.domain.planning.node_kinds import Free, NodeKind
+    from potluck_coordinator.domain.planning.sizing import Misfit
+
+
+class Likeness(NamedTuple):
+    """What nodes have in common."""
+
+    number: int
+    """Of their kind."""
+    is_absent: bool
+    soon: Free
+    """Free once those that leave have left and those that wait have come."""
+    now: Free
+
+
+Order = tuple[bool, bytes]
+
+
+class First(NamedTuple):
+    """The first of nodes that are as good as each other, but for their order."""
+
+    node_id: NodeId
+    lacks_disk: bool
+    waits: bool
+    is_absent: bool
+    sizing: Sizing
+    """Of a replica there, in the words of the node's kind."""
+
+
+class _Worth(NamedTuple):
+    """What a model's places are told apart by; lower comes first."""
+
+    slowness: float
+    waits: bool
+    is_absent: bool
+
+
+@dataclass(slots=True)
+class _Listing:
+    """One model's view of the nodes."""
+
+    slot_count_least: int
+    seen_count: int = 0
+    """Of the arrivals."""
+    worth: dict[Likeness, tuple[_Worth, Sizing] | None] = field(default_factory=dict)
+    alike: dict[_Worth, list[Likeness]] = field(default_factory=dict)
+    best_first: list[_Worth] = field(default_factory=list)
+    queues: dict[_Worth, list[tuple[Order, NodeId, Likeness]]] = field(default_factory=dict)
+    """Only of those that somebody asked for."""
+
+
+class AlikeNodes:
+    """Every node under its likeness.
+
+    Args:
+        size: how a replica of so many slots at the least would run in what of a node is free soon.
+        order: what decides between nodes that are as good: whether its disk is too small, and a draw; lower comes first.
+        is_out: whether a node is none of those that a model asks for: it runs the model already, or will not.
+    """
+
+    def __init__(
+        self,
+        size: Callable[[ModelId, NodeKind, Free, int], Sizing | Misfit],
+        order: Callable[[ModelId, NodeId], Order],
+        is_out: Callable[[ModelId, NodeId], bool],
+    ) -> None:
+        self._size = size
+        self._order = order
+        self._is_out = is_out
+        self._likeness: dict[NodeId, Likeness] = {}
+        self._nodes: dict[Likeness, set[NodeId]] = {}
+        self._kinds: dict[int, NodeKind] = {}
+        self._arrivals: list[tuple[Likeness, NodeId]] = []
+        self._listings: dict[tuple[ModelId, int], _Listing] = {}
+
+    def put(self, node_id: NodeId, kind: NodeKind, likeness: Likeness) -> None:
+        """Brings a node under what it is now; to be called also when it began or ceased to run a model."""
+        before = self._likeness.get(node_id)
+        if before is not None:
+            self._nodes[before].discard(node_id)
+        self._likeness[node_id] = likeness
+        self._kinds[likeness.number] = kind
+        self._nodes.setdefault(likeness, set()).add(node_id)
+        self._arrivals.append((likeness, node_id))
+
+    def fastest_first(self, model_id: ModelId, least_score: float = 0.0, slot_count_least: int = 1) -> Iterator[First]:
+        """The nodes that are first of their like, as far as a replica of so many slots reaches the score. Nothing may be put meanwhile."""
+        listing = self._listings.setdefault((model_id, slot_count_least), _Listing(slot_count_least))
+        self._catch_up(model_id, listing)
+        for worth in listing.best_first:
+            if -worth.slowness < least_score:
+                return
+            first = self._first(model_id, listing, worth)
+            if first is not None:
+                yield first
+
+    def _catch_up(self, model_id: ModelId, listing: _Listing) -> None:
+        """Lists what nodes came to be since the model last looked."""
+        for likeness, node_id in islice(self._arrivals, listing.seen_count, None):
+            if likeness not in listing.worth:
+                self._list(model_id, listing, likeness)
+            worthy = listing.worth[likeness]
+            if worthy is not None and worthy[0] in listing.queues:
+                # It may have been taken out of the queue while it ran the model.
+                heappush(listing.queues[worthy[0]], (self._order(model_id, node_id), node_id, likeness))
+        listing.seen_count = len(self._arrivals)
+
+    def _list(self, model_id: ModelId, listing: _Listing, likeness: Likeness) -> None:
+        sized = self._size(model_id, self._kinds[likeness.number], likeness.soon, listing.slot_count_least)
+        if not isinstance(sized, Sizing):
+            listing.worth[likeness] = None
+            return
+        worth = _Worth(-sized.score, not holds(likeness.now, sized), likeness.is_absent)
+        listing.worth[likeness] = (worth, sized)
+        if worth not in listing.alike:
+            insort(listing.best_first, worth)
+        listing.alike.setdefault(worth, []).append(likeness)
+
+    def _first(self, model_id: ModelId, listing: _Listing, worth: _Worth) -> First | None:
+        queue = listing.queues.get(worth)
+        if queue is None:
+            queue = listing.queues[worth] = [
+                (self._order(model_id, node_id), node_id, likeness)
+                for likeness in listing.alike[worth]
+                for node_id in self._nodes.get(likeness, ())
+            ]
+            heapify(queue)
+        while queue:
+            (lacks_disk, _), node_id, likeness = queue[0]
+            worthy = listing.worth[likeness]
+            if worthy is not None and self._likeness[node_id] == likeness and not self._is_out(model_id, node_id):
+                return First(node_id, lacks_disk, worth.waits, worth.is_absent, worthy[1])
+            heappop(queue)
+        return None

@@ -1,0 +1,48 @@
+"""Who was refused lately for want of a slot, by model: a model without a replica has no queue, and would else look like one nobody wants.
+
+Decides that people count, not requests: a client that asks again and again is one. It must not know why there was no slot.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from potluck_protocol.clock import Clock
+    from potluck_protocol.values import AccountId, ModelId
+
+REFUSED_SECONDS: Final = 60.0
+"""How long a refusal counts: clients that still want their answer ask again within `AdmissionLimits.retry_after_seconds_max`."""
+ACCOUNTS_MAX: Final = 1000
+"""Of one model: more than that say nothing new."""
+
+
+class Refusals:
+    """The refusals of one gateway.
+
+    Args:
+        clock: whose monotonic seconds the window is counted in.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._refused_at: dict[ModelId, dict[AccountId, float]] = {}
+        """Of each model those who were refused longest ago come first."""
+
+    def note(self, model_id: ModelId, account_id: AccountId) -> None:
+        """A request for a model of the catalogue got no slot."""
+        now = self._clock.monotonic_seconds()
+        accounts = self._refused_at.setdefault(model_id, {})
+        accounts.pop(account_id, None)
+        accounts[account_id] = now
+        while (oldest := next(iter(accounts))) and (len(accounts) > ACCOUNTS_MAX or now - accounts[oldest] > REFUSED_SECONDS):
+            del accounts[oldest]
+
+    def counts(self, model_ids: Collection[ModelId]) -> dict[ModelId, int]:
+        """How many people were refused lately, of every model that some were; what is not among the models is forgotten."""
+        oldest = self._clock.monotonic_seconds() - REFUSED_SECONDS
+        self._refused_at = {model_id: accounts for model_id, accounts in self._refused_at.items() if model_id in model_ids}
+        counts = {model_id: sum(1 for at in accounts.values() if at >= oldest) for model_id, accounts in self._refused_at.items()}
+        return {model_id: count for model_id, count in counts.items() if count}
