@@ -207,8 +207,8 @@ def _copy_to_stderr(descriptor: int) -> None:
 def _stop_signal() -> Iterator[Callable[[float], bool]]:
     """Gives a wait for so many seconds at most, which says whether SIGINT, SIGTERM or SIGHUP has come.
 
-    Entered after Ray's start, which sets handlers too. A pipe takes the signal: a handler that set an event could find its lock held by the
-    very wait that it interrupts.
+    Entered after Ray's start, which sets handlers too. A pipe takes the signals: several at once interrupt each other's handlers, and one
+    that sets an event finds its lock held by the one before. After the block they are ignored, for the stop that they ask for is bounded.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -221,11 +221,12 @@ def _stop_signal() -> Iterator[Callable[[float], bool]]:
         return bool(select.select([reader], [], [], seconds)[0])
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield stopped_within
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         os.close(reader)
         os.close(writer)

@@ -159,12 +159,14 @@ def test_an_actor_that_is_killed_comes_back_with_the_same_ports(coordinator: Coo
     assert coordinator.wait_ready() == before
 
 
-def test_ctrl_c_in_the_terminal_stops_everything_in_time(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_terminal_and_many_signals_more_stop_everything_in_time(tmp_path: Path) -> None:
     with CoordinatorProcess(tmp_path / "data") as process:
         process.wait_ready()
         processes = process.processes()
         run_dir = _run_dir(processes)
         process.signal_group(signal.SIGINT)
+        for _ in range(20):
+            process.process.terminate()
         started = time.monotonic()
         assert process.process.wait(STOP_SECONDS_MAX) == 0, process.log()
 
