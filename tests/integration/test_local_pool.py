@@ -172,4 +172,5 @@ def test_make_demo_asks_the_built_in_model_pays_audits_and_leaves_nothing(home: 
 
 def test_make_test_is_these_tests():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert re.search(r"^test:.*\n\t\S*pytest --numprocesses 2 --dist loadfile$", makefile, re.MULTILINE)
+    recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    assert recipe.splitlines() == ["\t$(BIN)/pytest -m 'not timed' --numprocesses 2 --dist loadfile", "\t$(BIN)/pytest -m timed"]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,9 +134,20 @@ def test_a_stop_that_never_returns_is_ended_even_where_python_itself_stands_stil
     assert (stuck.stdout, stuck.returncode) == ("stopping\n", -signal.SIGALRM), stuck.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def _handlers_kept() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers_kept")
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_stop_ends_the_wait_whenever_it_comes_and_is_ignored_from_then_on(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
     with serve._stop_signal() as stopped_within:
         assert not stopped_within(0)
         for _ in range(100_000):  # more than the pipe holds: a handler that waited would wait for ever
@@ -144,5 +156,4 @@ def test_a_signal_to_stop_ends_the_wait_whenever_it_comes_and_is_ignored_from_th
     with serve._stop_signal() as stopped_within:
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
         assert stopped_within(60), "it interrupts a wait"
-    assert signal.getsignal(number) is signal.SIG_IGN
-    signal.signal(number, before)
+    assert {signal.getsignal(one) for one in SIGNALS} == {signal.SIG_IGN}
