@@ -8,6 +8,8 @@ import pytest
 from tests.support.pool_processes import LLAMACPP_MODEL, running_pool
 
 MESSAGES = [{"role": "user", "content": "Say something."}]
+GREEDY = {"max_tokens": 8, "temperature": 0}
+"""The model is made of random numbers: of eight tokens drawn from all of them none may be text."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def test_models_are_listed_and_found(client):
 
 
 def test_an_answer_in_one_piece(client):
-    answer = client.chat.completions.create(model=LLAMACPP_MODEL, messages=MESSAGES, max_tokens=8)
+    answer = client.chat.completions.create(model=LLAMACPP_MODEL, messages=MESSAGES, **GREEDY)
     assert answer.choices[0].message.content
     assert answer.usage.completion_tokens == 8
     assert answer.model == LLAMACPP_MODEL
@@ -37,13 +39,13 @@ def test_an_answer_in_one_piece(client):
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_streamed_answer_has_the_usage_event_only_if_asked(client, asked):
     options = {"stream_options": {"include_usage": True}} if asked else {}
-    chunks = list(client.chat.completions.create(model=LLAMACPP_MODEL, messages=MESSAGES, max_tokens=8, stream=True, **options))
+    chunks = list(client.chat.completions.create(model=LLAMACPP_MODEL, messages=MESSAGES, stream=True, **GREEDY, **options))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert [chunk.usage is not None for chunk in chunks if not chunk.choices] == [True] * asked
 
 
 def test_completions(client):
-    assert client.completions.create(model=LLAMACPP_MODEL, prompt="Once", max_tokens=4).choices[0].text
+    assert client.completions.create(model=LLAMACPP_MODEL, prompt="Once", **GREEDY).choices[0].text
 
 
 def test_a_wrong_key(pool):
