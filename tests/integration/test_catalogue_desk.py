@@ -149,9 +149,9 @@ async def test_a_slow_hub_is_waited_for_with_words_and_asked_once(tmp_path, monk
         first, second = await asyncio.gather(made.pin_model(SOURCE, ModelWishes()), made.pin_model(SOURCE, ModelWishes()))
         assert isinstance(first, PinProgress)
         assert isinstance(second, PinProgress)
-        await asyncio.sleep(0.2)
-        later = await made.pin_model(SOURCE, ModelWishes())
-        assert later.words.startswith("Hashing config.json")
+        async with asyncio.timeout(10):
+            while not (await made.pin_model(SOURCE, ModelWishes())).words.startswith("Hashing config.json"):
+                await asyncio.sleep(0.02)
         hub.waiting.set()
         assert (await pinned(made)).entry.model_id == "offered"
         assert len([path for path in hub.requests if path.startswith("/api/")]) == 1

@@ -101,7 +101,7 @@ async def test_a_replica_that_answered_between_two_plans_is_not_taken_for_an_idl
         await node.chunk(start.attempt_id, 1, USAGE_EVENT + DONE)
         await node.end(start.attempt_id, 2)
         await read_all(answer)
-        await asyncio.sleep(1.5)  # the gateway reports each second
+        await coordinator.gateway._links.report({})  # as each second
         clock.shift_seconds += 10
         await node.beat()
         await refused(coordinator)
