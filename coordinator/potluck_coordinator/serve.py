@@ -43,13 +43,14 @@ FREE_PORTS: Final = range(20_000, 30_000)
 """Where a port 0 is taken from. The kernel's own choice could be given to one of Ray's sockets before the gateway has bound it."""
 FREE_PORT_TRIES: Final = 20
 STDERR: Final = 2
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORT_FLAGS: Final = {"http_port": "--http-port", "grpc_port": "--grpc-port", "link_port": "--link-port"}
 
 _log = structlog.get_logger()
 
 
 def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
-    """Runs a coordinator until SIGINT, SIGTERM or SIGHUP.
+    """Runs a coordinator until SIGINT, SIGTERM or SIGHUP; one that is ignored at the start stays ignored.
 
     Args:
         settings: as given; ports may be 0.
@@ -205,7 +206,7 @@ def _copy_to_stderr(descriptor: int) -> None:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[float], bool]]:
-    """Gives a wait for so many seconds at most, which says whether SIGINT, SIGTERM or SIGHUP has come.
+    """Gives a wait for so many seconds at most, which says whether one of `STOP_SIGNALS` has come.
 
     Entered after Ray's start, which sets handlers too. A pipe takes the signals: several at once interrupt each other's handlers, and one
     that sets an event finds its lock held by the one before. After the block they are ignored, for the stop that they ask for is bounded.
@@ -220,7 +221,8 @@ def _stop_signal() -> Iterator[Callable[[float], bool]]:
     def stopped_within(seconds: float) -> bool:
         return bool(select.select([reader], [], [], seconds)[0])
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What is ignored stays so: `nohup` means the coordinator to outlive its terminal.
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in numbers:
         signal.signal(number, handle)
     try:

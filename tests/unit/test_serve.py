@@ -134,26 +134,37 @@ def test_a_stop_that_never_returns_is_ended_even_where_python_itself_stands_stil
     assert (stuck.stdout, stuck.returncode) == ("stopping\n", -signal.SIGALRM), stuck.stderr
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 @pytest.fixture
 def _handlers_kept() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in serve.STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("_handlers_kept")
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_stop_ends_the_wait_whenever_it_comes_and_is_ignored_from_then_on(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", serve.STOP_SIGNALS)
+def test_a_signal_to_stop_ends_the_wait_and_is_ignored_from_then_on(number: signal.Signals) -> None:
     with serve._stop_signal() as stopped_within:
         assert not stopped_within(0)
-        for _ in range(100_000):  # more than the pipe holds: a handler that waited would wait for ever
-            signal.raise_signal(number)
-        assert stopped_within(60)
-    with serve._stop_signal() as stopped_within:
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-        assert stopped_within(60), "it interrupts a wait"
-    assert {signal.getsignal(one) for one in SIGNALS} == {signal.SIG_IGN}
+        assert stopped_within(10)
+    assert {signal.getsignal(one) for one in serve.STOP_SIGNALS} == {signal.SIG_IGN}
+
+
+@pytest.mark.usefixtures("_handlers_kept")
+def test_however_many_signals_come_nobody_waits_for_the_pipe_that_takes_them() -> None:
+    with serve._stop_signal() as stopped_within:
+        for _ in range(100_000):  # more than the pipe holds
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped_within(10)
+
+
+@pytest.mark.usefixtures("_handlers_kept")
+def test_a_coordinator_under_nohup_outlives_its_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with serve._stop_signal() as stopped_within:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stopped_within(0)
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped_within(10)
