@@ -7,6 +7,7 @@ actors; `warden` clears up should this process die. It must not know how request
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -136,11 +137,17 @@ def _start(runtime: RayRuntime) -> None:
 
 def _stop(runtime: RayRuntime, settings: Settings) -> None:
     settings.endpoints_file.unlink(missing_ok=True)
-    # Should Ray's own code never return: the kernel needs no interpreter to end this process. Its pipe closes then, and the warden sweeps.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS_MAX)
+    # A start that failed, or was broken off, is stopped without having come to `_stop_signal`.
+    _ignore(STOP_SIGNALS)
+    # Should Ray's own code never return: this needs no interpreter to say where it stands and end the process. Then the warden sweeps.
+    faulthandler.dump_traceback_later(STOP_SECONDS_MAX, exit=True, file=STDERR)
     runtime.stop()
-    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _ignore(numbers: Iterable[signal.Signals]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _write_endpoints(settings: Settings) -> None:
@@ -228,7 +235,6 @@ def _stop_signal() -> Iterator[Callable[[float], bool]]:
     try:
         yield stopped_within
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
+        _ignore(numbers)
         os.close(reader)
         os.close(writer)

@@ -84,21 +84,20 @@ class LinkServicer(LineServicer):
 
     async def _carry(self, context: _LinkContext, session: NodeSession, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:
         """Moves frames both ways until either side ends; raises what was wrong with the node's frames."""
-        goodbye: GoodbyeReason | None = None
         ended_here = False
         writer = asyncio.ensure_future(self._write(context, outbox, first))
         reader = asyncio.ensure_future(self._read(context, session, outbox))
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                goodbye = reader.result()
-            else:
-                ended_here = True
+            ended_here = not reader.done()
         finally:
+            # Before anything is awaited: gRPC cancels the call of a node that is gone, and its end must not be missed for that.
+            was_read = reader.done() and not reader.cancelled() and reader.exception() is None
+            recorded = self._links.disconnect(session, outbox, reader.result() if was_read else None)
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            recorded = self._links.disconnect(session, outbox, goodbye)
+        goodbye = None if ended_here else reader.result()
         left = goodbye is GoodbyeReason.LEAVING and recorded is not None and await asyncio.shield(recorded)
         # A node that leaves throws its key away once the link ends well. Its goodbye may cross ours, or come after the session's end.
         if ended_here or (goodbye is GoodbyeReason.LEAVING and not left):
