@@ -41,6 +41,7 @@ def request_by(
     completion_tokens_max=100,
     prompt_tokens_min=1,
     body=b"{}",
+    prompt_bytes=20,
 ):
     return InferenceRequest(
         request_id=RequestId("request"),
@@ -50,7 +51,7 @@ def request_by(
         body=body,
         stream=stream,
         include_usage=False,
-        prompt_bytes=20,
+        prompt_bytes=prompt_bytes,
         completion_tokens_max=completion_tokens_max,
         answer_count=1,
         prompt_count=1,

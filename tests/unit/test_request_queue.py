@@ -14,7 +14,7 @@ from potluck_coordinator.gateway import requests as requests_module
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId
+from potluck_protocol.values import AccountId, EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId
 from tests.support.replicas import cohorts_of
 from tests.support.request_path import request_by
 from tests.support.request_queue import MODEL, SLOTS, Front, bodies_at, hello_of, status_of, wish
@@ -151,6 +151,38 @@ async def test_a_request_that_a_node_gave_back_waits_for_another_node(front):
     tried = {request.body: other.tried(attempt_id) for attempt_id, request in other.requests.items()}
     assert tried.pop(given_back) == {session.node_id}, "should its engine die, whose second opinion could be had is known"
     assert set(tried.values()) == {frozenset()}
+
+
+async def test_who_asks_now_and_then_does_not_wait_behind_who_floods(front):
+    session = await front.joined("a")
+    for _ in range(SLOTS + 64):
+        front.ask(account_id=AccountId("flood"))
+    await settle()
+    polite = front.ask(account_id=AccountId("polite"))
+    await settle()
+    newest = front.asked[SLOTS + 63]
+    assert (front.requests.queued_count(MODEL), newest.done()) == (64, True)
+    with pytest.raises(PotluckError) as refused:
+        await newest
+    assert (refused.value.code, refused.value.retry_after_seconds > 0) == (ErrorCode.QUEUE_FULL, True)
+    front.asked[0].cancel()
+    await settle()
+    assert bodies_at(session) == [b"1", b"%d" % (SLOTS + 64)], "whoever has nothing under way comes first"
+    with pytest.raises(PotluckError) as refused:
+        await asyncio.gather(*(front.ask(account_id=AccountId("flood")) for _ in range(2)))
+    assert refused.value.code is ErrorCode.QUEUE_FULL
+    assert not polite.done()
+
+
+async def test_an_answer_that_is_given_up_is_charged_its_prompt_and_what_was_relayed(front):
+    await front.joined("a")
+    asked = front.ask(account_id=AccountId("a"), prompt_bytes=400)
+    await settle()
+    account = front.requests._queue(MODEL)._accounts[AccountId("a")]
+    assert (account.given, account.pending) == (0, 100 + 2 * 100)
+    asked.cancel()
+    await settle()
+    assert (account.given, account.pending) == (100, 0)
 
 
 @pytest.mark.parametrize("unable", [{"state": NodeState.PAUSED}, {"slot_count": 0}, {"endpoints": ()}])

@@ -34,6 +34,8 @@ class ModelLoad:
     queued_count: int
     request_seconds_mean: float
     """How long a request has held a slot lately."""
+    may_displace: bool = False
+    """Whether somebody who has more in a full queue gives way to this request (`domain.fairness`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,6 @@ def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0)
         return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
     if load.free_slot_count > 0:
         return Dispatch()
-    if load.queued_count >= limits.queue_length_max:
+    if load.queued_count >= limits.queue_length_max and not load.may_displace:
         return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(load, limits))
     return Wait(max(0.0, limits.queue_wait_seconds_max - waited_seconds))

@@ -101,6 +101,17 @@ class Answer:
         """It came to its end, and its engine lived to count its tokens."""
         return self._complete and (not self._request.stream or self._watcher.usage is not None)
 
+    @property
+    def relayed_token_count(self) -> int:
+        """Of a stream, so far; of an unstreamed answer none."""
+        return self._watcher.token_count if self._request.stream else 0
+
+    @property
+    def completion_tokens_max(self) -> int:
+        """Of all its answers together: what was asked for, within the model's context."""
+        context, asked = self._entry.context_length_tokens, self._request.completion_tokens_max
+        return (context if asked is None else min(asked, context)) * max(1, self._request.answer_count)
+
     async def open(self) -> None:
         """Waits until the engine has begun a good answer and the hold stands.
 
@@ -148,7 +159,7 @@ class Answer:
 
     def charge_so_far(self) -> int:
         """Micro-credits for what has come so far, as the module says."""
-        relayed = charge_for_relayed(self._entry, self._watcher.token_count if self._request.stream else 0)
+        relayed = charge_for_relayed(self._entry, self.relayed_token_count)
         if self.usage is None or not (self._complete or self._watcher.done):
             return min(relayed, self._hold_micro_credits)
         return min(charge(self._entry, self.usage), self._hold_micro_credits)
@@ -162,9 +173,11 @@ class Answer:
         if self._closed:
             return
         self._closed = True
-        self._release()
-        self.document = b"".join(self._pieces)
-        self.usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
+        try:
+            self.document = b"".join(self._pieces)
+            self.usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
+        finally:
+            self._release()
         self.charge_micro_credits = self.charge_so_far()
         # An undecided hold is settled too: the writer sends its opening first.
         if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:

@@ -1,8 +1,8 @@
 """The one path of a request up to its answer: admit, queue, place, dispatch, with its hold (`ledger_writer`) beside the dispatch.
 
 Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which relays and settles. Decides
-whose turn it is in a queue, how long a request may run, and that only an attempt which its node or engine would not take (`no_capacity`)
-is placed anew: an answer that has begun is never moved. Whether to wait, where to run and what to hold are `domain.admission`,
+how long a request may run, and that only an attempt which its node or engine would not take (`no_capacity`) is placed anew: an answer that
+has begun is never moved. Whether to wait, whose turn it is, where to run and what to hold are `domain.admission`, `domain.fairness`,
 `domain.placement` and `domain.pricing`; nodes are reached through `links`, each attempt by its `relay`. An answer that is closed early has
 its attempt cancelled at the node (`node_session`). It must not know HTTP, gRPC or tables.
 """
@@ -10,7 +10,6 @@ its attempt cancelled at the node (`node_session`). It must not know HTTP, gRPC 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -25,6 +24,7 @@ from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
 from potluck_coordinator.gateway.quarantine import Quarantine
 from potluck_coordinator.gateway.refusals import Refusals
 from potluck_coordinator.gateway.relay import Relay
+from potluck_coordinator.gateway.waiting import ModelQueue, WaitingRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, AttemptId, Endpoint, ModelId, NodeId, ReplicaId, RequestId, StartAttempt
 
@@ -94,19 +94,6 @@ class RequestLimits:
     """How much of one answer may be on its way; a client that reads slower pauses its engine."""
 
 
-class _Waiting:
-    """One queued request."""
-
-    __slots__ = ("entry", "excluded", "request", "seconds_max", "turn")
-
-    def __init__(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId], seconds_max: float) -> None:
-        self.request = request
-        self.entry = entry
-        self.excluded = excluded
-        self.seconds_max = seconds_max
-        self.turn: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-
 class RequestService:
     """Serves requests from the connected nodes.
 
@@ -146,7 +133,7 @@ class RequestService:
         self._draw = draw
         self._new_attempt_id = new_attempt_id
         self._gateway_epoch = gateway_epoch
-        self._queues: dict[ModelId, deque[_Waiting]] = {}
+        self._queues: dict[ModelId, ModelQueue] = {}
         self._request_seconds_mean: dict[ModelId, float] = {}
         self._answers: dict[AttemptId, Answer] = {}
 
@@ -156,16 +143,17 @@ class RequestService:
         return len(self._answers)
 
     def queued_count(self, model_id: ModelId) -> int:
-        """Requests waiting for a slot of the model; one that has it has just not left the queue yet."""
-        return sum(not waiting.turn.done() for waiting in self._queues.get(model_id, ()))
+        """Requests waiting for a slot of the model."""
+        queue = self._queues.get(model_id)
+        return 0 if queue is None else len(queue)
 
     @property
     def waiting_counts(self) -> Mapping[ModelId, int]:
         """How much every model is asked for that has no slot free: its queue, and the people who were refused lately."""
         counts = self._refusals.counts(self._catalogue())
         for model_id, queue in self._queues.items():
-            if queue:
-                counts[model_id] = counts.get(model_id, 0) + len(queue)
+            if waiting_count := len(queue):
+                counts[model_id] = counts.get(model_id, 0) + waiting_count
         return counts
 
     def models(self, *, with_offers: bool = False) -> tuple[ModelView, ...]:
@@ -230,13 +218,14 @@ class RequestService:
                 assert chosen is not None, "no other slot counts as free"
                 return self._dispatch(request, entry, chosen, excluded)
             case Wait(wait_seconds_max):
-                return await self._wait_in_queue(_Waiting(request, entry, excluded, wait_seconds_max))
+                return await self._wait_in_queue(WaitingRequest(request, entry, excluded, wait_seconds_max))
             case Refuse(code, retry_after):
                 raise self._refusal(code, request, excluded, retry_after)
 
-    async def _wait_in_queue(self, waiting: _Waiting) -> Answer:
-        queue = self._queues.setdefault(waiting.request.model_id, deque())
-        queue.append(waiting)
+    async def _wait_in_queue(self, waiting: WaitingRequest) -> Answer:
+        queue = self._queue(waiting.request.model_id)
+        self._make_room(queue, waiting.request)
+        queue.join(waiting)
         answer: Answer | None = None
         try:
             async with asyncio.timeout(waiting.seconds_max):
@@ -245,22 +234,26 @@ class RequestService:
             retry_after = retry_after_seconds(self._load(waiting.request, waiting.excluded), self._limits.admission)
             raise self._refusal(ErrorCode.QUEUE_TIMEOUT, waiting.request, waiting.excluded, retry_after) from None
         finally:
-            if waiting in queue:
-                queue.remove(waiting)
+            queue.leave(waiting)
             if answer is None and waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
                 # Its turn came in the same moment as its deadline, or as its client went.
                 await waiting.turn.result().close()
         return answer
 
+    def _make_room(self, queue: ModelQueue, request: InferenceRequest) -> None:
+        """In a full queue somebody gives way to the newcomer, as admission has found."""
+        limits = self._limits.admission
+        if len(queue) >= limits.queue_length_max and (gone := queue.newest_to_give_way(request.account_id)) is not None:
+            retry_after = retry_after_seconds(self._load(gone.request, gone.excluded), limits)
+            gone.turn.set_exception(self._refusal(ErrorCode.QUEUE_FULL, gone.request, gone.excluded, retry_after))
+
     def serve_queues(self) -> None:
-        """Gives free slots to whoever waits longest: called whenever an answer ends, and a few times a second for all other reasons."""
-        for model_id in self._queues:
+        """Gives free slots to those whose turn it is: called whenever an answer ends, and a few times a second for all other reasons."""
+        for model_id in tuple(self._queues):
             self._serve_queue(model_id)
 
     def _serve_queue(self, model_id: ModelId) -> None:
-        for waiting in tuple(self._queues.get(model_id, ())):
-            if waiting.turn.done():
-                continue
+        for waiting in self._queue(model_id).in_turn():
             if not any(cohort.is_free for cohort in self._links.cohorts(model_id)):
                 break
             request = waiting.request
@@ -293,6 +286,7 @@ class RequestService:
             finish()
             raise
         self._quarantine.begin(attempt_id, session.node_id, request)
+        expected = self._queue(request.model_id).charge(request)
 
         def expire() -> None:
             relay.fail(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
@@ -308,6 +302,7 @@ class RequestService:
             self._quarantine.end(attempt_id, request, answered=answer.is_whole)
             del self._answers[attempt_id]
             self._learn_duration(request.model_id, self._clock.monotonic_seconds() - now)
+            self._queue(request.model_id).correct(request, expected, answer)
             self.serve_queues()
 
         answer = Answer(
@@ -345,9 +340,8 @@ class RequestService:
         """Ends every answer and everyone's waiting, as a coordinator that goes away does."""
         gone = PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2)
         for queue in self._queues.values():
-            for waiting in queue:
-                if not waiting.turn.done():
-                    waiting.turn.set_exception(gone)
+            for waiting in queue.in_turn():
+                waiting.turn.set_exception(gone)
         # These may have been worked on, so they must not look like requests that can safely be made again.
         for answer in tuple(self._answers.values()):
             answer.fail(PotluckError(ErrorCode.NODE_LOST, "The coordinator is stopping; the answer broke off."))
@@ -368,7 +362,14 @@ class RequestService:
         cohorts = self._links.cohorts(request.model_id)
         tokens_min = tokens_wanted(cohorts, request.endpoint, excluded, request.prompt_tokens_min, request.completion_tokens_max)
         usable, free = slots(cohorts, request.endpoint, excluded, tokens_min)
-        return ModelLoad(usable, free, self.queued_count(request.model_id), self._request_seconds_mean.get(request.model_id, 1.0))
+        queue, mean = self._queue(request.model_id), self._request_seconds_mean.get(request.model_id, 1.0)
+        is_full = len(queue) >= self._limits.admission.queue_length_max
+        return ModelLoad(usable, free, len(queue), mean, is_full and queue.newest_to_give_way(request.account_id) is not None)
+
+    def _queue(self, model_id: ModelId) -> ModelQueue:
+        if model_id not in self._queues:
+            self._queues[model_id] = ModelQueue()
+        return self._queues[model_id]
 
     def _refusal(self, code: ErrorCode, request: InferenceRequest, excluded: frozenset[NodeId], retry_after: float) -> PotluckError:
         self._refusals.note(request.model_id, request.account_id)
