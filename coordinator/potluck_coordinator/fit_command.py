@@ -22,7 +22,7 @@ from potluck_coordinator.domain.fit.architecture import GIB, ModelArchitecture
 from potluck_coordinator.domain.fit.card_order import CARDS_LOOKED_AT_MAX
 from potluck_coordinator.domain.fit.cards import CARD_MODELS, CardModel, card_model
 from potluck_coordinator.domain.fit.config_json import architecture_of_config
-from potluck_coordinator.domain.fit.engines import ENGINES, LLAMACPP, VLLM
+from potluck_coordinator.domain.fit.engines import ENGINES, LLAMACPP, VLLM, loads
 from potluck_coordinator.domain.fit.fitting import fit
 from potluck_coordinator.domain.fit.hardware import (
     PCIE_GENERATION_OF_MEASUREMENTS,
@@ -91,7 +91,7 @@ Quant = Annotated[str | None, _option("Weights in another form than the model's 
 PcieWidth = Annotated[int, _option("PCIe lanes of every card. [16]")]
 PcieGeneration = Annotated[int, _option("PCIe generation of every slot. [4]")]
 PeerToPeer = Annotated[bool, typer.Option("--p2p", help="The driver lets cards reach each other over PCIe; GeForce's own does not.")]
-CardGib = Annotated[float | None, _option("GiB of each card, where it has more than usual or others hold some of it. [the card's own]")]
+CardGib = Annotated[float | None, _option("GiB of each card, where others leave less of it or it has more than usual. [the card's own]")]
 RoundTrip = Annotated[float, _option("Between boxes, in ms. [0.5]")]
 Lan = Annotated[float, _option("Between boxes, in Gbit/s. [1]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -128,8 +128,9 @@ def answer(  # noqa: PLR0917 - a command's parameters are its flags
 
     potluck fit ./config.json --gpu rtx3090:2 --box rtx3090:2 --lan-gbit 10
 
-    Memory is of the fullest card. KV TOKENS is what the cache holds; PREFILL, ONE and ALL are prompt tokens a second, answer tokens a
-    second of one sequence, and of as many at a time as fit, for one replica over sequences that are half full. Predictions err by up to
+    Memory is of the fullest card. KV TOKENS is what the cache holds that the flags make: vLLM fills its cards; llama.cpp, and vLLM without
+    a card, hold what --context and --sequences ask for. PREFILL, ONE and ALL are prompt tokens a second, answer tokens a second of one
+    sequence, and of as many at a time as the cache holds, for one replica over sequences that are half full. Predictions err by up to
     1.5 GiB a card and by a quarter of each rate, until nodes of a pool have reported what they see. A split over cards that brings less
     than a fifth over a smaller one is refused.
 
@@ -146,7 +147,7 @@ def answer(  # noqa: PLR0917 - a command's parameters are its flags
             _check("--utilization", utilization, UTILIZATION_PERCENT_MIN, UTILIZATION_PERCENT_MAX)
         boxes = _boxes(gpu, nvlink, box or [], cpu, _Slot(pcie_width, pcie_generation, card_gib, p2p))
         architecture = _architecture(model, quant, weights_gib)
-        kind = engine or _engine_for(architecture, boxes)
+        kind = _engine_for(architecture, boxes, engine)
         architecture = _with_cache_of(architecture, kv_bits, kind)
         report = fit(
             architecture,
@@ -221,10 +222,14 @@ class _Slot:
         """One card; raises ValueError for what no card has."""
         _check("--pcie-width", self.pcie_width, 1, PCIE_LANES_MAX)
         _check("--pcie-generation", self.pcie_generation, 1, PCIE_GENERATION_MAX)
+        usable_bytes = None
         if self.card_gib is not None:
             _check("--card-gib", self.card_gib, *CPU_GIB_BOUNDS)
-            model = dataclasses.replace(model, memory_gib=self.card_gib)
-        return NodeCard(model, power_limit_watts=watts, pcie_width=self.pcie_width, pcie_generation=self.pcie_generation)
+            if self.card_gib > model.memory_gib:
+                model = dataclasses.replace(model, memory_gib=self.card_gib)
+            else:
+                usable_bytes = int(self.card_gib * GIB)
+        return NodeCard(model, usable_bytes, watts, self.pcie_width, self.pcie_generation)
 
     def box(self, cards: tuple[NodeCard, ...]) -> NodeHardware:
         """The cards of one box."""
@@ -275,9 +280,14 @@ def _processor(text: str) -> NodeProcessor:
     return NodeProcessor(int(memory_gib * GIB), bandwidth, core_count=8)
 
 
-def _engine_for(architecture: ModelArchitecture, boxes: Sequence[NodeHardware]) -> str:
-    gguf = architecture.quantization.name.startswith("gguf:")
-    return LLAMACPP if gguf or not boxes[0].cards else VLLM
+def _engine_for(architecture: ModelArchitecture, boxes: Sequence[NodeHardware], wished: str | None) -> str:
+    quantization = architecture.quantization
+    kind = wished or (LLAMACPP if quantization.is_gguf or not boxes[0].cards else VLLM)
+    if not loads(kind, quantization):
+        raise ValueError(
+            f"llama.cpp does not load {quantization.name} weights: add --engine vllm, or --quant with a form of GGUF such as Q4_K_M"
+        )
+    return kind
 
 
 def _plain(report: FitReport) -> dict[str, Any]:
@@ -329,7 +339,7 @@ def _row(entry: ShapeFit) -> tuple[str, ...]:
         entry.shape.label,
         entry.verdict,
         f"{fullest.needed_bytes / GIB:.1f}±{entry.memory_error_bytes / GIB:.1f}/{fullest.usable_bytes / GIB:.1f} GiB",
-        f"{entry.kv_capacity_tokens:,}",
+        f"{entry.kv_cache_tokens:,}",
         f"{rates.prefill:,.0f}",
         f"{rates.decode_single:,.1f}",
         f"{rates.decode_batched:,.0f} of {rates.batched_sequence_count}",

@@ -1,7 +1,7 @@
-"""What the fit predicts of memory, against what real llama.cpp says that it made, and holds: started as the node starts it.
+"""What the fit predicts of memory and of the cache, against what real llama.cpp says that it made, and holds; started as by a node.
 
-Broken on purpose, each of these fails here: bytes of a token up by 15 %, one vector of activations more, a mask twice as large, a second
-copy of the logits, an engine's process without its 64 MiB, or without the prompts that it keeps.
+Broken on purpose, each of these fails here: the room shown for the cache, bytes of a token up by 15 %, one vector of activations more, a
+mask twice as large, a second copy of the logits, an engine's process without its 64 MiB, or without the prompts that it keeps.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def model_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_tiny_gguf(tmp_path_factory.mktemp("fit") / "tiny.gguf")
 
 
-@pytest.mark.parametrize(("context", "slots"), [(2048, 1), (1024, 4), (2048, None)])
+@pytest.mark.parametrize(("context", "slots"), [(2048, 1), (1000, 4), (2048, None)])
 def test_llamacpp_makes_the_cache_that_was_predicted_and_takes_the_memory_beside_it(
     model_file: Path, context: int, slots: int | None
 ) -> None:
@@ -122,7 +122,8 @@ def test_llamacpp_makes_the_cache_that_was_predicted_and_takes_the_memory_beside
     cache_bytes = MIB * sum(figures(log, r"KV buffer size = +([\d.]+) MiB"))
     (token_count,) = figures(log, r"llama_context: n_ctx += (\d+)")
     said = dict(zip(found.flags.arguments, found.flags.arguments[1:], strict=False))
-    assert token_count == context * int(said["--slots"])
+    assert context * int(said["--slots"]) <= token_count
+    assert found.kv_cache_tokens == token_count, "KV TOKENS of `potluck fit`"
     assert cache_bytes / found.kv_bytes_per_token == pytest.approx(token_count, rel=TOLERANCE)
     assert memory.kv_wanted_bytes == pytest.approx(cache_bytes, rel=TOLERANCE)
     weights_bytes = MIB * sum(figures(log, r"model buffer size = +([\d.]+) MiB"))

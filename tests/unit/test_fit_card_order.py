@@ -148,6 +148,19 @@ def test_no_group_of_the_cards_that_are_left_is_better(box, group_size):
     assert len(left) < group_size
 
 
+@given(st.lists(st.sampled_from(["rtx3090", "rtx3090ti", "a5000", "l4"]), min_size=2, max_size=6), st.data())
+def test_of_equally_large_cards_those_of_the_fewest_models_work_together(names, data):
+    likes = [pair for pair in combinations(range(len(names)), 2) if names[pair[0]] == names[pair[1]]]
+    bridges = data.draw(st.lists(st.sampled_from(likes), unique=True)) if likes else []
+    box = NodeHardware(tuple(NodeCard(CARD_MODELS[name]) for name in names), nvlink_pairs=tuple(bridges))
+    group_size = data.draw(st.integers(2, len(names)))
+
+    def model_count(group):
+        return len({names[card] for card in group})
+
+    assert model_count(card_groups(box, group_size)[0]) == min(map(model_count, combinations(range(len(names)), group_size)))
+
+
 @pytest.mark.parametrize("kind", ["nvlink_pairs", "pcie_peer_pairs"])
 def test_a_pair_stays_whole_though_somebody_s_desktop_is_on_one_of_its_cards(kind):
     used = replace(CARD, memory_usable_bytes=22 * GIB)

@@ -82,6 +82,13 @@ def test_a_processor_runs_small_models() -> None:
     assert run("llama-3-8b-instruct", "--cpu", "2").exit_code == 1
 
 
+@pytest.mark.parametrize("words", [("qwen3-8b-awq", "--quant", "Q4_K_M"), ("qwen3-8b", "--engine", "llamacpp"), ("gpt-oss-20b",)])
+def test_llama_cpp_is_asked_for_what_is_made_into_a_gguf_file(words: tuple[str, ...]) -> None:
+    result = run(*words, "--cpu", "64")
+    assert result.exit_code == 0
+    assert "on llamacpp: " in result.output
+
+
 def test_an_answer_of_llama_cpp_says_whether_a_node_runs_it() -> None:
     on_cards = run("llama-3-8b-instruct", "--quant", "Q4_K_M", "--gpu", "rtx3090").output
     on_processor = run("smollm2-135m-instruct", "--cpu", "4").output
@@ -112,6 +119,45 @@ def best_of(*words: str) -> dict[str, Any]:
     return found
 
 
+def told(found: dict[str, Any], name: str) -> int:
+    arguments = found["flags"]["arguments"]
+    return int(arguments[arguments.index(name) + 1])
+
+
+@pytest.mark.parametrize(
+    ("words", "slots_flag"),
+    [
+        (("smollm2-135m-instruct", "--cpu", "8"), "--slots"),
+        (("llama-3-8b-instruct", "--quant", "Q4_K_M", "--gpu", "rtx3090", "--context", "2048", "--sequences", "3"), "--parallel"),
+        (("qwen3-8b-awq", "--cpu", "64", "--engine", "vllm"), "--max-num-seqs"),
+        (("qwen3-8b", "--cpu", "64", "--engine", "vllm", "--context", "2048", "--sequences", "5"), "--max-num-seqs"),
+    ],
+)
+def test_a_cache_that_is_told_its_size_is_shown_as_large_as_its_flags_make_it(words: tuple[str, ...], slots_flag: str) -> None:
+    found = best_of(*words)
+    slots = told(found, slots_flag)
+    if "--kv-cache-memory-bytes" in found["flags"]["arguments"]:
+        made_tokens = told(found, "--kv-cache-memory-bytes") // found["kv_bytes_per_token"]
+    elif "--ctx-size" in found["flags"]["arguments"]:
+        made_tokens = told(found, "--ctx-size")
+    else:
+        made_tokens = slots * told(found, "--context")
+    assert found["kv_cache_tokens"] == made_tokens < found["kv_capacity_tokens"]
+    assert found["rates"]["batched_sequence_count"] == slots
+    row = next(line for line in run(*words).output.splitlines() if line.startswith(found["shape"]["kind"]))
+    assert f" {made_tokens:,} " in row
+    assert row.endswith(f" of {slots}")
+
+
+def test_vllm_fills_its_card_and_a_cache_that_does_not_fit_is_shown_as_large_as_its_room() -> None:
+    filled = best_of("qwen3-8b-awq", "--gpu", "rtx3090")
+    assert filled["kv_cache_tokens"] == filled["kv_capacity_tokens"] > 100_000
+    words = ("llama-3-8b-instruct", "--quant", "Q4_K_M", "--gpu", "rtx2080ti", "--context", "8192", "--sequences", "12", "--json")
+    (none,) = json.loads(run(*words).output)["shapes"]
+    assert none["verdict"] == "does not fit"
+    assert none["kv_cache_tokens"] == none["kv_capacity_tokens"] < 12 * 8192
+
+
 def test_a_cache_of_8_bits_holds_twice_as_much_and_the_flags_ask_for_it() -> None:
     words = ("llama-3.1-8b-instruct", "--gpu", "rtx3090")
     usual, small = best_of(*words), best_of(*words, "--kv-bits", "8")
@@ -131,6 +177,16 @@ def test_a_smaller_share_a_fuller_card_and_a_longer_batch_leave_less_room() -> N
     batched = best_of(*words, "--batch-tokens", "4096")
     assert batched["kv_capacity_tokens"] < usual
     assert batched["flags"]["arguments"][-2:] == ["--max-num-batched-tokens", "4096"]
+
+
+def test_what_others_hold_of_a_card_is_left_out_of_the_share_that_vllm_is_told() -> None:
+    words = ("llama-3-8b-instruct-awq", "--gpu", "rtx3090")
+    shares = [
+        best_of(*words, *more)["flags"]["arguments"][-1] for more in ((), ("--card-gib", "24"), ("--card-gib", "18"), ("--card-gib", "48"))
+    ]
+    # 18 GiB without CUDA's own context are 17.65, of the 23.58 that it shows of the card.
+    assert shares == ["0.95", "0.95", "0.74", "0.95"]
+    assert best_of(*words, "--card-gib", "48")["memory"][0]["usable_bytes"] > 44 * 1024**3
 
 
 def test_a_driver_that_lets_cards_reach_each_other_and_a_newer_slot_are_faster() -> None:
@@ -167,6 +223,12 @@ def test_less_power_and_fewer_lanes_are_slower() -> None:
         (["qwen3-8b", "--cpu", "8", "--box", "rtx3090"], "--nvlink, --box, --p2p and --card-gib go with --gpu"),
         (["qwen3-8b", "--gpu", "rtx3090", "--quant", "q9"], "q9 is no quantisation that the fit knows"),
         (["qwen3-8b", "--gpu", "rtx3090", "--engine", "ollama"], "the fit models vllm and llamacpp, not ollama"),
+        (
+            ["qwen3-8b-awq", "--gpu", "rtx3090", "--engine", "llamacpp"],
+            "llama.cpp does not load awq weights: add --engine vllm, or --quant",
+        ),
+        (["qwen3-8b", "--quant", "gptq", "--cpu", "64"], "llama.cpp does not load gptq weights: add --engine vllm, or --quant"),
+        (["qwen3-8b", "--quant", "fp8", "--cpu", "64"], "llama.cpp does not load fp8 weights: add --engine vllm, or --quant"),
         (["qwen3-8b", "--gpu", "rtx3090", "--context", "0"], "--context is from 1 to 16,777,216"),
         (["qwen3-8b", "--gpu", "rtx3090", "--pcie-width", "0"], "--pcie-width is from 1 to 16"),
         (["qwen3-8b", "--gpu", "rtx3090", "--pcie-generation", "8"], "--pcie-generation is from 1 to 7"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
@@ -12,6 +13,7 @@ import pytest
 from potluck_coordinator.architectures import known_architecture, known_model_ids
 from potluck_coordinator.domain.fit.architecture import GIB, UNQUANTIZED, ModelArchitecture, Quantization
 from potluck_coordinator.domain.fit.config_json import architecture_of_config, quantization_of_config
+from potluck_coordinator.domain.fit.gguf_header import gguf_header
 from potluck_coordinator.domain.fit.gguf_metadata import architecture_of_gguf
 from potluck_coordinator.domain.fit.quantizations import FP8, MXFP4, NF4, grouped, known_quantizations, quantization_named
 
@@ -58,8 +60,7 @@ def test_a_llama_config_gives_the_architecture_that_the_table_has_under_its_name
         ({"num_key_value_heads": None}, "kv_head_count", 32),
         ({"head_dim": 64}, "head_dim", 64),
         ({"sliding_window": 4096, "use_sliding_window": False}, "sliding_layer_count", 0),
-        ({"sliding_window": 4096}, "sliding_layer_count", 32),
-        ({"sliding_window": 4096, "max_window_layers": 28}, "sliding_layer_count", 4),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": None}, "sliding_layer_count", 0),
         ({"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 128}, "sliding_layer_count", 16),
         ({"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, "linear_attention_layer_count", 24),
         ({"num_local_experts": 8, "num_experts_per_tok": 2}, "experts_per_token", 2),
@@ -76,6 +77,34 @@ def test_a_llama_config_gives_the_architecture_that_the_table_has_under_its_name
 )
 def test_a_config_key_decides_its_field(changes: dict[str, Any], field: str, value: object) -> None:
     assert getattr(architecture_of_config({**LLAMA_CONFIG, **changes}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "sliding_layer_count"),
+    [
+        ("llama", {}, 0),
+        ("a-model-of-tomorrow", {}, 0),
+        ("a-model-of-tomorrow", {"sliding_window_pattern": 4}, 24),
+        ("mistral", {}, 32),
+        ("mistral", {"sliding_window": None}, 0),
+        ("gemma2", {}, 16),
+        ("gpt_oss", {}, 16),
+        ("gemma3_text", {}, 27),
+        ("gemma3_text", {"sliding_window_pattern": 2}, 16),
+        ("cohere2", {"sliding_window_pattern": 4}, 24),
+        ("cohere2", {}, 24),
+        ("qwen2", {"max_window_layers": 28}, 0),
+        ("qwen2", {"max_window_layers": 28, "use_sliding_window": False}, 0),
+        ("qwen2", {"max_window_layers": 28, "use_sliding_window": True}, 4),
+        ("qwen2", {"max_window_layers": 64, "use_sliding_window": True}, 0),
+        ("qwen2", {"use_sliding_window": True}, 0),
+    ],
+)
+def test_layers_that_are_not_listed_have_a_window_only_where_it_is_known(
+    model_type: str, changes: dict[str, Any], sliding_layer_count: int
+) -> None:
+    config = {**LLAMA_CONFIG, "model_type": model_type, "sliding_window": 4096, **changes}
+    assert architecture_of_config(config).sliding_layer_count == sliding_layer_count
 
 
 def test_gemma_ties_its_tables_where_its_config_does_not_say() -> None:
@@ -149,7 +178,11 @@ def test_a_gguf_file_gives_the_sizes_of_the_model_and_the_bits_of_its_file() -> 
         ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "experts_per_token", 2),
         ({"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_feed_forward_length": 768}, "intermediate_size", 768),
         ({"tokenizer.ggml.tokens": ["a", "b", "c"]}, "vocabulary_size", 3),
-        ({"llama.attention.sliding_window": 4096}, "sliding_layer_count", 32),
+        ({"llama.attention.sliding_window": 4096}, "sliding_layer_count", 0),
+        ({"llama.attention.sliding_window": 4096, "llama.attention.sliding_window_pattern": 4}, "sliding_layer_count", 24),
+        ({"llama.attention.sliding_window": 4096, "llama.attention.sliding_window_pattern": 0}, "sliding_layer_count", 32),
+        ({"llama.attention.sliding_window": 4096, "llama.attention.sliding_window_pattern": [True, False]}, "sliding_layer_count", 16),
+        ({"llama.attention.sliding_window": 4096, "llama.attention.sliding_window_pattern": range(32)}, "sliding_layer_count", 0),
     ],
 )
 def test_a_gguf_key_decides_its_field(changes: dict[str, Any], field: str, value: object) -> None:
@@ -174,11 +207,20 @@ def test_a_gguf_file_that_the_arithmetic_does_not_hold_for_is_refused_with_the_r
         architecture_of_gguf({**LLAMA_GGUF, **changes}, weight_bytes=GIB, has_output_table=True)
 
 
-def test_half_of_the_layers_of_gpt_oss_have_its_window_in_a_gguf_file_too() -> None:
-    renamed = {key.replace("llama.", "gpt-oss."): value for key, value in LLAMA_GGUF.items()}
-    metadata = {**renamed, "general.architecture": "gpt-oss", "general.file_type": 38, "gpt-oss.attention.sliding_window": 128}
+@pytest.mark.parametrize(("family", "sliding_layer_count"), [("gpt-oss", 16), ("gemma2", 16), ("gemma3", 27), ("cohere2", 24)])
+def test_a_family_whose_layers_are_known_has_its_window_in_so_many_of_a_gguf_file_s(family: str, sliding_layer_count: int) -> None:
+    renamed = {key.replace("llama.", f"{family}."): value for key, value in LLAMA_GGUF.items()}
+    metadata = {**renamed, "general.architecture": family, "general.file_type": 38, f"{family}.attention.sliding_window": 128}
     read = architecture_of_gguf(metadata, weight_bytes=GIB, has_output_table=True)
-    assert (read.sliding_layer_count, read.quantization.name) == (16, "gguf:MXFP4")
+    assert (read.sliding_layer_count, read.quantization.name) == (sliding_layer_count, "gguf:MXFP4")
+
+
+def test_a_header_keeps_which_layers_have_the_window() -> None:
+    key = b"llama.attention.sliding_window_pattern"
+    pattern = struct.pack("<IIQ", 9, 7, 4) + bytes([1, 1, 1, 0])
+    header = gguf_header(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + pattern)
+    metadata = {**LLAMA_GGUF, "llama.attention.sliding_window": 4096, **header.metadata}
+    assert architecture_of_gguf(metadata, weight_bytes=GIB, has_output_table=True).sliding_layer_count == 24
 
 
 def test_keys_and_values_grow_with_every_token_but_in_windows_and_linear_layers() -> None:

@@ -165,10 +165,25 @@ def test_bridged_pairs_stay_together_and_like_cards_with_like() -> None:
         (["rtx2080ti", "rtx2080ti", *["rtx3090"] * 2], ((0, 1),), 2, [(2, 3), (0, 1)]),
         (["rtx3090"] * 6, ((1, 4), (2, 5)), 3, [(0, 1, 4), (2, 3, 5)]),
         (["rtx3060", *["rtx3090"] * 4], ((1, 2), (3, 4)), 3, [(1, 2, 3)]),
+        # Equally large, and of two models: the pair's like before the other, and before another pair.
+        ([*["rtx3090"] * 3, "l4"], ((0, 1),), 3, [(0, 1, 2)]),
+        ([*["rtx3090"] * 3, "a5000"], ((0, 1),), 3, [(0, 1, 2)]),
+        ([*["rtx3090"] * 4, *["a5000"] * 2], ((0, 1), (4, 5)), 4, [(0, 1, 2, 3)]),
+        ([*["rtx3090"] * 2, "rtx3090ti", *["l4"] * 2], ((0, 1),), 4, [(0, 1, 3, 4)]),
+        # No group of one model: pairs stay whole.
+        ([*["rtx3090"] * 3, *["a5000"] * 2], ((0, 1), (3, 4)), 4, [(0, 1, 3, 4)]),
+        ([*["a5000"] * 3, *["rtx3090"] * 2], ((0, 1), (3, 4)), 4, [(0, 1, 3, 4)]),
     ],
 )
 def test_the_largest_cards_come_first_and_a_pair_is_parted_only_for_memory(names, nvlink, group_size, groups) -> None:
     assert list(card_groups(box(*names, nvlink=nvlink), group_size)) == groups
+
+
+def test_a_model_over_three_cards_is_as_fast_beside_a_slow_card_as_without_it() -> None:
+    model = known_architecture("llama-3-70b-instruct-awq")
+    alone, beside = (answer(model, box(*names, nvlink=((0, 1),)), stages=3) for names in (["rtx3090"] * 3, [*["rtx3090"] * 3, "l4"]))
+    assert beside.shape.label == alone.shape.label
+    assert beside.rates == alone.rates
 
 
 FP16_32B = known_architecture("qwen2.5-32b-instruct")

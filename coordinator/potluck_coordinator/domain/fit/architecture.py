@@ -40,6 +40,11 @@ class Quantization:
         if not 1 <= self.bits_per_weight <= 32 or not 1 <= (self.other_bits_per_weight or 16) <= 32:
             raise ValueError(f"{self.bits_per_weight} bits a weight is not a quantisation")
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a GGUF file stores them."""
+        return self.name.startswith("gguf:")
+
 
 UNQUANTIZED: Final = Quantization("none", 16)
 

@@ -5,11 +5,12 @@ Decides by the cards and what joins them, in the order of `card_order`. It must 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
-from typing import Final
+from itertools import combinations, product
+from typing import Final, NamedTuple
 
 from potluck_coordinator.domain.fit.card_order import BOXES_KNOWN_MAX, OrderedCards, in_order
 from potluck_coordinator.domain.fit.hardware import NodeHardware
@@ -50,6 +51,14 @@ class _Unit:
         if len(rest) == len(self.cards):
             return self
         return _Unit.of(ordered, rest) if rest else None
+
+
+class _Way(NamedTuple):
+    """How a group is filled up."""
+
+    parts_pairs: bool
+    likes_first: bool
+    """Of equally large ones those of the group's own models come first; else pairs do."""
 
 
 def card_groups(box: NodeHardware, group_size: int, among: Sequence[int] | None = None) -> tuple[tuple[int, ...], ...]:
@@ -103,6 +112,8 @@ def _candidates(ordered: OrderedCards, units: Sequence[_Unit], group_size: int) 
     best_rank = _BRIDGED if any(ordered.bridged) else _REACHED if any(ordered.reached) else _BY_HOST
     kind: object = None
     least_gib, start, is_done = 0, 0, False
+    are_unlike = len({unit.models for unit in units}) > 1
+    ways = [_Way(*way) for way in product((False, True), (True, False) if are_unlike else (False,))]
     for number, first in enumerate(units):
         if first.least_gib < least_gib:
             return  # what begins with smaller cards than a whole group has is worse than that group
@@ -111,30 +122,42 @@ def _candidates(ordered: OrderedCards, units: Sequence[_Unit], group_size: int) 
         if is_done:
             continue
         others = [unit for unit in units[start:] if unit is not first]
-        for group in dict.fromkeys(_grown(ordered, first, others, group_size, parts_pairs=parts_pairs) for parts_pairs in (False, True)):
+        for group in dict.fromkeys(_grown(ordered, first, others, group_size, way) for way in ways):
             if group:
                 least_gib = max(least_gib, _least_gib(ordered, group))
                 is_done = is_done or _link_rank(ordered, group) <= best_rank
                 yield group
 
 
-def _grown(ordered: OrderedCards, first: _Unit, others: Sequence[_Unit], group_size: int, *, parts_pairs: bool) -> tuple[int, ...]:
+def _grown(ordered: OrderedCards, first: _Unit, others: Sequence[_Unit], group_size: int, way: _Way) -> tuple[int, ...]:
     """A group of the unit and others, of each kind those first that are joined best; none where whole pairs do not come out even."""
     group: tuple[int, ...] = ()
     left = [first, *others]
+    models = first.models
     bridged = reached = ~0
-    while (room := group_size - len(group)) and (fitting := [unit for unit in left if len(unit.cards) <= room or parts_pairs]):
-        best = fitting[0] if group else first
+    while (room := group_size - len(group)) and (fitting := [unit for unit in left if len(unit.cards) <= room or way.parts_pairs]):
+        best = first if not group else _likest(fitting, models, room) if way.likes_first else fitting[0]
         # A pair without a bridge that all of the group reach is better than a bridged one that they do not reach.
         as_good = [unit for unit in fitting if (unit.least_gib, unit.models) == (best.least_gib, best.models)] if group else [first]
         likely = sorted(as_good, key=lambda unit: unit.kind != best.kind)
         joined = (unit for mask in (bridged, reached) for unit in likely if not unit.mask & ~mask)
         unit = next(joined, likely[0])
         left.remove(unit)
+        models |= unit.models
         for card in unit.cards[:room]:
             bridged, reached = bridged & ordered.bridged[card], reached & ordered.reached[card]
         group += unit.cards[:room]
     return group if len(group) == group_size and group[0] == first.cards[0] else ()
+
+
+def _likest(units: Sequence[_Unit], models: frozenset[str], room: int) -> _Unit:
+    """Of the largest, the first of models that are there already, else of those that fill most of the room."""
+    most_gib = max(unit.least_gib for unit in units)
+    largest = [unit for unit in units if unit.least_gib == most_gib]
+    counts: Counter[frozenset[str]] = Counter()
+    for unit in largest:
+        counts[unit.models] += len(unit.cards)
+    return min(largest, key=lambda unit: (not unit.models <= models, -min(room, counts[unit.models])))
 
 
 def _best(ordered: OrderedCards, groups: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -18,6 +18,11 @@ _UNMODELLED: Final = {
 }
 _DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TIED_BY_DEFAULT: Final = ("gemma",)
+_ALL_LAYERS_HAVE_THE_WINDOW: Final = frozenset({"mistral", "mixtral", "ministral", "phi3", "starcoder2"})
+_FIRST_LAYERS_ARE_FULL: Final = frozenset({"qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"})
+"""As many as `max_window_layers`, and without `use_sliding_window` all."""
+_FULL_LAYER_EVERY: Final = {"gemma2": 2, "gpt_oss": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
+"""Where neither `layer_types` nor `sliding_window_pattern` say so: what transformers makes of a model type (its `configuration_*.py`)."""
 
 
 def architecture_of_config(config: Mapping[str, Any], *, model_id: str = "", weight_bytes: int | None = None) -> ModelArchitecture:
@@ -100,11 +105,27 @@ def _layer_kinds(text: Mapping[str, Any], layer_count: int) -> tuple[int, int]:
     if isinstance(kinds, list) and kinds:
         if len(kinds) != layer_count:
             raise ValueError(f"config.json has {layer_count} layers and {len(kinds)} layer_types")
-        return kinds.count("sliding_attention"), kinds.count("linear_attention")
+        sliding = kinds.count("sliding_attention") if _first(text, "sliding_window") > 0 else 0
+        return sliding, kinds.count("linear_attention")
     if text.get("full_attention_interval"):
         raise ValueError("config.json has linear attention layers and does not list them in layer_types")
-    windowed = bool(text.get("sliding_window")) and text.get("use_sliding_window", True)
-    return (layer_count - _first(text, "max_window_layers") if windowed else 0), 0
+    return _sliding_layers(text, layer_count), 0
+
+
+def _sliding_layers(text: Mapping[str, Any], layer_count: int) -> int:
+    """How many layers have the window, where they are not listed.
+
+    Layers of which nobody says so are taken for full ones: counted too large a cache is not filled, and counted too small it does not fit.
+    """
+    if _first(text, "sliding_window") < 1 or not text.get("use_sliding_window", True):
+        return 0
+    model_type = str(text.get("model_type", ""))
+    full_every = _first(text, "sliding_window_pattern") or _FULL_LAYER_EVERY.get(model_type, 0)
+    if full_every > 0:
+        return layer_count - layer_count // full_every
+    if model_type in _FIRST_LAYERS_ARE_FULL and text.get("use_sliding_window"):
+        return max(0, layer_count - _first(text, "max_window_layers")) if "max_window_layers" in text else 0
+    return layer_count if model_type in _ALL_LAYERS_HAVE_THE_WINDOW else 0
 
 
 def _shared_experts(text: Mapping[str, Any]) -> int:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from potluck_coordinator.domain.fit.architecture import GIB
+from potluck_coordinator.domain.fit.architecture import GIB, UNQUANTIZED, Quantization
 from potluck_coordinator.domain.fit.cards import CardModel, Memory
 
 VLLM: Final = "vllm"
 LLAMACPP: Final = "llamacpp"
 
+CONVERTED_TO_GGUF: Final = frozenset({UNQUANTIZED.name, "mxfp4"})
 LAYER_CYCLES: Final = 150_000
 """Clock cycles that every layer of a step costs beside reading its weights: a dozen small kernels that follow one another. 106 microseconds
 on an A100, 88 on an RTX 3090. That it goes by the clock: club-3090 issue 104, where two RTX 3090 at 705 and 1695 MHz and the same memory
@@ -148,6 +149,14 @@ def traits_of(engine_kind: str) -> EngineTraits:
     if traits is None:
         raise ValueError(f"the fit models {' and '.join(ENGINES)}, not {engine_kind}")
     return traits
+
+
+def loads(engine_kind: str, quantization: Quantization) -> bool:
+    """Whether an engine reads weights that are stored so.
+
+    llama.cpp reads GGUF files alone. Unquantised weights and MXFP4 are converted to those as they are.
+    """
+    return engine_kind != LLAMACPP or quantization.is_gguf or quantization.name in CONVERTED_TO_GGUF
 
 
 def matmul_tflops(engine_kind: str, card: CardModel, *, quantized: bool) -> float:

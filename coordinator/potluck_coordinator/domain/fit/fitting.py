@@ -17,7 +17,7 @@ from potluck_coordinator.domain.fit.flags import flags_of
 from potluck_coordinator.domain.fit.hardware import BoxLink, NodeHardware
 from potluck_coordinator.domain.fit.layout import laid_out
 from potluck_coordinator.domain.fit.load import Load
-from potluck_coordinator.domain.fit.memory import CardMemory, kv_capacity_tokens, shape_memory
+from potluck_coordinator.domain.fit.memory import CardMemory, kv_capacity_tokens, kv_told_tokens, shape_memory
 from potluck_coordinator.domain.fit.rates import BATCH_SEQUENCES_MAX, Rates, rates_of
 from potluck_coordinator.domain.fit.report import (
     RATE_ERROR_SHARE,
@@ -114,8 +114,9 @@ class _Question:
         if verdict is not Verdict.DOES_NOT_FIT and sequences < load.sequence_count:
             verdict = Verdict.DOES_NOT_FIT
             reason = f"nodes report room for {tokens:,} tokens, which is {sequences} of {load.sequence_count} sequences"
-        # Slots are as many as were asked for; pages serve as many sequences as come.
-        at_a_time = max(load.sequence_count, min(self.sequence_count_max, sequences)) if load.traits.pages_kv else load.sequence_count
+        told_tokens = kv_told_tokens(architecture, shape, memory, load)
+        # A cache that is told its size is made for as many sequences as were asked for; one that fills a card serves as many as come.
+        at_a_time = load.sequence_count if told_tokens is not None else max(load.sequence_count, min(self.sequence_count_max, sequences))
         rates = rates_of(architecture, shape, load, at_a_time, self.link)
         trusted_rates = learned[Measure.PREFILL].is_trusted and learned[Measure.DECODE].is_trusted
         return ShapeFit(
@@ -124,6 +125,7 @@ class _Question:
             memory_error_bytes=error_bytes,
             kv_bytes_per_token=int(architecture.sequence_kv_bytes(load.context_length_tokens) / load.context_length_tokens),
             kv_capacity_tokens=tokens,
+            kv_cache_tokens=tokens if told_tokens is None else min(told_tokens, tokens),
             sequences_at_context=sequences,
             rates=_corrected_rates(rates, learned[Measure.PREFILL].ratio, learned[Measure.DECODE].ratio),
             rate_error_share=TRUSTED_RATE_ERROR_SHARE if trusted_rates else RATE_ERROR_SHARE,

@@ -18,6 +18,7 @@ TENSORS_MAX: Final = 65_536
 KEYS_MAX: Final = 4_096
 DIMENSIONS_MAX: Final = 4
 OUTPUT_TABLE: Final = "output.weight"
+_BOOLEAN: Final = 7
 _STRING: Final = 8
 _ARRAY: Final = 9
 _FORMATS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -32,7 +33,7 @@ class GgufHeader:
     """What a header says."""
 
     metadata: Mapping[str, Any]
-    """Of a list its length alone, as a range."""
+    """Of a list its length alone, as a range; of one of booleans, which may be said of each layer, all of it."""
     has_output_table: bool
     """True of a series of files, where another may have it."""
 
@@ -88,6 +89,8 @@ def _value(bytes_: _Bytes, kind: int) -> Any:
     if item_kind == _STRING:
         for _ in range(count):
             bytes_.take(bytes_.number("<Q"))
+    elif item_kind == _BOOLEAN:
+        return tuple(map(bool, bytes_.take(count)))
     else:
         bytes_.take(count * struct.calcsize(_layout(item_kind)))
     return range(count)

@@ -32,6 +32,8 @@ _FILE_TYPES: Final = {
     32: "BF16",
     38: "MXFP4",
 }
+_FULL_LAYER_EVERY: Final = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4}
+"""llama.cpp knows it by the family (`set_swa_pattern`). Of Mistral and Phi-3 it uses no window."""
 
 
 def architecture_of_gguf(
@@ -74,7 +76,7 @@ def architecture_of_gguf(
         expert_count=expert_count,
         experts_per_token=_count(own, "expert_used_count", 0) if expert_count else 0,
         sliding_window_tokens=window,
-        sliding_layer_count=_sliding_layers(family, layer_count) if window else 0,
+        sliding_layer_count=_sliding_layers(own, family, layer_count) if window else 0,
         tie_word_embeddings=not has_output_table,
         weight_bytes_of_files=weight_bytes,
     )
@@ -85,11 +87,18 @@ def architecture_of_gguf(
     return dataclasses.replace(derived, quantization=Quantization(f"gguf:{kind}", bits, covers_embeddings=True))
 
 
-def _sliding_layers(family: str, layer_count: int) -> int:
-    """llama.cpp knows by the family which layers have the window: every second of gpt-oss and Gemma 2, five of six of Gemma 3, else all."""
-    if family in {"gpt-oss", "gemma2"}:
-        return (layer_count + 1) // 2
-    return layer_count - layer_count // 6 if family == "gemma3" else layer_count
+def _sliding_layers(own: Mapping[str, Any], family: str, layer_count: int) -> int:
+    """How many layers have the window: by the file's pattern, else by what llama.cpp knows of the family, else none, the safe side.
+
+    A pattern says so of each layer, and is repeated; or it is a number N, and every N-th layer is full, of 0 none.
+    """
+    key = "attention.sliding_window_pattern"
+    pattern = own.get(key)
+    if isinstance(pattern, Sequence) and not isinstance(pattern, str):
+        flags = [item for item in pattern if isinstance(item, bool)]
+        return sum(flags[layer % len(flags)] for layer in range(layer_count)) if flags else 0
+    full_every = _count(own, key, _FULL_LAYER_EVERY.get(family, 1))
+    return layer_count - layer_count // full_every if full_every else layer_count
 
 
 def _vocabulary_size(own: Mapping[str, Any], metadata: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ Decides by arithmetic: weights, activations, the engine's own, and the KV cache 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Final
@@ -17,6 +18,8 @@ from potluck_coordinator.domain.fit.shapes import Shape, Stage
 LOGIT_BYTES: Final = 4
 KV_BLOCK_TOKENS_ON_PROCESSOR: Final = 128
 """vLLM's block on a processor; on a card it is 16, too little to matter."""
+SLOT_TOKENS_STEP: Final = 256
+"""llama.cpp makes a slot's cache a multiple of it; the few MB more are within the error of a prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +112,25 @@ def activation_bytes(architecture: ModelArchitecture, stage: Stage, load: Load) 
 
 
 def kv_capacity_tokens(architecture: ModelArchitecture, shape: Shape, memory: tuple[CardMemory, ...], load: Load) -> int:
-    """Tokens that the KV cache of one replica holds, full sequences side by side, as vLLM logs it at start."""
+    """Tokens that one replica has room for, full sequences side by side: what vLLM, which fills its cards, logs at start."""
+    return _tokens_in([card.kv_available_bytes for card in memory], architecture, shape, load)
+
+
+def kv_told_tokens(architecture: ModelArchitecture, shape: Shape, memory: tuple[CardMemory, ...], load: Load) -> int | None:
+    """Tokens of the cache whose size the flags name; None where the engine is not told one, and takes all the room there is."""
+    if not load.traits.pages_kv:
+        return load.sequence_count * ceil(load.context_length_tokens / SLOT_TOKENS_STEP) * SLOT_TOKENS_STEP
+    if any(stage.cards for stage in shape.stages):
+        return None
+    return _tokens_in([card.kv_wanted_bytes for card in memory], architecture, shape, load)
+
+
+def _tokens_in(cache_bytes: Sequence[int], architecture: ModelArchitecture, shape: Shape, load: Load) -> int:
+    """Of full sequences side by side, in so many bytes on each stage's fullest card."""
     per_token = architecture.sequence_kv_bytes(load.context_length_tokens) / load.context_length_tokens
     room = [
-        card.kv_available_bytes / (per_token * kv_share(architecture, stage)) if per_token else float("inf")
-        for card, stage in zip(memory, shape.stages, strict=True)
+        size / (per_token * kv_share(architecture, stage)) if per_token else float("inf")
+        for size, stage in zip(cache_bytes, shape.stages, strict=True)
     ]
     return max(0, int(min(*room, 2.0**53)))
 

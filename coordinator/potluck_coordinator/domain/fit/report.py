@@ -49,8 +49,11 @@ class ShapeFit:
     kv_bytes_per_token: int
     """Of all cards of a replica together, for a token of a sequence at the full context."""
     kv_capacity_tokens: int
+    """What the memory has room for."""
+    kv_cache_tokens: int
+    """What the cache holds that `flags` make: less than there is room for where they name its size."""
     sequences_at_context: int
-    """Sequences of the full context that the KV cache holds side by side."""
+    """Sequences of the full context that there is room for side by side."""
     rates: Rates
     rate_error_share: float
     """Up or down, of each rate."""
