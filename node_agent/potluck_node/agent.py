@@ -33,6 +33,7 @@ from potluck_node.group_offer import group_offer
 from potluck_node.identity_store import StateFolder
 from potluck_node.line_watch import LineWatch
 from potluck_node.link import Link
+from potluck_node.model_store.own_folder import own_folder
 from potluck_node.model_store.store import ModelStore
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.probe.inventory import take_inventory
@@ -212,13 +213,15 @@ async def run_agent(
     folder = StateFolder(settings.state_dir)
     clock = SystemClock()
     folder.identity()
-    with folder.lock():
+    with folder.lock(), own_folder(settings.cache_dir) as models_folder:
+        if models_folder != settings.cache_dir:
+            _log.warning("model_cache_in_use", by="another agent of this machine", models_kept_in=str(models_folder))
         # A wish to leave that was not carried out belongs to an earlier run.
         write_control(folder.path, leaving=False)
         attached = AttachedServers([parse_attached(url) for url in settings.attach_urls])
         engines = available_engines(settings, attached)
         inventory = await _inventory_of(settings, sorted(engines))
-        store = ModelStore(settings.cache_dir, disk_budget_bytes=settings.disk_budget_bytes, environment=environment)
+        store = ModelStore(models_folder, disk_budget_bytes=settings.disk_budget_bytes, environment=environment)
         models_allowed = frozenset(ModelId(model_id) for model_id in settings.models_allowed)
         if not settings.keep_engine_lines:
             last_lines.forget(folder.path)

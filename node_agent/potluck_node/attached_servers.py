@@ -26,6 +26,7 @@ from potluck_node.domain.attached import (
     RECOGNITION_PATHS,
     Answer,
     AttachedServer,
+    is_conclusive,
     is_only_busy,
     model_names,
     recognised,
@@ -97,6 +98,8 @@ class _Seen:
     names: tuple[str, ...] = ()
     kind: str = ""
     """Which software it is; empty while it does not answer."""
+    is_conclusive: bool = False
+    """Whether it need not be asked for that again."""
     trouble: str = ""
 
 
@@ -172,8 +175,10 @@ async def _seen_now(http: ClientSession, server: AttachedServer, before: _Seen |
         return replace(before, trouble="it listens, and does not answer just now" if models is None else _trouble(server, models))
     if models is None or models.status != 200:
         return _Seen(trouble=_trouble(server, models))
-    kind = before.kind if before and before.kind else recognised(await words_of(http, server, models))
-    return _Seen(model_names(models), kind)
+    if before is not None and before.is_conclusive:
+        return replace(before, names=model_names(models), trouble="")
+    words = await words_of(http, server, models)
+    return _Seen(model_names(models), recognised(words), is_conclusive(words))
 
 
 def _trouble(server: AttachedServer, models: Answer | None) -> str:

@@ -296,7 +296,8 @@ class Attempts:
     async def _relay(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress, ear: Ear) -> None:
         piece_bytes = max(1, min(PIECE_BYTES_MAX, start.window_bytes // 4))
         stopwatch = self.watches.solo.begin(start, alone=self.running_count(start.replica_id) == 1)
-        async with self._http.post(address.url + start.endpoint.value, data=start.body, headers=address.headers) as response:
+        url = address.url + start.endpoint.value
+        async with self._http.post(url, data=start.body, headers=address.headers, allow_redirects=False) as response:
             try:
                 content_type = response.headers.get("Content-Type", "")
                 head = ResponseHead(response.status, content_type)

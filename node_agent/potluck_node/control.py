@@ -99,13 +99,14 @@ def read_control(folder: Path) -> Control:
 
 
 def write_control(folder: Path, *, paused: bool | None = None, leaving: bool | None = None) -> Control:
-    """Changes what is named and keeps the rest."""
-    control = read_control(folder)
+    """Changes what is named and keeps the rest. Where nothing changes nothing is written: a full disk keeps no agent from its start."""
+    control = before = read_control(folder)
     if paused is not None:
         control = replace(control, paused=paused)
     if leaving is not None:
         control = replace(control, leaving=leaving)
-    write_private(folder / _CONTROL, json.dumps(asdict(control)).encode())
+    if control != before:
+        write_private(folder / _CONTROL, json.dumps(asdict(control)).encode())
     return control
 
 

@@ -75,11 +75,11 @@ class EngineWatches:
         if watch is not None:
             watch.documents.heard()
 
-    def excuse_all(self) -> None:
-        """This process was not there to hear anything."""
+    def excuse_all(self, absence_seconds: float) -> None:
+        """This process was not there to hear anything in so many of the last seconds."""
         for watch in self._watches.values():
-            watch.streams.excuse()
-            watch.documents.excuse()
+            watch.streams.excuse(absence_seconds)
+            watch.documents.excuse(absence_seconds)
 
     def died(self, replica_id: ReplicaId, waiting: Iterable[StartAttempt], *, may_be_their_fault: bool) -> None:
         """The engine is gone; the next one of this replica is watched anew."""

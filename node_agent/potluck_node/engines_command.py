@@ -21,6 +21,7 @@ from typing import Annotated, Final
 import typer
 
 from potluck_node import engine_installation as installation
+from potluck_node.domain.attached import parse_attached
 from potluck_node.domain.doctor_host import CARD_ENGINE_KINDS
 from potluck_node.domain.engine_environments import KINDS, Recipe, RecipeError, gigabytes, recipe_of
 from potluck_node.engines import sglang, vllm
@@ -139,7 +140,8 @@ def engine_lines(settings: Settings, *, has_cards: bool) -> list[EngineLine]:
     else:
         fix = "pip install '.[node]' (in the folder of Potluck's sources)"
         llamacpp = EngineLine("llamacpp", False, "", "", "it is not in this Python", fix)
-    attached = ", ".join(url.split()[0] for url in settings.attach_urls)
+    # Not the whole URL: its path may be secret.
+    attached = ", ".join(f"http://{parse_attached(url).place}" for url in settings.attach_urls)
     if attached:
         attach = EngineLine("attach", True, "", "", attached)
     else:

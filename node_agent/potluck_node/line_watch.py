@@ -51,7 +51,9 @@ class LineWatch:
         self._jitter = jitter
         self._quiet = quiet
         self.found = kept_measurement(folder)
-        self._due_at_unix_ms = next_look_unix_ms(self.found, clock.unix_ms(), jitter())
+        now_unix_ms = clock.unix_ms()
+        # In memory not by the clock on the wall: one that was a year ahead, and is set right, would leave the line unmeasured for a year.
+        self._due_in((next_look_unix_ms(self.found, now_unix_ms, jitter()) - now_unix_ms) / 1000)
 
     async def run(self) -> None:
         """Measures, once a day and when the line is quiet, until cancelled."""
@@ -61,12 +63,15 @@ class LineWatch:
 
     async def look(self) -> None:
         """Measures if it is time."""
-        if self._clock.unix_ms() < self._due_at_unix_ms or not self._quiet():
+        if self._clock.monotonic_seconds() < self._due_at_seconds or not self._quiet():
             return
         reading = await measure_and_keep(self._credentials, self._folder, self._clock)
         self.found = reading.found or self.found
-        self._due_at_unix_ms = self._clock.unix_ms() + round(pause_seconds(reading, self._jitter()) * 1000)
+        self._due_in(pause_seconds(reading, self._jitter()))
         _log.info("line_measured", failure=reading.failure, **(asdict(reading.found) if reading.found else {}))
+
+    def _due_in(self, seconds: float) -> None:
+        self._due_at_seconds = self._clock.monotonic_seconds() + seconds
 
 
 async def measure_and_keep(credentials: Credentials, folder: Path, clock: Clock) -> LineReading:

@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("potluck") / "node", validate_default=True)
     """The node's key, certificate and control files."""
     cache_dir: Path = Field(default_factory=lambda: platformdirs.user_cache_path("potluck"), validate_default=True)
-    """Where model files are kept, and the environments of engines."""
+    """Where model files are kept, and the environments of engines. Agents that run at the same time keep their own model files there."""
     disk_budget_bytes: int | None = Field(default=None, gt=0)
     """How much the model files may take together; none: whatever the disk has free."""
     models_allowed: Annotated[tuple[str, ...], NoDecode] = ()

@@ -148,8 +148,9 @@ class EngineSupervisor:
             return True
         address, wish = replica.process.address, replica.observed.engine
         try:
-            async with self._session.get(address.url + "/health", headers=address.headers, timeout=_ANY_WORD) as response:
-                await response.read()
+            url = address.url + "/health"
+            async with self._session.get(url, headers=address.headers, timeout=_ANY_WORD, allow_redirects=False):
+                pass  # any status is a word
             if token_seconds_max is None:
                 return True
             assert replica.memory_plan is not None

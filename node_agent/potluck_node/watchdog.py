@@ -1,8 +1,8 @@
 """Ends engines that have work and say nothing any more.
 
-Decides when they are looked at, that time in which this process itself stood still is nobody's silence, and that a server which its owner
-runs is not judged here: he may keep it busy himself, and `attach_server` looks after it. `domain.silence` judges the others, `attempts`
-knows who waits, and whoever runs the engines ends them. It must not know HTTP or processes.
+Decides when they are looked at, that time in which this process itself stood still is nobody's silence, though what was before it counts,
+and that a server which its owner runs is not judged here: he may keep it busy himself, and `attach_server` looks after it. `domain.silence`
+judges the others, `attempts` knows who waits, and whoever runs the engines ends them. It must not know HTTP or processes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Watchdog:
         absence_seconds, self._looked_at_seconds = now_seconds - self._looked_at_seconds, now_seconds
         if absence_seconds > ABSENCE_SECONDS_MIN:
             _log.warning("agent_stood_still", seconds=round(absence_seconds, 1))
-            self._attempts.watches.excuse_all()
+            self._attempts.watches.excuse_all(absence_seconds - LOOK_SECONDS)
+            # What came meanwhile may not be heard yet: the next look judges.
             return
         for replica_id, verdict, silent_seconds in self._attempts.watches.verdicts():
             if verdict is Verdict.SOUND or self._is_its_owners(replica_id):

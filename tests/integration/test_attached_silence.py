@@ -21,7 +21,7 @@ from potluck_node.control import AttachedLine
 from potluck_node.domain.attached import Answer, AttachedServer, model_names
 from potluck_node.domain.failures import diagnose
 from potluck_node.domain.plan import ObservedReplica, Phase
-from potluck_node.engines import attach_server, process
+from potluck_node.engines import attach_server
 from potluck_node.engines.attach import AttachEngine
 from potluck_node.engines.attach_server import Front, GoneError
 from potluck_node.engines.base import EngineLaunch
@@ -33,6 +33,7 @@ from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import DesiredEngine, EngineState, FailureKind, ModelFile, ModelId, ReplicaId
 from tests.integration.test_hung_engines import TOKEN, hearing
 from tests.support.engines import MovedClock, running, supervisor_of
+from tests.support.kernel_counts import count_kills
 from tests.support.node_engine import FixedReplicas, directed_engine
 
 WISH = DesiredEngine(ReplicaId("replica-1"), ModelFile(ModelId("tiny"), "attach:theirs", "", "", 0), "attach", 2, 1024)
@@ -143,7 +144,7 @@ async def test_one_that_loads_its_model_is_busy_and_an_engine_of_ours_that_says_
 ):
     counts = tmp_path / "vmstat"
     counts.write_text("oom_kill 1\n")
-    monkeypatch.setattr(process, "_KERNEL_COUNTS", counts)
+    count_kills(monkeypatch, counts)
     launch = EngineLaunch(ModelId("tiny"), tmp_path, slot_count=1, context_length_tokens=64, attached_name="theirs")
     async with one_at_a_time() as server, aiohttp.ClientSession() as session:
         server.answer_status = status
@@ -159,7 +160,7 @@ async def test_what_the_kernel_kills_beside_it_is_no_shortage_of_what_stands_for
     """It could not be given less, and would be given up for good."""
     counts = tmp_path / "vmstat"
     counts.write_text("oom_kill 1\n")
-    monkeypatch.setattr(process, "_KERNEL_COUNTS", counts)
+    count_kills(monkeypatch, counts)
     for kind, failure_kind in (("attach", FailureKind.CRASHED), ("vllm", FailureKind.OUT_OF_MEMORY)):
         engine = EngineProcess(ChildProcess.spawn(("-c", "raise SystemExit(1)"), os.environ), kind)
         counts.write_text("oom_kill 2\n")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from potluck.commands import local_pool
 from potluck.commands.children import Child, child_environment
-from potluck.commands.local_pool import LocalPool, LocalPoolPlan
+from potluck.commands.local_pool import LocalPool, LocalPoolPlan, ended_by_signals
 from potluck.commands.progress import LiveLine
 from potluck.errors import AlreadyExistsError, InternalError
 
@@ -111,6 +112,33 @@ def test_a_second_pool_on_a_folder_is_refused_before_it_touches_the_firsts_logs(
         with pytest.raises(AlreadyExistsError, match=r"`potluck up` already runs(?!.*--data-dir)"):
             second.start()
     assert log.read_text() == "the first one's"
+
+
+def test_what_a_killed_coordinator_announced_is_not_taken_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a container the next one may well have the same process id."""
+    announced = tmp_path / "coordinator" / "endpoints.json"
+    announced.parent.mkdir()
+    announced.write_text('{"pid": 1}')
+    code = f"import pathlib, sys; sys.exit(4 if pathlib.Path({str(announced)!r}).exists() else 3)"
+    monkeypatch.setattr(local_pool, "potluck_command", lambda *_: [sys.executable, "-c", code])
+    plan = LocalPoolPlan(tmp_path, 0, 0, 0, None)
+    told = pytest.raises(InternalError, match=r"coordinator ended by itself \(exit 3\)")
+    with LiveLine() as line, LocalPool(plan, line) as pool, told:
+        pool.start()
+
+
+def test_signals_end_a_pool_but_not_one_that_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():  # noqa: PT012 - the signal may come a moment later
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_child_whose_parent_is_already_gone_does_not_start():

@@ -14,10 +14,12 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from potluck_node.engines import foreign_server
 from potluck_node.engines.foreign_server import BROKEN_EXIT_STATUS, SOCKET_PATH_BYTES_MAX, interface_of, temporary_variables
 from potluck_node.engines.shared_memory import free_what_the_dead_left
 from potluck_node.lifeline import PARENT_GONE_EXIT_STATUS
@@ -203,6 +205,16 @@ def test_it_ends_when_one_of_its_processes_is_killed(start):
     assert time.monotonic() - began < 3.0
     assert "one of the engine's processes is gone" in server.said()
     assert server.is_gone()
+
+
+def test_a_process_that_goes_between_two_questions_is_gone():
+    process = psutil.Process()
+
+    def status() -> str:
+        raise psutil.NoSuchProcess(process.pid)
+
+    assert not foreign_server._is_gone(process)
+    assert foreign_server._is_gone(SimpleNamespace(is_running=lambda: True, status=status))
 
 
 def test_its_own_end_is_the_launchers_too(start):

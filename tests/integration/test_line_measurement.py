@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID
 from potluck_coordinator.domain.turns import REPEAT_SECONDS
 from potluck_coordinator.gateway import line_servicer
+from potluck_node import line_watch
 from potluck_node.command import app
 from potluck_node.credentials import Credentials
 from potluck_node.domain.line import AGAIN_SECONDS, LineReading
@@ -31,6 +33,7 @@ from potluck_protocol.metadata import ERROR_DETAIL
 from potluck_protocol.v1 import common_pb2, node_pb2, node_pb2_grpc
 from potluck_protocol.values import Inventory
 from tests.support.certificates import Credential
+from tests.support.engines import MovedClock
 from tests.support.link_coordinator import link_coordinator
 from tests.support.node_engine import wired_node
 from tests.support.open_pool import OpenPool, ShiftedClock, open_pool
@@ -38,6 +41,15 @@ from tests.support.shaped_proxy import ShapedProxy, shaped_proxy
 
 MBIT = 1_000_000 // 8
 PIECE = node_pb2.MeasureUploadRequest(data=bytes(16 * 1024))
+
+
+class SetClock(MovedClock):
+    """One whose time of day may be wrong."""
+
+    ahead_seconds = 0.0
+
+    def unix_ms(self) -> int:
+        return super().unix_ms() + int(self.ahead_seconds * 1000)
 
 
 @pytest_asyncio.fixture
@@ -254,6 +266,28 @@ async def test_the_agent_measures_when_the_line_is_quiet_and_then_not_for_a_day(
     again = LineWatch(credentials_of(folder), folder.path, clock, lambda: 0.0, lambda: True)
     await again.look()
     assert watch.found == again.found == first
+
+
+async def test_a_wall_clock_that_was_ahead_and_is_set_right_puts_no_measurement_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, measured = SetClock(), []
+
+    async def measure(*_: object) -> LineReading:
+        measured.append(clock.now_seconds)
+        return LineReading(LineMeasurement(clock.unix_ms(), 1, 2, 3))
+
+    monkeypatch.setattr(line_watch, "measure_and_keep", measure)
+    clock.ahead_seconds = 365 * AGAIN_SECONDS
+    watch = LineWatch(SimpleNamespace(), tmp_path, clock, lambda: 0.0, lambda: True)
+    await watch.look()
+    clock.ahead_seconds = 0
+    clock.now_seconds += AGAIN_SECONDS - 1
+    await watch.look()
+    assert len(measured) == 1
+    clock.now_seconds += 1
+    await watch.look()
+    assert len(measured) == 2
 
 
 def test_a_kept_line_that_is_damaged_is_none(tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ import pytest
 import structlog.testing
 from aiohttp import web
 
+from potluck_node.model_store import own_folder as own_folder_module
 from potluck_node.model_store.download import FetchFailedError
+from potluck_node.model_store.own_folder import own_folder
 from potluck_node.model_store.store import ModelStore
 from potluck_node.model_store.verification import FileMismatchError, sha256_of
+from potluck_protocol.errors import PotluckError
 from potluck_protocol.values import ModelFile, ModelId
 from tests.support.engines import children_of, pinned
 from tests.support.tiny_model_folder import safetensors
@@ -204,6 +207,17 @@ async def test_budget_drops_the_longest_unused_and_never_what_is_wished(tmp_path
         await ensured(store, second, keep=frozenset({first, third}))
     assert paths[0].exists()
     assert third_path.exists()
+
+
+def test_no_two_agents_keep_models_in_one_folder(tmp_path, monkeypatch):
+    """Each would make room for its own by dropping the other's."""
+    with own_folder(tmp_path / "cache") as first, own_folder(tmp_path / "cache") as second, own_folder(tmp_path / "cache") as third:
+        assert (first, second, third) == (tmp_path / "cache", tmp_path / "cache" / "agent-2", tmp_path / "cache" / "agent-3")
+        monkeypatch.setattr(own_folder_module, "AGENTS_MAX", 3)
+        with pytest.raises(PotluckError, match="--cache-dir"), own_folder(tmp_path / "cache"):
+            raise AssertionError
+    with own_folder(tmp_path / "cache") as again:
+        assert again == tmp_path / "cache"
 
 
 async def test_full_disk_is_noticed_before_the_download(tmp_path):

@@ -13,7 +13,19 @@ from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import CardTelemetry, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, SessionId
+from potluck_protocol.values import (
+    CardTelemetry,
+    EngineState,
+    EngineStatus,
+    GoodbyeReason,
+    Hello,
+    Inventory,
+    ModelId,
+    NodeId,
+    NodeState,
+    ReplicaId,
+    SessionId,
+)
 from tests.support.books import Books
 from tests.support.replicas import catalogue_entry
 
@@ -58,8 +70,9 @@ def hello(name):
     return Hello(1, NodeId(name), SessionId("session"), "1", Inventory(cpu_count=2), NodeState.SERVING)
 
 
-def report(name, epoch=1, covered_seconds=1.0):
-    return NodeReport(NodeId(name), epoch, covered_seconds, suspect=False, state=NodeState.SERVING, engines=())
+def report(name, epoch=1, covered_seconds=1.0, **changes):
+    said = NodeReport(NodeId(name), epoch, covered_seconds, suspect=False, state=NodeState.SERVING, engines=())
+    return replace(said, **changes)
 
 
 async def serve(books, nodes, seconds, *names, every_seconds=1):
@@ -250,3 +263,37 @@ async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
         assert (await restarted.list_nodes())[0].connection == "offline"
         await restarted.report([report("a", epoch=grant.epoch)], {})
         assert (await restarted.list_nodes())[0].connection == "connected"
+
+
+@pytest.mark.parametrize("comes_back_first", [False, True])
+async def test_what_a_node_was_answering_ends_with_its_session(tmp_path, comes_back_first):
+    """Else a replica of the next session would seem to answer for ever, and neither rest nor leave at once."""
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        await nodes.open_session(hello("a"))
+        tiny = ReplicaId("a/tiny")
+        await nodes.report([report("a", attempt_counts={tiny: 2})], {})
+        if comes_back_first:
+            await nodes.open_session(hello("a"))
+        await nodes.close_session(NodeId("a"), 1, None)
+        if not comes_back_first:
+            await nodes.open_session(hello("a"))
+        starting = EngineStatus(tiny, ModelId("tiny"), EngineState.STARTING, "llamacpp")
+        await nodes.report([report("a", epoch=2, engines=(starting,))], {})
+        books.run_now(lambda work: work.catalogue.withdraw(ModelId("tiny")))
+        await nodes.refresh()
+        assert board.snapshot.leaving == frozenset()
+        assert board.snapshot.desired[NodeId("a")].engines == ()
+
+
+async def test_what_is_leaving_finishes_its_answers_and_then_goes(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        await nodes.open_session(hello("a"))
+        tiny = ReplicaId("a/tiny")
+        await nodes.report([report("a", attempt_counts={tiny: 2})], {})
+        books.run_now(lambda work: work.catalogue.withdraw(ModelId("tiny")))
+        await nodes.refresh()
+        assert board.snapshot.leaving == {tiny}
+        # The gateway names one that has ended once, and never again; that word may have been lost.
+        await nodes.report([report("a")], {})
+        await nodes.refresh()
+        assert board.snapshot.leaving == frozenset()

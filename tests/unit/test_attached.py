@@ -12,10 +12,12 @@ from potluck_node.attached_servers import AttachedServers, headers_of
 from potluck_node.control import AttachedLine
 from potluck_node.domain.attached import (
     MODELS_PATH,
+    RECOGNITION_PATHS,
     UNKNOWN,
     WORD_SECONDS_MAX,
     Answer,
     AttachedServer,
+    is_conclusive,
     is_only_busy,
     model_names,
     parse_attached,
@@ -24,6 +26,7 @@ from potluck_node.domain.attached import (
 from potluck_node.domain.model_source import AttachedSource, check_model_file, parse_source
 from potluck_node.engines.attach import AttachEngine
 from potluck_node.engines.base import EngineLaunch
+from potluck_node.engines_command import engine_lines
 from potluck_node.progress import attached_words
 from potluck_node.settings import Settings, load_settings
 from potluck_protocol.errors import PotluckError
@@ -120,6 +123,46 @@ def test_nothing_else_may(text):
         parse_attached(text)
     with pytest.raises(PotluckError, match="attach_urls"):
         load_settings(attach_urls=(text or "x",))
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("https://127.0.0.1:5000/secret", "'127.0.0.1:5000' is named with https://, and attached servers are asked by http:// alone"),
+        ("http://192.168.1.2:5000/secret", "'192.168.1.2:5000' is no server on this machine's loopback"),
+        ("http://127.0.0.1/secret", "'127.0.0.1' is named without its port"),
+        ("http://127.0.0.1:99999/secret", "'127.0.0.1:99999' has no such port"),
+        ("127.0.0.1:5000/secret", "an attached URL does not begin with http:// and a host"),
+        ("http://[::1/secret", "an attached URL cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_url_is_named_and_its_path_is_not(url, fault):
+    with pytest.raises(PotluckError) as refused:
+        load_settings(attach_urls=(url,))
+    assert f"{fault}; give a server" in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_the_list_of_engines_names_the_servers_without_their_paths(tmp_path):
+    settings = Settings(cache_dir=tmp_path, attach_urls=("http://127.0.0.1:8080/s3cret /keys/own", "http://localhost:5000"))
+    told = next(line for line in engine_lines(settings, has_cards=False) if line.kind == "attach")
+    assert (told.installed, told.why) == (True, "http://127.0.0.1:8080, http://localhost:5000")
+
+
+ALL_ANSWERED = {path: said(None, 404) for path in RECOGNITION_PATHS}
+
+
+@pytest.mark.parametrize(
+    ("answers", "conclusive"),
+    [
+        ({MODELS_PATH: listed("vllm", "m")}, True),
+        ({MODELS_PATH: listed("openai", "m"), **ALL_ANSWERED}, True),
+        ({MODELS_PATH: listed("openai", "m"), **ALL_ANSWERED, "/api/version": said(None, 503)}, False),
+        ({MODELS_PATH: listed("openai", "m"), **{path: ALL_ANSWERED[path] for path in RECOGNITION_PATHS[1:]}}, False),
+    ],
+)
+def test_a_server_is_asked_again_what_it_is_while_that_is_not_known_and_it_left_a_question_open(answers, conclusive):
+    assert is_conclusive(answers) is conclusive
 
 
 @pytest.mark.parametrize(

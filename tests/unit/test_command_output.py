@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -152,6 +153,17 @@ def test_no_file_comes_where_a_standard_stream_is_closed(closed_ones: str, count
     typed = f'exec "$0" -c "$1" {closed_ones}'
     done = subprocess.run(["sh", "-c", typed, sys.executable, code], input=b"", capture_output=True, check=False)
     assert done.returncode == count, done.stderr
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_or_a_share_of_it_that_is_full_is_told_in_a_line(
+    reason: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    assert ended([], write, full, monkeypatch) == 1
+    assert capsys.readouterr().err == f"error: {os.strerror(reason)}\n"
 
 
 def test_what_is_said_beside_a_result_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ def groups(tmp_path: Path, membership: str, files: dict[str, str]) -> ControlGro
             0.5,
             id="a group whose name is no text, among lines of a kernel to come",
         ),
+        pytest.param(
+            "0::/a\n", {"a/memory.max": "max", "a/memory.high": 4 * GIB, "a/memory.current": GIB}, 4 * GIB, 3 * GIB, None, id="MemoryHigh="
+        ),
         pytest.param("0::/\n", {"memory.max": "\udcff", "cpu.max": "\udcff 1"}, None, None, None, id="bytes that no kernel writes"),
         pytest.param("0::/../other\n", {"memory.max": GIB}, None, None, None, id="a group beside the mount is not ours to read"),
         pytest.param("0::/\n", {"memory.max": "many", "cpu.max": "1 0"}, None, None, None, id="words that no kernel writes"),

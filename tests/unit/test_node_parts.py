@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,13 +20,14 @@ from potluck_node.command import app
 from potluck_node.control import AgentStatus, EngineLine, write_status
 from potluck_node.domain.session import Session
 from potluck_node.domain.solo_rates import SoloRates
-from potluck_node.engines import last_lines, process
+from potluck_node.engines import last_lines
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, EngineLaunch
 from potluck_node.engines.metrics_words import EngineLoad
 from potluck_node.engines.process import EngineFailedError, EngineProcess, engine_environment
 from potluck_node.engines.registry import available_engines
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_node.model_store.sources import client_environment
+from potluck_node.probe import kernel_kills
 from potluck_node.replicas import Residence
 from potluck_node.report import ENGINES_MAX, NodeReport
 from potluck_node.settings import Settings
@@ -41,6 +44,7 @@ from potluck_protocol.values import (
     ReplicaId,
     SessionId,
 )
+from tests.support.kernel_counts import count_kills
 
 
 def test_stderr_tail_keeps_the_last_lines_however_they_are_cut():
@@ -105,14 +109,28 @@ async def test_the_last_words_of_an_engine_that_did_not_start_are_bounded_and_ke
 async def test_an_engine_that_the_kernel_killed_for_want_of_memory_says_so_although_it_could_not(tmp_path, monkeypatch):
     counts = tmp_path / "vmstat"
     counts.write_text("pgfault 7\noom_kill 1\n")
-    monkeypatch.setattr(process, "_KERNEL_COUNTS", counts)
+    count_kills(monkeypatch, counts)
     for count, kind in ((1, FailureKind.KILLED), (2, FailureKind.OUT_OF_MEMORY)):
         code = f"import os; open({str(counts)!r}, 'w').write('pgfault 9\\noom_kill {count}\\n'); os.kill(os.getpid(), 9)"
         engine = EngineProcess(ChildProcess.spawn(("-c", code), os.environ))
         assert (await engine.wait()).kind is kind
         await engine.stop()
-    monkeypatch.setattr(process, "_KERNEL_COUNTS", tmp_path / "not" / "there")
+    count_kills(monkeypatch, tmp_path / "not" / "there")
     engine = EngineProcess(ChildProcess.spawn(("-c", "import os; os.kill(os.getpid(), 9)"), os.environ))
+    assert (await engine.wait()).kind is FailureKind.KILLED
+    await engine.stop()
+
+
+async def test_what_the_kernel_killed_long_before_is_no_engines_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_kills, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(kernel_kills, "MACHINE_SECONDS_MAX", 0.1)
+    counts = tmp_path / "vmstat"
+    counts.write_text("oom_kill 1\n")
+    count_kills(monkeypatch, counts)
+    engine = EngineProcess(ChildProcess.spawn(("-c", "import time; time.sleep(60)"), os.environ))
+    counts.write_text("oom_kill 2\n")
+    await asyncio.sleep(0.5)
+    os.kill(engine.pid, signal.SIGKILL)
     assert (await engine.wait()).kind is FailureKind.KILLED
     await engine.stop()
 

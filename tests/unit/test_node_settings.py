@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from potluck_node import control
 from potluck_node.command import app
 from potluck_node.control import Control, read_control, read_status, write_control
 from potluck_node.identity_store import NodeIdentity, StateFolder
@@ -97,6 +99,18 @@ def test_a_key_is_made_once(tmp_path: Path) -> None:
     key = folder.made_private_key()
     assert folder.made_private_key() == folder.private_key() == key
     assert (folder.path / "node.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_keeps_no_agent_from_a_start_that_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_control(tmp_path, paused=True)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(control, "write_private", full)
+    assert write_control(tmp_path, leaving=False) == Control(paused=True)
+    with pytest.raises(OSError, match="No space"):
+        write_control(tmp_path, leaving=True)
 
 
 def test_control_keeps_what_is_not_named_and_survives_damage(tmp_path: Path) -> None:

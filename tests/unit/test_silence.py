@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_node.domain.silence import PREFILL_SECONDS_MAX, SILENCE_SECONDS_MAX, Silence, Verdict, judge, prefill_seconds_max
+from potluck_node.engine_watches import EngineWatches
 from potluck_node.engines.standstill import Standstill
+from potluck_node.watchdog import ABSENCE_SECONDS_MIN, LOOK_SECONDS, Watchdog
+from potluck_protocol.values import AttemptId, Endpoint, StartAttempt
+from tests.support.engines import MovedClock
+from tests.support.node_engine import REPLICA
 
 NOBODY = Silence(0, 1e9, 0)
 
@@ -127,9 +133,35 @@ def test_what_is_left_unread_by_those_who_gave_up_counts_until_the_engine_speaks
     assert listening.standstill.silence.prefill_bytes_per_second == 300.0, "the slowest; short prompts say little"
 
 
-def test_who_was_not_there_to_hear_begins_anew():
+def test_time_in_which_nobody_was_there_to_hear_is_taken_off_and_no_more():
     listening = Listening()
-    listening.standstill.listen()
+    ear = listening.standstill.listen()
     listening.now += 100
-    listening.standstill.excuse()
+    listening.standstill.excuse(90)
+    assert listening.silent_seconds() == 10
+    listening.standstill.excuse(90)
     assert listening.silent_seconds() == 0
+    listening.now += 100
+    ear.close()
+    listening.standstill.excuse(90)
+    listening.standstill.listen()
+    assert listening.silent_seconds() == 10
+
+
+def test_an_agent_that_stands_still_now_and_then_still_finds_a_silence():
+    """As on a machine that swaps: each stop is taken off, and what was before it counts on."""
+    clock, ended = MovedClock(), []
+    watches = EngineWatches(clock.monotonic_seconds)
+    watches.listen(StartAttempt(AttemptId("a1"), REPLICA, Endpoint.COMPLETIONS, b"", stream=True, window_bytes=1)).heard()
+    replicas = SimpleNamespace(statuses=tuple, end_hung=lambda replica_id, _: ended.append((replica_id, clock.now_seconds)))
+    watchdog = Watchdog(attempts=SimpleNamespace(watches=watches), replicas=replicas, clock=clock)
+    began_at_seconds = clock.now_seconds
+    while not ended and clock.now_seconds < began_at_seconds + 60:
+        for _ in range(20):
+            clock.now_seconds += LOOK_SECONDS
+            watchdog.look()
+        clock.now_seconds += ABSENCE_SECONDS_MIN + 0.1
+        watchdog.look()
+    (replica_id, at_seconds), *_ = ended
+    assert replica_id == REPLICA
+    assert SILENCE_SECONDS_MAX < at_seconds - began_at_seconds < SILENCE_SECONDS_MAX + 3 * ABSENCE_SECONDS_MIN

@@ -43,6 +43,7 @@ STOP_SECONDS_MAX: Final = 15.0
 POLL_SECONDS: Final = 0.2
 WATCH_SECONDS: Final = 0.5
 INVITE_LIFETIME_SECONDS: Final = 600
+ANNOUNCEMENT: Final = "endpoints.json"
 _OPERATORS_PREFIX: Final = "POTLUCK_COORDINATOR_"
 _MODULE_OF_EXTRA: Final = {"coordinator": "ray", "node": "xllamacpp"}
 
@@ -139,6 +140,8 @@ class LocalPool:
             command += [flag, str(port)]
         if plan.catalogue is not None:
             command += ["--catalogue", str(plan.catalogue)]
+        # What one that was killed left there may bear the number of the one to come: containers give the same ones out again.
+        (plan.data_folder / ANNOUNCEMENT).unlink(missing_ok=True)
         # Settings meant for the operator's own coordinator, its database above all, are not for this one.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OPERATORS_PREFIX)}
         child = self._spawn("coordinator", command, inherited)
@@ -227,7 +230,9 @@ def ended_by_signals() -> Iterator[None]:
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays so: `nohup` asks for a pool that no closed terminal ends.
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
@@ -259,7 +264,7 @@ def _held(folder: Path) -> IO[str]:
 def _announced_pid(data_folder: Path) -> int | None:
     """The process that serves from the folder, by its own word; None if none is ready."""
     try:
-        process_id = read_json(data_folder / "endpoints.json")["pid"]
+        process_id = read_json(data_folder / ANNOUNCEMENT)["pid"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return process_id if isinstance(process_id, int) else None

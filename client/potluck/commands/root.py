@@ -22,6 +22,8 @@ from potluck_protocol.version import package_version
 
 ENTRY_POINT_GROUP: Final = "potluck.commands"
 WORD_CHARACTERS_SHOWN: Final = 80
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""Of the disk, or of this user's share of it: such a failure names no file."""
 
 ROOT_HELP: Final = """Volunteers pool their GPUs; together they serve open-weight language models.
 
@@ -48,7 +50,7 @@ def run(app: typer.Typer) -> NoReturn:
         say(f"error: {str(error.object)[:WORD_CHARACTERS_SHOWN]!r} is not text in UTF-8.")
         sys.exit(EXIT_USAGE)
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in _FULL:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
         say(f"error: {place}{error.strerror or error}")

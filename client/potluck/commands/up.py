@@ -37,8 +37,8 @@ def up(
     """Run a whole pool on this machine until Ctrl-C: a coordinator, and a node with a small model.
 
     The first start fetches the model, about 100 MB; later ones take seconds. Nothing listens beyond this machine. State is kept in
-    `$XDG_STATE_HOME/potluck/up`, models in `$XDG_CACHE_HOME/potluck`. Logs are beside the state: coordinator.log and node.log of this
-    start, coordinator.log.1 and node.log.1 of the one before.
+    `$XDG_STATE_HOME/potluck/up`, models in `$XDG_CACHE_HOME/potluck`, or in `agent-2` there beside another node that runs. Logs are beside
+    the state: coordinator.log and node.log of this start, coordinator.log.1 and node.log.1 of the one before.
     """
     folder = state_home() / "potluck" / "up"
     plan = LocalPoolPlan(folder, http_port, grpc_port, link_port, catalogue)

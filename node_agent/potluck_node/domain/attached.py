@@ -48,7 +48,7 @@ _KINDS: Final = {
     "Ollama": "ollama",
 }
 RECOGNITION_PATHS: Final = ("/api/version", "/info", "/props", "/version")
-"""Asked once of a server, after its models."""
+"""Asked of a server after its models, until the answers are conclusive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +82,42 @@ class Answer:
 def parse_attached(text: str) -> AttachedServer:
     """The server that an owner's setting names: "URL" or "URL KEY_FILE"; raises ValueError with a one-line reason."""
     url, _, key_file = text.strip().partition(" ")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        loopback = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        loopback, port = False, None
     if {"@", "?", "#"} & set(url):
         # Not quoted: there may be a secret in it.
         raise ValueError(
             "an attached URL has a user, a password, a query or a fragment; give a server on this machine's loopback such as "
             "http://127.0.0.1:11434, and the file of its key, if it asks for one, after a blank"
         )
-    if not loopback or port is None or parts.scheme != "http":
-        raise ValueError(f"{url!r} is no server on this machine's loopback; give one such as http://127.0.0.1:11434")
+    if fault := _fault(url):
+        raise ValueError(f"{fault}; give a server on this machine's loopback such as http://127.0.0.1:11434")
     # People copy what they give to OpenAI's client, which wants it with the version.
     return AttachedServer(url.rstrip("/").removesuffix("/v1"), key_file.strip())
+
+
+def _fault(url: str) -> str:
+    """Why it cannot be attached; empty: it can. Names the host and the port alone, for the path may be secret."""
+    try:
+        parts = urlsplit(url)
+        place, scheme, host = parts.netloc, parts.scheme, parts.hostname or ""
+    except ValueError:
+        return "an attached URL cannot be read"
+    if not place:
+        return "an attached URL does not begin with http:// and a host"
+    if not _is_loopback(host):
+        return f"{place!r} is no server on this machine's loopback"
+    if scheme != "http":
+        return f"{place!r} is named with {scheme}://, and attached servers are asked by http:// alone"
+    try:
+        return "" if parts.port is not None else f"{place!r} is named without its port"
+    except ValueError:
+        return f"{place!r} has no such port"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def model_names(models: Answer) -> tuple[str, ...]:
@@ -119,6 +139,13 @@ def recognised(answers: Mapping[str, Answer]) -> str:
     said = {"Ollama": "/api/version", "TGI": "/info", "vLLM": "/version", "TensorRT-LLM": "/version"}.get(software)
     version = _fields(answers.get(said)).get("version") if said else props.get("build_info") if software == "llama.cpp" else None
     return f"{software} {version}" if isinstance(version, str) and version.isprintable() and 0 < len(version) <= 40 else software
+
+
+def is_conclusive(answers: Mapping[str, Answer]) -> bool:
+    """Whether asking again would bring nothing new: the software is known, or everything was answered, and nothing by one too busy."""
+    if _software(answers):
+        return True
+    return all(path in answers and not is_only_busy(answers[path]) for path in RECOGNITION_PATHS)
 
 
 def recognised_kind(answers: Mapping[str, Answer]) -> str:

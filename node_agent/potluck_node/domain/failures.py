@@ -183,7 +183,7 @@ def diagnose(ending: str, lines: Iterable[str], *, served: bool, memory_was_recl
         ending: how its process ended: "exit status 1", "signal SIGSEGV"; empty: it has not, or ended well.
         lines: the last of its stderr.
         served: it had answered its first request.
-        memory_was_reclaimed: while it ran, the kernel killed a process for want of memory.
+        memory_was_reclaimed: just before, the kernel killed a process for want of memory that may have been one of its own.
     """
     grave, warnings = _by_level(lines)
     told = _told(grave)

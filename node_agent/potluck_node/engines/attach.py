@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from potluck_node.domain.attached import WORD_SECONDS_MAX
 from potluck_node.domain.model_source import ATTACHED_KIND
@@ -16,6 +16,9 @@ from potluck_protocol.values import Endpoint
 
 if TYPE_CHECKING:
     from potluck_node.attached_servers import AttachedServers
+
+SERVERS_VARIABLE: Final = "POTLUCK_ATTACHED_SERVERS"
+"""Of the environment of what stands for them: a JSON list of texts as an owner's setting has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,12 @@ class AttachEngine:
         return self.servers.kinds or "no answer"
 
     def arguments(self, launch: EngineLaunch) -> tuple[str, ...]:
-        servers = tuple(part for server in self.servers.servers for part in ("--server", str(server)))
-        return ("-m", "potluck_node.engines.attach_server", "--lifeline", f"--name={launch.attached_name}", *servers)
+        return ("-m", "potluck_node.engines.attach_server", "--lifeline", f"--name={launch.attached_name}")
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Where the servers are. Arguments are everybody's to read on a machine, and a URL's path may be secret."""
+        return {SERVERS_VARIABLE: json.dumps([str(server) for server in self.servers.servers])}
 
     def probe(self, launch: EngineLaunch) -> EngineProbe:
         body = {"model": launch.attached_name, "prompt": "Hello", "max_tokens": 1}

@@ -1,16 +1,16 @@
 """Stands for one model of a server that the owner runs.
 
-`python -m potluck_node.engines.attach_server --name NAME --server "URL [KEY_FILE]"`
+`POTLUCK_ATTACHED_SERVERS='["URL [KEY_FILE]"]' python -m potluck_node.engines.attach_server --name NAME`
 
 Waits until one of the servers lists the model, prints one line of JSON with its own URL, and forwards requests until that server is gone or
 has the model no more. Then it ends, so that its supervisor knows, and the next one waits again. With `--lifeline` it lives no longer than
 its stdin.
 
 Decides that only the model's name in a request is changed, nothing in an answer, that a client's hang-up closes the server's connection at
-once, and when the server is gone. One that listens may be at its owner's work: it is given up only where, while somebody waits here,
-neither an answer nor its list of models came for as long as any request may take. Its `/metrics` are the server's own in our words, read in
-the dialect of the software that the server is recognised as. It must not know the link, and never asks the server for anything but models,
-answers and what it says of itself.
+once, that a redirect is no answer, nor is a packed one, and when the server is gone. One that listens may be at its owner's work: it is
+given up only where, while somebody waits here, neither an answer nor its list of models came for as long as any request may take. Its
+`/metrics` are the server's own in our words, read in the dialect of the software that the server is recognised as. It must not know the
+link, and never asks the server for anything but models, answers and what it says of itself.
 """
 
 from __future__ import annotations
@@ -18,18 +18,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from contextlib import AbstractAsyncContextManager, suppress
+from http import HTTPStatus
 from time import monotonic
-from typing import Final
+from typing import Final, NoReturn
 
 import uvloop
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
 
 from potluck_node.attached_servers import CONNECT_LIMIT_SECONDS, address_of, ask, headers_of, listens, words_of
-from potluck_node.domain.attached import MODELS_PATH, WORD_SECONDS_MAX, AttachedServer, model_names, parse_attached, recognised_kind
+from potluck_node.domain.attached import (
+    BUSY_STATUSES,
+    MODELS_PATH,
+    WORD_SECONDS_MAX,
+    AttachedServer,
+    is_conclusive,
+    model_names,
+    parse_attached,
+    recognised_kind,
+)
 from potluck_node.engines.asking import BEHIND_DOOR_SECONDS_MAX, ask_load
-from potluck_node.engines.door import nobody_answered, open_door
+from potluck_node.engines.attach import SERVERS_VARIABLE
+from potluck_node.engines.door import no_answer, nobody_answered, open_door
 from potluck_node.engines.metrics import metrics_of
 from potluck_node.engines.metrics_page import page_of
 from potluck_node.engines.standstill import Standstill
@@ -44,6 +56,7 @@ LOOKS_MISSED_MAX: Final = 2
 """So many looks in a row without a server that listens and lists the model: it is gone. One that listens and says nothing is busy, up to
 `WORD_SECONDS_MAX`."""
 EXIT_GONE: Final = 69
+EMBEDS_ONLY_WORDS: Final = "a model is ready once a token came from there, so one that gives none, as for embeddings only, cannot be shared"
 
 
 class GoneError(Exception):
@@ -84,7 +97,8 @@ class Front:
         self._standstill = Standstill(monotonic)
         self._under_way_count = 0
         self._kind: str | None = None
-        """Of engine, for its metrics; None: not yet asked."""
+        """Of engine, for its metrics; None: not yet known."""
+        self._gave_tokens = False
 
     def serve(self) -> AbstractAsyncContextManager[str]:
         """As `open_door`."""
@@ -122,7 +136,10 @@ class Front:
             models = await ask(self._http, self._server, MODELS_PATH)
             if models is None or models.status != 200:
                 return ""
-            self._kind = recognised_kind(await words_of(self._http, self._server, models))
+            words = await words_of(self._http, self._server, models)
+            if not is_conclusive(words):
+                return ""
+            self._kind = recognised_kind(words)
         try:
             address = address_of(self._server)
         except (OSError, ValueError):
@@ -142,12 +159,32 @@ class Front:
         try:
             # The answer's bytes go on as they are, so they must not be packed.
             headers = headers_of(self._server) | {"accept-encoding": "identity"}
-            response = await self._standstill.hear(self._http.post(self._server.url + endpoint.value, data=body, headers=headers))
+            url = self._server.url + endpoint.value
+            response = await self._standstill.hear(self._http.post(url, data=body, headers=headers, allow_redirects=False))
         except (ClientError, OSError, ValueError) as error:
             self._in_doubt.set()
             raise nobody_answered("the attached server did not answer") from error
         async with response:
+            self._check(endpoint, response)
             return await _pass_on(request, response, self._standstill)
+
+    def _check(self, endpoint: Endpoint, response: ClientResponse) -> None:
+        """Raises where this is no answer to pass on. What keeps it from getting ready goes to stderr, too, so that its failure says so."""
+        status, encoding = response.status, response.headers.get("content-encoding", "identity").strip().lower()
+        if 300 <= status < 400:
+            # A redirect may lead anywhere, with the prompt, and somebody else's answer would come back as the model's.
+            self._refuse(f"redirects (HTTP status {status}), which is not followed; attach the URL that answers itself")
+        if encoding not in {"", "identity"}:
+            self._refuse(f"packs its answers ({encoding!a:.40}) although it was asked not to; switch compression off there")
+        if endpoint is Endpoint.COMPLETIONS and not self._gave_tokens:
+            self._gave_tokens = status == HTTPStatus.OK
+            if not self._gave_tokens and status not in BUSY_STATUSES:
+                _tell(f"{self._server.place} answers {endpoint.value} with HTTP status {status}; {EMBEDS_ONLY_WORDS}")
+
+    def _refuse(self, what: str) -> NoReturn:
+        text = f"the attached server {what}"
+        _tell(f"{text} ({self._server.place})")
+        raise no_answer(text)
 
 
 async def _pass_on(request: web.Request, response: ClientResponse, standstill: Standstill) -> web.StreamResponse:
@@ -166,6 +203,10 @@ async def _pass_on(request: web.Request, response: ClientResponse, standstill: S
     return passed
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's tail
+
+
 def _renamed(body: bytes, name: str) -> bytes:
     """The same request for the model as the server calls it. What is no JSON object goes on as it is, and gets the server's own answer."""
     try:
@@ -181,7 +222,8 @@ async def _run(options: argparse.Namespace) -> None:
     async with ClientSession(
         connector=connector, timeout=limit, auto_decompress=False, trust_env=False, cookie_jar=DummyCookieJar()
     ) as http:
-        front = Front(http, await server_with(http, options.server, options.name), options.name)
+        servers = [parse_attached(text) for text in json.loads(os.environ[SERVERS_VARIABLE])]
+        front = Front(http, await server_with(http, servers, options.name), options.name)
         async with front.serve() as url:
             print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
             await front.until_gone()
@@ -190,7 +232,6 @@ async def _run(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="potluck_node.engines.attach_server", description=__doc__)
     parser.add_argument("--name", required=True, help="what the server calls the model")
-    parser.add_argument("--server", type=parse_attached, action="append", required=True, help="its URL, and the file of its key")
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin ends")
     options = parser.parse_args()
     if options.lifeline:
@@ -198,7 +239,7 @@ def main() -> None:
     try:
         uvloop.run(_run(options))
     except GoneError as error:
-        print(error, file=sys.stderr)  # noqa: T201 - the supervisor's tail
+        _tell(str(error))
         sys.exit(EXIT_GONE)
 
 

@@ -62,6 +62,12 @@ def nobody_answered(message: str) -> web.HTTPBadGateway:
     return web.HTTPBadGateway(text=text, content_type="application/json")
 
 
+def no_answer(message: str) -> web.HTTPInternalServerError:
+    """What a client gets where what came from behind the door is nothing to pass on; to be raised. Asking again would bring the same."""
+    text = json.dumps({"error": {"code": 500, "message": message, "type": "server_error"}})
+    return web.HTTPInternalServerError(text=text, content_type="application/json")
+
+
 @web.middleware
 async def _refuse_browsers(request: web.Request, handler: Any) -> web.StreamResponse:
     """A page open in this machine's browser may post to loopback; it cannot keep the browser from saying so."""

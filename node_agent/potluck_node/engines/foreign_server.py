@@ -136,7 +136,7 @@ class ForeignEngine:
     def fault(self) -> str:
         """What is missing of what was there; empty: nothing."""
         for process in self._processes:
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            if _is_gone(process):
                 return f"one of the engine's processes is gone (pid {process.pid})"
         for address in sorted(self._peers - self._connected() if self._peers else ()):
             return f"the group is broken: the member at {address} is gone"
@@ -181,6 +181,13 @@ def _members() -> list[psutil.Process]:
             if pid != os.getpid() and os.getpgid(pid) == os.getpgrp():
                 found.append(psutil.Process(pid))
     return found
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two questions
+        return True
 
 
 def _title(process: psutil.Process) -> str:

@@ -92,7 +92,8 @@ class Front:
     async def _post(self, endpoint: Endpoint, body: bytes) -> ClientResponse:
         assert self._session is not None
         try:
-            asking = self._session.post(self._engine_url + endpoint.value, data=body, headers={"content-type": "application/json"})
+            url, headers = self._engine_url + endpoint.value, {"content-type": "application/json"}
+            asking = self._session.post(url, data=body, headers=headers, allow_redirects=False)
             return await self._standstill.hear(asking, min(len(body), BATCH_BYTES_MAX))
         except ClientError as error:
             raise nobody_answered("llama.cpp did not answer") from error

@@ -7,7 +7,6 @@ Decides when an engine counts as ready and how its failure reads; `domain.failur
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +15,18 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from potluck_node.bounded_body import read_at_most
 from potluck_node.child_process import ChildProcess
 from potluck_node.domain.attached import BUSY_STATUSES
 from potluck_node.domain.failures import Shortage, diagnose
 from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.engines import last_lines
+from potluck_node.engines.attach import AttachEngine
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineAddress, EngineLaunch, EngineProbe
 from potluck_node.engines.shared_memory import free_what_the_dead_left
 from potluck_node.engines.stage_count import counted_bytes
+from potluck_node.probe import kernel_kills
+from potluck_node.probe.kernel_kills import KernelKills
 from potluck_protocol.values import FailureKind
 
 START_LIMIT_SECONDS: Final = 900.0
@@ -31,7 +34,8 @@ START_LIMIT_SECONDS: Final = 900.0
 ENDING_LIMIT_SECONDS: Final = 5.0
 """For a process that closed its stdout to end."""
 FAILURE_LINES: Final = 12
-_KERNEL_COUNTS: Final = Path("/proc/vmstat")
+TOKEN_BYTES_MAX: Final = 1024 * 1024
+"""Of an answer of one token, with whatever the engine says beside it. An attached one may send without an end."""
 
 _PASSED_VARIABLES: Final = (
     *("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
@@ -83,7 +87,8 @@ class EngineProcess:
         self._lines_folder = lines_folder
         self._draining: asyncio.Task[None] | None = None
         self._condemned: asyncio.Future[EngineFailedError] = asyncio.get_running_loop().create_future()
-        self._kill_count = _kernel_kill_count()
+        self._kills = KernelKills()
+        self._looking = asyncio.create_task(self._look_at_kills())
         self.address = EngineAddress("")
         self._stage_counts: Path | None = None
 
@@ -101,8 +106,9 @@ class EngineProcess:
         Raises:
             EngineFailedError: with the last lines of stderr; nothing of the engine is left.
         """
+        variables = engine.variables if isinstance(engine, AttachEngine) else {}
         try:
-            child = ChildProcess.spawn(engine.arguments(launch), engine_environment(environment))
+            child = ChildProcess.spawn(engine.arguments(launch), engine_environment(environment) | variables)
         except OSError as error:
             raise EngineFailedError(f"the engine {engine.kind} could not be started: {error}") from error
         process = cls(child, engine.kind, lines_folder)
@@ -151,6 +157,7 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """Stops the engine and everything it started, within a bound."""
+        self._looking.cancel()
         await (self._child.kill() if self._condemned.done() else self._child.stop())
         # Where its launcher was killed with the rest, what the engine shared in memory would stay until the next start.
         await asyncio.to_thread(free_what_the_dead_left)
@@ -228,30 +235,27 @@ class EngineProcess:
         if self._kind == ATTACHED_KIND:
             # What it stands for has the memory, is its owner's, and can be given no less.
             return False
-        count = _kernel_kill_count()
-        return None not in (count, self._kill_count) and count != self._kill_count
+        return self._kills.came_lately()
+
+    async def _look_at_kills(self) -> None:
+        while True:
+            await asyncio.sleep(kernel_kills.LOOK_SECONDS)
+            self._kills.look()
 
 
 async def ask(session: aiohttp.ClientSession, address: EngineAddress, probe: EngineProbe, limit_seconds: float) -> tuple[int, bytes]:
-    """Asks an engine for its one token: HTTP status and body; raises aiohttp.ClientError, or TimeoutError after the limit."""
-    limit = aiohttp.ClientTimeout(total=limit_seconds)
-    async with session.post(address.url + probe.endpoint.value, data=probe.body, headers=address.headers, timeout=limit) as response:
-        return response.status, await response.read()
+    """Asks an engine for its one token: HTTP status, and body up to a bound; raises aiohttp.ClientError, or TimeoutError after the limit.
+
+    No redirection is followed: it may lead anywhere, and the token would be somebody else's.
+    """
+    url, limit = address.url + probe.endpoint.value, aiohttp.ClientTimeout(total=limit_seconds)
+    async with session.post(url, data=probe.body, headers=address.headers, timeout=limit, allow_redirects=False) as response:
+        return response.status, await read_at_most(response.content, TOKEN_BYTES_MAX)
 
 
 def has_token(answer: bytes) -> bool:
     """Whether an unstreamed answer counts at least one token of its own."""
     try:
         return int(json.loads(answer)["usage"]["completion_tokens"]) >= 1
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
-
-
-def _kernel_kill_count() -> int | None:
-    """How many processes the kernel has killed for want of memory since it booted; None where it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in _KERNEL_COUNTS.read_text().splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    return None

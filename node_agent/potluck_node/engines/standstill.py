@@ -85,10 +85,11 @@ class Standstill:
         """Nobody listens, and since a client left the engine has not been heard: only a question can tell."""
         return not self._listening_count and self._left_at_seconds is not None and self._now() - self._left_at_seconds > DOUBT_SECONDS
 
-    def excuse(self) -> None:
-        """Whoever listens was not there to hear: silence counts from now."""
-        self._heard_at_seconds = self._now()
-        self._carried_seconds = 0.0
+    def excuse(self, absence_seconds: float) -> None:
+        """Whoever listens was not there to hear in so many of the last seconds: they are no silence, and what was before them still is."""
+        self._heard_at_seconds = min(self._now(), self._heard_at_seconds + absence_seconds)
+        # Whoever listened may have left since, and carried them along.
+        self._carried_seconds = max(0.0, self._carried_seconds - absence_seconds)
 
     # What ears tell.
 

@@ -48,7 +48,7 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 class ModelStore:
-    """The model files of one cache folder; one process uses it at a time.
+    """The model files of one cache folder; one process uses it at a time, which `own_folder` sees to.
 
     Args:
         folder: the cache; made 0700 where it is missing.

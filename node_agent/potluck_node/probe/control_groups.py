@@ -19,9 +19,13 @@ _UNLIMITED_BYTES: Final = 1 << 60
 """Version 1 writes "no limit" as the greatest number that it has, rounded to a page."""
 _MEMORY_FILES: Final = (
     ("memory.max", "memory.current", "inactive_file"),
+    # Not a wall, but who goes beyond it is slowed down until nothing moves; systemd's MemoryHigh= sets it.
+    ("memory.high", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """By version: the limit, what is used, and the part of this, in `memory.stat`, that the kernel takes back when memory is wanted."""
+_KILL_FILES: Final = ("memory.events", "memory.oom_control")
+"""By version: what the kernel killed here for want of memory, the group's or the whole machine's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,18 @@ class ControlGroups:
         """Seconds of processor time a second; None: no group has a limit."""
         return min((share for folder in self._folders("cpu") if (share := _processor_share(folder)) is not None), default=None)
 
+    def memory_kill_count(self) -> int | None:
+        """How many processes the kernel has killed for want of memory in the nearest group that counts them; None: none does."""
+        counts = (_statistic(folder / name, "oom_kill") for folder in self._folders("memory") for name in _KILL_FILES)
+        return next((count for count in counts if count is not None), None)
+
     def _memory(self) -> Iterator[tuple[int, int]]:
         for folder in self._folders("memory"):
             for limit_file, used_file, reclaimable in _MEMORY_FILES:
                 limit_bytes = _number(folder / limit_file)
                 if limit_bytes is not None and 0 <= limit_bytes < _UNLIMITED_BYTES:
-                    yield limit_bytes, max(0, (_number(folder / used_file) or 0) - _statistic(folder / "memory.stat", reclaimable))
+                    held_bytes = (_number(folder / used_file) or 0) - (_statistic(folder / "memory.stat", reclaimable) or 0)
+                    yield limit_bytes, max(0, held_bytes)
 
     def _folders(self, controller: str) -> Iterator[Path]:
         # A group may have any name that a folder may have.
@@ -78,12 +88,12 @@ def _processor_share(folder: Path) -> float | None:
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
 
 
-def _statistic(file: Path, name: str) -> int:
+def _statistic(file: Path, name: str) -> int | None:
     for line in _text(file).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isdecimal():
             return int(value)
-    return 0
+    return None
 
 
 def _number(file: Path) -> int | None:
