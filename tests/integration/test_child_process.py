@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from potluck_node.child_process import ChildProcess
-from tests.support.pool import marked_processes
+from tests.support.pool import marked_processes, until
 
 SLEEPS = ("-c", "import time; time.sleep(60)")
 
@@ -69,7 +69,8 @@ async def test_whoever_is_cancelled_about_a_start_leaves_no_child(turn_count):
     task = asyncio.create_task(spawn_and_stop())
     for _ in range(turn_count):
         await asyncio.sleep(0)
-    was_started = bool(marked_processes(mark))
+    # Without a turn of the loop: a process that has just begun does not show its environment yet.
+    was_started = until(lambda: bool(marked_processes(mark)), 5.0 if turn_count else 0.0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
