@@ -1,9 +1,9 @@
 """`python -m tests.benchmarks.planning --nodes 10 100 1000 --deployments 20`: what one plan costs, by the size of the pool.
 
-Decides the pool: boxes of one to four RTX 3090, machines without cards, sites, owners, groups, and wishes for about half of what there is.
-Everything goes through the directory's `Planner`, as in a coordinator. Milliseconds are processor time of the planning thread, and those of
-`loop` the longest that an event loop beside it waited for its turn; garbage is collected as in the directory's process. `--check` compares
-each plan with one that remembers no fit.
+Decides the pool: boxes of one to four RTX 3090, machines without cards, sites, owners, groups, and wishes for about half of what there is;
+and, for plans in which much changes at once, one of equal boxes with a card each. Everything goes through the directory's `Planner`, as in
+a coordinator. Milliseconds are processor time of the planning thread, and those of `loop` the longest that an event loop beside it waited
+for its turn; garbage is collected as in the directory's process. `--check` compares each plan with one that remembers no fit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from potluck_coordinator.domain.fit.architecture import ModelArchitecture
 from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.planning.sizing import Sizer
+from potluck_coordinator.domain.planning.words import IDLE_SECONDS
 from potluck_protocol.values import AccountId, EngineState, GroupOffer, ModelFile, ModelId, NodeId, PeerMeasurement
 from tests.support.planning import AWQ, GIB, card_entry, cards, machine_entry, node, status
 
@@ -184,6 +185,36 @@ def steps(run: Run, seed: int) -> Mapping[str, Cost]:
     return found
 
 
+def changes_at_once(node_count: int, seed: int) -> Mapping[str, Cost]:
+    """Plans of equal boxes, in which much changes at once, or which all say that they stand in one place."""
+    boxes = {view.node_id: view for view in (node(f"node{number:05}", cards=1, owner=f"owner{number}") for number in range(node_count))}
+    entries, _ = wishes(node_count, 2)
+    entries |= {entry.model_id: entry for entry in (card_entry("8b"), card_entry("8b", model_id="other"))}
+    everywhere = Deployment(ModelId("8b"), None)
+
+    def run(*deployments: Deployment) -> Run:
+        fresh = Run(node_count, 0, seed, allocations=False)
+        fresh.change(nodes=boxes, catalogue=entries, deployments=deployments)
+        return fresh
+
+    found = {"half of the nodes get a replica": run(Deployment(ModelId("8b"), node_count // 2)).advance()}
+    idle = run(everywhere)
+    idle.settle()
+    idle.now += IDLE_SECONDS
+    idle.change(deployments=(everywhere, Deployment(ModelId("other"), node_count // 4)))
+    found["a quarter as many are wished for in the place of idle ones"] = idle.advance()
+    near = run(Deployment(ModelId("huge"), 1))
+    offers = (GroupOffer("home", f"10.0.{number // 250}.{1 + number % 250}", 29_600) for number in range(node_count))
+    near.change(
+        nodes={
+            box.node_id: replace(box, inventory=replace(box.inventory, group_offer=offer))
+            for box, offer in zip(boxes.values(), offers, strict=True)
+        }
+    )
+    found["all name one site and nobody trusts"] = near.advance()
+    return found
+
+
 async def longest_wait_ms(run: Run) -> float:
     """The longest that a loop waits for its turn while a whole plan is made beside it, as `directory.nodes` has it made."""
     longest, planning = 0.0, asyncio.create_task(asyncio.to_thread(run.advance))
@@ -231,6 +262,7 @@ def main() -> int:
         waited = asyncio.run(longest_wait_ms(Run(node_count, arguments.deployments, arguments.seed, allocations=False)))
         words = ", ".join(f"{name} {cost.milliseconds:.1f}" for name, cost in found.items())
         print(f"{node_count} nodes, {len(run.planner.replicas)} replicas, {len(run.planner.groups)} groups: ms {words}; loop {waited:.1f}")
+        print("; ".join(f"{name}: ms {cost.milliseconds:.1f}" for name, cost in changes_at_once(node_count, arguments.seed).items()))
         if arguments.allocations:
             print(", ".join(f"{name} {cost.peak_bytes / 1e6:.1f} MB at most" for name, cost in found.items()))
         if arguments.check:

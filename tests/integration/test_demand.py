@@ -135,5 +135,5 @@ async def test_a_node_that_names_models_of_its_own_is_not_remembered_for_them(tm
             while not planner._troubles:
                 await asyncio.sleep(0.02)
         ((key, trouble),) = planner._troubles.items()
-        assert key == (node.credentials.node_id, TINY)
+        assert key == (node.credentials.node_id, TINY, node.status.replica_id)
         assert (len(trouble.reason), trouble.reason.isprintable(), trouble.refused) == (200, True, True)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.planning.node_kinds import whole_room
-from potluck_protocol.values import DesiredEngine, EngineState, EngineStatus, GroupOffer, ModelId, NodeId, PeerMeasurement, ReplicaId
+from potluck_protocol.values import (
+    DesiredEngine,
+    EngineState,
+    EngineStatus,
+    GroupOffer,
+    ModelId,
+    NodeId,
+    NodeState,
+    PeerMeasurement,
+    ReplicaId,
+)
 from tests.support.planning import cards, node
 
 if TYPE_CHECKING:
@@ -58,6 +68,15 @@ class Box:
     engines: dict[ReplicaId, Engine] = field(default_factory=dict)
     refused: set[ModelId] = field(default_factory=set)
     """Models that its owner does not allow, which the pool learns when it asks."""
+    spoiled: set[str] = field(default_factory=set)
+    """Cards, and the machine itself by its name, on which every whole engine fails."""
+
+    @property
+    def is_present(self) -> bool:
+        return self.view.connected and self.view.state is NodeState.SERVING
+
+    def is_ready(self, replica_id: ReplicaId) -> bool:
+        return replica_id in self.engines and self.engines[replica_id].state is EngineState.READY
 
     def obey(self, desired: tuple[DesiredEngine, ...]) -> None:
         """One beat of the agent's life: what is wished comes one step nearer, what is not goes."""
@@ -76,6 +95,10 @@ class Box:
             if replica_id not in self.engines:
                 is_refused = wish.model.model_id in self.refused and wish.group is None
                 self.engines[replica_id] = Engine(wish, EngineState.REFUSED if is_refused else EngineState.FETCHING)
+        for engine in self.engines.values():
+            is_spoiled = bool(self.spoiled.intersection(engine.wish.shape.card_uuids or (self.view.node_id,)))
+            if is_spoiled and engine.wish.group is None and engine.state in {EngineState.STARTING, EngineState.READY}:
+                engine.state = EngineState.BACKING_OFF
 
     def measure(self, peers: Iterable[NodeId]) -> None:
         """Links to others are good."""

@@ -1,9 +1,9 @@
 """A pool in which everything comes and goes, planned for at every turn: `python -m tests.property.planning_churn --steps 1000 --seed 1`.
 
 Nodes of a simulated pool obey their wishes step by step: they fetch, start, answer, stop. Random joins, leaves, pauses, refusals, failures
-of stages, memory that others take of cards, wishes and demands hit it, and after each of them the pool is left alone until it rests. The
-plan is made by the directory's `Planner` out of what nodes say, and demand is what the gateway's `Refusals` make of requests. Checked all
-along, from the outside:
+of stages and of cards, memory that others take of cards, wishes and demands hit it, and after each of them the pool is left alone until it
+rests. The plan is made by the directory's `Planner` out of what nodes say, and demand is what the gateway's `Refusals` make of requests.
+Checked all along, from the outside:
 
 - every plan fits: no card is wished for two engines, nothing is wished beyond a machine's memory or a card's, and engines that still stop
   count as running, stages of groups that broke among them;
@@ -12,7 +12,7 @@ along, from the outside:
 - a satisfied deployment is not disturbed, but for a place that is worth at least 20 % more, or for the demand of another while it is idle;
   a group that stands and is wished is not given up before single nodes answer in its place, as many at a time as it did.
 
-News is an event, a node's refusal of a model, and whatever nodes show of the fit. Prints what happened; ends 1 at the first broken rule.
+News: an event, a replica that its node turns out not to run, what nodes show of the fit. Prints what happened; ends 1 at a broken rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from potluck_coordinator.domain.catalogue import Deployment, ServiceTier
 from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED
 from potluck_coordinator.domain.grouping.words import GroupPhase, ShardGroup
 from potluck_coordinator.domain.planning.state import Draft
-from potluck_coordinator.domain.planning.words import IDLE_SECONDS, Phase, PlannedReplica
+from potluck_coordinator.domain.planning.troubles import troubles
+from potluck_coordinator.domain.planning.words import IDLE_SECONDS, Phase, PlannedReplica, TroubleKey
 from potluck_coordinator.gateway.refusals import Refusals
 from potluck_protocol.values import AccountId, EngineState, ModelId, NodeId, NodeState, ReplicaId
 from tests.property.planning_boxes import FOREIGN_BYTES, Box, BrokenRuleError, random_box
@@ -74,9 +75,10 @@ class _Clock:
 
 
 class Churn:
-    """The simulated pool; `step` is one event and the rest after it."""
+    """The simulated pool; `step` is one event and the rest after it. With `spoils`, cards go bad too."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, spoils: bool = False) -> None:
+        self.spoils = spoils
         self.random = random.Random(seed)
         self.clock = _Clock()
         self.boxes: dict[NodeId, Box] = {}
@@ -96,6 +98,7 @@ class Churn:
         self._plans_since_news: list[frozenset[tuple[str, ...]]] = []
         self._presence: dict[tuple[ModelId, NodeId], list[bool]] = {}
         self._peers: dict[NodeId, list[NodeId]] = {}
+        self._troubled: frozenset[TroubleKey] = frozenset()
         self._number = 0
         for _ in range(NODES_MAX // 2):
             self.join()
@@ -112,6 +115,7 @@ class Churn:
             self.refuse,
             self.take_memory,
             self.break_stage,
+            *[self.spoil] * self.spoils,
         )
         wishes = (*[self.deploy] * 3, self.undeploy, *[self.ask] * 2, *[self.fall_silent] * 2, self.wait)
         event = self.random.choice(nodes + wishes)
@@ -178,11 +182,17 @@ class Churn:
         if running := [engine for engine in stages if engine.state is EngineState.READY]:
             self.random.choice(running).state = EngineState.BACKING_OFF
 
+    def spoil(self) -> None:
+        """A card goes bad, or a machine without any."""
+        if box := self._any_box(present=True):
+            cards = box.view.inventory.accelerators
+            box.spoiled.add(self.random.choice(cards).uuid if cards else box.view.node_id)
+
     def wait(self) -> None:
         self.clock.now += self.random.choice((30.0, 150.0, 400.0))
 
     def _any_box(self, *, present: bool | None = None) -> Box | None:
-        found = [box for _, box in sorted(self.boxes.items()) if present is None or present == _is_present(box)]
+        found = [box for _, box in sorted(self.boxes.items()) if present is None or present == box.is_present]
         return self.random.choice(found) if found else None
 
     # Rest.
@@ -205,9 +215,10 @@ class Churn:
         raise BrokenRuleError(f"the plan does not come to rest after {self.counts.events}")
 
     def replan(self) -> None:
-        facts, corrections = self.facts(), self.planner.corrections
+        facts, known = self.facts(), (self.planner.corrections, self._troubled)
         new = self._advance(facts)
-        if self.planner.corrections != corrections:
+        self._troubled = frozenset(troubles(self.planner._troubles, self.clock.now))
+        if (self.planner.corrections, self._troubled) != known:
             self._forget()
         if (again := self._advance(facts)) != new:
             raise BrokenRuleError(f"the same facts gave another plan: {difference(new, again)}")
@@ -247,13 +258,10 @@ class Churn:
 
     def _obey(self) -> None:
         for node_id, box in sorted(self.boxes.items()):
-            if not _is_present(box):
+            if not box.is_present:
                 continue
-            known = {replica_id for replica_id, engine in box.engines.items() if engine.state is EngineState.REFUSED}
             box.obey(self.made.desired.get(node_id, ()))
             box.measure(peer for peer in self._peers.get(node_id, ()) if peer in self.boxes)
-            if {replica_id for replica_id, engine in box.engines.items() if engine.state is EngineState.REFUSED} - known:
-                self._forget()
 
     # Rules.
 
@@ -296,7 +304,7 @@ class Churn:
                     self._check_reason(replica, new)
         for replica_id, model_id in ready_groups(self.made).items():
             group = self.made.groups[replica_id]
-            stands = all(stage.node_id in self.boxes and _is_ready(self.boxes[stage.node_id], replica_id) for stage in group.stages)
+            stands = all(stage.node_id in self.boxes and self.boxes[stage.node_id].is_ready(replica_id) for stage in group.stages)
             is_wished = model_id in self._deployed and self._deployed[model_id] == self.deployments.get(model_id)
             if stands and is_wished and replica_id not in ready_groups(new) and not self._is_answered_instead(group, new):
                 raise BrokenRuleError(f"{replica_id} stood and was given up: {new.groups.get(replica_id)}")
@@ -310,7 +318,7 @@ class Churn:
 
     def _serves(self, replica: PlannedReplica) -> bool:
         box = self.boxes.get(replica.node_id)
-        return box is not None and _is_present(box) and _is_ready(box, replica.replica_id)
+        return box is not None and box.is_present and box.is_ready(replica.replica_id)
 
     def _check_reason(self, gone: PlannedReplica, new: Made) -> None:
         """A replica of a satisfied deployment is let go: for a better place that answers, or while idle for another's demand."""
@@ -366,21 +374,13 @@ class Churn:
                 raise BrokenRuleError(f"{place} changed {changes} without an event")
 
 
-def _is_present(box: Box) -> bool:
-    return box.view.connected and box.view.state is NodeState.SERVING
-
-
-def _is_ready(box: Box, replica_id: ReplicaId) -> bool:
-    return replica_id in box.engines and box.engines[replica_id].state is EngineState.READY
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None)
     arguments = parser.parse_args()
     seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed
-    churn, started = Churn(seed), time.monotonic()
+    churn, started = Churn(seed, spoils=True), time.monotonic()
     broken = ""
     try:
         for _ in range(arguments.steps):

@@ -130,6 +130,24 @@ def test_the_order_in_which_nodes_are_named_changes_nothing(pool, random):
     assert form(wish, {node_id: views[node_id] for node_id in shuffled}, rooms) == form(wish, views, rooms)
 
 
+@settings(max_examples=200, deadline=None)
+@given(pools())
+def test_where_none_is_formed_who_may_be_with_nobody_is_told_why_and_the_others_what_is_missing(pool):
+    views, rooms = pool
+    wish = need(tensor_parallel_sizes=(1, 2), layer_count=1_000)
+    formation = form(wish, views, rooms)
+    assert formation.stages == ()
+    alone = {node_id: form(wish, {node_id: view}, rooms).rejections[node_id] for node_id, view in views.items()}
+    able = [view for node_id, view in sorted(views.items()) if "no other node" in alone[node_id]]
+    for view in able:
+        others = [other for other in able if other is not view]
+        near = [other for other in others if other.inventory.group_offer.site == view.inventory.group_offer.site]
+        words = [trust_refusal(view, other) or link_refusal(view, other) for other in near or others]
+        expected = (words[0] if words else alone[view.node_id]) if all(words) else formation.reason
+        assert formation.rejections[view.node_id] == expected
+    assert all(formation.rejections[node_id] == reason for node_id, reason in alone.items() if views[node_id] not in able)
+
+
 class GroupsUnderChurn(RuleBasedStateMachine):
     """Nodes come, go, pause, fail and obey late; two models want a group each."""
 

@@ -20,6 +20,7 @@ from tests.support.planning import cards, node
 STEPS = 100
 SEEN = {4: ("displacements", "yielded", "groups"), 6: ("moves", "groups")}
 """By seed, what happens there."""
+SPOILED_SEED = 2
 STEPS_TO_FIND = 60
 SEEDS_TO_FIND = (4, 8, 6)
 
@@ -40,6 +41,16 @@ def test_a_pool_under_churn_keeps_to_the_rules(seed):
     assert all(getattr(counts, name) > 0 for name in SEEN[seed])
 
 
+def test_a_pool_whose_cards_go_bad_keeps_to_the_rules():
+    churn = Churn(SPOILED_SEED, spoils=True)
+    failed = set()
+    for _ in range(STEPS_TO_FIND):
+        churn.step()
+        failed |= {key for key, trouble in churn.planner._troubles.items() if trouble.counts(churn.clock.now) and not trouble.refused}
+    assert churn.counts.events["spoil"] > 1
+    assert len(failed) > 1
+
+
 def _stands(group, *_):
     return group.phase is not GroupPhase.BROKEN
 
@@ -47,7 +58,7 @@ def _stands(group, *_):
 BROKEN = {
     "sizes are not looked at": lambda patch: patch(Room, "without", lambda room, sizing: room),
     "any gain is worth a move": lambda patch: patch(sticking, "is_worth_moving", lambda score, new_score: new_score > score),
-    "whoever is short takes from whom he likes": lambda patch: patch(displacing, "_is_fair", lambda *_, **__: True),
+    "whoever is short takes from whom he likes": lambda patch: patch(displacing._Judge, "is_fair", lambda *_: True),
     "busy replicas make room too": lambda patch: patch(displacing, "_may_take", lambda draft, wish, one: one.model_id != wish.model_id),
     "room is free before its engine is gone": lambda patch: patch(settling, "let_go", lambda draft, replica: draft.drop(replica)),
     "a broken group's room is free for whole replicas at once": lambda patch: patch(state, "is_held", _stands),

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from potluck_coordinator.domain.grouping import forming
 from potluck_coordinator.domain.grouping.forming import form, layers_by_stage, possible_members
+from potluck_coordinator.domain.grouping.membership import trust_refusal
 from potluck_coordinator.domain.grouping.words import NodeRoom
 from potluck_protocol.private_network import address_refusal
 from potluck_protocol.values import Inventory, NodeId, NodeState, PeerMeasurement
@@ -237,3 +239,14 @@ def test_a_node_without_room_for_one_layer_is_told_so():
 )
 def test_layers_are_spread(layer_count, most, speeds, expected):
     assert layers_by_stage(layer_count, most, speeds) == expected
+
+
+def test_a_site_that_a_whole_pool_names_costs_each_node_a_few_looks_and_not_one_for_each_other_node(monkeypatch):
+    asked = []
+    monkeypatch.setattr(forming, "trust_refusal", lambda first, second: asked.append(first) or trust_refusal(first, second))
+    strangers = [node(number, f"owner{number}") for number in range(1, 201)]
+    views = {view.node_id: view for view in strangers}
+    formation = form(need(), views, rooms(views))
+    assert formation.reason == "no two of the nodes that could be in a group may be in one together"
+    assert formation.rejections["n7"] == "its owner does not trust the owner of node n1 (group_trusts)"
+    assert len(asked) < 3 * len(views)

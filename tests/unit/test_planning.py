@@ -272,7 +272,7 @@ def test_a_move_that_fails_is_taken_back():
     nodes = dict(before.nodes) | {NodeId("new"): node("new", cards=cards(1, "NVIDIA H100 80GB HBM3", 80 * GIB, "new"))}
     moving = later(before, made, nodes=nodes)
     begun = plan(moving)
-    after = plan(later(moving, begun, troubles={(NodeId("new"), ModelId("8b")): REFUSED}, said=answering(begun, except_for={"new/8b"})))
+    after = plan(later(moving, begun, troubles={("new", "8b", "new/8b"): REFUSED}, said=answering(begun, except_for={"new/8b"})))
     assert list(after.replicas) == ["old/8b"]
 
 
@@ -373,7 +373,7 @@ def test_a_refusal_is_gone_round_and_the_node_keeps_the_wish_until_another_answe
     before = view([node("a"), node("b")], [TINY], [wish("tiny", 1)])
     made = plan(before)
     ((replica_id, replica),) = made.replicas.items()
-    troubles = {(replica.node_id, ModelId("tiny")): REFUSED}
+    troubles = {(replica.node_id, ModelId("tiny"), replica_id): REFUSED}
     after = plan(later(before, made, troubles=troubles, said={}))
     assert places(after, "tiny") == {"a", "b"}
     settled = plan(later(before, after, 2, troubles=troubles, said=answering(after, except_for={replica_id})))

@@ -73,8 +73,8 @@ def test_nothing_is_learned_from_what_a_node_says_of_anothers_replica():
 def test_a_refusal_is_remembered_of_what_is_planned_there_only():
     box = node("a", cards=1)
     planner = planner_of(box, ENTRIES[1])
-    refusals = tuple(status(f"r{model_id}", model_id, EngineState.REFUSED, failure="no\x07 " * 200) for model_id in ("32b", "8b", "own"))
+    refusals = tuple(status(f"a/{model_id}", model_id, EngineState.REFUSED, failure="no\x07 " * 200) for model_id in ("32b", "8b", "own"))
     planner.advance(PoolFacts((wish("32b", 1),), {WANTED: ENTRIES[1]}, {"a": replace(box, engines=refusals)}), 1000.0)
     ((key, trouble),) = planner._troubles.items()
-    assert key == ("a", "32b")
+    assert key == ("a", "32b", "a/32b")
     assert (len(trouble.reason), trouble.reason.isprintable()) == (200, True)

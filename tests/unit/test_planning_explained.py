@@ -49,7 +49,7 @@ def test_every_node_has_the_reason_that_ruled_it_out():
         node("slower", cards=cards(1, "NVIDIA RTX A5000", node="slower")),
     ]
     before = view(nodes, [card_entry("32b"), card_entry("8b")], [wish("32b", 1), wish("8b", 1)])
-    troubles = {(NodeId("refuses"), ModelId("32b")): REFUSED, (NodeId("refuses"), ModelId("8b")): REFUSED}
+    troubles = {("refuses", model_id, f"refuses/{model_id}"): REFUSED for model_id in ("32b", "8b")}
     made = plan(before)
     standing_replicas = {
         "serves/32b": replace(

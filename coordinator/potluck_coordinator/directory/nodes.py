@@ -80,7 +80,6 @@ class Nodes:
         self._live: dict[NodeId, _LiveNode] = {}
         self._card_foreign_bytes: dict[NodeId, Mapping[str, int]] = {}
         """Of every node that said so since this process began, until it is out: a link that breaks takes nothing back."""
-        self._attempt_counts: dict[ReplicaId, int] = {}
         self._used_at: dict[ReplicaId, float] = {}
         self._waiting_counts: Mapping[ModelId, int] = {}
         self._kept_plan = KeptPlan(store)
@@ -267,7 +266,6 @@ class Nodes:
         if known is not None and known.report.epoch > report.epoch:
             return False
         live = self._live[report.node_id] = self._heard(report, now)
-        self._attempt_counts |= report.attempt_counts
         self._used_at |= dict.fromkeys(report.attempt_counts, now)
         return known is None or known.planned_by() != live.planned_by()
 
@@ -279,11 +277,14 @@ class Nodes:
     def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str]]:
         """What a plan is made from, and who is out."""
         nodes = work.nodes.list_all()
+        # By the last word about each node: an earlier one, of an earlier session above all, holds no more.
+        said = [live.report.attempt_counts for live in tuple(self._live.values())]
+        attempt_counts = {replica_id: count for counts in said for replica_id, count in counts.items() if count}
         facts = PoolFacts(
             deployments=work.catalogue.deployments(),
             catalogue=work.catalogue.entries(),
             nodes={node.node_id: _view(node, self._live.get(node.node_id)) for node in nodes if node.status is NodeStatus.ACTIVE},
-            attempt_counts=dict(self._attempt_counts),
+            attempt_counts=attempt_counts,
             used_at=dict(self._used_at),
             waiting_counts=self._waiting_counts,
         )
@@ -293,7 +294,6 @@ class Nodes:
         """Of replicas that are no more."""
         planned = planner.replicas.keys() | planner.groups.keys()
         self._used_at = {replica_id: at for replica_id, at in self._used_at.items() if replica_id in planned}
-        self._attempt_counts = {replica_id: count for replica_id, count in self._attempt_counts.items() if replica_id in planned}
 
     def _desired(self, work: UnitOfWork, wishes: Wishes) -> Mapping[NodeId, DesiredState]:
         before = self._board.snapshot.desired
@@ -332,9 +332,7 @@ class Nodes:
     def _forget(self, node_ids: Sequence[NodeId]) -> None:
         """They are not connected any more."""
         for node_id in node_ids:
-            live = self._live.pop(node_id, None)
-            for status in live.report.engines if live is not None else ():
-                self._attempt_counts.pop(status.replica_id, None)
+            self._live.pop(node_id, None)
 
     def _now(self) -> float:
         return self._clock.monotonic_seconds()

@@ -1,7 +1,7 @@
 """The plan over time: what the last one was, what nodes have done since, and what follows for everyone.
 
 Decides what is remembered between two plans: the replicas that stand, the groups, which nodes are away and since when, when replicas last
-answered, and which nodes will not run which models. `domain.planning` makes the plan, `domain.grouping` the groups. It must not know how
+answered, and which nodes will not run which replicas. `domain.planning` makes the plan, `domain.grouping` the groups. It must not know how
 facts are heard, kept or told.
 """
 
@@ -111,6 +111,7 @@ class Planner:
                 absent_since=self._absent_since,
                 promised=whole.promised,
                 hoped_rooms=whole.hoped_rooms,
+                refusals=whole.refusals,
                 attempt_counts=facts.attempt_counts,
             )
             self.groups, self._formations = dict(grouped.groups), grouped.formations
@@ -159,8 +160,7 @@ class Planner:
         self._used_at |= facts.used_at
         self._used_at |= {replica_id: now for replica_id, count in facts.attempt_counts.items() if count}
         self._used_at = {replica_id: used_at for replica_id, used_at in self._used_at.items() if replica_id in self.replicas}
-        planned = {(replica.node_id, replica.model_id) for replica in self.replicas.values()}
-        self._troubles = remember(self._troubles, facts.nodes.values(), planned, now)
+        self._troubles = remember(self._troubles, facts.nodes.values(), self.replicas.values(), now)
         self._learn(facts)
 
     def _learn(self, facts: PoolFacts) -> None:

@@ -73,23 +73,24 @@ def form(
         if (reason := _own_refusal(need, view, rooms.get(node_id), doubts.get(node_id, "")))
     }
     able = [view for node_id, view in sorted(views.items()) if node_id not in rejections]
-    refusals = _pair_refusals(able)
+    classes = [(candidates, _pairs(candidates)) for candidates in _classes(need, able, rooms)]
     for stage_count in range(2, STAGES_MAX + 1):
         found = [
             (seconds, tuple(candidate.node_id for candidate in order), order, layer_counts)
-            for candidates in _classes(need, able, rooms)
-            for chosen in _cliques(candidates, stage_count, refusals, _needed_bytes(need, candidates))
+            for candidates, pairs in classes
+            for chosen in _cliques(candidates, stage_count, pairs, _needed_bytes(need, candidates))
             if (fitting := _best_order(need, chosen)) is not None
             for seconds, order, layer_counts in (fitting,)
         ]
         if found:
             _, _, order, layer_counts = min(found, key=lambda option: option[:2])
-            return Formation(
-                _stages(need, order, layer_counts), "", rejections | _left_out(able, [candidate.view for candidate in order], refusals)
-            )
-    reason = _shortage(need, able, rooms, refusals)
-    sites = by_site(able)
-    lonely = {view.node_id: _lonely(view, able, near, refusals) or reason for near in sites.values() for view in near}
+            return Formation(_stages(need, order, layer_counts), "", rejections | _left_out(able, [candidate.view for candidate in order]))
+    reason, paired = _shortage(need, able, classes), _paired(able)
+    lonely = {
+        view.node_id: reason if view.node_id in paired else _lonely_words(view, able, near)
+        for near in by_site(able).values()
+        for view in near
+    }
     return Formation((), reason, rejections | lonely)
 
 
@@ -152,20 +153,29 @@ def by_site(able: Iterable[NodeView]) -> dict[str, list[NodeView]]:
     return sites
 
 
-def _pair_refusals(able: Sequence[NodeView]) -> dict[frozenset[NodeId], str]:
-    """Why two of one site cannot be together; such a pair without an entry can."""
+def _pairs(candidates: Sequence[_Candidate]) -> set[frozenset[NodeId]]:
+    """Those of one class that may be together."""
     return {
-        frozenset((first.node_id, second.node_id)): refusal
-        for views in by_site(able).values()
-        for first, second in combinations(views, 2)
-        if (refusal := trust_refusal(first, second) or link_refusal(first, second))
+        frozenset((first.node_id, second.node_id)) for first, second in combinations(candidates, 2) if not _refusal(first.view, second.view)
     }
+
+
+def _paired(able: Sequence[NodeView]) -> set[NodeId]:
+    """The nodes that may be together with one other at least. Only who was measured is asked: a whole pool may name one site."""
+    views = {view.node_id: view for view in able}
+    paired: set[NodeId] = set()
+    for view in able:
+        for other in (views[node_id] for node_id in view.peer_measurements if node_id in views):
+            both = {view.node_id, other.node_id}
+            if other is not view and not paired.issuperset(both) and not _refusal(view, other):
+                paired |= both
+    return paired
 
 
 def _cliques(
     candidates: Sequence[_Candidate],
     stage_count: int,
-    refusals: Collection[frozenset[NodeId]],
+    pairs: Collection[frozenset[NodeId]],
     needed_bytes: int,
     chosen: tuple[_Candidate, ...] = (),
 ) -> Iterator[tuple[_Candidate, ...]]:
@@ -176,9 +186,9 @@ def _cliques(
     for place, candidate in enumerate(candidates):
         if stage_count * candidate.stage_bytes < needed_bytes:
             return
-        if not any(frozenset((candidate.node_id, member.node_id)) in refusals for member in chosen):
+        if all(frozenset((candidate.node_id, member.node_id)) in pairs for member in chosen):
             left_bytes = needed_bytes - candidate.stage_bytes
-            yield from _cliques(candidates[place + 1 :], stage_count - 1, refusals, left_bytes, (*chosen, candidate))
+            yield from _cliques(candidates[place + 1 :], stage_count - 1, pairs, left_bytes, (*chosen, candidate))
 
 
 def _best_order(need: GroupNeed, chosen: Sequence[_Candidate]) -> tuple[float, tuple[_Candidate, ...], tuple[int, ...]] | None:
@@ -272,11 +282,11 @@ def _card_facts(order: Sequence[_Candidate]) -> tuple[CardFacts, ...]:
     return stage_facts(stages, [max(0, min(card.usable_bytes for card in box.cards) - CUDA_CONTEXT_BYTES) for box in boxes])
 
 
-def _left_out(able: Sequence[NodeView], chosen: Sequence[NodeView], refusals: Mapping[frozenset[NodeId], str]) -> dict[NodeId, str]:
+def _left_out(able: Sequence[NodeView], chosen: Sequence[NodeView]) -> dict[NodeId, str]:
     members = {view.node_id for view in chosen}
     return {
         view.node_id: next(
-            (refusal for other in chosen if (refusal := _refused_for(view, other, refusals))),
+            (refusal for other in chosen if (refusal := _refusal(view, other))),
             "it is not needed: the nodes chosen hold the model in as few stages and answer sooner",
         )
         for view in able
@@ -284,32 +294,27 @@ def _left_out(able: Sequence[NodeView], chosen: Sequence[NodeView], refusals: Ma
     }
 
 
-def _refused_for(view: NodeView, other: NodeView, refusals: Mapping[frozenset[NodeId], str]) -> str:
+def _refusal(view: NodeView, other: NodeView) -> str:
     """Why the two cannot be together, in words about `view`; empty if they can."""
-    if refusal := trust_refusal(view, other):
-        return refusal
-    return link_refusal(view, other) if frozenset((view.node_id, other.node_id)) in refusals else ""
+    return trust_refusal(view, other) or link_refusal(view, other)
 
 
-def _lonely(view: NodeView, able: Sequence[NodeView], near: Sequence[NodeView], refusals: Mapping[frozenset[NodeId], str]) -> str:
-    """Of a node that may be together with none of the others, those of its site and itself being `near`; empty for any other node."""
-    words = [_refused_for(view, other, refusals) for other in near if other is not view]
-    if not all(words):
-        return ""
+def _lonely_words(view: NodeView, able: Sequence[NodeView], near: Sequence[NodeView]) -> str:
+    """Of a node that may be together with none of the others, those of its site and itself being `near`."""
     # Those of its own site say more than the many of others.
-    far = (trust_refusal(view, other) for other in able if other is not view)
-    return words[0] if words else next(far, "no other node of its site may be in a group with it")
+    others = (other for views in (near, able) for other in views if other is not view)
+    return next((_refusal(view, other) for other in others), "no other node of its site may be in a group with it")
 
 
-def _shortage(need: GroupNeed, able: Sequence[NodeView], rooms: Mapping[NodeId, NodeRoom], refusals: Collection[frozenset[NodeId]]) -> str:
+def _shortage(need: GroupNeed, able: Sequence[NodeView], classes: Sequence[tuple[list[_Candidate], set[frozenset[NodeId]]]]) -> str:
     if len(able) < 2:
         return f"a group needs two nodes at least, and {len(able)} of the pool's could be in one"
     most_bytes, needed_bytes = 0, 0
-    for candidates in _classes(need, able, rooms):
+    for candidates, pairs in classes:
         # Largest first and greedily: a figure for people, not for a decision.
         together: list[_Candidate] = []
         for candidate in candidates:
-            if len(together) < STAGES_MAX and all(frozenset((candidate.node_id, member.node_id)) not in refusals for member in together):
+            if len(together) < STAGES_MAX and all(frozenset((candidate.node_id, member.node_id)) in pairs for member in together):
                 together.append(candidate)
         if len(together) > 1 and (class_bytes := sum(candidate.stage_bytes for candidate in together)) > most_bytes:
             most_bytes, needed_bytes = class_bytes, _needed_bytes(need, together)

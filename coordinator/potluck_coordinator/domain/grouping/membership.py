@@ -52,9 +52,10 @@ def trust_refusal(first: NodeView, second: NodeView) -> str:
         return "one of them is offered to no group"
     if mine.site != yours.site:
         return f"node {second.node_id} is at another site"
-    if ip_address(mine.address).version != ip_address(yours.address).version:
+    address, other_address = ip_address(mine.address), ip_address(yours.address)
+    if address.version != other_address.version:
         return f"one of it and node {second.node_id} has an IPv4 address, the other one of IPv6"
-    if ip_address(mine.address) == ip_address(yours.address):
+    if address == other_address:
         return f"node {second.node_id} says that it has the same address"
     if first.owner_account_id == second.owner_account_id:
         return ""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.domain.grouping.words import GroupNeed, NodeRoom, ShardGroup, Stage
     from potluck_coordinator.domain.node_view import NodeView
-    from potluck_protocol.values import NodeId, ReplicaId
+    from potluck_protocol.values import ModelId, NodeId, ReplicaId
 
 PEERS_PER_NODE_MAX: Final = 8
 """How many others one node measures at a time."""
@@ -42,6 +42,7 @@ def plan_groups(
     absent_since: Mapping[NodeId, float] = MappingProxyType({}),
     promised: Mapping[NodeId, ReplicaId] = MappingProxyType({}),
     hoped_rooms: Mapping[NodeId, NodeRoom] = MappingProxyType({}),
+    refusals: Mapping[tuple[NodeId, ModelId], str] = MappingProxyType({}),
     attempt_counts: Mapping[ReplicaId, int] = MappingProxyType({}),
 ) -> GroupPlan:
     """The next step of every group.
@@ -56,6 +57,7 @@ def plan_groups(
         absent_since: when nodes that are away went; of one that is not named, at the latest when its group broke.
         promised: nodes that are kept for one of the needs.
         hoped_rooms: what nodes would have, if others left: what pairs are measured by.
+        refusals: nodes that will not have a model, and why: they are in no group of it.
         attempt_counts: what each group is answering.
     """
     pool = _Pool(views, absent_since, promised, now)
@@ -68,7 +70,7 @@ def plan_groups(
         if earlier is not None and earlier.phase is not GroupPhase.BROKEN:
             continue
         waiting = "" if earlier is None else life.waiting_for(earlier, views, absent_since, now)
-        formation = form(need, views, pool.left(rooms, groups, {need.replica_id}), unsure)
+        formation = form(need, views, pool.left(rooms, groups, {need.replica_id}), {**unsure, **refusing(need.model.model_id, refusals)})
         formations[need.replica_id] = formation if not waiting else Formation((), waiting, formation.rejections)
         if formation.stages and not waiting:
             number = next_generation()
@@ -78,7 +80,7 @@ def plan_groups(
     return GroupPlan(
         groups=groups,
         desired=_desired(groups),
-        pairs=wanted_pairs(unmet, views, pool.left({**rooms, **hoped_rooms}, groups, {need.replica_id for need in unmet})),
+        pairs=wanted_pairs(unmet, views, pool.left({**rooms, **hoped_rooms}, groups, {need.replica_id for need in unmet}), refusals),
         payees={
             replica_id: payee_shares(group.stages, life.counted_bytes(group, views))
             for replica_id, group in groups.items()
@@ -110,15 +112,24 @@ def _carried_on(
     return groups
 
 
+def refusing(model_id: ModelId, refusals: Mapping[tuple[NodeId, ModelId], str]) -> dict[NodeId, str]:
+    """The nodes that are to be in no group of the model, with why."""
+    return {node_id: f"it refused the model: {reason}" for (node_id, refused_id), reason in refusals.items() if refused_id == model_id}
+
+
 def wanted_pairs(
-    unmet: Sequence[GroupNeed], views: Mapping[NodeId, NodeView], rooms: Mapping[NodeId, NodeRoom]
+    unmet: Sequence[GroupNeed],
+    views: Mapping[NodeId, NodeView],
+    rooms: Mapping[NodeId, NodeRoom],
+    refusals: Collection[tuple[NodeId, ModelId]] = (),
 ) -> tuple[tuple[NodeId, NodeId], ...]:
     """The pairs to measure for these needs, the dialling node first; none twice, and no node in more than `PEERS_PER_NODE_MAX`."""
     pairs: set[tuple[NodeId, NodeId]] = set()
     counts: Counter[NodeId] = Counter()
     for need in unmet:
         # The largest first: they are the likeliest to be chosen.
-        able = sorted(possible_members(need, views, rooms), key=lambda view: (-rooms[view.node_id].memory_bytes, view.node_id))
+        able = [view for view in possible_members(need, views, rooms) if (view.node_id, need.model.model_id) not in refusals]
+        able.sort(key=lambda view: (-rooms[view.node_id].memory_bytes, view.node_id))
         for pair in (pair for views in by_site(able).values() for pair in combinations(views, 2)):
             first, second = sorted(view.node_id for view in pair)
             if (first, second) in pairs or max(counts[first], counts[second]) >= PEERS_PER_NODE_MAX or trust_refusal(*pair):

@@ -2,12 +2,14 @@
 
 Decides who may take from whom, so that no two wishes take turns: the default tier from flex; a model that requests wait for from any that
 nobody asks for, one replica at a time; else only who is met less, and stays met no better than the other. Those unused longest leave first.
-It must not touch a replica that somebody used lately, unless its own node will not run it.
+What each node could give is remembered from one replica to the next, for that changes on a node or two only. It must not touch a replica
+that somebody used lately, unless its own node will not run it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.grouping.words import GroupPhase
@@ -20,40 +22,120 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from potluck_coordinator.domain.catalogue import Deployment
+    from potluck_coordinator.domain.planning.node_kinds import Room
     from potluck_coordinator.domain.planning.placing import Site
     from potluck_coordinator.domain.planning.state import Draft
     from potluck_coordinator.domain.planning.words import PlannedReplica
     from potluck_protocol.values import ModelId, NodeId
 
 
-def displace(draft: Draft, deployment: Deployment) -> set[ModelId]:
-    """Adds one replica in the place of idle ones; the models that lost some, none where it found nothing to take."""
-    presses = _presses(draft, deployment)
-    options = [
-        (_regret(draft, victims), site.rank(deployment.model_id, 0.0), victims, site)
-        for node_id in _yielding_nodes(draft, deployment, presses=presses)
-        if not draft.obstacle(deployment.model_id, node_id)
-        for victims, site in _taking(draft, deployment, node_id, presses=presses)
-    ]
-    if not options:
-        return set()
-    _, _, victims, site = min(options, key=lambda option: option[:2])
-    for victim in victims:
-        stop(draft, victim)
-    # The victims may never have run, and be gone already.
-    put(draft, deployment.model_id, site_on(draft, deployment.model_id, site.node_id, draft.room(site.node_id, soon=True)) or site)
-    return {victim.model_id for victim in victims}
+class _Judge:
+    """What a wish may take by its own and the others' shares; it remembers what it was asked."""
+
+    def __init__(self, draft: Draft, deployment: Deployment) -> None:
+        self._draft = draft
+        self._deployment = deployment
+        self._presses = _presses(draft, deployment)
+        self._answers: dict[tuple[ModelId, int], tuple[bool, bool]] = {}
+
+    def is_fair(self, victims: Sequence[PlannedReplica]) -> bool:
+        """Whether all the models that lose replicas are still met better than this one is now, or weigh less."""
+        return all(self._answer(model_id, count)[0] for model_id, count in self._losses(victims).items())
+
+    def regret(self, victims: Sequence[PlannedReplica]) -> _Regret:
+        """What is lost: a model's last replica, then what was used lately."""
+        loses_last = any(self._answer(model_id, count)[1] for model_id, count in self._losses(victims).items())
+        return loses_last, max(_last_use(self._draft, victim) for victim in victims), len(victims)
+
+    def would_say_the_same(self) -> bool:
+        """Whether every answer that it gave still holds."""
+        return self._presses == _presses(self._draft, self._deployment) and all(
+            answer == self._judged(*asked) for asked, answer in self._answers.items()
+        )
+
+    def _losses(self, victims: Sequence[PlannedReplica]) -> Counter[ModelId]:
+        return Counter(victim.model_id for victim in victims if self._draft.counts(victim))
+
+    def _answer(self, model_id: ModelId, count: int) -> tuple[bool, bool]:
+        if (model_id, count) not in self._answers:
+            self._answers[model_id, count] = self._judged(model_id, count)
+        return self._answers[model_id, count]
+
+    def _judged(self, model_id: ModelId, count: int) -> tuple[bool, bool]:
+        """Whether a model may lose so many replicas, and whether these are its last."""
+        draft, owner = self._draft, self._draft.deployments[model_id]
+        weighs_less = tier_rank(owner) > tier_rank(self._deployment) or self._presses
+        is_fair = weighs_less or draft.share(owner, less=count) > draft.share(self._deployment)
+        return is_fair, draft.have_count(model_id) == count
+
+
+_Regret = tuple[bool, float, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """What a wish could take on a node."""
+
+    order: tuple[_Regret, tuple[bool, int, bool, bool, float, bytes]]
+    """The least first."""
+    victims: tuple[PlannedReplica, ...]
+    site: Site
+
+
+@dataclass(slots=True)
+class _Looked:
+    """What a wish found where."""
+
+    judge: _Judge
+    options: dict[NodeId, tuple[Room, _Option | None]] = field(default_factory=dict)
+    """With the node's room at that time: it is another object as soon as the node's replicas change."""
+
+
+class Displacing:
+    """One plan's; it remembers what was found, as far as it still holds."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._looked: dict[ModelId, _Looked] = {}
+
+    def displace(self, deployment: Deployment) -> set[ModelId]:
+        """Adds one replica in the place of idle ones; the models that lost some, none where it found nothing to take."""
+        draft = self._draft
+        looked = self._looked.get(deployment.model_id)
+        if looked is None or not looked.judge.would_say_the_same():
+            looked = self._looked[deployment.model_id] = _Looked(_Judge(draft, deployment))
+        found = (self._option(deployment, node_id, looked) for node_id in _yielding_nodes(draft, deployment, looked.judge))
+        best = min((option for option in found if option is not None), key=lambda option: option.order, default=None)
+        if best is None:
+            return set()
+        for victim in best.victims:
+            stop(draft, victim)
+        node_id = best.site.node_id
+        # The victims may never have run, and be gone already.
+        put(draft, deployment.model_id, site_on(draft, deployment.model_id, node_id, draft.room(node_id, soon=True)) or best.site)
+        return {victim.model_id for victim in best.victims}
+
+    def _option(self, deployment: Deployment, node_id: NodeId, looked: _Looked) -> _Option | None:
+        room = self._draft.room(node_id, soon=True)
+        known = looked.options.get(node_id)
+        if known is not None and known[0] is room:
+            return known[1]
+        option = None if self._draft.obstacle(deployment.model_id, node_id) else _taking(self._draft, deployment, node_id, looked.judge)
+        # Whether one counts that replaces another is told by that one's node.
+        if all(replica.replaces is None for replica in self._draft.on_node(node_id)):
+            looked.options[node_id] = (room, option)
+        return option
 
 
 def yielding(draft: Draft, deployment: Deployment, node_ids: Iterable[NodeId]) -> list[PlannedReplica]:
     """The idle replicas of these nodes that may all leave for the wish at once, those unused longest first."""
-    presses = _presses(draft, deployment)
+    judge = _Judge(draft, deployment)
     candidates = [replica for node_id in node_ids for replica in draft.on_node(node_id) if _may_take(draft, deployment, replica)]
     candidates.sort(key=lambda replica: (_last_use(draft, replica), draw(replica.model_id, replica.node_id), replica.replica_id))
     chosen: dict[ModelId, list[PlannedReplica]] = {}
     for replica in candidates:
         before = chosen.setdefault(replica.model_id, [])
-        if _is_fair(draft, deployment, [*before, replica], presses=presses):
+        if judge.is_fair([*before, replica]):
             before.append(replica)
     return [replica for replicas in chosen.values() for replica in replicas]
 
@@ -67,12 +149,12 @@ def _presses(draft: Draft, deployment: Deployment) -> bool:
     return all(draft.is_ready(replica) or draft.is_absent(replica.node_id) for replica in draft.counting(deployment.model_id))
 
 
-def _yielding_nodes(draft: Draft, deployment: Deployment, *, presses: bool) -> list[NodeId]:
+def _yielding_nodes(draft: Draft, deployment: Deployment, judge: _Judge) -> list[NodeId]:
     """The serving nodes with a replica that may be taken by itself: without one, no more of them may be taken together."""
     yielding: set[NodeId] = set()
     for model_id, owner in draft.deployments.items():
         counting = draft.counting(model_id)
-        is_fair = bool(counting) and _is_fair(draft, deployment, counting[:1], presses=presses)
+        is_fair = bool(counting) and judge.is_fair(counting[:1])
         if is_fair and tier_rank(owner) >= tier_rank(deployment):
             yielding.update(replica.node_id for replica in counting)
         if len(counting) < len(draft.of_model(model_id)):
@@ -80,14 +162,14 @@ def _yielding_nodes(draft: Draft, deployment: Deployment, *, presses: bool) -> l
     return sorted(node_id for node_id in yielding if not draft.is_absent(node_id))
 
 
-def _taking(draft: Draft, deployment: Deployment, node_id: NodeId, *, presses: bool) -> list[tuple[tuple[PlannedReplica, ...], Site]]:
-    """The fewest idle replicas of a node, those unused longest first, that make enough room; at most one answer."""
+def _taking(draft: Draft, deployment: Deployment, node_id: NodeId, judge: _Judge) -> _Option | None:
+    """The fewest idle replicas of a node, those unused longest first, that make enough room."""
     candidates = [replica for replica in draft.on_node(node_id) if _may_take(draft, deployment, replica)]
     candidates.sort(key=lambda replica: (_last_use(draft, replica), draw(replica.model_id, node_id), replica.replica_id))
     room = draft.room(node_id, soon=True)
     chosen: list[PlannedReplica] = []
     for replica in candidates:
-        if not _is_fair(draft, deployment, [*chosen, replica], presses=presses):
+        if not judge.is_fair([*chosen, replica]):
             continue
         chosen.append(replica)
         room = room.with_room_of(replica.sizing)
@@ -97,9 +179,10 @@ def _taking(draft: Draft, deployment: Deployment, node_id: NodeId, *, presses: b
             tighter = room.without(spared.sizing)
             if (without := site_on(draft, deployment.model_id, node_id, tighter)) is not None:
                 chosen, room, site = [one for one in chosen if one is not spared], tighter, without
-        everywhere = deployment.replica_count is None
-        return [] if everywhere and site.replica_count else [(tuple(chosen), site)]
-    return []
+        if deployment.replica_count is None and site.replica_count:
+            return None
+        return _Option((judge.regret(chosen), site.rank(deployment.model_id, 0.0)), tuple(chosen), site)
+    return None
 
 
 def _may_take(draft: Draft, deployment: Deployment, replica: PlannedReplica) -> bool:
@@ -109,25 +192,6 @@ def _may_take(draft: Draft, deployment: Deployment, replica: PlannedReplica) -> 
         return True
     owner = draft.deployments[replica.model_id]
     return draft.idle_since(replica) is not None and tier_rank(owner) >= tier_rank(deployment)
-
-
-def _is_fair(draft: Draft, deployment: Deployment, victims: Sequence[PlannedReplica], *, presses: bool) -> bool:
-    """Whether all the models that lose replicas are still met better than this one is now, or weigh less."""
-    losses = Counter(victim.model_id for victim in victims if draft.counts(victim))
-    for model_id, count in losses.items():
-        owner = draft.deployments[model_id]
-        if tier_rank(owner) > tier_rank(deployment) or presses:
-            continue
-        if draft.share(owner, less=count) <= draft.share(deployment):
-            return False
-    return True
-
-
-def _regret(draft: Draft, victims: Sequence[PlannedReplica]) -> tuple[bool, float, int]:
-    """What is lost: a model's last replica, then what was used lately."""
-    losses = Counter(victim.model_id for victim in victims if draft.counts(victim))
-    loses_last = any(draft.have_count(model_id) == count for model_id, count in losses.items())
-    return loses_last, max(_last_use(draft, victim) for victim in victims), len(victims)
 
 
 def _last_use(draft: Draft, replica: PlannedReplica) -> float:

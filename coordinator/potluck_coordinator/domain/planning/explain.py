@@ -133,7 +133,7 @@ def _verdict(draft: Draft, deployment: Deployment, node_id: NodeId, part: GroupP
         return NodeVerdict(node_id, _VERDICT_OF_GROUP[part.phase], f"{part.reason}; alone: {alone}" if alone else part.reason)
     if draft.is_absent(node_id):
         return _of_absent(draft, node_id)
-    if trouble := draft.view.troubles.get((node_id, model_id)):
+    if trouble := draft.node_troubles.get((node_id, model_id)):
         return NodeVerdict(node_id, Verdict.REFUSED if trouble.refused else Verdict.FAILING, trouble.reason)
     sized = draft.sized(model_id, node_id, draft.whole_room(node_id))
     if isinstance(sized, Misfit):

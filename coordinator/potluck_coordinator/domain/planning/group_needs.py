@@ -1,7 +1,8 @@
 """What is asked of `grouping`: the replicas that no single node can take, and what every node has left for a stage.
 
-Decides when a group is asked for: when no node that serves could run the model even if it were empty, and for as long as a group stands. It
-must not know which nodes may be together.
+Decides when a group is asked for: when no node that serves, and does not refuse the model, could hold it even if it were empty, and for as
+long as a group stands. A node whose engine fails could hold it all the same: a group would fail there too. It must not know which nodes
+may be together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
     from potluck_coordinator.domain.planning.node_kinds import NodeKind
     from potluck_coordinator.domain.planning.state import Draft
-    from potluck_protocol.values import NodeId
+    from potluck_protocol.values import ModelId, NodeId
 
 GROUP_ENGINE: Final = "vllm"
 """The only engine whose stages run on several nodes."""
@@ -50,6 +51,11 @@ def unmet_needs(draft: Draft, deployment: Deployment) -> list[GroupNeed]:
     return [
         need for need in _needs(draft, deployment) if need.replica_id not in groups or groups[need.replica_id].phase is GroupPhase.BROKEN
     ]
+
+
+def refusals(draft: Draft) -> dict[tuple[NodeId, ModelId], str]:
+    """Who is in no group of a model, for its owner would not have it there, and in which words."""
+    return {key: trouble.reason for key, trouble in draft.node_troubles.items() if trouble.refused}
 
 
 def node_rooms(draft: Draft) -> Mapping[NodeId, NodeRoom]:
@@ -78,7 +84,8 @@ def _needs(draft: Draft, deployment: Deployment) -> list[GroupNeed]:
     known = draft.groups_of(deployment.model_id)
     # A group that stands is kept until a node that has come to hold the model alone answers (`giving_way`).
     wanted = draft.standing_groups(deployment.model_id)[: max(0, missing_count)]
-    if not any(not draft.obstacle(deployment.model_id, node_id) for node_id in draft.serving_nodes()):
+    willing = (node_id for node_id in draft.serving_nodes() if not draft.refuses(deployment.model_id, node_id))
+    if all(draft.misfit(deployment.model_id, node_id) for node_id in willing):
         names = (ReplicaId(f"{group_prefix(deployment.model_id)}{number}") for number in range(len(known) + max(0, missing_count)))
         wanted += [name for name in names if name not in wanted][: max(0, missing_count - len(wanted))]
     if not wanted:

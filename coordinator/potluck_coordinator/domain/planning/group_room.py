@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.grouping.forming import form
 from potluck_coordinator.domain.grouping.life import pause_words
+from potluck_coordinator.domain.grouping.plan import refusing
 from potluck_coordinator.domain.grouping.returned import doubts
 from potluck_coordinator.domain.planning.displacing import yielding
-from potluck_coordinator.domain.planning.group_needs import node_rooms_of, unmet_needs
+from potluck_coordinator.domain.planning.group_needs import node_rooms_of, refusals, unmet_needs
 from potluck_coordinator.domain.planning.settling import stop
 from potluck_coordinator.domain.planning.words import HERE_TO_STAY
 
@@ -48,7 +49,7 @@ def make_room_for_group(draft: Draft, deployment: Deployment) -> set[ModelId] | 
 def _found(draft: Draft, deployment: Deployment, need: GroupNeed) -> tuple[tuple[Stage, ...], list[PlannedReplica]]:
     """The stages that could be, and who has to leave for them; none where there are none."""
     view = draft.view
-    unsure = doubts(view.groups.values(), view.nodes, view.absent_since, view.now_seconds)
+    unsure = doubts(view.groups.values(), view.nodes, view.absent_since, view.now_seconds) | refusing(deployment.model_id, refusals(draft))
     rooms = _rooms(draft, ())
     if stages := form(need, view.nodes, rooms, unsure).stages:
         return stages, []

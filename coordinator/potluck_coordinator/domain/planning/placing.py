@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from potluck_coordinator.domain.catalogue import Deployment
+    from potluck_coordinator.domain.planning.alike import First
     from potluck_coordinator.domain.planning.node_kinds import Room
     from potluck_coordinator.domain.planning.state import Draft
     from potluck_protocol.values import ModelId, NodeId, ReplicaId
@@ -93,27 +94,25 @@ def put(draft: Draft, model_id: ModelId, site: Site, replaces: ReplicaId | None 
 
 
 def sites(draft: Draft, deployment: Deployment, least_score: float = 0.0, slot_count_least: int = 1) -> Iterator[Site]:
-    """The places for one more replica, the fastest first: of nodes that are alike one, and each that has a replica of the model already.
+    """The places for one more replica, the fastest first: of nodes that are alike one, be it with replicas of the model or without.
 
-    Where all nodes are to have one, those are left out, and the absent ones are not. A replica takes the fewest cards that give it so many
-    slots.
+    Where all nodes are to have one, those that have are left out, and the absent ones are not. A replica takes the fewest cards that give
+    it so many slots.
     """
     model_id, everywhere = deployment.model_id, deployment.replica_count is None
-    others = (
-        Site(first.node_id, first.sizing, 0, first.waits, first.lacks_disk)
-        for first in draft.alike().fastest_first(model_id, least_score, slot_count_least)
-        if everywhere or not first.is_absent
-    )
+    others = draft.alike().fastest_first(model_id, least_score, slot_count_least)
     if everywhere:
-        return others
-    here = [
-        site
-        for node_id in sorted({replica.node_id for replica in draft.of_model(model_id)})
-        if not draft.is_absent(node_id) and not draft.obstacle(model_id, node_id)
-        if (site := site_on(draft, model_id, node_id, draft.room(node_id, soon=True), slot_count_least)) is not None
-        if site.sizing.score >= least_score
-    ]
-    return merge(sorted(here, key=_slowness), others, key=_slowness)
+        return map(_site, others)
+
+    def counts(model_id: ModelId, node_id: NodeId) -> int:
+        return 0 if (node_id, model_id) in draft.node_troubles else draft.count_on(model_id, node_id)
+
+    here = draft.alike().fastest_first(model_id, least_score, slot_count_least, counts)
+    return (_site(first) for first in merge(here, others, key=_slowness) if not first.is_absent)
+
+
+def _site(first: First) -> Site:
+    return Site(first.node_id, first.sizing, first.replica_count, first.waits, first.lacks_disk)
 
 
 def site_on(draft: Draft, model_id: ModelId, node_id: NodeId, room: Room, slot_count_least: int = 1) -> Site | None:
@@ -127,8 +126,8 @@ def site_on(draft: Draft, model_id: ModelId, node_id: NodeId, room: Room, slot_c
     return Site(node_id, sized, count, waits, draft.lacks_disk(model_id, node_id))
 
 
-def _slowness(site: Site) -> float:
-    return -site.sizing.score
+def _slowness(first: First) -> float:
+    return -first.sizing.score
 
 
 def _free_id(draft: Draft, node_id: NodeId, model_id: ModelId) -> ReplicaId:

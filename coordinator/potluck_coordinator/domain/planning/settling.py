@@ -66,7 +66,8 @@ def _settle_wished(draft: Draft, replica: PlannedReplica) -> None:
         stop(draft, replica)
         return
     deployment = draft.deployments.get(replica.model_id)
-    if deployment is None or deployment.replica_count == 0 or (replica.phase is Phase.WAITING and draft.is_absent(replica.node_id)):
+    is_vain = draft.is_absent(replica.node_id) or draft.refuses(replica.model_id, replica.node_id)
+    if deployment is None or deployment.replica_count == 0 or (replica.phase is Phase.WAITING and is_vain):
         retire(draft, replica)
         return
     entry = draft.entry(replica.model_id)

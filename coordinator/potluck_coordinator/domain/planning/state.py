@@ -17,10 +17,12 @@ from potluck_coordinator.domain.grouping.words import GroupPhase
 from potluck_coordinator.domain.planning.alike import AlikeNodes, Likeness
 from potluck_coordinator.domain.planning.node_kinds import Room
 from potluck_coordinator.domain.planning.sizing import Misfit
+from potluck_coordinator.domain.planning.troubles import by_node
 from potluck_coordinator.domain.planning.words import (
     ABSENCE_SECONDS_MAX,
     HERE_TO_STAY,
     IDLE_SECONDS,
+    WAITING_SECONDS_MAX,
     Phase,
     Sizing,
 )
@@ -74,6 +76,8 @@ class Draft:
         self._able_counts: dict[ModelId, int] = {}
         self._questions: dict[ModelId, int] = {}
         self._fetched_bytes: dict[ModelId, int] = {}
+        self.node_troubles = by_node(view.troubles)
+        """Why nodes take no further replica of a model."""
         self._rooms: dict[tuple[NodeId, bool], Room] = {}
         self._touched: set[NodeId] = set(self._node_ids)
         # Not in a circle: what a plan held goes with its draft, without a collector that would have to look through all of it.
@@ -81,7 +85,7 @@ class Draft:
         self._alike = AlikeNodes(
             lambda *asked: own.sized_on_kind(*asked),  # noqa: PLW0108 - the bound method would hold it
             lambda model_id, node_id: (own.lacks_disk(model_id, node_id), draw(model_id, node_id)),
-            lambda model_id, node_id: own.runs(model_id, node_id) or (node_id, model_id) in view.troubles,
+            lambda model_id, node_id: own.runs(model_id, node_id) or (node_id, model_id) in own.node_troubles,
         )
         self._replicas: dict[ReplicaId, PlannedReplica] = {}
         self._on_node: dict[NodeId, dict[ReplicaId, PlannedReplica]] = {node_id: {} for node_id in view.nodes}
@@ -218,11 +222,12 @@ class Draft:
 
     def trouble(self, replica: PlannedReplica) -> Trouble | None:
         """Why its node will not run it."""
-        return self.view.troubles.get((replica.node_id, replica.model_id))
+        return self.view.troubles.get((replica.node_id, replica.model_id, replica.replica_id))
 
     def counts(self, replica: PlannedReplica) -> bool:
         """Whether its wish is met by it, now or soon. Where every node is to have one, each keeps its own, however long it is away."""
-        if replica.phase not in HERE_TO_STAY or self.trouble(replica) or self._is_second(replica):
+        waited_seconds = self.view.now_seconds - replica.since_seconds if replica.phase is Phase.WAITING else 0.0
+        if replica.phase not in HERE_TO_STAY or waited_seconds >= WAITING_SECONDS_MAX or self.trouble(replica) or self._is_second(replica):
             return False
         deployment = self.deployments.get(replica.model_id)
         return (deployment is not None and deployment.replica_count is None) or not self.is_given_up(replica.node_id)
@@ -332,11 +337,19 @@ class Draft:
 
     def obstacle(self, model_id: ModelId, node_id: NodeId) -> str:
         """Why the node could not run the model even if it were free and connected; empty if it could."""
-        if trouble := self.view.troubles.get((node_id, model_id)):
-            return trouble.reason
+        trouble = self.node_troubles.get((node_id, model_id))
+        return trouble.reason if trouble else self.misfit(model_id, node_id)
+
+    def misfit(self, model_id: ModelId, node_id: NodeId) -> str:
+        """Why the fit says so, whatever the node did with the model; empty if it does not."""
         kind = self._kinds[node_id]
         sized = self.sized_on_kind(model_id, kind, kind.free(kind.whole_room))
         return sized.reason if isinstance(sized, Misfit) else ""
+
+    def refuses(self, model_id: ModelId, node_id: NodeId) -> bool:
+        """Whether the node said that it will not have the model."""
+        trouble = self.node_troubles.get((node_id, model_id))
+        return trouble is not None and trouble.refused
 
     def sized_on_kind(self, model_id: ModelId, kind: NodeKind, free: Free, slot_count_least: int = 1) -> Sizing | Misfit:
         """How it would run in a room of any node of the kind with so many slots at the least, in the kind's words."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from potluck_protocol.values import DesiredEngine, EngineShape, ModelId, NodeId, ReplicaId
+from potluck_protocol.values import DesiredEngine, EngineShape, ModelFile, ModelId, NodeId, ReplicaId
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +27,8 @@ ABSENCE_SECONDS_MAX: Final = 120.0
 """How long a node's replicas wait for it: it will be back, with the files on its disk."""
 LEAVING_SECONDS_MAX: Final = 120.0
 """How long a replica that is on its way out may finish what it is answering."""
+WAITING_SECONDS_MAX: Final = 600.0
+"""How long a replica that waits for room counts: an engine that did not end by then, after `LEAVING_SECONDS_MAX`, may never end."""
 
 
 class Phase(StrEnum):
@@ -71,11 +73,17 @@ class PlannedReplica:
     """When it entered the phase."""
     replaces: ReplicaId | None = None
     """Another replica of the model, on a slower node, that leaves once this one answers."""
+    file: ModelFile | None = None
+    """What was last wished of its node; None while it waits, and of a plan that was kept by a version which did not say."""
+
+
+TroubleKey = tuple[NodeId, ModelId, ReplicaId]
+"""Of two replicas of one model on a node's cards, one may answer while the other fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why a node will not run a model, in its own words."""
+    """Why a node will not run a replica, in its own words."""
 
     reason: str
     refused: bool
@@ -95,7 +103,7 @@ class PlanningView:
     """The replicas of the last plan."""
     absent_since: Mapping[NodeId, float] = field(default_factory=dict)
     """Nodes that do not serve now, because they are not connected, paused or about to stop, and since when."""
-    troubles: Mapping[tuple[NodeId, ModelId], Trouble] = field(default_factory=dict)
+    troubles: Mapping[TroubleKey, Trouble] = field(default_factory=dict)
     attempt_counts: Mapping[ReplicaId, int] = field(default_factory=dict)
     """Requests that replicas are answering, by the gateway's count."""
     used_at: Mapping[ReplicaId, float] = field(default_factory=dict)
@@ -123,6 +131,8 @@ class Plan:
     """Nodes of which room is kept for a group until it forms."""
     hoped_rooms: Mapping[NodeId, NodeRoom] = field(default_factory=dict)
     """What nodes would have for groups that were looked for in vain, if idle replicas left: what pairs are to be measured by."""
+    refusals: Mapping[tuple[NodeId, ModelId], str] = field(default_factory=dict)
+    """Nodes that refused a model, which are in none of its groups, with their reasons."""
 
 
 def replica_id_of(node_id: NodeId, model_id: ModelId, ordinal: int = 0) -> ReplicaId:
