@@ -246,14 +246,16 @@ async def test_answers_that_had_a_real_engine_to_themselves_show_its_rates_and_o
                 told.begin(name, replica_id)
             await told.until_ended(*names)
         assert (told.status().decode_tokens_per_second, told.status().prefill_tokens_per_second) == (None, None)
-        began = asyncio.get_running_loop().time()
-        for number in range(ANSWERS_MIN):
-            told.begin(f"c{number}", replica_id)
-            await told.until_ended(f"c{number}")
+        began, answer_count = asyncio.get_running_loop().time(), 0
+        # An answer that a busy machine brings in one piece shows no pace, and does not count.
+        while answer_count < ANSWERS_MIN or (told.status().decode_tokens_per_second is None and answer_count < 10 * ANSWERS_MIN):
+            told.begin(f"c{answer_count}", replica_id)
+            await told.until_ended(f"c{answer_count}")
+            answer_count += 1
         seconds = asyncio.get_running_loop().time() - began
         await told.readings.read()
         status = told.status()
-        assert status.decode_tokens_per_second > ANSWERS_MIN * (ANSWER_TOKENS - 1) / seconds, "it wrote for less than all of the time"
+        assert status.decode_tokens_per_second > answer_count * (ANSWER_TOKENS - 1) / seconds, "it wrote for less than all of the time"
         assert status.prefill_tokens_per_second > 0
         assert 250 < status.prefill_past_tokens < status.decode_past_tokens < 2048
         assert 20 * MIB < status.memory_bytes < 2048 * MIB

@@ -10,7 +10,8 @@ Checked all along, from the outside:
 - no plan oscillates: a plan made of itself and the same facts is the same; between two news no plan comes back after another, and no
   model leaves a node it came to, or comes back to one it left, but by moves that gain 20 % each;
 - a satisfied deployment is not disturbed, but for a place that is worth at least 20 % more, or for the demand of another while it is idle;
-  a group that stands and is wished is not given up before single nodes answer in its place, as many at a time as it did.
+  a group that stands and is wished is not given up before single nodes answer in its place, as many at a time as it did, but while it is
+  idle for another's demand.
 
 News: an event, a replica that its node turns out not to run, what nodes show of the fit. Prints what happened; ends 1 at a broken rule.
 """
@@ -22,7 +23,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from potluck_coordinator.directory.planner import Planner, PoolFacts
 from potluck_coordinator.domain.catalogue import Deployment, ServiceTier
@@ -34,6 +35,7 @@ from potluck_coordinator.domain.planning.words import IDLE_SECONDS, Phase, Plann
 from potluck_coordinator.gateway.refusals import Refusals
 from potluck_protocol.values import AccountId, EngineState, ModelId, NodeId, NodeState, ReplicaId
 from tests.property.planning_boxes import FOREIGN_BYTES, Box, BrokenRuleError, random_box
+from tests.property.planning_counts import Counts
 from tests.property.planning_made import CATALOGUE, Made, difference, outline, places, ready_groups, shapes
 
 NODES_MAX = 14
@@ -43,22 +45,6 @@ REST_BEATS = 4
 SETTLE_BEATS_MAX = 400
 LONG_BEAT_SECONDS = 60.0
 ASKER = AccountId("asker")
-
-
-@dataclass
-class Counts:
-    """What happened so far."""
-
-    events: Counter[str] = field(default_factory=Counter)
-    plans: int = 0
-    moves: int = 0
-    displacements: int = 0
-    placements: int = 0
-    groups: int = 0
-    """That became ready."""
-    yielded: int = 0
-    """Replicas that left for a group."""
-    beats: int = 0
 
 
 class _Clock:
@@ -306,8 +292,26 @@ class Churn:
             group = self.made.groups[replica_id]
             stands = all(stage.node_id in self.boxes and self.boxes[stage.node_id].is_ready(replica_id) for stage in group.stages)
             is_wished = model_id in self._deployed and self._deployed[model_id] == self.deployments.get(model_id)
-            if stands and is_wished and replica_id not in ready_groups(new) and not self._is_answered_instead(group, new):
+            if not stands or not is_wished or replica_id in ready_groups(new) or self._is_answered_instead(group, new):
+                continue
+            if not self._yields_while_idle(group):
                 raise BrokenRuleError(f"{replica_id} stood and was given up: {new.groups.get(replica_id)}")
+            self.counts.groups_yielded += 1
+
+    def _yields_while_idle(self, group: ShardGroup) -> bool:
+        """Whether nobody uses it and a wish of no lower tier, of another model, is short of replicas."""
+        model_id = group.need.model.model_id
+        last = max(group.since_seconds, self.used_at.get(group.replica_id, 0.0))
+        if model_id in self.busy or self.clock.now - last < IDLE_SECONDS:
+            return False
+        have = Counter(one.model_id for one in self.made.replicas.values() if one.phase is Phase.WISHED and self._serves(one))
+        have.update(ready_groups(self.made).values())
+        own = self.deployments[model_id].tier
+        return any(
+            have[one.model_id] < (one.replica_count or 0) and (one.tier is ServiceTier.DEFAULT or own is ServiceTier.FLEX)
+            for one in self.deployments.values()
+            if one.model_id != model_id
+        )
 
     def _is_answered_instead(self, group: ShardGroup, new: Made) -> bool:
         """Whether single nodes, each with the group's slots at the least, and the groups that are left answer as often as is wished."""
@@ -380,18 +384,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     arguments = parser.parse_args()
     seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed
-    churn, started = Churn(seed, spoils=True), time.monotonic()
-    broken = ""
+    churn, started, broken = Churn(seed, spoils=True), time.monotonic(), ""
     try:
         for _ in range(arguments.steps):
             churn.step()
     except BrokenRuleError as error:
         broken = str(error)
-    counts = churn.counts
-    events = ", ".join(f"{name} {count}" for name, count in sorted(counts.events.items()))
-    print(f"seed {seed}: {counts.events.total()} events ({events}) in {time.monotonic() - started:.0f} s")
-    print(f"{counts.plans} plans, {counts.placements} replicas placed, {counts.moves} moved for 20 % or more, ", end="")
-    print(f"{counts.displacements} made room while idle, {counts.yielded} of them for a group; {counts.groups} groups became ready")
+    print(f"seed {seed}: {churn.counts.events.total()} events ({churn.counts.event_words()}) in {time.monotonic() - started:.0f} s")
+    print(churn.counts.words())
     print(f"broken rules: {broken or 'none'}")
     return 1 if broken else 0
 

@@ -58,7 +58,7 @@ def _stands(group, *_):
 BROKEN = {
     "sizes are not looked at": lambda patch: patch(Room, "without", lambda room, sizing: room),
     "any gain is worth a move": lambda patch: patch(sticking, "is_worth_moving", lambda score, new_score: new_score > score),
-    "whoever is short takes from whom he likes": lambda patch: patch(displacing._Judge, "is_fair", lambda *_: True),
+    "whoever is short takes from whom he likes": lambda patch: patch(displacing.Judge, "is_fair", lambda *_: True),
     "busy replicas make room too": lambda patch: patch(displacing, "_may_take", lambda draft, wish, one: one.model_id != wish.model_id),
     "room is free before its engine is gone": lambda patch: patch(settling, "let_go", lambda draft, replica: draft.drop(replica)),
     "a broken group's room is free for whole replicas at once": lambda patch: patch(state, "is_held", _stands),

@@ -159,7 +159,8 @@ class Planner:
         self._absent_since = {node.node_id: self._absent_since.get(node.node_id, now) for node in away}
         self._used_at |= facts.used_at
         self._used_at |= {replica_id: now for replica_id, count in facts.attempt_counts.items() if count}
-        self._used_at = {replica_id: used_at for replica_id, used_at in self._used_at.items() if replica_id in self.replicas}
+        known = self.replicas.keys() | self.groups.keys()
+        self._used_at = {replica_id: used_at for replica_id, used_at in self._used_at.items() if replica_id in known}
         self._troubles = remember(self._troubles, facts.nodes.values(), self.replicas.values(), now)
         self._learn(facts)
 

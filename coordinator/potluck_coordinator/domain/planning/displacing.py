@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from potluck_protocol.values import ModelId, NodeId
 
 
-class _Judge:
+class Judge:
     """What a wish may take by its own and the others' shares; it remembers what it was asked."""
 
     def __init__(self, draft: Draft, deployment: Deployment) -> None:
@@ -46,6 +46,14 @@ class _Judge:
         """What is lost: a model's last replica, then what was used lately."""
         loses_last = any(self._answer(model_id, count)[1] for model_id, count in self._losses(victims).items())
         return loses_last, max(_last_use(self._draft, victim) for victim in victims), len(victims)
+
+    def may_lose_one(self, model_id: ModelId) -> bool:
+        """Whether a model may lose a replica, or a group, to the wish."""
+        return self._answer(model_id, 1)[0]
+
+    def is_last(self, model_id: ModelId) -> bool:
+        """Whether the model has but one."""
+        return self._answer(model_id, 1)[1]
 
     def would_say_the_same(self) -> bool:
         """Whether every answer that it gave still holds."""
@@ -86,7 +94,7 @@ class _Option:
 class _Looked:
     """What a wish found where."""
 
-    judge: _Judge
+    judge: Judge
     options: dict[NodeId, tuple[Room, _Option | None]] = field(default_factory=dict)
     """With the node's room at that time: it is another object as soon as the node's replicas change."""
 
@@ -103,7 +111,7 @@ class Displacing:
         draft = self._draft
         looked = self._looked.get(deployment.model_id)
         if looked is None or not looked.judge.would_say_the_same():
-            looked = self._looked[deployment.model_id] = _Looked(_Judge(draft, deployment))
+            looked = self._looked[deployment.model_id] = _Looked(Judge(draft, deployment))
         found = (self._option(deployment, node_id, looked) for node_id in _yielding_nodes(draft, deployment, looked.judge))
         best = min((option for option in found if option is not None), key=lambda option: option.order, default=None)
         if best is None:
@@ -129,7 +137,7 @@ class Displacing:
 
 def yielding(draft: Draft, deployment: Deployment, node_ids: Iterable[NodeId]) -> list[PlannedReplica]:
     """The idle replicas of these nodes that may all leave for the wish at once, those unused longest first."""
-    judge = _Judge(draft, deployment)
+    judge = Judge(draft, deployment)
     candidates = [replica for node_id in node_ids for replica in draft.on_node(node_id) if _may_take(draft, deployment, replica)]
     candidates.sort(key=lambda replica: (_last_use(draft, replica), draw(replica.model_id, replica.node_id), replica.replica_id))
     chosen: dict[ModelId, list[PlannedReplica]] = {}
@@ -149,7 +157,7 @@ def _presses(draft: Draft, deployment: Deployment) -> bool:
     return all(draft.is_ready(replica) or draft.is_absent(replica.node_id) for replica in draft.counting(deployment.model_id))
 
 
-def _yielding_nodes(draft: Draft, deployment: Deployment, judge: _Judge) -> list[NodeId]:
+def _yielding_nodes(draft: Draft, deployment: Deployment, judge: Judge) -> list[NodeId]:
     """The serving nodes with a replica that may be taken by itself: without one, no more of them may be taken together."""
     yielding: set[NodeId] = set()
     for model_id, owner in draft.deployments.items():
@@ -162,7 +170,7 @@ def _yielding_nodes(draft: Draft, deployment: Deployment, judge: _Judge) -> list
     return sorted(node_id for node_id in yielding if not draft.is_absent(node_id))
 
 
-def _taking(draft: Draft, deployment: Deployment, node_id: NodeId, judge: _Judge) -> _Option | None:
+def _taking(draft: Draft, deployment: Deployment, node_id: NodeId, judge: Judge) -> _Option | None:
     """The fewest idle replicas of a node, those unused longest first, that make enough room."""
     candidates = [replica for replica in draft.on_node(node_id) if _may_take(draft, deployment, replica)]
     candidates.sort(key=lambda replica: (_last_use(draft, replica), draw(replica.model_id, node_id), replica.replica_id))

@@ -89,7 +89,7 @@ def give_up_groups(draft: Draft, deployment: Deployment, outdone: Collection[Rep
     # Those that answer come last: when their turn comes, all that is left answers.
     excess_count = max(0, whole_count + len(groups) - wanted_count)
     for group in sorted(groups, key=dispensability)[:excess_count]:
-        draft.give_up(group.replica_id)
+        draft.give_up(group.replica_id, model_id)
 
 
 def _lost_groups(draft: Draft, groups: Sequence[ShardGroup]) -> set[ReplicaId]:

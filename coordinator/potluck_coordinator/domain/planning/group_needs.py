@@ -87,7 +87,8 @@ def _needs(draft: Draft, deployment: Deployment) -> list[GroupNeed]:
     willing = (node_id for node_id in draft.serving_nodes() if not draft.refuses(deployment.model_id, node_id))
     if all(draft.misfit(deployment.model_id, node_id) for node_id in willing):
         names = (ReplicaId(f"{group_prefix(deployment.model_id)}{number}") for number in range(len(known) + max(0, missing_count)))
-        wanted += [name for name in names if name not in wanted][: max(0, missing_count - len(wanted))]
+        new = [name for name in names if name not in wanted and name not in draft.given_up]
+        wanted += new[: max(0, missing_count - len(wanted))]
     if not wanted:
         return []
     try:

@@ -15,6 +15,7 @@ from potluck_coordinator.domain.planning.displacing import Displacing
 from potluck_coordinator.domain.planning.giving_way import bring_one_node
 from potluck_coordinator.domain.planning.group_needs import group_needs, node_rooms, refusals
 from potluck_coordinator.domain.planning.group_room import make_room_for_group
+from potluck_coordinator.domain.planning.idle_groups import give_up_idle_group
 from potluck_coordinator.domain.planning.placing import place
 from potluck_coordinator.domain.planning.settling import admit_waiting, settle
 from potluck_coordinator.domain.planning.state import Draft
@@ -87,6 +88,7 @@ def _fill(draft: Draft) -> None:
             continue
         displaced = displacing.displace(deployment) or make_room_for_group(draft, deployment)
         if displaced is None:
+            give_up_idle_group(draft, deployment)
             stuck.add(deployment.model_id)
         else:
             stuck -= displaced

@@ -60,12 +60,13 @@ class Draft:
         self._stopping_stages: dict[NodeId, list[Stage]] = {}
         self._groups: dict[ModelId, list[ReplicaId]] = {}
         for replica_id, group in sorted(view.groups.items()):
-            self._groups.setdefault(_model_of_group(replica_id), []).append(replica_id)
+            self._groups.setdefault(model_of_group(replica_id), []).append(replica_id)
             taken = self._stopping_stages if group.phase is GroupPhase.BROKEN else self._stages
             for stage in group.stages:
                 if is_held(group, stage.node_id, view.nodes, view.absent_since, view.now_seconds):
                     taken.setdefault(stage.node_id, []).append(stage)
-        self._given_up: set[ReplicaId] = set()
+        self.given_up: dict[ReplicaId, ModelId] = {}
+        """The groups that are not needed any more, and for whose wish: their own, or one that needs their room."""
         self._promised_stages: dict[NodeId, list[Stage]] = {}
         self.promised: dict[NodeId, ReplicaId] = {}
         """The groups that room is kept for until they form."""
@@ -298,7 +299,7 @@ class Draft:
 
     def promised_count(self, model_id: ModelId) -> int:
         """How many groups of the model room is kept for."""
-        return len({replica_id for replica_id in self.promised.values() if _model_of_group(replica_id) == model_id})
+        return len({replica_id for replica_id in self.promised.values() if model_of_group(replica_id) == model_id})
 
     def groups_of(self, model_id: ModelId) -> list[ReplicaId]:
         return self._groups.get(model_id, [])
@@ -307,12 +308,12 @@ class Draft:
         """Those that meet the wish, now or soon; one on its way out meets it again where it is not given up anew."""
         return [replica_id for replica_id in self.groups_of(model_id) if self._stands(replica_id)]
 
-    def give_up(self, replica_id: ReplicaId) -> None:
-        """A group is not needed any more: from now on it does not count."""
-        self._given_up.add(replica_id)
+    def give_up(self, replica_id: ReplicaId, model_id: ModelId) -> None:
+        """A group is not needed any more, for the wish of a model: from now on it does not count."""
+        self.given_up[replica_id] = model_id
 
     def _stands(self, replica_id: ReplicaId) -> bool:
-        return self.view.groups[replica_id].phase is not GroupPhase.BROKEN and replica_id not in self._given_up
+        return self.view.groups[replica_id].phase is not GroupPhase.BROKEN and replica_id not in self.given_up
 
     def wanted_count(self, deployment: Deployment) -> int:
         """How many replicas the wish asks for; where it asks for all nodes, those that could run one."""
@@ -394,5 +395,5 @@ def group_prefix(model_id: ModelId) -> str:
     return f"{_GROUP}{model_id}/"
 
 
-def _model_of_group(replica_id: ReplicaId) -> ModelId:
+def model_of_group(replica_id: ReplicaId) -> ModelId:
     return ModelId(replica_id.removeprefix(_GROUP).rpartition("/")[0])
