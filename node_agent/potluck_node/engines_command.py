@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +30,7 @@ from potluck_node.identity_store import StateFolder
 from potluck_node.probe.inventory import take_inventory
 from potluck_node.settings import Settings, load_settings
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.interruption import ended_by_signals
 from potluck_protocol.observe import configure_logging
 
 _HELP: Final = """The engines of this node: llama.cpp comes with it, vLLM and SGLang get environments of their own.
@@ -92,7 +91,7 @@ def install(
     began = time.monotonic()
     folder = engines_folder(settings.cache_dir)
     with (
-        _ended_by_signals(),
+        ended_by_signals(),
         installation.open_workshop(folder, os.environ, live=not as_json and sys.stderr.isatty(), say=_say) as workshop,
     ):
         made = installation.already_installed(workshop, recipe)
@@ -262,16 +261,3 @@ def _has_cards(settings: Settings) -> bool:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Whoever ends this process, as a closed terminal does, ends it as Ctrl-C: what is half made is cleared away."""
-    # What is ignored stays so: `nohup` asks for an end that no closed terminal brings.
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -150,7 +150,7 @@ async def test_one_that_loads_its_model_is_busy_and_an_engine_of_ours_that_says_
         server.answer_status = status
         code = f"print({json.dumps({'url': server.url})!r}, flush=True); import time; time.sleep(60)"
         probe = AttachEngine(AttachedServers(())).probe(launch)
-        engine = SimpleNamespace(kind=kind, arguments=lambda _: ("-c", code), probe=lambda _: probe)
+        engine = SimpleNamespace(kind=kind, variables={}, arguments=lambda _: ("-c", code), probe=lambda _: probe)
         with pytest.raises(EngineFailedError, match=f"HTTP status {status}") as failed:
             await EngineProcess.start(engine, launch, os.environ, session)
     assert failed.value.kind is failure_kind

@@ -14,9 +14,10 @@ import pytest
 
 from potluck.commands import local_pool
 from potluck.commands.children import Child, child_environment
-from potluck.commands.local_pool import LocalPool, LocalPoolPlan, ended_by_signals
+from potluck.commands.local_pool import LocalPool, LocalPoolPlan
 from potluck.commands.progress import LiveLine
 from potluck.errors import AlreadyExistsError, InternalError
+from potluck_protocol.interruption import ended_by_signals
 
 DEAF = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
 TIED = "from potluck.tether import tie_to_parent; tie_to_parent(); import time; print('tied', flush=True); time.sleep(60)"

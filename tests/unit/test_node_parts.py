@@ -97,7 +97,7 @@ SHOUTING = ("-c", "import sys; [print(str(n) * 290, file=sys.stderr) for n in ra
 
 async def test_the_last_words_of_an_engine_that_did_not_start_are_bounded_and_keep_what_happened(tmp_path):
     launch = EngineLaunch(ModelId("tiny"), tmp_path, slot_count=1, context_length_tokens=64)
-    shouting = SimpleNamespace(kind="shouting", arguments=lambda _: SHOUTING)
+    shouting = SimpleNamespace(kind="shouting", variables={}, arguments=lambda _: SHOUTING)
     async with aiohttp.ClientSession() as session:
         with pytest.raises(EngineFailedError) as failure:
             await EngineProcess.start(shouting, launch, os.environ, session)

@@ -18,7 +18,7 @@ from potluck import calls
 from potluck.client import Client
 from potluck.command import EXIT_INTERRUPTED
 from potluck.commands.chat import TimedAnswer, stream_answer
-from potluck.commands.local_pool import LocalPool, LocalPoolPlan, ended_by_signals, person_key
+from potluck.commands.local_pool import LocalPool, LocalPoolPlan, person_key
 from potluck.commands.progress import LiveLine
 from potluck.commands.terminal import EXIT_FAILED, say, show, show_part
 from potluck.commands.up import CatalogueOption
@@ -26,6 +26,7 @@ from potluck.errors import pool_error
 from potluck.results import Audit
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
+from potluck_protocol.interruption import ended_by_signals
 from potluck_protocol.money import credits_text
 from potluck_protocol.values import AccountId
 

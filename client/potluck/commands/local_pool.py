@@ -9,11 +9,9 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Self
@@ -221,23 +219,6 @@ def person_key(transport: Transport, name: str, key_name: str) -> tuple[AccountI
     known = [account for account in transport.unary(calls.list_accounts()) if account.name == name]
     account = known[0] if known else transport.unary(calls.create_account(name))
     return account.account_id, transport.unary(calls.create_key(key_name, account_id=account.account_id)).value
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # What is ignored stays so: `nohup` asks for a pool that no closed terminal ends.
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_extras() -> None:

@@ -12,12 +12,13 @@ import typer
 
 from potluck import calls
 from potluck.address import PoolAddress
-from potluck.commands.local_pool import LocalPool, LocalPoolPlan, ended_by_signals, person_key
+from potluck.commands.local_pool import LocalPool, LocalPoolPlan, person_key
 from potluck.commands.progress import LiveLine
 from potluck.commands.session import state_home
 from potluck.commands.terminal import say, show
 from potluck.errors import CredentialError
 from potluck.transport import Transport
+from potluck_protocol.interruption import ended_by_signals
 from potluck_protocol.private_files import write_private
 
 PERSON: Final = "you"

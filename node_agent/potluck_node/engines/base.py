@@ -94,6 +94,11 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of its environment, beside what every engine sees of the agent's: what is nobody's to read among its arguments."""
+        ...
+
     def probe(self, launch: EngineLaunch) -> EngineProbe:
         """What readiness is asked with."""
         ...

@@ -32,6 +32,10 @@ class LlamaCppEngine:
             *("--context", str(launch.context_length_tokens), "--slots", str(launch.slot_count)),
         )
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {}
+
     def probe(self, launch: EngineLaunch) -> EngineProbe:
         return one_token_probe(launch)
 

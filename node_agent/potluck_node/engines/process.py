@@ -21,7 +21,6 @@ from potluck_node.domain.attached import BUSY_STATUSES
 from potluck_node.domain.failures import Shortage, diagnose
 from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.engines import last_lines
-from potluck_node.engines.attach import AttachEngine
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX, Engine, EngineAddress, EngineLaunch, EngineProbe
 from potluck_node.engines.shared_memory import free_what_the_dead_left
 from potluck_node.engines.stage_count import counted_bytes
@@ -106,9 +105,8 @@ class EngineProcess:
         Raises:
             EngineFailedError: with the last lines of stderr; nothing of the engine is left.
         """
-        variables = engine.variables if isinstance(engine, AttachEngine) else {}
         try:
-            child = ChildProcess.spawn(engine.arguments(launch), engine_environment(environment) | variables)
+            child = ChildProcess.spawn(engine.arguments(launch), engine_environment(environment) | engine.variables)
         except OSError as error:
             raise EngineFailedError(f"the engine {engine.kind} could not be started: {error}") from error
         process = cls(child, engine.kind, lines_folder)

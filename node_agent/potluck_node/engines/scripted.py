@@ -32,6 +32,10 @@ class ScriptedEngine:
             *(("--stage",) if launch.group is not None and launch.group.rank > 0 else ()),
         )
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {}
+
     def probe(self, launch: EngineLaunch) -> EngineProbe:
         # The script's faults are for requests; a start that is to fail says so by a file that is no script.
         sound = {"ttft_ms": 0, "fail_status": None, "break_after_tokens": None, "hang_after_tokens": None, "exit_after_tokens": None}

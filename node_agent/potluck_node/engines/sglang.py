@@ -49,6 +49,10 @@ class SglangEngine:
             *("--", str(self.python), "-P", lifeline.__file__, "sglang.launch_server", *flags(launch)),
         )
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {}
+
     def probe(self, launch: EngineLaunch) -> EngineProbe:
         return one_token_probe(launch)
 

@@ -50,6 +50,10 @@ class VllmEngine:
             *("--", str(self.python), "-P", str(_INSIDE), *flags(launch)),
         )
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {}
+
     def probe(self, launch: EngineLaunch) -> EngineProbe:
         return one_token_probe(launch)
 
