@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from potluck_coordinator.gateway.requests import REQUEST_SECONDS_MAX
+from potluck_coordinator.gateway.dispatching import REQUEST_SECONDS_MAX
 from potluck_node import attached_servers
 from potluck_node.attached_servers import AttachedServers
 from potluck_node.child_process import ChildProcess

@@ -12,7 +12,7 @@ import pytest
 from potluck_coordinator.domain import ledger
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway import answer as answer_module
-from potluck_coordinator.gateway import interceptors, ledger_writer, node_session, requests
+from potluck_coordinator.gateway import dispatching, interceptors, ledger_writer, node_session, requests
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -49,7 +49,7 @@ async def test_no_number_of_relayed_events_costs_more_than_was_held(tmp_path):
 
 
 async def test_an_answer_that_takes_too_long_fails_and_frees_its_slot(tmp_path, monkeypatch):
-    monkeypatch.setattr(requests, "REQUEST_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(dispatching, "REQUEST_SECONDS_MAX", 0.3)
     async with pool(tmp_path) as (coordinator, node):
         answer, start = await begin(coordinator, node)
         with pytest.raises(PotluckError) as failure:
@@ -302,7 +302,7 @@ async def test_a_node_has_no_more_links_than_its_bound(tmp_path, monkeypatch):
 
 
 async def test_an_answer_past_its_time_gives_its_slot_back_although_nobody_reads_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(requests, "REQUEST_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(dispatching, "REQUEST_SECONDS_MAX", 0.3)
     async with pool(tmp_path) as (coordinator, node):
         answer, start = await begin(coordinator, node)
         cancelled = await node.wait_for(lambda frame: bool(frame.cancels))

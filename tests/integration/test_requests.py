@@ -189,7 +189,7 @@ async def test_what_one_node_refuses_another_answers_and_is_paid_for(tmp_path):
         nodes = [await links.enter_async_context(raw_link(coordinator, await enrol(coordinator))) for _ in range(2)]
         for node in nodes:
             await node.hello()
-        coordinator.gateway.requests._draw = lambda: 0.0  # of equals always the same one, so that only the refusal moves it
+        coordinator.gateway.requests._placing._draw = lambda: 0.0  # of equals always the same one, so that only the refusal moves it
         work = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
         starts = [asyncio.ensure_future(node.next_start()) for node in nodes]
         (first,), _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)

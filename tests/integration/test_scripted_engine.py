@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 
 import aiohttp
 import pytest
 
+from potluck_node.domain.failures import diagnose
+from potluck_node.engines.asking import ask_load
+from potluck_node.engines.base import EngineAddress
+from potluck_node.engines.batch_model import CostModel
 from potluck_node.engines.script import Script, read_script
 from potluck_node.engines.scripted_server import ScriptedServer, serve
+from potluck_protocol.values import FailureKind
 
 PROMPT = {"messages": [{"role": "user", "content": "one two three"}]}
 SCRIPT = Script(tokens=("a", "b", "c", "d"))
@@ -127,3 +135,59 @@ def test_script_file(tmp_path):
         path.write_text(wrong)
         with pytest.raises(ValueError, match=r"."):
             read_script(path)
+
+
+COST = CostModel(prefill_tokens_per_second=10_000, step_ms=10, step_ms_per_request=0, kv_capacity_tokens=200, kv_overcommit_max=1.2)
+
+
+async def test_with_a_cost_it_batches_and_tells_what_it_holds():
+    server = ScriptedServer(Script(tokens=("a",), token_count=50, cost=COST), "tiny", context_length_tokens=100, slot_count=1)
+    runner, url = await serve(server)
+    try:
+        async with aiohttp.ClientSession(url) as http:
+            asking = [asyncio.create_task(post(http, {"prompt": "one " * 60, "max_tokens": 20}, "/v1/completions")) for _ in range(3)]
+            async with asyncio.timeout(5):
+                while (load := await ask_load(http, "scripted", EngineAddress(url))).running_count != 2 or load.waiting_count != 1:
+                    await asyncio.sleep(0.01)
+            assert load.kv_capacity_tokens == 200
+            assert load.kv_used_tokens is not None
+            assert 120 <= load.kv_used_tokens <= 160
+            for answer in await asyncio.gather(*asking):
+                assert answer[0] == 200
+                assert json.loads(answer[1])["choices"][0]["text"] == "a" * 20
+            # Hung up in the middle, it is forgotten.
+            asking = [asyncio.create_task(post(http, PROMPT | {"stream": True}))]
+            async with asyncio.timeout(5):
+                while (await ask_load(http, "scripted", EngineAddress(url))).running_count != 1:
+                    await asyncio.sleep(0.01)
+                asking[0].cancel()
+                while (await ask_load(http, "scripted", EngineAddress(url))).kv_used_tokens != 0:
+                    await asyncio.sleep(0.01)
+    finally:
+        await runner.cleanup()
+
+
+async def test_over_admitted_it_dies_as_a_real_one_does(tmp_path):
+    script = tmp_path / "script.json"
+    script.write_text(json.dumps({"token_count": 90, "cost": asdict(COST)}))
+    command = [sys.executable, "-m", "potluck_node.engines.scripted_server", "--model", str(script)]
+    command += ["--alias", "tiny", "--context", "100", "--slots", "1"]
+    engine = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        url = json.loads(await engine.stdout.readline())["url"]
+        async with aiohttp.ClientSession(url) as http:
+            asking = [asyncio.create_task(post(http, {"prompt": "one two"}, "/v1/completions")) for _ in range(20)]
+            failures = await asyncio.gather(*asking, return_exceptions=True)
+        assert all(isinstance(failure, aiohttp.ClientError) for failure in failures)
+        _, errors = await asyncio.wait_for(engine.communicate(), 5)
+        found = diagnose("ended with status 1", errors.decode().splitlines(), served=True)
+        assert (engine.returncode, found.kind) == (1, FailureKind.OUT_OF_MEMORY)
+    finally:
+        if engine.returncode is None:
+            engine.kill()
+            await engine.wait()
+
+
+def test_a_cache_that_holds_no_whole_request_starts_no_server():
+    with pytest.raises(ValueError, match="kv_capacity_tokens"):
+        ScriptedServer(Script(cost=COST), "tiny", context_length_tokens=200, slot_count=1)

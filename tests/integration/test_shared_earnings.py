@@ -36,7 +36,7 @@ async def publish(coordinator, replica_payees):
     """As the directory does; returns once the gateway follows."""
     coordinator.directory.pool._board.publish(replica_payees=replica_payees)
     async with asyncio.timeout(5):
-        while coordinator.gateway.requests._replica_payees() != replica_payees:
+        while coordinator.gateway._snapshot.replica_payees != replica_payees:
             await asyncio.sleep(0.01)
 
 

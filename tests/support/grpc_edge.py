@@ -14,10 +14,11 @@ import grpc
 from potluck_coordinator.desks import GatewayGrant, KeyIdentity
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.gateway.grpc_server import build_grpc_server
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.key_cache import KeyCache
-from potluck_coordinator.gateway.requests import InferenceRequest, RequestService
+from potluck_coordinator.gateway.requests import RequestService
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock

@@ -12,9 +12,10 @@ from pathlib import Path
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.domain.catalogue import CatalogueEntry
 from potluck_coordinator.gateway.http_server import HttpServer
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.relay import PassOn
-from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
+from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError

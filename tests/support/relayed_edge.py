@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
 from potluck_coordinator.gateway.answer import Answer
 from potluck_coordinator.gateway.http_server import HttpServer
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.relay import Relay
-from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
+from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.values import AttemptId

@@ -6,7 +6,7 @@ import asyncio
 import json
 from contextlib import asynccontextmanager
 
-from potluck_coordinator.gateway.requests import InferenceRequest
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_protocol.values import AccountId, Endpoint, RequestId
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link

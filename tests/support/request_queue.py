@@ -11,10 +11,12 @@ from potluck_coordinator.desks import DirectoryPort, SessionGrant
 from potluck_coordinator.domain.admission import AdmissionLimits
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.dispatching import Books
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
-from potluck_coordinator.gateway.requests import InferenceRequest, RequestLimits, RequestService
+from potluck_coordinator.gateway.requests import RequestLimits, RequestService
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.values import (
     AccountId,
@@ -92,14 +94,16 @@ class Front:
         entry = catalogue_entry("tiny", context_length_tokens=CONTEXT_TOKENS)
         self.requests = RequestService(
             links=self.links,
-            ledger=LedgerWriter(cast("Any", self.directory), lambda _: None),
+            books=Books(
+                ledger=LedgerWriter(cast("Any", self.directory), lambda _: None),
+                replica_payees=dict,
+                new_attempt_id=lambda: AttemptId(f"attempt {next(numbers)}"),
+                gateway_epoch=1,
+            ),
             catalogue=lambda: {MODEL: entry},
-            replica_payees=dict,
             limits=RequestLimits(AdmissionLimits(queue_length_max=queue_length_max)),
             clock=self.clock,
             draw=lambda: 0.5,
-            new_attempt_id=lambda: AttemptId(f"attempt {next(numbers)}"),
-            gateway_epoch=1,
         )
         self.asked: list[asyncio.Task[Answer]] = []
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck_coordinator.domain.admission import AdmissionLimits, Dispatch, ModelLoad, Refuse, Wait, admit
+from potluck_coordinator.domain.admission import AdmissionLimits, Admitted, ModelLoad, Refuse, Wait, admit
 from potluck_protocol.errors import ErrorCode
 
 LIMITS = AdmissionLimits(queue_length_max=4, queue_wait_seconds_max=30)
@@ -16,9 +16,9 @@ LIMITS = AdmissionLimits(queue_length_max=4, queue_wait_seconds_max=30)
     ("load", "expected"),
     [
         (ModelLoad(0, 0, 0, 1.0), Refuse(ErrorCode.NO_CAPACITY, 1.0)),
-        (ModelLoad(4, 1, 0, 1.0), Dispatch()),
-        (ModelLoad(4, 1, 1, 1.0), Dispatch()),  # what counts as free, nobody in the queue could take
-        (ModelLoad(4, 1, 4, 1.0), Dispatch()),  # however full the queue is
+        (ModelLoad(4, 1, 0, 1.0), Admitted()),
+        (ModelLoad(4, 1, 1, 1.0), Admitted()),  # what counts as free, nobody in the queue could take
+        (ModelLoad(4, 1, 4, 1.0), Admitted()),  # however full the queue is
         (ModelLoad(4, 0, 3, 1.0), Wait(30)),
         (ModelLoad(4, 0, 4, 8.0), Refuse(ErrorCode.QUEUE_FULL, 10.0)),  # five requests of 8 s on four slots
         (ModelLoad(1, 0, 4, 100.0), Refuse(ErrorCode.QUEUE_FULL, 60.0)),  # never more than a client would honour
@@ -31,7 +31,7 @@ def test_the_table(load, expected):
 def test_a_request_that_a_node_gave_back_has_no_second_deadline():
     full = ModelLoad(4, 0, 3, 1.0)
     assert [admit(full, AdmissionLimits(), waited) for waited in (12.0, 30.0, 45.0)] == [Wait(18), Wait(0), Wait(0)]
-    assert admit(ModelLoad(4, 1, 0, 1.0), AdmissionLimits(), 45.0) == Dispatch()
+    assert admit(ModelLoad(4, 1, 0, 1.0), AdmissionLimits(), 45.0) == Admitted()
 
 
 loads = st.builds(ModelLoad, st.integers(0, 100), st.integers(0, 100), st.integers(0, 100), st.floats(0, 1e6))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from potluck_coordinator.gateway.requests import REQUEST_SECONDS_MAX
+from potluck_coordinator.gateway.dispatching import REQUEST_SECONDS_MAX
 from potluck_node.attached_servers import AttachedServers, headers_of
 from potluck_node.control import AttachedLine
 from potluck_node.domain.attached import (

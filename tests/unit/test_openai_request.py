@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX, MESSAGE_COUNT_MAX, TOKEN_CHARACTERS_MAX, parse_request
-from potluck_coordinator.gateway.requests import InferenceRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, Endpoint, RequestId
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from potluck_coordinator.desks import PoolSnapshot
 from potluck_coordinator.domain.placement import likeness
-from potluck_coordinator.gateway import requests as requests_module
+from potluck_coordinator.gateway import placing as placing_module
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -178,7 +178,7 @@ async def test_an_answer_that_is_given_up_is_charged_its_prompt_and_what_was_rel
     await front.joined("a")
     asked = front.ask(account_id=AccountId("a"), prompt_bytes=400)
     await settle()
-    account = front.requests._queue(MODEL)._accounts[AccountId("a")]
+    account = front.requests._queues.queue(MODEL)._accounts[AccountId("a")]
     assert (account.given, account.pending) == (0, 100 + 2 * 100)
     asked.cancel()
     await settle()
@@ -206,13 +206,13 @@ async def test_a_pool_of_full_nodes_costs_no_more_than_one(front, monkeypatch):
         looked_at.extend(cohorts)
         return placed(cohorts, *arguments)
 
-    placed = requests_module.place
+    placed = placing_module.place
     sessions = [await front.joined(f"node{number}") for number in range(300)]
     for _ in range(300 * SLOTS + 64):
         front.ask()
     await settle()
     assert front.requests.queued_count(MODEL) == 64
-    monkeypatch.setattr(requests_module, "place", counted)
+    monkeypatch.setattr(placing_module, "place", counted)
     for session in sessions:
         beat(front, session)
     front.requests.serve_queues()

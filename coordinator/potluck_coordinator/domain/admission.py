@@ -2,7 +2,7 @@
 
 Decides from counts: the slots that could take the request, those of them that are free and left over by whoever waits, and the requests in
 the model's queue. How long a request has held a slot in the mean lately says only when a refused client should come back.
-`gateway.requests` counts and measures. It must not know tasks or sockets.
+`gateway.queues` counts and measures. It must not know tasks or sockets.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ModelLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatch:
+class Admitted:
     """Place it now."""
 
 
@@ -58,7 +58,7 @@ class Refuse:
     retry_after_seconds: float
 
 
-Admission = Dispatch | Wait | Refuse
+Admission = Admitted | Wait | Refuse
 
 
 def drain_seconds(load: ModelLoad) -> float:
@@ -84,7 +84,7 @@ def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0)
     if load.usable_slot_count == 0:
         return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
     if load.free_slot_count > 0:
-        return Dispatch()
+        return Admitted()
     if load.queued_count >= limits.queue_length_max and not load.may_displace:
         return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(load, limits))
     return Wait(max(0.0, limits.queue_wait_seconds_max - waited_seconds))

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.ledger_writer import LedgerWriter
     from potluck_coordinator.gateway.relay import PassOn, Relay
-    from potluck_coordinator.gateway.requests import InferenceRequest
     from potluck_protocol.values import AttemptId, NodeId, RequestId, Usage
 
 _log = structlog.get_logger()

@@ -22,6 +22,7 @@ from potluck_coordinator.desks import DirectoryPort, GatewayGrant, PoolSnapshot
 from potluck_coordinator.domain.admission import AdmissionLimits
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
+from potluck_coordinator.gateway.dispatching import Books
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
 from potluck_coordinator.gateway.http_server import HttpServer
@@ -108,16 +109,19 @@ class Gateway:
         grant = await self._directory.pool.register_gateway()
         self._links.use_fingerprint_key(grant.fingerprint_key)
         self._take(await self._directory.pool.watch(0))
+        books = Books(
+            ledger=self._ledger,
+            replica_payees=lambda: self._snapshot.replica_payees,
+            new_attempt_id=lambda: AttemptId(f"att_{secrets.token_hex(8)}"),
+            gateway_epoch=grant.epoch,
+        )
         requests = self._requests = RequestService(
             links=self._links,
-            ledger=self._ledger,
+            books=books,
             catalogue=lambda: self._snapshot.models,
-            replica_payees=lambda: self._snapshot.replica_payees,
             limits=RequestLimits(AdmissionLimits(self._settings.queue_length_max, self._settings.queue_deadline_seconds)),
             clock=self._clock,
             draw=random.random,
-            new_attempt_id=lambda: AttemptId(f"att_{secrets.token_hex(8)}"),
-            gateway_epoch=grant.epoch,
         )
         self._metrics.watch_pool(lambda: self._reading(requests))
         self._tasks = [

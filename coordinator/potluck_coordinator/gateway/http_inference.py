@@ -14,9 +14,10 @@ from typing import Protocol
 
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Header
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.relay import PassOn
-from potluck_coordinator.gateway.requests import InferenceRequest, ModelView
+from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.metadata import COST_HEADER, NODE_HEADER

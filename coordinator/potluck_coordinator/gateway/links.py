@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.domain.placement import Cohort
-    from potluck_coordinator.gateway.requests import InferenceRequest
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.clock import Clock
     from potluck_protocol.culprits import Fingerprint
     from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.desks import SessionGrant
     from potluck_coordinator.domain.nodes import LivenessLimits
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.outbox import Outbox
     from potluck_coordinator.gateway.relay import Relay
-    from potluck_coordinator.gateway.requests import InferenceRequest
     from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
         CardTelemetry,

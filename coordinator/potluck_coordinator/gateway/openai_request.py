@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from potluck_coordinator.gateway.requests import InferenceRequest
+from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, Endpoint, ModelId, RequestId
 

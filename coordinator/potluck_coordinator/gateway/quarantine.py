@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.links import Links
-    from potluck_coordinator.gateway.requests import InferenceRequest
     from potluck_protocol.values import AttemptId, NodeId
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.gateway.answer import Answer
-    from potluck_coordinator.gateway.requests import InferenceRequest
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.values import AccountId, NodeId
 
 COMPLETION_TOKENS_GUESS: Final = 256.0
