@@ -47,6 +47,8 @@ class AnswerReader:
             self._unread += message.data
             if self._stream:
                 return [text for document in self._new_documents() for text in self._read_document(document)]
+        elif event == "placed":
+            self.node_id = NodeId(message.placed.node_id)
         elif event == "finished":
             self._finished = message.finished
             if not self._stream:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
 from google.protobuf.message import Message
 
 from potluck.errors import error_of_protocol, pool_error
-from potluck.results import AccountInfo, Audit, Credits, JoinTokenInfo, KeyInfo, ModelInfo, NodeInfo, Secret, StatementEntry
+from potluck.results import AccountInfo, Audit, Credits, JoinTokenInfo, KeyInfo, KeyQuotas, ModelInfo, NodeInfo, Secret, StatementEntry
 from potluck_protocol.codec import node_state_from_number
 from potluck_protocol.engine_codec import ENDPOINT_NUMBER, endpoint_from_number, engine_status_value
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.hardware_codec import inventory_value
+from potluck_protocol.hardware_codec import card_telemetries_value, inventory_value
 from potluck_protocol.v1 import account_pb2, inference_pb2, pool_pb2
 from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelId, NodeId, TokenId
 
@@ -136,10 +137,16 @@ def claim_earnings(claim_id: str, account_id: AccountId | None = None) -> Call[a
     )
 
 
-def create_key(name: str, lifetime_seconds: int = 0, account_id: AccountId | None = None) -> Call[account_pb2.CreateKeyResponse, Secret]:
+def create_key(
+    name: str, lifetime_seconds: int = 0, account_id: AccountId | None = None, quotas: Mapping[str, int] = MappingProxyType({})
+) -> Call[account_pb2.CreateKeyResponse, Secret]:
+    """A new key; `quotas` are some of `KeyQuotas`, by name."""
+    request = account_pb2.CreateKeyRequest(
+        account_id=account_id or "", name=name, lifetime_seconds=lifetime_seconds, quotas=account_pb2.KeyQuotas(**quotas)
+    )
     return Call(
         _ACCOUNTS + "CreateKey",
-        account_pb2.CreateKeyRequest(account_id=account_id or "", name=name, lifetime_seconds=lifetime_seconds),
+        request,
         account_pb2.CreateKeyResponse,
         lambda reply: Secret(reply.key.key_prefix, reply.secret),
         repeatable=False,
@@ -153,6 +160,12 @@ def list_keys(account_id: AccountId | None = None) -> Call[account_pb2.ListKeysR
         account_pb2.ListKeysResponse,
         lambda reply: tuple(_key(message) for message in reply.keys),
     )
+
+
+def set_key_quotas(key_prefix: KeyPrefix, quotas: Mapping[str, int]) -> Call[account_pb2.SetKeyQuotasResponse, KeyInfo]:
+    """Changes those of `KeyQuotas` that are named."""
+    request = account_pb2.SetKeyQuotasRequest(key_prefix=key_prefix, **quotas)
+    return Call(_ACCOUNTS + "SetKeyQuotas", request, account_pb2.SetKeyQuotasResponse, lambda reply: _key(reply.key))
 
 
 def revoke_key(key_prefix: KeyPrefix) -> Call[account_pb2.RevokeKeyResponse, None]:
@@ -252,6 +265,7 @@ def _node(message: pool_pb2.Node) -> NodeInfo:
         down_minutes=message.down_minutes,
         unknown_minutes=message.unknown_minutes,
         last_seen_at_unix_ms=message.last_seen_at_unix_ms,
+        cards=card_telemetries_value(message.cards),
     )
 
 
@@ -264,6 +278,12 @@ def _key(message: account_pb2.ApiKey) -> KeyInfo:
         expires_at_unix_ms=message.expires_at_unix_ms,
         revoked=message.revoked,
         operator=message.operator,
+        quotas=KeyQuotas(
+            message.quotas.requests_per_day,
+            message.quotas.tokens_per_day,
+            message.quotas.concurrent_max,
+            message.quotas.spend_micro_credits_per_day,
+        ),
     )
 
 

@@ -37,14 +37,32 @@ class Client:
 
     @overload
     def chat(
-        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any
+        self,
+        messages: str | ChatMessages,
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
     def chat(
-        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[True], **openai_fields: Any
+        self,
+        messages: str | ChatMessages,
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> ChatStream: ...
     def chat(
-        self, messages: str | ChatMessages, *, model: str | None = None, stream: bool = False, **openai_fields: Any
+        self,
+        messages: str | ChatMessages,
+        *,
+        model: str | None = None,
+        stream: bool = False,
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> ChatResult | ChatStream:
         """A model's answer to a conversation.
 
@@ -52,17 +70,32 @@ class Client:
             messages: OpenAI's message list, or one question as a string.
             model: a model of the pool; None takes its first ready one.
             stream: True gives a `ChatStream` as soon as a node has the request.
+            idempotency_key: a name of your own for this request, such as an order's number. Whoever sends the same request with the same
+                key within a day gets the first answer again, which is made and paid for once, also if you have gone meanwhile. None: the
+                tries of this one call share a key, and leaving a stream takes the request back.
             openai_fields: any other field of OpenAI's request, passed on to the engine as it is.
         """
-        return self._answer(_CHAT, model, stream, {"messages": chat_messages(messages), **openai_fields})
+        return self._answer(_CHAT, model, stream, idempotency_key, {"messages": chat_messages(messages), **openai_fields})
 
     @overload
-    def complete(self, prompt: str, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any) -> ChatResult: ...
+    def complete(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
+    ) -> ChatResult: ...
     @overload
-    def complete(self, prompt: str, *, model: str | None = None, stream: Literal[True], **openai_fields: Any) -> ChatStream: ...
-    def complete(self, prompt: str, *, model: str | None = None, stream: bool = False, **openai_fields: Any) -> ChatResult | ChatStream:
+    def complete(
+        self, prompt: str, *, model: str | None = None, stream: Literal[True], idempotency_key: str | None = None, **openai_fields: Any
+    ) -> ChatStream: ...
+    def complete(
+        self, prompt: str, *, model: str | None = None, stream: bool = False, idempotency_key: str | None = None, **openai_fields: Any
+    ) -> ChatResult | ChatStream:
         """How a model goes on from a plain text; arguments as in `chat`."""
-        return self._answer(_PROMPT, model, stream, {"prompt": plain_prompt(prompt), **openai_fields})
+        return self._answer(_PROMPT, model, stream, idempotency_key, {"prompt": plain_prompt(prompt), **openai_fields})
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The pool's catalogue."""
@@ -86,9 +119,12 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _answer(self, endpoint: Endpoint, model: str | None, stream: bool, fields: Mapping[str, Any]) -> ChatResult | ChatStream:
+    def _answer(
+        self, endpoint: Endpoint, model: str | None, stream: bool, idempotency_key: str | None, fields: Mapping[str, Any]
+    ) -> ChatResult | ChatStream:
         chosen = ModelId(model) if model else calls.choose_model(self.models(), endpoint)
-        opened = self._transport.open_answer(calls.generate_request(endpoint, chosen, fields, stream=stream), stream=stream)
+        request = calls.generate_request(endpoint, chosen, fields, stream=stream)
+        opened = self._transport.open_answer(request, stream=stream, idempotency_key=idempotency_key)
         if stream:
             return opened
         with opened:
@@ -103,29 +139,55 @@ class AsyncClient:
 
     @overload
     async def chat(
-        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any
+        self,
+        messages: str | ChatMessages,
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
     async def chat(
-        self, messages: str | ChatMessages, *, model: str | None = None, stream: Literal[True], **openai_fields: Any
+        self,
+        messages: str | ChatMessages,
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> AsyncChatStream: ...
     async def chat(
-        self, messages: str | ChatMessages, *, model: str | None = None, stream: bool = False, **openai_fields: Any
+        self,
+        messages: str | ChatMessages,
+        *,
+        model: str | None = None,
+        stream: bool = False,
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> ChatResult | AsyncChatStream:
         """As `Client.chat`; streamed, the `AsyncChatStream` is awaited too."""
-        return await self._answer(_CHAT, model, stream, {"messages": chat_messages(messages), **openai_fields})
+        return await self._answer(_CHAT, model, stream, idempotency_key, {"messages": chat_messages(messages), **openai_fields})
 
     @overload
     async def complete(
-        self, prompt: str, *, model: str | None = None, stream: Literal[False] = False, **openai_fields: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        idempotency_key: str | None = None,
+        **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
-    async def complete(self, prompt: str, *, model: str | None = None, stream: Literal[True], **openai_fields: Any) -> AsyncChatStream: ...
     async def complete(
-        self, prompt: str, *, model: str | None = None, stream: bool = False, **openai_fields: Any
+        self, prompt: str, *, model: str | None = None, stream: Literal[True], idempotency_key: str | None = None, **openai_fields: Any
+    ) -> AsyncChatStream: ...
+    async def complete(
+        self, prompt: str, *, model: str | None = None, stream: bool = False, idempotency_key: str | None = None, **openai_fields: Any
     ) -> ChatResult | AsyncChatStream:
         """As `Client.complete`."""
-        return await self._answer(_PROMPT, model, stream, {"prompt": plain_prompt(prompt), **openai_fields})
+        return await self._answer(_PROMPT, model, stream, idempotency_key, {"prompt": plain_prompt(prompt), **openai_fields})
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """The pool's catalogue."""
@@ -149,9 +211,12 @@ class AsyncClient:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         await self.close()
 
-    async def _answer(self, endpoint: Endpoint, model: str | None, stream: bool, fields: Mapping[str, Any]) -> ChatResult | AsyncChatStream:
+    async def _answer(
+        self, endpoint: Endpoint, model: str | None, stream: bool, idempotency_key: str | None, fields: Mapping[str, Any]
+    ) -> ChatResult | AsyncChatStream:
         chosen = ModelId(model) if model else calls.choose_model(await self.models(), endpoint)
-        opened = await self._transport.open_answer(calls.generate_request(endpoint, chosen, fields, stream=stream), stream=stream)
+        request = calls.generate_request(endpoint, chosen, fields, stream=stream)
+        opened = await self._transport.open_answer(request, stream=stream, idempotency_key=idempotency_key)
         if stream:
             return opened
         async with opened:

@@ -7,7 +7,9 @@
         │   ├── RequestTooLargeError
         │   ├── RequestRefusedError
         │   ├── MethodNotAllowedError
-        │   └── AlreadyExistsError
+        │   ├── AlreadyExistsError
+        │   ├── IdempotencyKeyReusedError
+        │   └── IdempotencyKeySpentError
         ├── CredentialError           the pool does not know, or does not allow, whoever asks
         │   ├── InvalidApiKeyError
         │   ├── InvalidInviteError
@@ -17,9 +19,12 @@
         │   └── ModelNotFoundError
         ├── InsufficientCreditsError
         ├── BusyError                 try again later; `retry_after_seconds` may say when
+        │   ├── RateLimitedError
+        │   ├── QuotaExceededError
         │   ├── QueueFullError
         │   ├── QueueTimeoutError
-        │   └── NoCapacityError
+        │   ├── NoCapacityError
+        │   └── IdempotencyKeyInFlightError
         ├── AnswerLostError           the answer broke off; `partial_text` holds what had arrived
         │   ├── NodeLostError
         │   └── EngineFailedError
@@ -95,6 +100,14 @@ class AlreadyExistsError(InvalidRequestError):
     """What was to be made is there already."""
 
 
+class IdempotencyKeyReusedError(InvalidRequestError):
+    """The idempotency key was used for another request within a day."""
+
+
+class IdempotencyKeySpentError(InvalidRequestError):
+    """The request under this idempotency key was run already, and its answer is no longer kept. The message says as which request."""
+
+
 class CredentialError(PoolError):
     """The pool does not know, or does not allow, whoever asks."""
 
@@ -131,8 +144,16 @@ class BusyError(PoolError):
     """The pool cannot take the request now. Nothing was produced or charged."""
 
 
+class RateLimitedError(BusyError):
+    """The account has had its requests of the default tier; the flex tier is open."""
+
+
+class QuotaExceededError(BusyError):
+    """The API key has used what it may of requests, tokens or credits a day, or of requests at a time."""
+
+
 class QueueFullError(BusyError):
-    """Every slot of the model is taken and its queue is full."""
+    """More waits for the model than it can begin in time."""
 
 
 class QueueTimeoutError(BusyError):
@@ -141,6 +162,10 @@ class QueueTimeoutError(BusyError):
 
 class NoCapacityError(BusyError):
     """No node serves the model right now."""
+
+
+class IdempotencyKeyInFlightError(BusyError):
+    """The request under this idempotency key is being answered already, to somebody else."""
 
 
 class AnswerLostError(PoolError):
@@ -187,7 +212,12 @@ CLASS_OF_CODE: Final[dict[ErrorCode, type[PoolError]]] = {
     ErrorCode.NOT_FOUND: NotFoundError,
     ErrorCode.METHOD_NOT_ALLOWED: MethodNotAllowedError,
     ErrorCode.ALREADY_EXISTS: AlreadyExistsError,
+    ErrorCode.IDEMPOTENCY_KEY_REUSED: IdempotencyKeyReusedError,
+    ErrorCode.IDEMPOTENCY_KEY_SPENT: IdempotencyKeySpentError,
+    ErrorCode.IDEMPOTENCY_KEY_IN_FLIGHT: IdempotencyKeyInFlightError,
     ErrorCode.INSUFFICIENT_CREDITS: InsufficientCreditsError,
+    ErrorCode.RATE_LIMITED: RateLimitedError,
+    ErrorCode.QUOTA_EXCEEDED: QuotaExceededError,
     ErrorCode.QUEUE_FULL: QueueFullError,
     ErrorCode.QUEUE_TIMEOUT: QueueTimeoutError,
     ErrorCode.NO_CAPACITY: NoCapacityError,

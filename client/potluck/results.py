@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.values import (
     AccountId,
     Endpoint,
@@ -152,6 +153,8 @@ class NodeInfo:
     unknown_minutes: int
     last_seen_at_unix_ms: int
     """0: never."""
+    cards: tuple[CardTelemetry, ...]
+    """As the node last told of them; none unless the caller owns the node or is the operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,16 @@ class Credits:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyQuotas:
+    """What one API key may use; 0: no bound. A day is one of UTC."""
+
+    requests_per_day: int = 0
+    tokens_per_day: int = 0
+    concurrent_max: int = 0
+    spend_micro_credits_per_day: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class KeyInfo:
     """One API key, without its secret."""
 
@@ -178,6 +191,7 @@ class KeyInfo:
     """0: never."""
     revoked: bool
     operator: bool
+    quotas: KeyQuotas = KeyQuotas()
 
 
 @dataclass(frozen=True, slots=True)

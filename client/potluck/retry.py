@@ -1,8 +1,8 @@
 """Whether and when a failed call is made again.
 
-Decides by the error catalogue, where the same call may well succeed later: one that costs only if nothing was produced or charged, one that
-may as well be made twice also if nobody knows what became of it. It must not know what the call was, nor sleep; it is handed the time and
-the randomness.
+Decides by the error catalogue, where the same call may well succeed later: one that may as well be made twice, and one that costs but names
+an idempotency key, also if nobody knows what became of it; another one that costs only if nothing was produced or charged. It must not know
+what the call was, nor sleep; it is handed the time and the randomness.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _log = logging.getLogger("potluck")
 _log.addHandler(logging.NullHandler())  # silent until the program that uses the SDK listens
 
 
-def delay_before_retry_seconds(error: PoolError, tries_made: int, remaining_seconds: float, jitter: float) -> float | None:
+def delay_before_retry_seconds(
+    error: PoolError, tries_made: int, remaining_seconds: float, jitter: float, *, keyed: bool = False
+) -> float | None:
     """How long to wait before the next try; None where there must be none.
 
     Args:
@@ -33,8 +35,10 @@ def delay_before_retry_seconds(error: PoolError, tries_made: int, remaining_seco
         tries_made: tries so far, the failed one included.
         remaining_seconds: what is left of the caller's limit.
         jitter: uniform in [0, 1), so that many clients do not come back together.
+        keyed: every try names the same idempotency key, so that the pool makes one of them, whatever became of the last.
     """
-    if not error.retry_is_safe or tries_made >= TRIES_MAX:
+    may_succeed = error.spec.retry_is_safe if keyed else error.retry_is_safe
+    if not may_succeed or tries_made >= TRIES_MAX:
         return None
     if error.retry_after_seconds is not None:
         if error.retry_after_seconds > RETRY_AFTER_MAX_SECONDS:
@@ -49,11 +53,18 @@ class Tries:
     """The tries of one call under one time limit."""
 
     def __init__(
-        self, clock: Clock, timeout_seconds: float, *, repeatable: bool = True, jitter: Callable[[], float] = random.random
+        self,
+        clock: Clock,
+        timeout_seconds: float,
+        *,
+        repeatable: bool = True,
+        keyed: bool = False,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self._clock = clock
         self._deadline_seconds = clock.monotonic_seconds() + timeout_seconds
         self._repeatable = repeatable
+        self._keyed = keyed
         self._jitter = jitter
         self._made = 0
 
@@ -66,7 +77,7 @@ class Tries:
         self._made += 1
         delay_seconds = None
         if self._repeatable:
-            delay_seconds = delay_before_retry_seconds(error, self._made, self.remaining_seconds(), self._jitter())
+            delay_seconds = delay_before_retry_seconds(error, self._made, self.remaining_seconds(), self._jitter(), keyed=self._keyed)
         if delay_seconds is None:
             raise error
         _log.debug("call failed with %s, trying again in %.2f s", error.code, delay_seconds)

@@ -57,7 +57,7 @@ class _Answer:
 
     @property
     def node_id(self) -> NodeId:
-        """The node that answers."""
+        """The node that answers; another one, where that went on with it."""
         return self._reader.node_id
 
     @property

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import grpc
 import grpc.aio
@@ -26,7 +27,8 @@ from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.connection import ConnectionDocument, fetch_connection
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.metadata import AUTHORIZATION
+from potluck_protocol.idempotency_keys import checked_key
+from potluck_protocol.metadata import AUTHORIZATION, IDEMPOTENCY_KEY, WHEN_GONE
 from potluck_protocol.v1.inference_pb2 import GenerateRequest, GenerateResponse
 
 ANSWER_TIMEOUT_SECONDS: Final = 600.0
@@ -46,8 +48,21 @@ def _credentials(document: ConnectionDocument) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(root_certificates=document.ca_certificate_pem.encode())
 
 
-def _metadata(address: PoolAddress) -> tuple[tuple[str, str], ...]:
+_Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+
+def _metadata(address: PoolAddress) -> _Metadata:
     return ((AUTHORIZATION, f"Bearer {address.api_key}"),)
+
+
+def _answer_metadata(address: PoolAddress, idempotency_key: str | None) -> _Metadata:
+    """Of all tries of one answer. A key of the SDK's own is for these tries only: nobody else will ask for what they leave behind."""
+    if idempotency_key is None:
+        return (*_metadata(address), (IDEMPOTENCY_KEY, uuid.uuid4().hex), (WHEN_GONE, "cancel"))
+    try:
+        return (*_metadata(address), (IDEMPOTENCY_KEY, checked_key(idempotency_key)))
+    except PotluckError as error:
+        raise error_of_protocol(error) from error
 
 
 def _reader(first: Any, *, stream: bool) -> AnswerReader:
@@ -99,12 +114,12 @@ class Transport:
             except PoolError as error:
                 self._sleep(tries.delay_after(error))
 
-    def open_answer(self, request: GenerateRequest, *, stream: bool) -> ChatStream:
-        """An answer whose place in the pool is settled; raises a `PoolError` where it got none."""
-        tries = Tries(self._clock, self._timeout_seconds)
+    def open_answer(self, request: GenerateRequest, *, stream: bool, idempotency_key: str | None = None) -> ChatStream:
+        """An answer whose place in the pool is settled; raises a `PoolError` where it got none. All tries name one key."""
+        tries, metadata = Tries(self._clock, self._timeout_seconds, keyed=True), _answer_metadata(self._address, idempotency_key)
         while True:
             try:
-                return self._opened(request, tries.remaining_seconds(), stream=stream)
+                return self._opened(request, tries.remaining_seconds(), metadata, stream=stream)
             except PoolError as error:
                 self._sleep(tries.delay_after(error))
 
@@ -115,11 +130,11 @@ class Transport:
         if channel is not None:
             channel.close()
 
-    def _opened(self, request: GenerateRequest, limit_seconds: float, *, stream: bool) -> ChatStream:
+    def _opened(self, request: GenerateRequest, limit_seconds: float, metadata: _Metadata, *, stream: bool) -> ChatStream:
         method = self._connected().unary_stream(
             GENERATE_METHOD, request_serializer=GenerateRequest.SerializeToString, response_deserializer=GenerateResponse.FromString
         )
-        call = method(request, timeout=limit_seconds, metadata=_metadata(self._address))
+        call = method(request, timeout=limit_seconds, metadata=metadata)
         try:
             return ChatStream(call, _reader(next(call, None), stream=stream), self._timeout_seconds)
         except grpc.RpcError as error:
@@ -162,12 +177,12 @@ class AsyncTransport:
             except PoolError as error:
                 await asyncio.sleep(tries.delay_after(error))
 
-    async def open_answer(self, request: GenerateRequest, *, stream: bool) -> AsyncChatStream:
-        """An answer whose place in the pool is settled; raises a `PoolError` where it got none."""
-        tries = Tries(self._clock, self._timeout_seconds)
+    async def open_answer(self, request: GenerateRequest, *, stream: bool, idempotency_key: str | None = None) -> AsyncChatStream:
+        """An answer whose place in the pool is settled; raises a `PoolError` where it got none. All tries name one key."""
+        tries, metadata = Tries(self._clock, self._timeout_seconds, keyed=True), _answer_metadata(self._address, idempotency_key)
         while True:
             try:
-                return await self._opened(request, tries.remaining_seconds(), stream=stream)
+                return await self._opened(request, tries.remaining_seconds(), metadata, stream=stream)
             except PoolError as error:
                 await asyncio.sleep(tries.delay_after(error))
 
@@ -177,11 +192,11 @@ class AsyncTransport:
         if channel is not None:
             await channel.close()
 
-    async def _opened(self, request: GenerateRequest, limit_seconds: float, *, stream: bool) -> AsyncChatStream:
+    async def _opened(self, request: GenerateRequest, limit_seconds: float, metadata: _Metadata, *, stream: bool) -> AsyncChatStream:
         method = (await self._connected()).unary_stream(
             GENERATE_METHOD, request_serializer=GenerateRequest.SerializeToString, response_deserializer=GenerateResponse.FromString
         )
-        call = method(request, timeout=limit_seconds, metadata=_metadata(self._address))
+        call = method(request, timeout=limit_seconds, metadata=metadata)
         try:
             return AsyncChatStream(call, _reader(await call.read(), stream=stream), self._timeout_seconds)
         except grpc.RpcError as error:

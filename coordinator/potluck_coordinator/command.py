@@ -49,6 +49,7 @@ CatalogueFile = Annotated[Path | None, _option("TOML file with models beside the
 RayAddress = Annotated[str | None, _option("Join your own Ray cluster instead; Ray's own RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH apply.")]
 GrantCredits = Annotated[int | None, _option("Credits of a new account. [1000]")]
 FeeBasisPoints = Annotated[int | None, _option("The pool's share; 500 is 5 %. [500]")]
+DefaultTierRate = Annotated[str | None, _option("What an account may ask for in the default tier, such as 20/minute. [100/hour]")]
 LogFormat = Annotated[str | None, _option("console or json. [console]")]
 LogLevel = Annotated[str | None, _option("debug, info, warning or error. [info]")]
 SettingsFile = Annotated[Path | None, _option("TOML file with any of these, names with underscores, and the rarer ones.", "--settings")]
@@ -69,6 +70,7 @@ def serve(
     ray_address: RayAddress = None,
     grant_credits: GrantCredits = None,
     fee_basis_points: FeeBasisPoints = None,
+    default_tier_rate: DefaultTierRate = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
     settings_file: SettingsFile = None,
@@ -93,6 +95,7 @@ def serve(
         "ray_address": ray_address,
         "grant_credits": grant_credits,
         "fee_basis_points": fee_basis_points,
+        "default_tier_rate": default_tier_rate,
         "log_format": log_format,
         "log_level": log_level,
     }

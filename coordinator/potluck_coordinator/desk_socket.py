@@ -21,12 +21,21 @@ from typing import Any, Final, cast
 
 import structlog
 
-from potluck_coordinator.desks import Accounts, CatalogueDesk, DirectoryPort, EnrolmentDesk, Ledger, LethalDesk, NodeDesk, PoolDesk
+from potluck_coordinator.desks import (
+    Accounts,
+    CatalogueDesk,
+    DirectoryPort,
+    EnrolmentDesk,
+    Ledger,
+    NodeDesk,
+)
+from potluck_coordinator.idempotency_desk import IdempotencyDesk
+from potluck_coordinator.pool_desk import LethalDesk, PoolDesk
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
-DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "catalogue", "lethal", "pool"})
-NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "remove_model", "report"})
+DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "catalogue", "lethal", "idempotency", "pool"})
+NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "remove_model", "report", "note_promise"})
 """Calls that would do their work twice if they were made again after a loss, or fail for having done it."""
 PATIENCE_SECONDS: Final = 10.0
 """How long a call waits for a directory that is restarting; it takes about two seconds."""
@@ -240,6 +249,10 @@ class RemoteDirectory:
     @property
     def lethal(self) -> LethalDesk:
         return cast("LethalDesk", _Desk(self._ask, "lethal"))
+
+    @property
+    def idempotency(self) -> IdempotencyDesk:
+        return cast("IdempotencyDesk", _Desk(self._ask, "idempotency"))
 
     @property
     def pool(self) -> PoolDesk:

@@ -1,4 +1,4 @@
-"""What the gateway asks of the directory: seven desks and their values.
+"""What the gateway asks of the directory: eight desks and their values.
 
 Decides the calls between the two. The gateway holds a `DirectoryPort`: the directory itself (`directory.directory`) where both run in one
 process, as in tests, or `desk_socket.RemoteDirectory`. Every argument and answer is a frozen value, so that it may cross processes; every
@@ -10,19 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
     from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
-    from potluck_coordinator.domain.lethal import LoneDeath
     from potluck_coordinator.domain.payees import PayeeShare
     from potluck_coordinator.domain.repository import ModelWishes
+    from potluck_coordinator.domain.tiers import PromiseCount
+    from potluck_coordinator.idempotency_desk import IdempotencyDesk
+    from potluck_coordinator.pool_desk import LethalDesk, PoolDesk
+    from potluck_protocol.cards import CardTelemetry
     from potluck_protocol.culprits import Fingerprint
     from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
         AccountId,
-        CardTelemetry,
         DesiredState,
         EngineStatus,
         GoodbyeReason,
@@ -47,6 +51,9 @@ class KeyIdentity:
     operator: bool
     expires_at_unix_ms: int
     """0: never."""
+    quotas: KeyQuotas = NO_QUOTAS
+    earned_micro_credits: int = 0
+    """What its account's nodes earned within `fairness.EARNED_DAYS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,7 @@ class KeyRecord:
     expires_at_unix_ms: int
     revoked: bool
     operator: bool
+    quotas: KeyQuotas = NO_QUOTAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,8 @@ class NodeRecord:
     down_minutes: int
     unknown_minutes: int
     last_seen_at_unix_ms: int
+    cards: tuple[CardTelemetry, ...] = ()
+    """As it last told of them; none while it is not connected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +168,18 @@ class PoolSnapshot:
     """Replicas of several nodes of which one is lost, and why: answers of theirs that are under way end with these words."""
     leaving: frozenset[ReplicaId] = frozenset()
     """Replicas on their way out: they finish what they are answering, and get no new requests."""
+    slow_replicas: Mapping[ReplicaId, float] = field(default_factory=dict)
+    """Those that are far slower than they used to be, and how much of their speed is to be believed."""
+    drained_replicas: Mapping[ReplicaId, str] = field(default_factory=dict)
+    """Those of them that get no requests for a while, and why."""
     refused_requests: frozenset[Fingerprint] = frozenset()
     """Requests that are refused for good, for engines die of them."""
+    losses_per_second: Mapping[NodeId, float] = field(default_factory=dict)
+    """How often nodes go away at this hour of the week, by their own history (`domain.survival`)."""
     suspect_requests: Mapping[Fingerprint, AccountId] = field(default_factory=dict)
     """Requests that had one engine to themselves when it died, and whose it was."""
+    flex_models: frozenset[ModelId] = frozenset()
+    """Models that are deployed in the flex tier, and promise nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +234,8 @@ class GatewayGrant:
     server: ServerIdentity
     fingerprint_key: bytes = field(default=b"", repr=False)
     """What requests that kill engines are hashed with; empty for one of the gateway's own."""
+    promise_hours: Mapping[int, PromiseCount] = field(default_factory=dict)
+    """How the default tier's promise was kept, by hour of unix time, as far as the books go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +258,8 @@ class NodeReport:
     """Of its latest hello: its owner's engines come and go while the session lasts."""
     line: LineMeasurement | None = None
     """Of its latest heartbeat that had one, or its hello."""
+    decode_tokens_per_second: Mapping[ReplicaId, float] = field(default_factory=dict)
+    """Of a lone answer, as the gateway measured it; of replicas of which it learned something since the last report."""
 
 
 class Accounts(Protocol):
@@ -250,9 +272,13 @@ class Accounts(Protocol):
     async def create_account(self, name: str) -> AccountRecord: ...
     async def list_accounts(self) -> tuple[AccountRecord, ...]: ...
     async def create_key(
-        self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0
+        self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0, quotas: KeyQuotas = NO_QUOTAS
     ) -> tuple[KeyRecord, str]:
         """The record and the secret, which is not kept; 0 seconds means no end. Refused if it would last beyond `ends_by_unix_ms`."""
+        ...
+
+    async def set_key_quotas(self, key_prefix: KeyPrefix, account_id: AccountId | None, changes: Mapping[str, int]) -> KeyRecord:
+        """Changes some of a key's bounds, by the names of `KeyQuotas`; account_id as with `revoke_key`."""
         ...
 
     async def list_keys(self, account_id: AccountId) -> tuple[KeyRecord, ...]: ...
@@ -344,30 +370,6 @@ class CatalogueDesk(Protocol):
         ...
 
 
-class LethalDesk(Protocol):
-    """Requests that engines die of; what gateways must know of them comes with the snapshot."""
-
-    async def report_death(self, death: LoneDeath) -> None:
-        """An engine died while it worked on one request and no other. Told twice it counts once."""
-        ...
-
-    async def clear(self, fingerprint: Fingerprint) -> None:
-        """A suspect was answered in full; one that is refused already stays so."""
-        ...
-
-
-class PoolDesk(Protocol):
-    """What gateways must know."""
-
-    async def register_gateway(self) -> GatewayGrant:
-        """Leave to serve, with a new gateway epoch. Settles, at their last mark, the holds that earlier epochs left open."""
-        ...
-
-    async def watch(self, known_version: int) -> PoolSnapshot:
-        """The snapshot as soon as its version differs from known_version, or after 20 s as it stands. 0 answers at once."""
-        ...
-
-
 class DirectoryPort(Protocol):
     """The directory's desks."""
 
@@ -383,5 +385,7 @@ class DirectoryPort(Protocol):
     def catalogue(self) -> CatalogueDesk: ...
     @property
     def lethal(self) -> LethalDesk: ...
+    @property
+    def idempotency(self) -> IdempotencyDesk: ...
     @property
     def pool(self) -> PoolDesk: ...

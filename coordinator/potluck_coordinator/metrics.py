@@ -13,6 +13,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from potluck_coordinator.domain.tiers import NO_COMPLIANCE, Compliance
 from potluck_protocol.values import ModelId, Usage
 from potluck_protocol.version import package_version
 
@@ -30,6 +31,7 @@ class PoolReading:
     connected_node_count: int
     in_flight_count: int
     refused_request_count: int = 0
+    compliance: Compliance = NO_COMPLIANCE
 
 
 class Metrics:
@@ -65,6 +67,15 @@ class Metrics:
         self._queue_depth = Gauge("potluck_queue_depth", "Requests waiting for a slot.", ("model",), registry=registry)
         self._nodes = Gauge("potluck_nodes_connected", "Nodes with a link.", registry=registry)
         self._in_flight = Gauge("potluck_requests_in_flight", "Answers on their way.", registry=registry)
+        self._promised = Gauge(
+            "potluck_promise_requests", "Requests of the default tier in a window of time.", ("window",), registry=registry
+        )
+        self._kept = Gauge(
+            "potluck_promise_kept_share",
+            "Of them, the share whose first token came within the objective.",
+            ("window",),
+            registry=registry,
+        )
         self._refused = Gauge("potluck_requests_refused_for_good", "Requests that killed two engines.", registry=registry)
         Gauge("potluck_build_info", "The version that runs.", ("version",), registry=registry).labels(package_version()).set(1)
 
@@ -101,4 +112,8 @@ class Metrics:
             self._nodes.set(reading.connected_node_count)
             self._in_flight.set(reading.in_flight_count)
             self._refused.set(reading.refused_request_count)
+            for window, promised in reading.compliance.windows.items():
+                self._promised.labels(window).set(promised.count)
+                # Of none at all the promise was kept.
+                self._kept.labels(window).set(1.0 if promised.share is None else promised.share)
         return generate_latest(self._registry)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -236,9 +238,14 @@ def _ray_environment(settings: Settings) -> Mapping[str, str]:
     """What Ray must find in its environment before it is imported; a cluster joined by address has its own."""
     if settings.ray_address is not None:
         return {}
+    return _private_ray(settings.ray_token_file)
+
+
+def _private_ray(token_file: Path) -> Mapping[str, str]:
+    """Of a Ray of our own on this machine."""
     return {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(_token_file(settings.ray_token_file)),
+        "RAY_AUTH_TOKEN_PATH": str(_token_file(token_file)),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's word for "this machine only": its address becomes 127.0.0.1, which `_node_ip_address` would not do.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -302,3 +309,48 @@ def _away_text(name: str, failure: Exception) -> str:
 
 def _as_potluck_error(error: Exception) -> PotluckError:
     return error if isinstance(error, PotluckError) else PotluckError(ErrorCode.INTERNAL_ERROR, f"It failed at its start: {error}")
+
+
+def spread(function: Callable[[Any], Any], inputs: Sequence[Any], address: str | None) -> Iterator[tuple[int, Any]]:
+    """Calls the function with each input in a process of its own, as many at a time as there are processors; yields numbers and results.
+
+    Args:
+        function: of a module that the workers can import, too.
+        inputs: values that can be pickled.
+        address: of a running cluster; None starts a Ray of its own on this machine, and ends it.
+
+    Raises:
+        PotluckError: COORDINATOR_UNAVAILABLE if Ray does not come up, or a worker dies.
+    """
+    with tempfile.TemporaryDirectory(prefix="potluck-simulate-") as folder:
+        if address is None:
+            os.environ.update(_private_ray(Path(folder) / "token"))
+        import ray  # noqa: PLC0415 - reads its environment when it is imported
+
+        local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": f"{folder}/r"}
+        try:
+            ray.init(log_to_driver=False, configure_logging=False, **({"address": address} if address is not None else local))
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = address or "on this machine"
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"Ray {where} did not come up: {error}") from error
+        try:
+            yield from _results(ray, function, inputs)
+        finally:
+            ray.shutdown()
+
+
+def _results(ray: Any, function: Callable[[Any], Any], inputs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    task = ray.remote(max_retries=0)(function)
+    bound = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = iter(enumerate(inputs))
+    running: dict[Any, int] = {}
+    while True:
+        for number, value in itertools.islice(waiting, bound - len(running)):
+            running[task.remote(value)] = number
+        if not running:
+            return
+        ready, _ = ray.wait(list(running), num_returns=1)
+        try:
+            yield running.pop(ready[0]), ray.get(ready[0])
+        except ray.exceptions.RayError as error:
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"A worker of Ray failed: {error}") from error

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from potluck_coordinator.rate_text import rate_limit
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.money import MICRO_CREDITS_PER_CREDIT
 
@@ -64,19 +65,35 @@ class Settings(BaseModel):
     fee_basis_points: int = Field(default=500, ge=0, le=10_000)
     """The pool's share of what a node earns; 500 is 5 %."""
 
-    queue_length_max: int = Field(default=64, ge=0, le=100_000)
-    """Requests that may wait for one model."""
-    queue_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
-    """How long one may wait."""
+    queue_length_max: int = Field(default=1024, ge=0, le=100_000)
+    """Requests that may wait for one model, whatever the prediction is."""
+    queue_deadline_seconds: float = Field(default=10.0, gt=0, le=3600)
+    """How long one may wait; who would wait longer is refused at once."""
+
+    default_tier_rate: str = "100/hour"
+    """What an account may ask for in the default tier: a count and a time, such as 20/minute or 5 per 10 seconds."""
+    default_tier_reserve_percent: int = Field(default=10, ge=0, le=90)
+    """Of each model's room, what the flex tier leaves to the default tier."""
+    default_tier_first_token_seconds: float = Field(default=5.0, gt=0, le=3600)
+    """What the default tier promises, and what its compliance is measured by."""
 
     lease_ttl_ms: int = Field(default=15_000, ge=100, le=600_000)
     heartbeat_busy_ms: int = Field(default=1_000, ge=10, le=60_000)
     heartbeat_idle_ms: int = Field(default=5_000, ge=10, le=60_000)
-    link_grace_ms: int = Field(default=1_000, ge=0, le=60_000)
+    link_grace_ms: int = Field(default=750, ge=0, le=60_000)
     """How long a broken link may take to come back before its attempts are lost."""
 
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("default_tier_rate")
+    @classmethod
+    def _is_rate(cls, text: str) -> str:
+        try:
+            rate_limit(text)
+        except PotluckError as error:
+            raise ValueError(error.message) from None
+        return text
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

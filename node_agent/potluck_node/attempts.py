@@ -30,7 +30,7 @@ from potluck_node.engines.standstill import Ear
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, Endpoint, EndReason, FailureKind, NodeState, ReplicaId, StartAttempt
+from potluck_protocol.values import AttemptId, Endpoint, EndReason, FailureKind, NodeState, ReplicaId, ResumePoint, StartAttempt
 
 PIECE_BYTES_MAX: Final = 64 * 1024
 """How much of an answer is read at once; a quarter of the window where that is less, so that a window holds several pieces."""
@@ -38,9 +38,6 @@ EVENT_BYTES_MAX: Final = 1024 * 1024
 """An engine whose event grows beyond this is broken."""
 URGENT_PIECE_COUNT: Final = 2
 """Pieces of a new answer that wait for no company on the link: engines name the role in the first, the first token is in the second."""
-CONNECT_LIMIT_SECONDS: Final = 5.0
-CONNECTION_KEPT_SECONDS: Final = 2.0
-"""Less than engines keep an idle connection (5 s): one that the engine closes while we write would fail a good request."""
 DELIVERED_KEPT_SECONDS: Final = 20.0
 """How long an attempt whose chunks are all acknowledged is remembered after its end was sent, in case the link broke under that; longer
 than the usual lease."""
@@ -83,17 +80,6 @@ def _is_dying(http_status: int, piece: bytes) -> bool:
     return (http_status >= HTTPStatus.INTERNAL_SERVER_ERROR or b'data: {"error"' in piece) and any(word in piece for word in DYING_WORDS)
 
 
-def engine_session() -> aiohttp.ClientSession:
-    """The agent's HTTP client for engines: loopback only, no limits of its own, bytes as they come."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=CONNECTION_KEPT_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_SECONDS),
-        auto_decompress=False,
-        trust_env=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
-
-
 class Attempts:
     """The node's attempts.
 
@@ -103,6 +89,7 @@ class Attempts:
         clock: time.
         node_state: whether new attempts are welcome.
         slot_count_max: the owner's limit for one engine, whatever the coordinator wished; None: no limit.
+        slots_now: how many of so many slots a replica may use for now.
     """
 
     def __init__(
@@ -113,12 +100,14 @@ class Attempts:
         clock: Clock,
         node_state: Callable[[], NodeState],
         slot_count_max: int | None,
+        slots_now: Callable[[ReplicaId, int], int] = lambda _, slot_count: slot_count,
     ) -> None:
         self._replicas = replicas
         self._http = http
         self._clock = clock
         self._node_state = node_state
         self._slot_count_max = slot_count_max
+        self._slots_now = slots_now
         self.wake: Callable[[bool], None] = _no_link_yet
         """Called after there is something new to send; True means at once. The link puts itself here."""
         self._attempts: dict[AttemptId, _Attempt] = {}
@@ -134,6 +123,11 @@ class Attempts:
     def busy(self) -> bool:
         """An attempt runs, or its bytes have not all been sent."""
         return bool(self._line) or any(attempt.ended_at_seconds is None for attempt in self._attempts.values())
+
+    @property
+    def has_waiting(self) -> bool:
+        """Something may wait to be sent."""
+        return bool(self._line)
 
     @property
     def in_flight(self) -> tuple[AttemptId, ...]:
@@ -186,6 +180,13 @@ class Attempts:
         attempt.delivery.cancel()
         self._end(attempt, EndReason.CANCELLED)
 
+    def hand_back(self, detail: str) -> int:
+        """Ends all that run, behind what they have said so far, to be continued elsewhere; how many there were."""
+        running = [attempt for attempt in self._attempts.values() if attempt.start is not None]
+        for attempt in running:
+            self._end(attempt, EndReason.HANDED_BACK, detail)
+        return len(running)
+
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """Frees the window of an attempt."""
         attempt = self._attempts.get(attempt_id)
@@ -196,17 +197,17 @@ class Attempts:
         if attempt.delivery.end_acknowledged:
             self._forget(attempt)
 
-    def resume(self, named: Iterable[AttemptId], resume_points: Mapping[AttemptId, int]) -> None:
+    def resume(self, named: Iterable[AttemptId], resume_points: Mapping[AttemptId, ResumePoint]) -> None:
         """After a welcome: of the attempts named in the hello, those with a resume point go on from it, the others are dropped."""
         for attempt_id in named:
             attempt = self._attempts.get(attempt_id)
-            next_sequence = resume_points.get(attempt_id)
-            if attempt is None and next_sequence is not None:
+            point = resume_points.get(attempt_id)
+            if attempt is None and point is not None:
                 # The lease lapsed between our hello and the welcome: what was dropped then must still be ended.
-                self._end_unknown(attempt_id, EndReason.ENGINE_FAILED, "the node's lease had lapsed", next_sequence)
+                self._end_unknown(attempt_id, EndReason.ENGINE_FAILED, "the node's lease had lapsed", point.next_sequence)
             elif attempt is None:
                 continue
-            elif next_sequence is None or not attempt.delivery.rewind(next_sequence) or attempt.delivery.end_acknowledged:
+            elif point is None or not attempt.delivery.rewind(point) or attempt.delivery.end_acknowledged:
                 self._forget(attempt)
             else:
                 attempt.room.set()
@@ -265,6 +266,7 @@ class Attempts:
         slot_count = next((status.slot_count for status in self._replicas.statuses() if status.replica_id == replica_id), 0)
         if self._slot_count_max is not None:
             slot_count = min(slot_count, self._slot_count_max)
+        slot_count = self._slots_now(replica_id, slot_count)
         if self.running_count(replica_id) >= slot_count:
             return f"all {slot_count} slots of the replica are taken"
         return ""

@@ -27,12 +27,17 @@ from rich.console import Console
 from potluck_node import enrolment
 from potluck_node.control import STATUS_STALE_MS, AgentStatus, EngineLine, read_control, read_status, write_control
 from potluck_node.doctor_command import doctor
+from potluck_node.domain.card_limit import capped
 from potluck_node.domain.model_source import ATTACHED_KIND
+from potluck_node.domain.rest import FIRST_WORD, NO_WORD, Word, reasons_of_word
 from potluck_node.engines import last_lines
 from potluck_node.engines_command import engines_app, missing_engine_hint
+from potluck_node.heat_words import heat_lines
 from potluck_node.identity_store import StateFolder
 from potluck_node.probe.inventory import take_inventory
 from potluck_node.progress import ProgressLine, attached_words, engine_words, link_words
+from potluck_node.rest_command import finish, pause, resume
+from potluck_node.rest_words import reason_words, stage_words
 from potluck_node.settings import load_settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.connection import Invite
@@ -41,7 +46,7 @@ from potluck_protocol.observe import configure_logging
 from potluck_protocol.values import FailureKind, GoodbyeReason
 
 if TYPE_CHECKING:
-    from potluck_node.agent import Agent
+    from potluck_node.agent_life import Agent
 
 NOT_AUTHORISED: Final = frozenset(
     {ErrorCode.INVALID_INVITE, ErrorCode.INVALID_CERTIFICATE, ErrorCode.INVALID_API_KEY, ErrorCode.PERMISSION_DENIED}
@@ -57,7 +62,9 @@ _HELP: Final = """Give this machine's spare time to a pool.
 
 1. Ask the pool's operator for an invite.
 2. `potluck node join` and paste it. Nothing is opened on your router: the node only dials out.
-3. `potluck node run`, and leave it running. `potluck node pause` gives you the machine back, `resume` shares it again.
+3. `potluck node run`, and leave it running. It serves nothing before you say so: `potluck node resume`.
+
+`potluck node pause` gives you the machine back within seconds, `finish` after the answers under way, and `resume` shares it again.
 
 Your limits win over the pool's wishes. Set them in node.toml, as POTLUCK_NODE_* variables, or as flags of `run`.
 """
@@ -73,6 +80,10 @@ SlotCountMax = Annotated[int | None, typer.Option(help="Answers at the same time
 MemoryBudget = Annotated[
     int | None, typer.Option(help="How much of this machine's memory engines without cards may take.", show_default=False)
 ]
+TemperatureMax = Annotated[
+    int | None, typer.Option(help="How hot a card may get, 40 to 95 °C, before it gets less to do.", show_default=False)
+]
+PowerLimit = Annotated[int | None, typer.Option(help="How much power a card with an engine may take: 50 to 1000 W.", show_default=False)]
 GroupSite = Annotated[
     str | None, typer.Option(help="Let this machine serve models together with others of the place of this name.", show_default=False)
 ]
@@ -96,11 +107,13 @@ def join(
     invite_file: Annotated[Path | None, typer.Option(help="A file that holds the invite.", show_default=False)] = None,
     name: Annotated[str | None, typer.Option(help="What the pool calls this node; its host name if not given.", show_default=False)] = None,
     as_json: AsJson = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve from the first run on, without `potluck node resume`.")] = False,
     state_dir: StateDir = None,
 ) -> None:
     """Make this machine a node of a pool, once.
 
-    Its key is made here and never leaves. The coordinator must prove that it is the one the invite names before it sees the secret.
+    Its key is made here and never leaves. The coordinator must prove that it is the one the invite names before it sees the secret. The
+    node's first run begins paused, so that you can look at it first.
     """
     with _explained():
         configure_logging(json=False, level="warning")
@@ -108,8 +121,17 @@ def join(
         folder = StateFolder(settings.state_dir)
         display_name = name or socket.gethostname()
         parsed = Invite.parse(_invite_text(invite, invite_file))
-        inventory = take_inventory(settings.cache_dir)
-        identity = asyncio.run(enrolment.join(parsed, folder, display_name=display_name, inventory=inventory, clock=SystemClock()))
+        inventory = capped(take_inventory(settings.cache_dir), settings.card_memory_bytes_max)
+        identity = asyncio.run(
+            enrolment.join(
+                parsed,
+                folder,
+                display_name=display_name,
+                inventory=inventory,
+                first_word=NO_WORD if serve else FIRST_WORD,
+                clock=SystemClock(),
+            )
+        )
     if as_json:
         facts = {"node_id": identity.node_id, "display_name": display_name, "owner_account_id": identity.owner_account_id}
         typer.echo(json.dumps(facts, indent=1))
@@ -117,7 +139,7 @@ def join(
         typer.echo(f"This machine is now node {identity.node_id} ({display_name}). It earns for account {identity.owner_account_id}.")
     if hint := missing_engine_hint(settings, has_cards=bool(inventory.accelerators)):
         typer.echo(hint, err=as_json)
-    typer.echo("Next: potluck node run", err=as_json)
+    typer.echo("Next: potluck node run" + ("" if serve else ", and when you want it to serve: potluck node resume"), err=as_json)
 
 
 @app.command()
@@ -128,6 +150,8 @@ def run(
     models_allowed: ModelsAllowed = None,
     slot_count_max: SlotCountMax = None,
     memory_budget_bytes: MemoryBudget = None,
+    temperature_celsius_max: TemperatureMax = None,
+    power_limit_watts: PowerLimit = None,
     group_site: GroupSite = None,
     group_address: GroupAddress = None,
     group_port: Annotated[int | None, typer.Option(help="And the port there; 29600 and the one above.", show_default=False)] = None,
@@ -155,6 +179,8 @@ def run(
             models_allowed=models_allowed,
             slot_count_max=slot_count_max,
             memory_budget_bytes=memory_budget_bytes,
+            temperature_celsius_max=temperature_celsius_max,
+            power_limit_watts=power_limit_watts,
             group_site=group_site,
             group_address=group_address,
             group_port=group_port,
@@ -181,7 +207,7 @@ def status(
         identity = folder.identity()
         running = folder.locked
         current = read_status(folder.path) if running else None
-        paused = read_control(folder.path).paused
+        word = read_control(folder.path).word
     facts: dict[str, Any] = {
         "node_id": identity.node_id,
         "display_name": identity.display_name,
@@ -189,23 +215,11 @@ def status(
         "coordinator": identity.connection.link_target,
         "state_dir": str(folder.path),
         "running": running,
-        "paused": paused,
+        "word": asdict(word),
         "status": asdict(current) if current else None,
         "engine_lines": [str(path) for path in last_lines.kept(folder.path)],
     }
-    typer.echo(json.dumps(facts, indent=1) if as_json else _status_words(facts, current))
-
-
-@app.command()
-def pause(as_json: AsJson = False, state_dir: StateDir = None) -> None:
-    """Take no more work and stop the engines, until `resume`. Answers under way are finished first."""
-    _set_paused(state_dir, paused=True, as_json=as_json)
-
-
-@app.command()
-def resume(as_json: AsJson = False, state_dir: StateDir = None) -> None:
-    """Share this machine again after `pause`."""
-    _set_paused(state_dir, paused=False, as_json=as_json)
+    typer.echo(json.dumps(facts, indent=1) if as_json else _status_words(facts, word, current))
 
 
 @app.command()
@@ -265,25 +279,10 @@ def _invite_text(invite: str | None, invite_file: Path | None) -> str:
     return sys.stdin.read() if invite in {None, "-"} else str(invite)
 
 
-def _folder(state_dir: Path | None) -> StateFolder:
-    return StateFolder(load_settings(state_dir=state_dir).state_dir)
-
-
 def _stop_on_signals(agent: Agent) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, agent.stop, GoodbyeReason.STOPPING)
-
-
-def _set_paused(state_dir: Path | None, *, paused: bool, as_json: bool) -> None:
-    with _explained():
-        folder = _folder(state_dir)
-        folder.identity()
-        write_control(folder.path, paused=paused)
-        running = folder.locked
-    word = "pauses" if paused else "serves again"
-    words = f"The node {word} within a second or two." if running else f"No agent is running; the node {word} when it is started."
-    typer.echo(json.dumps({"paused": paused, "running": running}, indent=1) if as_json else words)
 
 
 def _leave_through_agent(folder: StateFolder, limit_seconds: float) -> None:
@@ -299,7 +298,7 @@ def _leave_through_agent(folder: StateFolder, limit_seconds: float) -> None:
         raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text)
 
 
-def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
+def _status_words(facts: dict[str, Any], word: Word, current: AgentStatus | None) -> str:
     lines = [
         f"node         {facts['node_id']} ({facts['display_name']})",
         f"earns for    {facts['owner_account_id']}",
@@ -312,14 +311,23 @@ def _status_words(facts: dict[str, Any], current: AgentStatus | None) -> str:
         lines.append(f"agent        pid {current.pid}" + (", not responding" if stale else ""))
         lines.append(f"link         {link_words(current).split(': ', 1)[1]}")
         lines += [f"attached     {attached_words(line)}" for line in current.attached]
-    if facts["paused"]:
-        lines.append("paused       yes; `potluck node resume` shares this machine again")
+        lines += heat_lines(current)
+    lines += _rest_lines(word, current)
     for engine in current.engines if current else ():
         lines += _engine_lines(engine)
         if current and not current.engine_lines_are_kept and _left_lines(engine):
             lines.append(f"             | {_LINES_HINT}")
     lines += [f"last lines   {path}; they may quote prompts and answers" for path in facts["engine_lines"]]
     return "\n".join(lines)
+
+
+def _rest_lines(word: Word, current: AgentStatus | None) -> list[str]:
+    """Every reason why the node rests; without an agent, what the owner said to the next one."""
+    if current is None:
+        reasons, stage = reasons_of_word(word, SystemClock().unix_ms()), "starts paused"
+    else:
+        reasons, stage = current.rest.rest.reasons, stage_words(current)
+    return [f"rest         {stage}", *(f"             | it {reason_words(reason)}" for reason in reasons)] if reasons else []
 
 
 def _engine_lines(engine: EngineLine) -> list[str]:
@@ -335,5 +343,6 @@ def _left_lines(engine: EngineLine) -> bool:
     return ended and engine.engine_kind != ATTACHED_KIND and engine.failure_kind != FailureKind.KILLED
 
 
-app.command()(_explained()(doctor))
+for command in (doctor, pause, finish, resume):
+    app.command()(_explained()(command))
 app.add_typer(engines_app, name="engines")

@@ -1,7 +1,8 @@
 """How the owner's commands and the running agent talk: two small files in the state folder, and no socket.
 
 Decides the form of `control.json`, which the commands write and the agent polls (and clears of a `leave` that was not carried out), and of
-`status.json`, which the agent writes and the commands read. It must not know what pausing or leaving does.
+`status.json`, which the agent writes and the commands read. What the owner said last stands in the one until it is said otherwise, with the
+date until which it counts, so that it outlives the agent. It must not know what pausing or leaving does.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from potluck_node.domain.rest import NO_WORD, SERVING, Rest, Word
 from potluck_protocol.private_files import read_json, write_private
 
 POLL_SECONDS: Final = 1.0
@@ -28,7 +31,9 @@ _STATUS: Final = "status.json"
 class Control:
     """What the owner wants of the agent."""
 
-    paused: bool = False
+    word: Word = NO_WORD
+    said_at_unix_ms: int = 0
+    """When; a status that names it was written by an agent that has heard it."""
     leaving: bool = False
 
 
@@ -62,6 +67,49 @@ class AttachedLine:
 
 
 @dataclass(frozen=True, slots=True)
+class CardLine:
+    """One card's heat as its owner sees it."""
+
+    uuid: str
+    temperature_celsius: int | None
+    limit_celsius: int
+    """What it is kept below: the owner's degrees, or the card's own."""
+    power_limit_milliwatts: int | None
+    """The one in force."""
+    capped: bool
+    """By the agent."""
+    rung: int
+    """As `CardTelemetry.thermal_rung`."""
+    throttle_seconds: float
+    """Slowed down by heat, since the agent started."""
+    lost: bool = False
+
+
+class Stage(StrEnum):
+    """How far the node is on its way from serving to rest."""
+
+    SERVING = "serving"
+    FINISHING = "finishing"
+    """No new attempts; those under way go on."""
+    FREEING = "freeing"
+    """What was under way is handed back; engines are being stopped."""
+    FREE = "free"
+    """No engine lives, and what they held of cards and memory is the owner's again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestLine:
+    """Why the node rests, and how far it is."""
+
+    stage: Stage = Stage.SERVING
+    rest: Rest = SERVING
+    heard_unix_ms: int = 0
+    """`Control.said_at_unix_ms` of the newest word that the agent acts upon."""
+    living_count: int = 0
+    """Processes of engines that still live, or still hold a card, while FREEING takes longer than it should."""
+
+
+@dataclass(frozen=True, slots=True)
 class AgentStatus:
     """The running agent as its owner sees it."""
 
@@ -70,7 +118,7 @@ class AgentStatus:
     phase: str
     """ "connecting", "serving" or "fenced"."""
     state: str
-    """ "serving", "paused" or "draining"."""
+    """ "serving", "draining" on the way to rest or away, or "paused"."""
     epoch: int
     lease_left_seconds: float
     attempt_count: int
@@ -85,24 +133,42 @@ class AgentStatus:
     serving_card_uuids: tuple[str, ...] = ()
     """Those of them whose engine is ready: it holds memory there."""
     attached: tuple[AttachedLine, ...] = ()
+    rest: RestLine = RestLine()
+    cards: tuple[CardLine, ...] = ()
+    cap_refusal: str = ""
+    """Why the agent could not cap a card's power when that was called for; empty where it could, or nothing was."""
     engine_lines_are_kept: bool = False
     """Whether the owner wants the last lines of engines that fail: a setting of the agent's, which the command's own shell may not have."""
 
 
 _STATUS_FORM: Final = TypeAdapter(AgentStatus)
+_WORD_FORM: Final = TypeAdapter(Word)
 
 
 def read_control(folder: Path) -> Control:
     """What the owner wants; the default where nothing was asked, or the file is damaged."""
     fields = _read(folder / _CONTROL)
-    return Control(paused=fields.get("paused") is True, leaving=fields.get("leaving") is True)
+    said_at_unix_ms = fields.get("said_at_unix_ms")
+    try:
+        word = _WORD_FORM.validate_json(json.dumps(fields.get("word", {})), strict=True)
+    except (ValueError, RecursionError):
+        word = NO_WORD
+    return Control(word, said_at_unix_ms if isinstance(said_at_unix_ms, int) else 0, fields.get("leaving") is True)
 
 
-def write_control(folder: Path, *, paused: bool | None = None, leaving: bool | None = None) -> Control:
-    """Changes what is named and keeps the rest. Where nothing changes nothing is written: a full disk keeps no agent from its start."""
+def write_control(folder: Path, *, word: Word | None = None, said_at_unix_ms: int = 0, leaving: bool | None = None) -> Control:
+    """Changes what is named and keeps the rest. Where nothing changes nothing is written: a full disk keeps no agent from its start.
+
+    Args:
+        folder: the state folder.
+        word: what the owner says now.
+        said_at_unix_ms: when, with `word`.
+        leaving: whether the node is to leave for good.
+    """
     control = before = read_control(folder)
-    if paused is not None:
-        control = replace(control, paused=paused)
+    if word is not None:
+        # Two words within one millisecond, or a clock that was set back: the later one still looks new.
+        control = replace(control, word=word, said_at_unix_ms=max(said_at_unix_ms, control.said_at_unix_ms + 1))
     if leaving is not None:
         control = replace(control, leaving=leaving)
     if control != before:

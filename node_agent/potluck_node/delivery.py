@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from potluck_protocol.codec import END_REASON_NUMBER
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, EndReason
+from potluck_protocol.values import AttemptId, EndReason, ResumePoint
 from potluck_protocol.window import has_room
 
 
@@ -129,21 +129,20 @@ class Delivery:
         while self._sent and self._sent[0].sequence < next_sequence:
             self._held_bytes -= len(self._sent.popleft().data)
 
-    def rewind(self, next_sequence: int) -> bool:
-        """After a reconnect: everything from `next_sequence` on is to be sent again.
+    def rewind(self, point: ResumePoint) -> bool:
+        """After a reconnect: everything from the point on is to be sent again.
 
-        What lies before it reached the coordinator, and its acknowledgement may have been lost with the link, so its bytes are free.
+        What lies before it reached the coordinator. What of that has left it is free, for its acknowledgement may have been lost with the
+        link; the rest still fills the window: its client has not read it.
 
         Returns:
             False where the coordinator asks for chunks that it had acknowledged: there is no honest way to go on.
         """
-        if next_sequence < min(self._acknowledged_sequence, self._next_sequence):
+        if point.next_sequence < min(self._acknowledged_sequence, self._next_sequence):
             return False
-        self._acknowledged_sequence = max(self._acknowledged_sequence, next_sequence)
-        self._unsent.extendleft(reversed(self._sent))
-        self._sent.clear()
-        while self._unsent and self._unsent[0].sequence < next_sequence:
-            self._held_bytes -= len(self._unsent.popleft().data)
+        while self._sent and self._sent[-1].sequence >= point.next_sequence:
+            self._unsent.appendleft(self._sent.pop())
+        self.acknowledge(point.acknowledged_sequence)
         self._end_sent = False
         return True
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import typer
 
 from potluck_node.attached_servers import AttachedServers
+from potluck_node.cap_right import cap_right, right_giving_command
 from potluck_node.control import read_status
 from potluck_node.credentials import Credentials
 from potluck_node.domain.attached import parse_attached
@@ -138,6 +139,9 @@ def owner_word(settings: Settings) -> OwnerWord:
         group_address=address,
         group_ports=(settings.group_port, settings.group_port + 1) if address else (),
         group_failure=group_failure,
+        power_limit_watts=settings.power_limit_watts,
+        cap_right=cap_right(),
+        cap_right_command=right_giving_command(),
     )
 
 

@@ -14,6 +14,8 @@ from typing import Final
 import grpc
 import grpc.aio
 
+from potluck_node.control import write_control
+from potluck_node.domain.rest import NO_WORD, Word
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
@@ -28,8 +30,10 @@ from potluck_protocol.values import AccountId, Inventory, NodeId
 CALL_LIMIT_SECONDS: Final = 15.0
 
 
-async def join(invite: Invite, folder: StateFolder, *, display_name: str, inventory: Inventory, clock: Clock) -> NodeIdentity:
-    """Spends the invite and fills the folder.
+async def join(
+    invite: Invite, folder: StateFolder, *, display_name: str, inventory: Inventory, clock: Clock, first_word: Word = NO_WORD
+) -> NodeIdentity:
+    """Spends the invite and fills the folder; `first_word` is what its first agent finds that the owner said.
 
     Raises:
         PotluckError: ALREADY_EXISTS for a folder that has joined and for a key that another person's node uses, INVALID_INVITE,
@@ -61,6 +65,8 @@ async def join(invite: Invite, folder: StateFolder, *, display_name: str, invent
     check_certificate(response.certificate_pem, node_id, clock)
     identity = NodeIdentity(node_id, AccountId(response.owner_account_id), display_name, pinned_url(invite.url, invite.ca_hash), connection)
     folder.write_certificate(response.certificate_pem)
+    # Before the identity, with which the folder counts as joined: no join that is cut off leaves a node that serves unasked.
+    write_control(folder.path, word=first_word, said_at_unix_ms=clock.unix_ms())
     folder.write_identity(identity)
     return identity
 

@@ -3,7 +3,7 @@
 Carries out what the lease decides (`domain.session`: when to dial, to beat, to be fenced) and what goodbyes mean (`farewell`). Decides when
 the link moves to another connection. Welcomes, leases, certificates and goodbyes are taken here; the wish in a welcome, and everything else
 the coordinator says, goes to `orders`. What is sent comes from `attempts` and `report`, certificate requests from `credentials`, which also
-opens the channel under each `link_connection` and asks where the coordinator is now after every third failed dial. It must not know how
+opens the channel under each `link_connection` and asks where the coordinator is now when dials go on failing. It must not know how
 engines are run or where files lie.
 
 There is at most one current connection. A lost one is dialled again under the same session, and its attempts go on where the coordinator
@@ -30,13 +30,13 @@ from potluck_node.enrolment import rpc_failure
 from potluck_node.farewell import Farewells, Outcome
 from potluck_node.link_connection import LinkConnection
 from potluck_node.orders import Orders
+from potluck_node.paced_chunks import PacedChunks
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.codec import (
     goodbye_message,
-    goodbye_reason_from_number,
-    goodbye_words,
+    goodbye_value,
     heartbeat_message,
     hello_message,
     welcome_value,
@@ -47,12 +47,8 @@ from potluck_protocol.values import AttemptId, GoodbyeReason, Heartbeat, Hello, 
 
 GREETING_LIMIT_SECONDS: Final = 10.0
 """From the dial to the coordinator's welcome; beyond it the dial has failed, and another follows."""
-FRAME_BYTES_MAX: Final = 1024 * 1024
-"""How many bytes of answers go into one frame, so that one frame never holds up the heartbeat behind it."""
 BEAT_GAP_SECONDS: Final = 0.2
 """Changes of status are told at once, but no more often than this."""
-FIND_AFTER_FAILURE_COUNT: Final = 3
-"""After so many failed dials in a row the coordinator's HTTP port is asked where its ports are."""
 MOVE_REPEATED_SECONDS: Final = 10.0
 """How long after a failed move to a new certificate the next is tried."""
 
@@ -77,6 +73,7 @@ class Link:
         report: what hellos and heartbeats say.
         clock: time.
         jitter: random numbers from 0 to 1, for the pauses between dials.
+        upload_bytes_per_second_max: the owner's limit for answers together.
     """
 
     def __init__(
@@ -89,9 +86,11 @@ class Link:
         report: SelfReport,
         clock: Clock,
         jitter: Callable[[], float],
+        upload_bytes_per_second_max: int | None = None,
     ) -> None:
         self._credentials = credentials
         self._attempts = attempts
+        self._chunks = PacedChunks(attempts, clock, upload_bytes_per_second_max)
         self._orders = Orders(attempts, replicas, peers)
         self._report = report
         self._clock = clock
@@ -101,8 +100,7 @@ class Link:
         self._current: LinkConnection | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
-        self._beat_wanted = False
-        self._request_wanted = False
+        self._beat_wanted = self._request_wanted = False
         self._move_at_seconds: float | None = None
         self._farewells = Farewells()
         self._stopping = False
@@ -236,7 +234,7 @@ class Link:
         if frame is None:
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator closed the link before its welcome.")
         if frame.HasField("goodbye"):
-            failure = self._farewells.failure_of(_outcome_of(frame.goodbye), self._clock.monotonic_seconds())
+            failure = self._farewells.failure_of(Outcome(*goodbye_value(frame.goodbye)), self._clock.monotonic_seconds())
             raise failure or PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator is stopping.")
         if not frame.HasField("welcome"):
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not begin with a welcome.")
@@ -282,7 +280,7 @@ class Link:
                 self._renewed_after_refusal = False
         self.session = lease.after_failed_dial(self.session)
         _log.warning("link_not_up", code=error.code, reason=error.message, failure_count=self.session.failure_count)
-        if self.session.failure_count % FIND_AFTER_FAILURE_COUNT == 0:
+        if lease.should_ask_the_way(self.session.failure_count):
             await self._credentials.find_coordinator()
 
     async def _pause(self, delay_seconds: float) -> None:
@@ -300,7 +298,7 @@ class Link:
         try:
             while (frame := await connection.read()) is not None:
                 if frame.HasField("goodbye"):
-                    outcome = _outcome_of(frame.goodbye)
+                    outcome = Outcome(*goodbye_value(frame.goodbye))
                 self._take(frame)
         except grpc.aio.AioRpcError as error:
             if outcome.goodbye is None:
@@ -316,9 +314,13 @@ class Link:
             await connection.close()
 
     def _take(self, frame: node_pb2.CoordinatorFrame) -> None:
+        if not lease.may_order(self.session, frame.epoch):
+            return
         if frame.HasField("lease"):
             self.session = lease.after_renewal(self.session, epoch=frame.lease.epoch, lease_ttl_ms=frame.lease.lease_ttl_ms)
         self._orders.take(frame)
+        if frame.beat_now:
+            self.report_now()
         if frame.HasField("certificate"):
             self._take_certificate(frame.certificate.certificate_pem)
 
@@ -377,13 +379,12 @@ class Link:
         connection, self._current = self._current, None
         if connection is not None:
             self.trouble = "the coordinator did not renew the lease in time"
-            # The reader of the connection closes it when the read is cut off.
-            connection.cut()
+            connection.cut()  # its reader, cut off, closes it
             self._changed.set()
 
     def _next_frame(self) -> node_pb2.NodeFrame | None:
         frame = node_pb2.NodeFrame(epoch=self.session.epoch)
-        waiting = self._attempts.move_into(frame, FRAME_BYTES_MAX)
+        waiting = self._chunks.move_into(frame)
         if self._beat_wanted:
             self._beat_wanted = False
             self.session = lease.after_beat(self.session, self._clock.monotonic_seconds())
@@ -394,7 +395,3 @@ class Link:
             frame.certificate_request.certificate_request_der = self._credentials.request_der()
             waiting = True
         return frame if waiting else None
-
-
-def _outcome_of(goodbye: node_pb2.Goodbye) -> Outcome:
-    return Outcome(goodbye_reason_from_number(goodbye.reason), goodbye_words(goodbye))

@@ -1,12 +1,13 @@
 """What a frame of the coordinator asks of attempts, engines and the measuring of peers.
 
-Decides the order in which a frame's parts are carried out, that an older wish never undoes a newer one, and what of a wish outlives its
-lease. It must not know connections, nor when a lease ends.
+Decides the order in which a frame's parts are carried out, that an older wish never undoes a newer one and no attempt is started twice,
+and what of a wish outlives its lease. It must not know connections, nor when a lease ends.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from potluck_node.attempts import Attempts
 from potluck_node.peer_measurement import PeerMeasuring
@@ -16,6 +17,9 @@ from potluck_protocol.engine_codec import desired_state_value
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, DesiredState
+
+STARTED_MAX: Final = 4096
+"""So many starts are remembered: four times the attempts that a node may have at once."""
 
 
 class Orders:
@@ -32,6 +36,8 @@ class Orders:
         self._replicas = replicas
         self._peers = peers
         self._desired = DesiredState()
+        self._started: dict[AttemptId, None] = {}
+        """The newest under this lease; the oldest first."""
 
     def take(self, frame: node_pb2.CoordinatorFrame) -> None:
         """Carries out one frame; raises PotluckError for a wish that cannot be read."""
@@ -56,6 +62,7 @@ class Orders:
 
         A whole engine goes on: it is of use again as soon as the coordinator is.
         """
+        self._started.clear()  # what was dropped with the lease may be started again
         whole = tuple(engine for engine in self._desired.engines if engine.group is None)
         if whole != self._desired.engines or self._desired.peers:
             self._hand_on(replace(self._desired, engines=whole, peers=()))
@@ -65,9 +72,15 @@ class Orders:
         self._peers.set_peers(desired.peers)
 
     def _start(self, message: node_pb2.StartAttempt) -> None:
+        attempt_id = AttemptId(message.attempt_id)
+        if attempt_id in self._started:
+            return
+        self._started[attempt_id] = None
+        if len(self._started) > STARTED_MAX:
+            del self._started[next(iter(self._started))]
         try:
             start = start_attempt_value(message)
         except PotluckError as error:
-            self._attempts.refuse(AttemptId(message.attempt_id), error.message)
+            self._attempts.refuse(attempt_id, error.message)
             return
         self._attempts.start(start)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 from potluck_node.control import AgentStatus, AttachedLine, EngineLine
+from potluck_node.rest_words import reason_words, stage_words
 
 FETCH_STEP_PERCENT: Final = 10
 """Without a terminal, a download is told in steps of this size."""
@@ -45,13 +46,18 @@ class ProgressLine(AbstractContextManager["ProgressLine"]):
 
     def _show(self, status: AgentStatus) -> None:
         self._tell("link", link_words(status))
+        if status.rest.rest.reasons:
+            self._tell("rest", rest_words(status))
+        else:
+            self._told.pop("rest", None)
         for engine in status.engines:
             step = engine_words(engine, fetch_step_percent=FETCH_STEP_PERCENT)
             if not (self._live is not None and engine.state == "fetching"):
                 self._tell(engine.replica_id, step)
         if self._live is not None:
             parts = [engine_words(engine, fetch_step_percent=1) for engine in status.engines]
-            self._live.update(" · ".join([link_words(status), *parts]))
+            rest = [rest_words(status)] if status.rest.rest.reasons else []
+            self._live.update(" · ".join([link_words(status), *rest, *parts]))
 
     def _tell(self, subject: str, words: str) -> None:
         if self._told.get(subject) != words:
@@ -66,6 +72,12 @@ def link_words(status: AgentStatus) -> str:
         return f"node {status.node_id}: {state}"
     reason = f" ({status.trouble})" if status.trouble else ""
     return f"node {status.node_id}: {'not linked' if status.phase == 'fenced' else 'connecting'}{reason}"
+
+
+def rest_words(status: AgentStatus) -> str:
+    """That the node rests, and why: it says so once for each stage and reason."""
+    reasons = "; it ".join(reason_words(reason) for reason in status.rest.rest.reasons)
+    return f"{stage_words(status)}: it {reasons}"
 
 
 def engine_words(engine: EngineLine, *, fetch_step_percent: int) -> str:

@@ -25,7 +25,8 @@ from potluck_node.probe.process_memory import resident_bytes
 from potluck_node.probe.telemetry import card_bytes_held, card_telemetry, with_foreign_bytes_known
 from potluck_node.probe.xid import XidWatcher
 from potluck_node.replicas import Replicas, Residence
-from potluck_protocol.values import CardTelemetry, ReplicaId
+from potluck_protocol.cards import CardTelemetry
+from potluck_protocol.values import ReplicaId
 
 READING_SECONDS: Final = 5.0
 """A heartbeat of an idle node is no more frequent."""
@@ -59,6 +60,11 @@ class Readings:
         self._loads: dict[ReplicaId, EngineLoad] = {}
         self._memory_bytes: Mapping[ReplicaId, int | None] = {}
         self.cards: tuple[CardTelemetry, ...] = ()
+        self._on_read: list[Callable[[], None]] = []
+
+    def on_read(self, callback: Callable[[], None]) -> None:
+        """Calls back, on the event loop, after the cards were read; the callback is quick and never raises."""
+        self._on_read.append(callback)
 
     def load(self, replica_id: ReplicaId) -> EngineLoad:
         """What the replica's engine said last; nothing where it did not."""
@@ -83,6 +89,8 @@ class Readings:
         # Drivers answer when they like, and walking the processes is no work for the loop.
         cards, self._memory_bytes = await asyncio.to_thread(self._look, residences, self._replicas.cards_given())
         self.cards = with_foreign_bytes_known(cards, self.cards)
+        for callback in self._on_read:
+            callback()
         ready = [(status, address) for status in statuses if (address := self._replicas.ready_address(status.replica_id)) is not None]
         # At once: one that does not answer keeps nobody else's numbers waiting.
         answers = await asyncio.gather(*(ask_load(self._http, status.engine_kind, address) for status, address in ready))

@@ -18,6 +18,7 @@ from potluck_node.control import AgentStatus, EngineLine
 from potluck_node.credentials import Credentials
 from potluck_node.domain.session import Session, lease_left_seconds
 from potluck_node.engines.base import FAILURE_CHARACTERS_MAX
+from potluck_node.heat import Heat
 from potluck_node.line_watch import LineWatch
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.readings import Readings
@@ -39,7 +40,8 @@ class NodeReport:
         inventory: what the node has, probed once at start.
         replicas: the engines.
         attempts: what runs on them.
-        readings: of cards and engines.
+        readings: of engines.
+        heat: of the cards, and what is left of replicas for it.
         peers: what was measured towards other nodes of the site.
         line: what was measured towards the coordinator.
         attached: the owner's own engines.
@@ -57,6 +59,7 @@ class NodeReport:
         replicas: Replicas,
         attempts: Attempts,
         readings: Readings,
+        heat: Heat,
         peers: PeerMeasuring,
         line: LineWatch,
         attached: AttachedServers,
@@ -70,6 +73,7 @@ class NodeReport:
         self._replicas = replicas
         self._attempts = attempts
         self._readings = readings
+        self._heat = heat
         self._peers = peers
         self._line = line
         self._attached = attached
@@ -77,6 +81,7 @@ class NodeReport:
         self._slot_count_max = slot_count_max
         self._clock = clock
         self.state = NodeState.SERVING
+        self._beat_count = 0
 
     def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello:
         return Hello(
@@ -93,16 +98,18 @@ class NodeReport:
             state=self.state,
             in_flight=in_flight,
             engines=self.engines(),
-            cards=self._readings.cards,
+            cards=self._heat.cards(),
         )
 
     def heartbeat(self) -> Heartbeat:
+        self._beat_count += 1
         return Heartbeat(
+            number=self._beat_count,
             progress_count=self._attempts.progress_count,
             state=self.state,
             engines=self.engines(),
             disk_free_bytes=self._disk_free_bytes(),
-            cards=self._readings.cards,
+            cards=self._heat.cards(),
             peer_measurements=self._peers.measurements(),
             line=self._line.found,
         )
@@ -129,6 +136,8 @@ class NodeReport:
             engines=tuple(_line(engine) for engine in engines),
             card_uuids=tuple(sorted(self._replicas.cards_given())),
             attached=self._attached.lines,
+            cards=self._heat.lines(),
+            cap_refusal=self._heat.cap_refusal,
             serving_card_uuids=self._serving_card_uuids(engines),
         )
 
@@ -138,7 +147,7 @@ class NodeReport:
         prefill, decode = (average.told if average else None for average in (rates.prefill, rates.decode))
         return replace(
             status,
-            slot_count=status.slot_count if limit is None else min(limit, status.slot_count),
+            slot_count=self._heat.slots(status.replica_id, status.slot_count if limit is None else min(limit, status.slot_count)),
             running_count=self._attempts.running_count(status.replica_id),
             failure=status.failure[-FAILURE_CHARACTERS_MAX:],
             kv_capacity_tokens=load.kv_capacity_tokens,

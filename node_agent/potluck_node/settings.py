@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from potluck_node.domain.attached import parse_attached
+from potluck_node.domain.hours import WINDOWS_MAX, parse_window
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 
@@ -39,8 +40,21 @@ class Settings(BaseSettings):
     """How many requests one engine may answer at once, at most."""
     power_supply_watts: int | None = Field(default=None, gt=0)
     """What is written on the machine's power supply, for `potluck node doctor`."""
+    temperature_celsius_max: int | None = Field(default=None, ge=40, le=95)
+    """How hot a card may get before it gets less to do; none: until shortly before it would slow down by itself."""
+    power_limit_watts: int | None = Field(default=None, ge=50, le=1_000)
+    """How much power each card with an engine may take at most; none: what it may take without the agent."""
     memory_budget_bytes: int | None = Field(default=None, gt=0)
     """How much of the machine's memory engines without cards may take together; none: the pool leaves a part to the system."""
+    hours: Annotated[tuple[str, ...], NoDecode] = Field(default=(), max_length=WINDOWS_MAX)
+    """When this machine serves, in local time, such as "mon-fri 22:00-07:00"; empty: at all hours. Outside them the node takes no more,
+    lets answers end within `drain_seconds`, and frees the machine."""
+    idle_minutes: int | None = Field(default=None, gt=0, le=24 * 60)
+    """Serve only after the machine was not used for so long; none: also while it is in use."""
+    card_memory_bytes_max: int | None = Field(default=None, gt=0)
+    """How much of one card's memory engines may take; none: what other programs leave of it."""
+    upload_bytes_per_second_max: int | None = Field(default=None, ge=1_000)
+    """How fast answers may leave this machine, together; none: as fast as they come. What keeps the link alive goes beside it."""
     group_site: str = Field(default="", max_length=64)
     """The owner's word for the place, if this machine may be one of several that serve a model together: those with the same word."""
     group_address: str = ""
@@ -56,7 +70,7 @@ class Settings(BaseSettings):
     sglang_python: Path | None = None
     """The same for SGLang."""
     drain_seconds: float = Field(default=10.0, ge=0)
-    """How long answers under way may go on after the first Ctrl-C."""
+    """How long answers under way may go on after the first Ctrl-C, after `potluck node finish`, and after the last of the `hours`."""
     url: str | None = None
     """Where the coordinator answers now, if it moved since the node joined; it must still be the same pool."""
     scripted_engine: bool = False
@@ -71,6 +85,19 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         """The environment gives one text: `model-a,model-b`."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("hours", mode="before")
+    @classmethod
+    def _split_hours(cls, value: object) -> object:
+        """The environment gives one text, `mon-fri 22:00-07:00; sat,sun 00:00-24:00`: a comma stands between days."""
+        return tuple(part.strip() for part in value.split(";") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("hours")
+    @classmethod
+    def _can_be_read(cls, hours: tuple[str, ...]) -> tuple[str, ...]:
+        for words in hours:
+            parse_window(words)
+        return hours
 
     @field_validator("state_dir", "cache_dir", "vllm_python", "sglang_python")
     @classmethod

@@ -36,6 +36,7 @@ from potluck_node.domain.plan import (
     given_up,
     plan,
     stepped_down,
+    under_card_limit,
 )
 from potluck_node.domain.step_down import UTILIZATION_PERCENT_NOTCHES, Leftover, MemoryPlan, beside_others, plan_of, step_down
 from potluck_node.domain.strict_json import BadModelError
@@ -94,7 +95,7 @@ class EngineSupervisor:
 
     def set_desired(self, desired: DesiredState) -> None:
         """See `Replicas`."""
-        self._desired = desired
+        self._desired = under_card_limit(desired, self._limits)
         self._changed.set()
 
     def set_paused(self, paused: bool) -> None:

@@ -40,6 +40,7 @@ from potluck_protocol.values import (
     NodeId,
     NodeState,
     ReplicaId,
+    ResumePoint,
     SessionId,
     StartAttempt,
     Usage,
@@ -56,6 +57,7 @@ END_REASON_NUMBER: Final = {
     EndReason.CANCELLED: node_pb2.END_REASON_CANCELLED,
     EndReason.ENGINE_FAILED: node_pb2.END_REASON_ENGINE_FAILED,
     EndReason.REFUSED: node_pb2.END_REASON_REFUSED,
+    EndReason.HANDED_BACK: node_pb2.END_REASON_HANDED_BACK,
 }
 GOODBYE_NUMBER: Final = {
     GoodbyeReason.STOPPING: node_pb2.GOODBYE_REASON_STOPPING,
@@ -91,9 +93,9 @@ def goodbye_message(reason: GoodbyeReason, message: str = "") -> node_pb2.Goodby
     return node_pb2.Goodbye(reason=GOODBYE_NUMBER[reason], message=message)
 
 
-def goodbye_words(message: node_pb2.Goodbye) -> str:
-    """Why, in the coordinator's words; the node's owner reads them on a terminal."""
-    return printable(message.message[:FAILURE_CHARACTERS_MAX])
+def goodbye_value(message: node_pb2.Goodbye) -> tuple[GoodbyeReason, str]:
+    """The reason, and why in the coordinator's words; the node's owner reads them on a terminal."""
+    return goodbye_reason_from_number(message.reason), printable(message.message[:FAILURE_CHARACTERS_MAX])
 
 
 def usage_message(usage: Usage) -> common_pb2.Usage:
@@ -147,7 +149,10 @@ def welcome_message(welcome: Welcome) -> node_pb2.Welcome:
         heartbeat_idle_ms=welcome.heartbeat_idle_ms,
         desired=desired_state_message(welcome.desired),
         resume_points=[
-            node_pb2.ResumePoint(attempt_id=attempt_id, next_sequence=sequence) for attempt_id, sequence in welcome.resume_points.items()
+            node_pb2.ResumePoint(
+                attempt_id=attempt_id, next_sequence=point.next_sequence, acknowledged_sequence=point.acknowledged_sequence
+            )
+            for attempt_id, point in welcome.resume_points.items()
         ],
     )
 
@@ -160,8 +165,13 @@ def welcome_value(message: node_pb2.Welcome) -> Welcome:
         heartbeat_busy_ms=message.heartbeat_busy_ms,
         heartbeat_idle_ms=message.heartbeat_idle_ms,
         desired=desired_state_value(message.desired),
-        resume_points={AttemptId(point.attempt_id): point.next_sequence for point in message.resume_points},
+        resume_points={AttemptId(point.attempt_id): _resume_point(point) for point in message.resume_points},
     )
+
+
+def _resume_point(message: node_pb2.ResumePoint) -> ResumePoint:
+    acknowledged = message.acknowledged_sequence if message.HasField("acknowledged_sequence") else message.next_sequence
+    return ResumePoint(message.next_sequence, acknowledged)
 
 
 def heartbeat_message(heartbeat: Heartbeat) -> node_pb2.Heartbeat:
@@ -173,6 +183,7 @@ def heartbeat_message(heartbeat: Heartbeat) -> node_pb2.Heartbeat:
         cards=[card_telemetry_message(card) for card in heartbeat.cards],
         peer_measurements=[peer_measurement_message(measurement) for measurement in heartbeat.peer_measurements],
         line=line_measurement_message(heartbeat.line),
+        number=heartbeat.number,
     )
 
 
@@ -187,6 +198,7 @@ def heartbeat_value(message: node_pb2.Heartbeat) -> Heartbeat:
             peer_measurement_value(measurement) for measurement in items(message.peer_measurements, PEERS_MAX, "peer_measurements")
         ),
         line=line_measurement_value(message),
+        number=message.number,
     )
 
 

@@ -28,7 +28,12 @@ class ErrorCode(StrEnum):
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     ALREADY_EXISTS = "already_exists"
+    IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
+    IDEMPOTENCY_KEY_SPENT = "idempotency_key_spent"
+    IDEMPOTENCY_KEY_IN_FLIGHT = "idempotency_key_in_flight"
     INSUFFICIENT_CREDITS = "insufficient_credits"
+    RATE_LIMITED = "rate_limited"
+    QUOTA_EXCEEDED = "quota_exceeded"
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
     NO_CAPACITY = "no_capacity"
@@ -77,6 +82,15 @@ CATALOGUE: Final[dict[ErrorCode, ErrorSpec]] = {
     ErrorCode.NOT_FOUND: ErrorSpec(_STATUS.NOT_FOUND, 404, "invalid_request_error", "There is no such thing here."),
     ErrorCode.METHOD_NOT_ALLOWED: ErrorSpec(_STATUS.UNIMPLEMENTED, 405, "invalid_request_error", "This path does not take that method."),
     ErrorCode.ALREADY_EXISTS: ErrorSpec(_STATUS.ALREADY_EXISTS, 409, "invalid_request_error", "That already exists."),
+    ErrorCode.IDEMPOTENCY_KEY_REUSED: ErrorSpec(
+        _STATUS.INVALID_ARGUMENT, 422, "invalid_request_error", "This idempotency key was used for another request."
+    ),
+    ErrorCode.IDEMPOTENCY_KEY_SPENT: ErrorSpec(
+        _STATUS.ALREADY_EXISTS, 409, "invalid_request_error", "This request was run already, and its answer is no longer kept."
+    ),
+    ErrorCode.IDEMPOTENCY_KEY_IN_FLIGHT: ErrorSpec(
+        _STATUS.UNAVAILABLE, 409, "invalid_request_error", "This request is being answered already.", retry_is_safe=True
+    ),
     ErrorCode.INSUFFICIENT_CREDITS: ErrorSpec(
         _STATUS.FAILED_PRECONDITION,
         429,
@@ -84,11 +98,27 @@ CATALOGUE: Final[dict[ErrorCode, ErrorSpec]] = {
         "The account has too few credits for what this request could cost.",
         openai_code="insufficient_quota",
     ),
+    ErrorCode.RATE_LIMITED: ErrorSpec(
+        _STATUS.RESOURCE_EXHAUSTED,
+        429,
+        "rate_limit_error",
+        "The account has had its requests of the default tier.",
+        openai_code="rate_limit_exceeded",
+        retry_is_safe=True,
+    ),
+    ErrorCode.QUOTA_EXCEEDED: ErrorSpec(
+        _STATUS.RESOURCE_EXHAUSTED,
+        429,
+        "rate_limit_error",
+        "The API key has used what it may.",
+        openai_code="rate_limit_exceeded",
+        retry_is_safe=True,
+    ),
     ErrorCode.QUEUE_FULL: ErrorSpec(
         _STATUS.RESOURCE_EXHAUSTED,
         429,
         "rate_limit_error",
-        "Every slot of the model is taken and its queue is full.",
+        "More waits for the model than it can begin in time.",
         openai_code="rate_limit_exceeded",
         retry_is_safe=True,
     ),

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from potluck_protocol.bounds import items, printable, text
+from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.line import LineMeasurement
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import Accelerator, AccountId, CardTelemetry, GroupOffer, Inventory, NodeId, PeerMeasurement
+from potluck_protocol.values import Accelerator, AccountId, GroupOffer, Inventory, NodeId, PeerMeasurement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,7 @@ ATTACHED_MODELS_MAX: Final = 256
 TRUSTED_ACCOUNTS_MAX: Final = 64
 PEERS_MAX: Final = 64
 THROTTLE_REASONS_MAX: Final = 16
+THROTTLE_SECONDS_MAX: Final = 1e9
 PEER_FAILURE_CHARACTERS_MAX: Final = 200
 
 
@@ -84,6 +86,12 @@ def card_telemetry_message(card: CardTelemetry) -> node_pb2.CardTelemetry:
         lost=card.lost,
         newest_xid=card.newest_xid,
         xid_count=card.xid_count,
+        throttle_point_celsius=card.throttle_point_celsius,
+        thermal_rung=card.thermal_rung,
+        throttle_seconds=card.throttle_seconds,
+        power_limit_min_milliwatts=card.power_limit_min_milliwatts,
+        power_limit_default_milliwatts=card.power_limit_default_milliwatts,
+        power_limit_max_milliwatts=card.power_limit_max_milliwatts,
     )
 
 
@@ -107,6 +115,13 @@ def card_telemetry_value(message: node_pb2.CardTelemetry) -> CardTelemetry:
         lost=message.lost,
         newest_xid=set_field(message, "newest_xid"),
         xid_count=message.xid_count,
+        throttle_point_celsius=set_field(message, "throttle_point_celsius"),
+        thermal_rung=message.thermal_rung,
+        # Not a number, or endless, is no duration.
+        throttle_seconds=message.throttle_seconds if 0 <= message.throttle_seconds < THROTTLE_SECONDS_MAX else 0.0,
+        power_limit_min_milliwatts=set_field(message, "power_limit_min_milliwatts"),
+        power_limit_default_milliwatts=set_field(message, "power_limit_default_milliwatts"),
+        power_limit_max_milliwatts=set_field(message, "power_limit_max_milliwatts"),
     )
 
 

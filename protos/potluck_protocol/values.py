@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import NewType
 
 from potluck_protocol.card_facts import NOTHING_KNOWN, CardFacts
+from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.line import LineMeasurement
 
 NodeId = NewType("NodeId", str)
@@ -80,6 +81,8 @@ class EndReason(StrEnum):
     CANCELLED = "cancelled"
     ENGINE_FAILED = "engine_failed"
     REFUSED = "refused"
+    HANDED_BACK = "handed_back"
+    """The owner wants the machine back: to be continued elsewhere, and nobody's failure."""
 
 
 class GoodbyeReason(StrEnum):
@@ -162,26 +165,6 @@ class Inventory:
     """What engines that the owner runs already, and attached, call their models."""
     line: LineMeasurement | None = None
     """The way to the coordinator; None before its first measurement."""
-
-
-@dataclass(frozen=True, slots=True)
-class CardTelemetry:
-    """One card now. None stands for a fact its probe could not get."""
-
-    uuid: str
-    temperature_celsius: int | None = None
-    power_milliwatts: int | None = None
-    power_limit_milliwatts: int | None = None
-    memory_used_bytes: int | None = None
-    memory_foreign_bytes: int | None = None
-    """By processes that are not this node's engines; None, as everywhere here, where that cannot be told."""
-    utilization_percent: int | None = None
-    throttle_reasons: tuple[str, ...] = ()
-    lost: bool = False
-    """The driver no longer reaches the card."""
-    newest_xid: int | None = None
-    """The number of the newest fault that the driver told of since the agent started."""
-    xid_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +339,15 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where an attempt goes on after a broken link."""
+
+    next_sequence: int
+    acknowledged_sequence: int
+    """The chunks from here to `next_sequence` have arrived, and count against the window until they are acknowledged."""
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """The coordinator's answer to `Hello`: the lease and the wish."""
 
@@ -365,8 +357,8 @@ class Welcome:
     heartbeat_busy_ms: int
     heartbeat_idle_ms: int
     desired: DesiredState
-    resume_points: dict[AttemptId, int]
-    """The next sequence wanted of each attempt that goes on; an attempt of `Hello.in_flight` not named here is to be dropped."""
+    resume_points: dict[AttemptId, ResumePoint]
+    """Of each attempt that goes on; an attempt of `Hello.in_flight` not named here is to be dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +374,8 @@ class Heartbeat:
     cards: tuple[CardTelemetry, ...] = ()
     peer_measurements: tuple[PeerMeasurement, ...] = ()
     line: LineMeasurement | None = None
+    number: int = 0
+    """Grows with every heartbeat of one agent process; 0: not said."""
 
 
 @dataclass(frozen=True, slots=True)

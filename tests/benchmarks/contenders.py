@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -65,11 +65,14 @@ class Contender:
             child.stop()
 
 
-def write_script(folder: Path) -> Path:
-    """The engine's script: first token at once, then one each 12 ms, as many as `max_tokens` asks for."""
+PACED_SCRIPT: Final = {"tokens": list(ANSWER_TOKENS), "token_count": CONTEXT_LENGTH_TOKENS, "inter_token_ms": INTER_TOKEN_MS}
+"""First token at once, then one each 12 ms, as many as `max_tokens` asks for."""
+
+
+def write_script(folder: Path, script: Mapping[str, object] = PACED_SCRIPT) -> Path:
+    """The engine's model file."""
     path = folder / "model" / "script.json"
     path.parent.mkdir(exist_ok=True)
-    script = {"tokens": list(ANSWER_TOKENS), "token_count": CONTEXT_LENGTH_TOKENS, "inter_token_ms": INTER_TOKEN_MS}
     path.write_text(json.dumps(script))
     return path
 
@@ -84,23 +87,24 @@ def start_direct(folder: Path, cores: frozenset[int]) -> Contender:
     return _ready(contender)
 
 
-def start_sglang_router(folder: Path, engine_url: str, cores: frozenset[int]) -> Contender:
-    """sglang-router in front of the engine."""
+def start_sglang_router(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
+    """sglang-router in front of the engines."""
     python = peer_environment("sglang_router")
     port = free_port()
-    command = [str(python), "-m", "sglang_router.launch_router", "--worker-urls", engine_url, "--policy", "cache_aware"]
+    command = [str(python), "-m", "sglang_router.launch_router", "--worker-urls", *engine_urls, "--policy", "cache_aware"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
     return _peer_ready("sglang-router", Child(command, folder / "sglang_router.log", cores=cores), port)
 
 
-def start_litellm(folder: Path, engine_url: str, cores: frozenset[int]) -> Contender:
-    """The LiteLLM proxy in front of the engine."""
+def start_litellm(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
+    """The LiteLLM proxy in front of the engines."""
     python = peer_environment("litellm")
     port = free_port()
-    route = {"model": f"openai/{MODEL}", "api_base": f"{engine_url}/v1", "api_key": "none"}
+    routes = [{"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "none"} for url in engine_urls]
+    models = [{"model_name": MODEL, "litellm_params": route} for route in routes]
     configuration = folder / "litellm.yaml"
-    configuration.write_text(json.dumps({"model_list": [{"model_name": MODEL, "litellm_params": route}]}))  # JSON is YAML
+    configuration.write_text(json.dumps({"model_list": models}))  # JSON is YAML
     command = [str(python.with_name("litellm")), "--config", str(configuration)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     environment = {

@@ -1,4 +1,4 @@
-"""Potluck as a contender: a coordinator and one joined node, started by the commands that operators and volunteers type.
+"""Potluck as a contender: a coordinator and its joined nodes, started by the commands that operators and volunteers type.
 
 Decides the pool's catalogue (one model, whose engine is the scripted one) and which process is what. It must not know what is measured.
 """
@@ -11,13 +11,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.contenders import (
     CONTEXT_LENGTH_TOKENS,
     MODEL,
+    PACED_SCRIPT,
     READY_SECONDS_MAX,
     SLOT_COUNT,
     Contender,
@@ -31,48 +33,90 @@ _POTLUCK: Final = (sys.executable, "-m", "potluck")
 _POLL_SECONDS: Final = 0.1
 
 
-def start_potluck(folder: Path, coordinator_cores: frozenset[int], node_cores: frozenset[int]) -> Contender:
-    """A pool with one node that is ready to answer; raises RuntimeError, with what its processes printed, where it does not get so far."""
-    data_dir, state_dir = folder / "coordinator", folder / "node"
+@dataclass(frozen=True, slots=True)
+class PoolModel:
+    """The pool's one model."""
+
+    script: Mapping[str, object] = field(default_factory=lambda: PACED_SCRIPT)
+    context_length_tokens: int = CONTEXT_LENGTH_TOKENS
+    slot_count: int = SLOT_COUNT
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Of the coordinator, by their names in its environment."""
+
+
+def start_potluck(
+    folder: Path, coordinator_cores: frozenset[int], node_cores: frozenset[int], *, model: PoolModel | None = None, node_count: int = 1
+) -> Contender:
+    """A pool whose nodes are all ready to answer; raises RuntimeError, with what its processes printed, where it does not get so far."""
+    data_dir, model = folder / "coordinator", model or PoolModel()
     environment = {"POTLUCK_COORDINATOR_DATA_DIR": str(data_dir)}
+    catalogue = _write_catalogue(folder, model)
     coordinator = Child(
-        [*_POTLUCK, "coordinator", "serve", "--data-dir", str(data_dir), *_PORTS, "--catalogue", str(_write_catalogue(folder))],
+        [*_POTLUCK, "coordinator", "serve", "--data-dir", str(data_dir), *_PORTS, "--catalogue", str(catalogue)],
         folder / "coordinator.log",
-        environment=environment,
+        environment={**environment, **model.settings},
         cores=coordinator_cores,
     )
-    children = [coordinator]
+    agents: list[Child] = []
     try:
         _wait_for_file(data_dir / "endpoints.json", coordinator)
         operator = json.loads((data_dir / "operator.json").read_text())
-        invite = _potluck(["tokens", "create"], environment)
-        _potluck(["node", "join", "-", "--state-dir", str(state_dir), "--name", "bench"], environment, stdin=invite)
-        run = [*_POTLUCK, "node", "run", "--state-dir", str(state_dir), "--cache-dir", str(folder / "cache"), "--models-allowed", MODEL]
-        with_script = {**environment, "POTLUCK_NODE_SCRIPTED_ENGINE": "true"}
-        agent = Child(run, folder / "agent.log", environment=with_script, cores=node_cores)
-        children.append(agent)
+        agents.extend(_start_node(folder, f"node-{number}", environment, node_cores) for number in range(node_count))
         contender = Contender(
             name="Potluck",
             url=operator["url"],
-            process_ids=lambda: _process_groups(coordinator, agent),
+            process_ids=lambda: _process_groups(coordinator, agents),
             relay_groups=("gateway", "directory", "driver"),
             authorization=f"Bearer {operator['api_key']}",
-            children=children,
+            children=[coordinator, *agents],
         )
         wait_until_answers(contender)
+        _wait_for_replicas(environment, node_count)
         _check_groups(contender.process_ids())
     except BaseException:
-        for child in reversed(children):
+        for child in reversed([coordinator, *agents]):
             child.stop()
         raise
     return contender
 
 
+def _start_node(folder: Path, name: str, environment: Mapping[str, str], cores: frozenset[int]) -> Child:
+    state_dir = folder / name
+    invite = run_potluck(["tokens", "create"], environment)
+    run_potluck(["node", "join", "-", "--state-dir", str(state_dir), "--name", name, "--serve"], environment, stdin=invite)
+    run = [*_POTLUCK, "node", "run", "--state-dir", str(state_dir), "--cache-dir", str(folder / "cache"), "--models-allowed", MODEL]
+    with_script = {**environment, "POTLUCK_NODE_SCRIPTED_ENGINE": "true"}
+    return Child(run, folder / f"{name}.log", environment=with_script, cores=cores)
+
+
+def account_keys(folder: Path, count: int) -> tuple[str, ...]:
+    """API keys of so many new people of the pool that was started in this folder."""
+    environment = {"POTLUCK_COORDINATOR_DATA_DIR": str(folder / "coordinator")}
+    keys = []
+    for number in range(count):
+        account = json.loads(run_potluck(["accounts", "create", f"person-{number}", "--json"], environment))
+        made = run_potluck(["keys", "create", "--account", account["account_id"], "--json"], environment)
+        keys.append(json.loads(made)["api_key"])
+    return tuple(keys)
+
+
+def _wait_for_replicas(environment: Mapping[str, str], count: int) -> None:
+    deadline = time.monotonic() + READY_SECONDS_MAX
+    while True:
+        models = json.loads(run_potluck(["models", "--json"], environment))
+        ready_count = next(model["ready_replica_count"] for model in models if model["model_id"] == MODEL)
+        if ready_count >= count:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{ready_count} of {count} replicas are ready after {READY_SECONDS_MAX:.0f} s")
+        time.sleep(_POLL_SECONDS)
+
+
 _PORTS: Final = ("--http-port", "0", "--grpc-port", "0", "--link-port", "0")
 
 
-def _write_catalogue(folder: Path) -> Path:
-    script = write_script(folder)
+def _write_catalogue(folder: Path, model: PoolModel) -> Path:
+    script = write_script(folder, model.script)
     content = script.read_bytes()
     path = folder / "catalogue.toml"
     path.write_text(
@@ -84,8 +128,8 @@ file_name = "{script.name}"
 sha256 = "{hashlib.sha256(content).hexdigest()}"
 size_bytes = {len(content)}
 engine_kind = "scripted"
-context_length_tokens = {CONTEXT_LENGTH_TOKENS}
-slot_count = {SLOT_COUNT}
+context_length_tokens = {model.context_length_tokens}
+slot_count = {model.slot_count}
 prompt_price_micro_credits = 1
 completion_price_micro_credits = 4
 licence = "Apache-2.0"
@@ -96,7 +140,7 @@ created_at_unix_seconds = 0
     return path
 
 
-def _potluck(arguments: list[str], environment: Mapping[str, str], stdin: str = "") -> str:
+def run_potluck(arguments: list[str], environment: Mapping[str, str], stdin: str = "") -> str:
     """What a potluck command printed; raises RuntimeError where it failed."""
     done = subprocess.run(
         [*_POTLUCK, *arguments],
@@ -121,12 +165,12 @@ def _wait_for_file(path: Path, child: Child) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _process_groups(coordinator: Child, agent: Child) -> dict[str, tuple[int, ...]]:
+def _process_groups(coordinator: Child, agents: Sequence[Child]) -> dict[str, tuple[int, ...]]:
     """Who is who, by the titles that Ray gives its actors. What is left over is Ray's own."""
     groups: dict[str, list[int]] = {name: [] for name in ("gateway", "directory", "driver", "ray", "agent", "engine")}
     for process_id in coordinator.family:
         groups[_coordinator_part(process_id, coordinator)].append(process_id)
-    for process_id in agent.family:
+    for process_id in (process_id for agent in agents for process_id in agent.family):
         groups["engine" if "scripted_server" in title(process_id) else "agent"].append(process_id)
     return {name: tuple(ids) for name, ids in groups.items()}
 

@@ -172,8 +172,8 @@ def run_benchmark(round_count: int, folder: Path) -> Outcome:
         benchmark.add("direct", lambda: start_direct(folder, home_cores))
         engine_url = benchmark.contenders["direct"].url
         benchmark.add("Potluck", lambda: start_potluck(folder, relay_cores, home_cores))
-        benchmark.add("LiteLLM", lambda: start_litellm(folder, engine_url, relay_cores))
-        benchmark.add("sglang-router", lambda: start_sglang_router(folder, engine_url, relay_cores))
+        benchmark.add("LiteLLM", lambda: start_litellm(folder, [engine_url], relay_cores))
+        benchmark.add("sglang-router", lambda: start_sglang_router(folder, [engine_url], relay_cores))
         benchmark.warm_up()
         benchmark.run_rounds(round_count)
         return Outcome(

@@ -1,4 +1,6 @@
-"""A node dies, freezes or blocks in the middle of an answer: what the client sees and when, who is paid, whether the books balance.
+"""The only node dies, freezes or blocks in the middle of an answer: what the client sees and when, who is paid, whether the books balance.
+
+Where another node has the model, the answer goes on there: `tests.chaos.stream_survival`.
 
     python -m tests.chaos.node_loss
 

@@ -9,7 +9,7 @@ from tests.support.pool_processes import running_pool
 
 
 @pytest.mark.timeout(180)
-def test_a_node_that_dies_or_freezes_costs_the_client_no_more_than_it_got(tmp_path):
+def test_where_nobody_can_go_on_a_node_that_dies_or_freezes_costs_the_client_no_more_than_it_got(tmp_path):
     with running_pool(tmp_path) as pool:
         for fault in ("killed", "frozen"):
             assert node_loss.lose(pool, fault).broken() == []

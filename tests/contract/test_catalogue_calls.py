@@ -21,6 +21,7 @@ from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.repository import ModelWishes
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_protocol.bounds import CATALOGUE_CHARACTERS_MAX
+from potluck_protocol.clock import SystemClock
 from potluck_protocol.v1 import pool_pb2
 from potluck_protocol.values import ModelFile, ModelId, NodeId, PinnedFile
 from tests.support.grpc_edge import CLOCK, OPERATOR_KEY, GrpcEdge, authorization, detail_in
@@ -77,7 +78,7 @@ class Edge:
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Edge]:
     authority = CertificateAuthority.load_or_create(tmp_path_factory.mktemp("pool") / "ca", CLOCK.unix_ms())
     desk = Desk()
-    async with GrpcEdge(authority, pool=PoolServicer(desk, desk)) as port:
+    async with GrpcEdge(authority, pool=PoolServicer(desk, desk, desk, desk, SystemClock())) as port:
         yield Edge(desk, port.channel)
 
 

@@ -76,7 +76,7 @@ async def test_a_whole_answer(authority: CertificateAuthority) -> None:
         events = [event async for event in edge.generate()]
     (answer,) = edge.requests.answers
     assert (answer.request.account_id, answer.request.request_id, answer.request.stream) == ("acct_user", "mine", True)
-    assert events[0].placed == inference_pb2.Placed(request_id="mine", node_id="n" * 26, model_id="m")
+    assert events[0].placed == inference_pb2.Placed(request_id="mine", node_id="n" * 26, model_id="m", service_tier="flex")
     assert [event.data for event in events[1:-1]] == [b"data: 1\n\n", b"data: 2\n\n"]
     usage = common_pb2.Usage(prompt_token_count=3, completion_token_count=5, cached_prompt_token_count=1)
     assert events[-1].finished == inference_pb2.Finished(usage=usage, charge_micro_credits=23)

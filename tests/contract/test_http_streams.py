@@ -10,6 +10,7 @@ import uvloop
 
 from potluck_coordinator.gateway import http_server
 from potluck_coordinator.gateway.relay import AnswerHead, Relay
+from potluck_coordinator.gateway.tier_mark import marked
 from potluck_protocol.values import EndReason
 from tests.support.http_edge import DONE, chat_body, chat_event, read_until, request_bytes, usage_event
 from tests.support.relayed_edge import RelayedEdge, relayed_edge_of
@@ -63,7 +64,7 @@ async def test_what_comes_before_an_answer_is_over_costs_it_nothing(
     tokens = [chat_event({"content": f"t{number} "}) for number in range(8)]
     for number, token in enumerate(tokens):
         relay.receive(number, token, 0.0)
-        await read_until(reader, token)
+        await read_until(reader, token if number else marked(token, "default", stream=True))
         if number == 2 and not at_once:
             writer.write(early)
             await asyncio.sleep(0.15)

@@ -7,6 +7,8 @@ import pytest
 from potluck_coordinator.desks import NodeRecord
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
+from potluck_protocol.cards import CardTelemetry
+from potluck_protocol.clock import SystemClock
 from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc
 from potluck_protocol.values import (
     Accelerator,
@@ -45,6 +47,7 @@ RECORD = NodeRecord(
     down_minutes=2,
     unknown_minutes=1,
     last_seen_at_unix_ms=5,
+    cards=(CardTelemetry(UUID, temperature_celsius=81, thermal_rung=2, throttle_seconds=7.5),),
 )
 
 
@@ -61,7 +64,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
 
 
 async def shown_to(authority: CertificateAuthority, key: str) -> pool_pb2.Node:
-    async with GrpcEdge(authority, pool=PoolServicer(Desk(), Desk())) as edge:
+    async with GrpcEdge(authority, pool=PoolServicer(Desk(), Desk(), Desk(), Desk(), SystemClock())) as edge:
         stub = pool_pb2_grpc.PoolServiceStub(edge.channel)
         (node,) = (await stub.ListNodes(pool_pb2.ListNodesRequest(), metadata=authorization(key))).nodes
     return node
@@ -75,6 +78,7 @@ async def test_its_owner_and_the_operator_see_everything(authority: CertificateA
     assert [engine.failure for engine in node.engines] == [FAILURE]
     assert list(node.inventory.accelerators[0].nvlink_peer_uuids) == [PEER_UUID]
     assert list(node.inventory.accelerators[0].pcie_peer_uuids) == [PEER_UUID]
+    assert [(card.uuid, card.temperature_celsius, card.thermal_rung, card.throttle_seconds) for card in node.cards] == [(UUID, 81, 2, 7.5)]
     assert (node.inventory.group_offer.site, list(node.inventory.attached_model_names)) == ("cellar", ["grandmas-letters"])
 
 
@@ -86,6 +90,7 @@ async def test_a_stranger_sees_neither_whose_it_is_nor_what_tells_its_cards_apar
     for hidden in ("acct_user", UUID, PEER_UUID, FAILURE, "cellar", "10.20.30.40", "acct_friend", "grandmas-letters"):
         assert hidden.encode() not in text
     assert not node.inventory.HasField("group_offer")
+    assert not node.cards
     # The rest is what strangers choose a pool by.
     assert (node.display_name, node.connection, node.up_minutes) == ("den", "connected", 7)
     assert [(card.name, card.memory_bytes) for card in node.inventory.accelerators] == [("RTX 3090", 24 << 30)]

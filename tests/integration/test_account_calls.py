@@ -11,6 +11,7 @@ from potluck_coordinator.directory import ledger
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID
 from potluck_coordinator.domain.ledger import OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
+from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_protocol.metadata import ERROR_DETAIL
 from potluck_protocol.v1 import account_pb2, account_pb2_grpc, common_pb2
 from tests.support.open_pool import open_pool
@@ -40,6 +41,24 @@ async def test_a_key_makes_none_that_outlives_it_unless_it_is_the_operators(tmp_
                 assert detail_of(refused.value).param == "lifetime_seconds"
             shorter = await stub.CreateKey(account_pb2.CreateKeyRequest(lifetime_seconds=60), metadata=metadata)
             assert shorter.key.expires_at_unix_ms > 0
+
+
+async def test_a_key_with_quotas_makes_and_changes_no_keys(tmp_path: Path) -> None:
+    async with open_pool(tmp_path) as pool, pool.grpc_channel() as channel:
+        stub = account_pb2_grpc.AccountServiceStub(channel)
+        user, unbounded = await pool.user_key("user")
+        record, bounded = await pool.directory.accounts.create_key(user, "bounded", 0, quotas=KeyQuotas(requests_per_day=5))
+        metadata = (("authorization", f"Bearer {bounded}"),)
+        for asked in (
+            stub.CreateKey(account_pb2.CreateKeyRequest(), metadata=metadata),
+            stub.SetKeyQuotas(account_pb2.SetKeyQuotasRequest(key_prefix=record.key_prefix, requests_per_day=0), metadata=metadata),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await asked
+            assert detail_of(refused.value).code == "permission_denied"
+        changing = account_pb2.SetKeyQuotasRequest(key_prefix=record.key_prefix, requests_per_day=0, concurrent_max=3)
+        changed = await stub.SetKeyQuotas(changing, metadata=(("authorization", f"Bearer {unbounded}"),))
+        assert changed.key.quotas == account_pb2.KeyQuotas(concurrent_max=3)
 
 
 async def test_bounds_on_statements_and_claims_are_the_desks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from sqlalchemy import text
 
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer, operator_key
 from potluck_coordinator.domain.catalogue import Deployment
+from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import GRANT, open_books
 from tests.unit.test_pricing import ENTRY
@@ -80,6 +81,22 @@ async def test_a_key_speaks_for_its_account_until_it_expires_or_is_revoked(books
         ("laptop", False),
         ("phone", True),
     ]
+
+
+async def test_a_key_s_quotas_are_kept_changed_one_by_one_and_told_to_gateways(books):
+    ann, bob = await books.accounts.create_account("ann"), await books.accounts.create_account("bob")
+    quotas = KeyQuotas(requests_per_day=5, spend_micro_credits_per_day=2_500_000)
+    record, key = await books.accounts.create_key(ann.account_id, "course", 0, quotas=quotas)
+    assert record.quotas == (await books.accounts.authenticate(key)).quotas == quotas
+    changed = await books.accounts.set_key_quotas(record.key_prefix, ann.account_id, {"requests_per_day": 0, "concurrent_max": 2})
+    assert changed.quotas == KeyQuotas(concurrent_max=2, spend_micro_credits_per_day=2_500_000)
+    assert [listed.quotas for listed in await books.accounts.list_keys(ann.account_id)] == [changed.quotas]
+    assert (await books.accounts.authenticate(key)).quotas == changed.quotas
+    assert books.revocations == 1, "what gateways remember of keys is void"
+    assert await refusal(books.accounts.set_key_quotas(record.key_prefix, bob.account_id, {"concurrent_max": 0})) is ErrorCode.NOT_FOUND
+    for bound in (-1, 2**60):
+        changing = books.accounts.set_key_quotas(record.key_prefix, None, {"tokens_per_day": bound})
+        assert await refusal(changing) is ErrorCode.INVALID_REQUEST
 
 
 async def test_a_key_ends_no_later_than_it_may(books):

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from potluck_node.attempts import DELIVERED_KEPT_SECONDS, UNDELIVERED_KEPT_SECONDS, Attempts, engine_session
+from potluck_node.attempts import DELIVERED_KEPT_SECONDS, UNDELIVERED_KEPT_SECONDS, Attempts
 from potluck_node.delivery import Delivery
+from potluck_node.engine_session import engine_session
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, Endpoint, NodeState, StartAttempt
 from tests.support.engines import MovedClock

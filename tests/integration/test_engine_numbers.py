@@ -16,8 +16,8 @@ from aiohttp import web
 
 from potluck_node import attached_servers
 from potluck_node.attached_servers import AttachedServers
-from potluck_node.attempts import engine_session
 from potluck_node.domain.attached import AttachedServer
+from potluck_node.engine_session import engine_session
 from potluck_node.engines import asking
 from potluck_node.engines.asking import ask_load
 from potluck_node.engines.attach_server import Front

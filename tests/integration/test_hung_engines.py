@@ -16,7 +16,8 @@ import pytest
 
 from potluck_node import attempts as attempts_module
 from potluck_node import supervisor as supervisor_module
-from potluck_node.attempts import Attempts, engine_session
+from potluck_node.attempts import Attempts
+from potluck_node.engine_session import engine_session
 from potluck_node.replicas import Replicas
 from potluck_node.watchdog import Watchdog
 from potluck_protocol.v1 import node_pb2

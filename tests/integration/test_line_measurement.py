@@ -34,10 +34,10 @@ from potluck_protocol.v1 import common_pb2, node_pb2, node_pb2_grpc
 from potluck_protocol.values import Inventory
 from tests.support.certificates import Credential
 from tests.support.engines import MovedClock
+from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.link_coordinator import link_coordinator
 from tests.support.node_engine import wired_node
 from tests.support.open_pool import OpenPool, ShiftedClock, open_pool
-from tests.support.shaped_proxy import ShapedProxy, shaped_proxy
 
 MBIT = 1_000_000 // 8
 PIECE = node_pb2.MeasureUploadRequest(data=bytes(16 * 1024))
@@ -75,13 +75,14 @@ def credentials_of(folder: StateFolder) -> Credentials:
     return Credentials(folder, SystemClock(), lambda: 0.0)
 
 
-async def reading(pool: OpenPool, path: Path, proxy: ShapedProxy) -> LineReading:
+async def reading(pool: OpenPool, path: Path, proxy: FaultProxy) -> LineReading:
     return await measure_line(credentials_of(await node_of(pool, path, proxy.port)), SystemClock())
 
 
 @pytest.mark.parametrize(("upwards", "downwards"), [(1 * MBIT, 16 * MBIT), (10 * MBIT, 50 * MBIT), (MBIT // 4, MBIT // 2)])
 async def test_both_rates_of_a_shaped_line_are_found_within_a_quarter(pool: OpenPool, tmp_path: Path, upwards: int, downwards: int) -> None:
-    async with shaped_proxy(pool.endpoints.link_port, upwards, downwards) as proxy:
+    async with fault_proxy(pool.endpoints.link_port) as proxy:
+        proxy.upwards.bytes_per_second, proxy.downwards.bytes_per_second = upwards, downwards
         found = await reading(pool, tmp_path / "node", proxy)
     assert found.failure == ""
     assert found.found is not None
@@ -91,8 +92,9 @@ async def test_both_rates_of_a_shaped_line_are_found_within_a_quarter(pool: Open
 
 
 async def test_a_line_that_stands_still_for_a_moment_is_no_slower(pool: OpenPool, tmp_path: Path) -> None:
-    async with shaped_proxy(pool.endpoints.link_port, 4 * MBIT, 4 * MBIT) as proxy:
-        proxy.still_after_bytes, proxy.still_seconds = 600_000, 0.5
+    async with fault_proxy(pool.endpoints.link_port) as proxy:
+        for way in (proxy.upwards, proxy.downwards):
+            way.bytes_per_second, way.pause_after_bytes, way.pause_seconds = 4 * MBIT, 600_000, 0.5
         found = (await reading(pool, tmp_path / "node", proxy)).found
     assert found is not None
     assert found.upload_bytes_per_second == pytest.approx(4 * MBIT, rel=0.25)
@@ -330,7 +332,8 @@ async def test_the_doctor_of_a_joined_node_tells_both_rates_and_at_a_second_look
         arguments = ["doctor", "--state-dir", str(tmp_path / "node"), *flags]
         return (await asyncio.to_thread(CliRunner().invoke, app, arguments)).stdout
 
-    async with shaped_proxy(pool.endpoints.link_port, 8 * MBIT, 24 * MBIT) as proxy:
+    async with fault_proxy(pool.endpoints.link_port) as proxy:
+        proxy.upwards.bytes_per_second, proxy.downwards.bytes_per_second = 8 * MBIT, 24 * MBIT
         await node_of(pool, tmp_path / "node", proxy.port)
         network = json.loads(await doctor("--json"))["facts"]["network"]
         again = await doctor()

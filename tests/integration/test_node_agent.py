@@ -4,110 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import web
 
 from potluck_protocol.connection import Invite
 from potluck_protocol.engine_codec import desired_state_message
-from potluck_protocol.metadata import CONNECTION_PATH
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import DesiredState, TokenId
-from tests.support.engines import children_of, pinned, script_file, wished
-from tests.support.link_coordinator import LinkCoordinator, ServedLink, link_coordinator
-
-COMMAND = [sys.executable, "-c", "from potluck_node.command import app; app()"]
-SECRET = "s" * 43
-
-
-@dataclass
-class Box:
-    """One volunteer's machine: its folders, and a coordinator to reach."""
-
-    coordinator: LinkCoordinator
-    folder: Path
-    url: str
-
-    @property
-    def state_dir(self) -> Path:
-        return self.folder / "node"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        places = {"POTLUCK_NODE_STATE_DIR": str(self.state_dir), "POTLUCK_NODE_CACHE_DIR": str(self.folder / "cache")}
-        return {**os.environ, **places, "XDG_CONFIG_HOME": str(self.folder / "config"), "POTLUCK_NODE_SCRIPTED_ENGINE": "true"}
-
-    @property
-    def invite(self) -> str:
-        return Invite(self.url, self.coordinator.connection.ca_hash, TokenId("token-id-123"), SECRET).encode()
-
-    async def node(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-        return await asyncio.to_thread(
-            subprocess.run,
-            [*COMMAND, *arguments],
-            env=self.environment,
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    @asynccontextmanager
-    async def agent(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        log = (self.folder / "agent.log").open("ab")
-        process = await asyncio.create_subprocess_exec(*COMMAND, "run", *arguments, env=self.environment, stdout=log, stderr=log)
-        try:
-            yield process
-        finally:
-            log.close()
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-
-    async def linked(self) -> ServedLink:
-        link = await self.coordinator.next_link(30)
-        await link.welcome(epoch=1)
-        return link
-
-    def output(self) -> str:
-        return (self.folder / "agent.log").read_text()
+from tests.support.engines import children_of, pinned, wished
+from tests.support.volunteer_box import SECRET, Box, ready_link, until_status, volunteer_box
 
 
 @pytest.fixture
 async def box(tmp_path: Path) -> AsyncIterator[Box]:
-    async with link_coordinator(tmp_path) as coordinator:
-
-        async def document(_request: web.Request) -> web.Response:
-            return web.Response(body=coordinator.connection.to_json(), content_type="application/json")
-
-        application = web.Application()
-        application.router.add_get(CONNECTION_PATH, document)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            yield Box(coordinator, tmp_path, f"http://127.0.0.1:{runner.addresses[0][1]}")
-        finally:
-            await runner.cleanup()
-
-
-async def until_status(box: Box, condition: Any, limit_seconds: float = 30) -> dict[str, Any]:
-    async with asyncio.timeout(limit_seconds):
-        while True:
-            facts = json.loads((await box.node("status", "--json")).stdout)
-            if facts["status"] and condition(facts["status"]):
-                return facts
-            await asyncio.sleep(0.1)
+    async with volunteer_box(tmp_path) as box:
+        yield box
 
 
 async def another_try(folder: Path) -> None:
@@ -116,15 +30,6 @@ async def another_try(folder: Path) -> None:
     async with asyncio.timeout(20):
         while folder.stat().st_mtime_ns == before:
             await asyncio.sleep(0.02)
-
-
-async def ready_link(box: Box, **script: Any) -> ServedLink:
-    """A linked agent whose scripted engine is ready."""
-    link = await box.linked()
-    file = pinned(script_file(box.folder, **script))
-    await link.send(desired=desired_state_message(DesiredState(1, (wished(file),))))
-    await link.until(lambda: any(engine.state == node_pb2.ENGINE_STATE_READY for f in link.frames for engine in f.heartbeat.engines), 30)
-    return link
 
 
 async def test_joining_keeps_the_key_here_and_private_and_joining_again_changes_nothing(box: Box) -> None:
@@ -186,7 +91,7 @@ async def test_a_coordinator_that_does_not_answer_is_exit_code_5(box: Box) -> No
 
 
 async def test_a_node_serves_rests_and_stops_on_ctrl_c_leaving_no_process(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     monkeypatch.setenv("POTLUCK_NODE_KEEP_ENGINE_LINES", "true")
     async with box.agent() as process:
         monkeypatch.delenv("POTLUCK_NODE_KEEP_ENGINE_LINES")
@@ -227,7 +132,7 @@ async def test_a_node_serves_rests_and_stops_on_ctrl_c_leaving_no_process(box: B
 
 
 async def test_an_answer_under_way_is_finished_before_the_node_stops(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     async with box.agent() as process:
         link = await ready_link(box, token_count=40, inter_token_ms=25)
         body = b'{"model":"tiny","stream":true,"messages":[]}'
@@ -244,7 +149,7 @@ async def test_an_answer_under_way_is_finished_before_the_node_stops(box: Box) -
 
 
 async def test_a_failed_engine_shows_its_last_words(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     async with box.agent():
         link = await box.linked()
         broken = box.folder / "script.json"
@@ -260,7 +165,7 @@ async def test_a_failed_engine_shows_its_last_words(box: Box) -> None:
 
 
 async def test_a_status_that_cannot_be_written_costs_the_owners_view_and_not_the_node(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     # As on a full disk, every write of the file fails until the folder in its place is gone.
     obstacle = box.state_dir / "status.json"
     obstacle.mkdir()
@@ -282,7 +187,7 @@ async def test_a_status_that_cannot_be_written_costs_the_owners_view_and_not_the
 
 
 async def test_leaving_while_the_agent_stops_tells_the_coordinator_too(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     async with box.agent("--drain-seconds", "60") as process:
         link = await ready_link(box, token_count=2000, inter_token_ms=25)
         await link.start("a1", body=b'{"model":"tiny","stream":true,"messages":[]}', replica_id="replica-1")
@@ -298,7 +203,7 @@ async def test_leaving_while_the_agent_stops_tells_the_coordinator_too(box: Box)
 
 
 async def test_leaving_through_the_running_agent_tells_the_coordinator_and_removes_the_key(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     async with box.agent() as process:
         link = await box.linked()
         await link.until(lambda: link.frames)
@@ -324,7 +229,7 @@ async def test_leaving_without_an_agent_dials_by_itself(box: Box) -> None:
 
 
 async def test_a_revoked_node_may_still_leave(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     box.coordinator.refuse_links = box.coordinator.refuse_renewals = True
     async with box.agent() as process:
         async with asyncio.timeout(20):
@@ -337,7 +242,7 @@ async def test_a_revoked_node_may_still_leave(box: Box) -> None:
 async def test_nothing_of_a_node_listens_but_its_engine_on_loopback(box: Box) -> None:
     import psutil
 
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     async with box.agent() as process:
         await ready_link(box)
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -348,7 +253,7 @@ async def test_nothing_of_a_node_listens_but_its_engine_on_loopback(box: Box) ->
 
 
 async def test_a_coordinator_that_moved_is_found_by_its_new_url(box: Box) -> None:
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     identity = json.loads((box.state_dir / "node.json").read_text())
     identity["url"], identity["connection"]["link_port"] = "http://127.0.0.1:9", 9
     (box.state_dir / "node.json").write_text(json.dumps(identity))
@@ -359,7 +264,7 @@ async def test_a_coordinator_that_moved_is_found_by_its_new_url(box: Box) -> Non
 
 async def test_a_prompt_appears_in_no_log_and_no_file(box: Box) -> None:
     canary = "canary-7f3a9c"
-    await box.node("join", box.invite)
+    await box.node("join", box.invite, "--serve")
     async with box.agent("--log-level", "debug") as process:
         link = await ready_link(box, tokens=["answer-canary-7f3a9c"])
         body = json.dumps({"model": "tiny", "stream": True, "messages": [{"role": "user", "content": canary}]}).encode()

@@ -20,7 +20,7 @@ from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.connection import Invite, fetch_connection
 from potluck_protocol.values import GoodbyeReason, Inventory
 from tests.support.coordinator import TINY, Coordinator, running_coordinator
-from tests.support.cut_proxy import CutProxy, cut_proxy
+from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.node_engine import DirectedEngine, WiredNode, directed_engine, wired_node
 
 HOUR_SECONDS = 3600
@@ -36,7 +36,7 @@ class AheadClock(SystemClock):
 @dataclass
 class Pool:
     coordinator: Coordinator
-    proxy: CutProxy
+    proxy: FaultProxy
     engine: DirectedEngine
     node: WiredNode
     first_certificate: bytes
@@ -60,7 +60,7 @@ class Pool:
 
 @asynccontextmanager
 async def pool_of(folder: Path, clock: Clock | None = None) -> AsyncIterator[Pool]:
-    async with running_coordinator(folder / "coordinator") as coordinator, cut_proxy(coordinator.endpoints.link_port) as proxy:
+    async with running_coordinator(folder / "coordinator") as coordinator, fault_proxy(coordinator.endpoints.link_port) as proxy:
         document = await asyncio.to_thread(fetch_connection, coordinator.url)
         token, secret = await coordinator.directory.accounts.create_join_token(OPERATOR_ACCOUNT_ID, 60)
         state = StateFolder(folder / "node")
@@ -69,7 +69,7 @@ async def pool_of(folder: Path, clock: Clock | None = None) -> AsyncIterator[Poo
         state.write_identity(replace(identity, connection=replace(identity.connection, link_port=proxy.port)))
         first_certificate = state.certificate()
         async with directed_engine() as engine, wired_node(None, folder, engine.url, clock=clock) as node:
-            await until(lambda: any(cohort.is_free for cohort in coordinator.gateway._links.cohorts(TINY)), 10)
+            await until(lambda: any(kind.free_count for kind in coordinator.gateway._links.roster().kinds(TINY)), 10)
             yield Pool(coordinator, proxy, engine, node, first_certificate)
 
 

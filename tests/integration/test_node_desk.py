@@ -12,9 +12,9 @@ from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
+from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import (
-    CardTelemetry,
     EngineState,
     EngineStatus,
     GoodbyeReason,

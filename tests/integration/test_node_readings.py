@@ -16,9 +16,10 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from potluck_node.attempts import Attempts, engine_session
+from potluck_node.attempts import Attempts
 from potluck_node.bounded_body import read_at_most
 from potluck_node.domain.solo_rates import ANSWERS_MIN
+from potluck_node.engine_session import engine_session
 from potluck_node.engines.asking import ask_load
 from potluck_node.engines.base import EngineAddress
 from potluck_node.probe.nvml import NvmlLibrary
@@ -26,11 +27,11 @@ from potluck_node.probe.process_memory import resident_bytes
 from potluck_node.readings import Readings
 from potluck_node.replicas import Residence
 from potluck_node.report import NodeReport
+from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     AttemptId,
-    CardTelemetry,
     Endpoint,
     EngineState,
     EngineStatus,
@@ -41,7 +42,7 @@ from potluck_protocol.values import (
     StartAttempt,
 )
 from tests.support.engines import pinned, running, supervisor_of, wished
-from tests.support.node_engine import REPLICA, FixedReplicas
+from tests.support.node_engine import REPLICA, FixedReplicas, heat_beside
 from tests.support.nvml_dump import DumpedDriver, load_dump
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -195,6 +196,7 @@ class Told:
             replicas=supervisor,
             attempts=self.attempts,
             readings=self.readings,
+            heat=heat_beside(self.readings, supervisor, Path(), SystemClock()),
             peers=SimpleNamespace(measurements=tuple),
             attached=SimpleNamespace(model_names=()),
             line=SimpleNamespace(found=None),

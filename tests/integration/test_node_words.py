@@ -13,7 +13,8 @@ from potluck_coordinator.directory.nodes import _to_its_end
 from potluck_coordinator.domain.catalogue import Deployment
 from potluck_coordinator.storage.catalogue import Origin
 from potluck_protocol import codec
-from potluck_protocol.values import CardTelemetry, GoodbyeReason, Heartbeat, Inventory, ModelId, NodeState
+from potluck_protocol.cards import CardTelemetry
+from potluck_protocol.values import GoodbyeReason, Heartbeat, Inventory, ModelId, NodeState
 from tests.integration.test_models_and_wishes import Caller
 from tests.support.coordinator import running_coordinator
 from tests.support.open_pool import open_pool

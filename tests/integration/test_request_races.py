@@ -9,13 +9,14 @@ import pytest
 
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.nodes import Nodes
+from potluck_coordinator.gateway import model_line
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import ModelId, ReplicaId
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link
-from tests.support.request_path import DONE, USAGE_EVENT, begin, pool, read_all, request_of, settled_balance, token
+from tests.support.request_path import DONE, USAGE_EVENT, begin, first_of, pool, read_all, request_of, settled_balance, token
 
 
 class SlowLedger:
@@ -53,8 +54,9 @@ async def test_a_client_that_goes_while_its_hold_is_committed_leaves_no_hold(tmp
         assert coordinator.gateway.requests.in_flight_count == 0
 
 
-async def test_a_turn_that_comes_with_the_deadline_leaves_no_slot_taken(tmp_path):
-    async with pool(tmp_path, queue_deadline_seconds=0.3) as (coordinator, node):
+async def test_a_turn_that_comes_with_the_deadline_leaves_no_slot_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_line, "HOLD_SECONDS_GUESS", 0.1)
+    async with pool(tmp_path, queue_deadline_seconds=0.8) as (coordinator, node):
         requests = coordinator.gateway.requests
         answers = [(await begin(coordinator, node, number))[0] for number in range(2)]
         queued = asyncio.ensure_future(requests.begin(await request_of(coordinator)))
@@ -62,8 +64,8 @@ async def test_a_turn_that_comes_with_the_deadline_leaves_no_slot_taken(tmp_path
             while requests.queued_count(TINY) == 0:
                 await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
-        loop.call_later(0.25, lambda: list(answers[0].close().__await__()))  # closes at once: nothing in it waits
-        stand_still_until = loop.time() + 0.4
+        loop.call_later(0.75, lambda: list(answers[0].close().__await__()))  # closes at once: nothing in it waits
+        stand_still_until = loop.time() + 0.9
         while loop.time() < stand_still_until:
             pass  # so that the slot and the deadline come in one turn of the loop, the slot first
         with pytest.raises(PotluckError):
@@ -111,7 +113,7 @@ async def test_a_link_that_comes_back_while_the_directory_is_away_costs_nothing(
         async with raw_link(coordinator, credentials) as node:
             await node.hello()
             answer, start = await begin(coordinator, node)
-            assert await answer.next_data() == token("one")
+            assert await first_of(answer) == token("one")
             directory_is_there.clear()
         async with raw_link(coordinator, credentials) as again:
             await again.hello(in_flight=(start.attempt_id,))
@@ -142,8 +144,8 @@ async def test_a_node_gets_no_work_that_was_not_wished_of_it(tmp_path):
         other = dataclasses.replace(node.status, replica_id=ReplicaId("mine"), model_id=ModelId("gpt-of-my-own"))
         await node.hello(engines=(boast, other))
         links = coordinator.gateway._links
-        assert [(len(cohort.replicas), cohort.sample.slot_count) for cohort in links.cohorts(TINY)] == [(1, 2)]
-        assert links.cohorts(ModelId("gpt-of-my-own")) == ()
+        assert [(len(kind), kind.sample.slot_count) for kind in links.roster().kinds(TINY)] == [(1, 2)]
+        assert links.roster().kinds(ModelId("gpt-of-my-own")) == ()
 
 
 async def test_heartbeats_are_read_while_a_certificate_waits_for_the_directory(tmp_path):

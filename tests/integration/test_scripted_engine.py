@@ -121,6 +121,16 @@ async def test_hang_up_frees_the_only_slot(http, server):
     assert server.counts["cancelled"] == 2
 
 
+async def test_it_goes_on_behind_the_beginning_of_its_own_answer(http):
+    begun = {"messages": [*PROMPT["messages"], {"role": "assistant", "content": "abc"}]}
+    answer = json.loads((await post(http, begun))[1])
+    assert answer["choices"][0]["message"]["content"] == "d"
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3 + 3, 1)
+    for content in ("abcd", "another text"):
+        answer = json.loads((await post(http, {"messages": [*PROMPT["messages"], {"role": "assistant", "content": content}]}))[1])
+        assert answer["choices"][0]["message"]["content"] == ("" if content == "abcd" else "abcd")
+
+
 async def test_pace(http):
     started_at = asyncio.get_running_loop().time()
     await post(http, PROMPT | {"stream": True, "scripted": {"ttft_ms": 100, "inter_token_ms": 20, "token_count": 6}})

@@ -177,24 +177,48 @@ BARE = {
 
 @pytest.mark.parametrize("status", list(BARE))
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_was_sent_is_not_repeated_on_grpcs_word_alone(
+def test_a_request_that_was_sent_is_repeated_on_grpcs_word_under_one_key(
     pool: ScriptedPool, client: Client, status: grpc.StatusCode, stream: bool
 ):
-    pool.plays.extend([drops(status)] * 3)
+    pool.plays.extend([drops(status)] * TRIES_MAX)
     with pytest.raises(BARE[status]) as caught:
         client.chat("x", model=MODEL, stream=stream)
     assert caught.value.outcome_unknown
-    assert not caught.value.retry_is_safe
-    assert len(pool.bodies) == 1
+    assert not caught.value.retry_is_safe, "by whoever called: the next call has another key"
+    ((key, when_gone),) = set(pool.keys)
+    assert (len(pool.keys), len(key), when_gone) == (TRIES_MAX, 32, "cancel")
 
 
-async def test_async_a_request_that_was_sent_is_not_repeated_on_grpcs_word_alone(pool: ScriptedPool):
-    pool.plays.extend([drops(grpc.StatusCode.UNAVAILABLE)] * 3)
+async def test_async_a_request_that_was_sent_is_repeated_on_grpcs_word_under_one_key(pool: ScriptedPool):
+    pool.plays.extend([drops(grpc.StatusCode.UNAVAILABLE), answers(*WHOLE, finished()), answers(*WHOLE, finished())])
     async with AsyncClient(pool.url, API_KEY, timeout_seconds=20) as client:
-        with pytest.raises(potluck.CoordinatorUnavailableError) as caught:
-            await client.chat("x", model=MODEL)
-    assert caught.value.outcome_unknown
-    assert len(pool.bodies) == 1
+        assert (await client.chat("x", model=MODEL)).text == "Hi"
+        await client.chat("x", model=MODEL)
+    first, again, another = pool.keys
+    assert first == again != another
+
+
+def test_a_key_of_the_callers_own_is_named_and_outlives_him(pool: ScriptedPool, client: Client):
+    pool.plays.extend([answers(*WHOLE, finished())] * 2)
+    client.chat("x", model=MODEL, idempotency_key="order 17")
+    client.complete("x", model=MODEL, idempotency_key="order 18")
+    assert pool.keys == [("order 17", ""), ("order 18", "")]
+    assert b"idempotency" not in pool.bodies[0]
+    with pytest.raises(potluck.InvalidRequestError, match="printable ASCII"):
+        client.chat("x", model=MODEL, idempotency_key="schl\u00fcssel")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (ErrorCode.IDEMPOTENCY_KEY_REUSED, potluck.IdempotencyKeyReusedError),
+        (ErrorCode.IDEMPOTENCY_KEY_SPENT, potluck.IdempotencyKeySpentError),
+    ],
+)
+def test_a_key_that_is_taken_is_not_tried_again(pool: ScriptedPool, client: Client, code: ErrorCode, kind: type[potluck.PoolError]):
+    pool.plays.append(refuses(code))
+    with pytest.raises(kind):
+        client.chat("x", model=MODEL, idempotency_key="order 17")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nobody.invalid"])

@@ -16,7 +16,7 @@ from potluck_coordinator.domain.payees import PayeeShare
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import open_hold
-from tests.support.request_path import DONE, USAGE_EVENT, begin, pool, read_all, settled_balance, token
+from tests.support.request_path import DONE, USAGE_EVENT, begin, first_of, pool, read_all, settled_balance, token
 
 PRICE = 10 * 1 + 2 * 4
 """Of `USAGE_EVENT`'s tokens."""
@@ -96,7 +96,7 @@ async def test_shares_are_those_of_the_moment_when_the_request_was_dispatched(tm
 async def test_a_gateway_that_died_pays_a_groups_owners_at_its_last_mark(tmp_path):
     async with shared_pool(tmp_path) as (coordinator, node, owners):
         answer, start = await begin(coordinator, node)
-        assert await answer.next_data() == token("one")
+        assert await first_of(answer) == token("one")
         assert await coordinator.directory.ledger.apply([MarkDelivered(start.attempt_id, 9)]) == (LedgerOutcome.APPLIED,)
         await coordinator.directory.pool.register_gateway()  # what a new gateway does first
         await settled_balance(coordinator)

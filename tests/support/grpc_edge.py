@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Self, cast
@@ -13,11 +13,14 @@ import grpc
 
 from potluck_coordinator.desks import GatewayGrant, KeyIdentity
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.gateway.grpc_server import build_grpc_server
 from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.keyed_requests import KeyedRequests
+from potluck_coordinator.gateway.rate_windows import Allowance
 from potluck_coordinator.gateway.requests import RequestService
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.channels import CHANNEL_OPTIONS
@@ -25,7 +28,8 @@ from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.metadata import ERROR_DETAIL
 from potluck_protocol.v1 import account_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc
-from potluck_protocol.values import AccountId, KeyPrefix, NodeId, Usage
+from potluck_protocol.values import AccountId, KeyPrefix, NodeId, RequestId, Usage
+from tests.support.key_desk import no_keys
 
 CLOCK: Final = SystemClock()
 USER_KEY: Final = "sk-potluck-useruser-" + "u" * 43
@@ -74,6 +78,12 @@ class ScriptedAnswer:
     taken_count: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    tier: ServiceTier = ServiceTier.FLEX
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
     async def next_data(self) -> bytes | None:
         if self.taken_count < len(self.pieces) * self.repeats:
             self.taken_count += 1
@@ -97,6 +107,9 @@ class ScriptedRequests:
         self.answers: list[ScriptedAnswer] = []
         self.began = asyncio.Event()
 
+    def allowance(self, _account_id: AccountId) -> Allowance:
+        return Allowance(limit_count=100, remaining_count=99, reset_seconds=36.0, window_seconds=3600)
+
     async def begin(self, request: InferenceRequest) -> ScriptedAnswer:
         self.answers.append(ScriptedAnswer(request, **self.script))
         self.began.set()
@@ -115,6 +128,7 @@ class GrpcEdge:
         authority: CertificateAuthority,
         requests: ScriptedRequests | None = None,
         pool: pool_pb2_grpc.PoolServiceServicer | None = None,
+        keyed: Callable[[ScriptedRequests], KeyedRequests] | None = None,
     ) -> None:
         self.requests = requests or ScriptedRequests()
         self._credentials = grpc.ssl_channel_credentials(authority.ca_certificate_pem.encode())
@@ -122,7 +136,7 @@ class GrpcEdge:
             grant(authority),
             interceptor(),
             enrolment=node_pb2_grpc.EnrolmentServiceServicer(),
-            inference=InferenceServicer(cast("RequestService", self.requests), Metrics(), CLOCK),
+            inference=InferenceServicer(cast("RequestService", self.requests), (keyed or no_keys)(self.requests), Metrics(), CLOCK),
             account=account_pb2_grpc.AccountServiceServicer(),
             pool=pool or pool_pb2_grpc.PoolServiceServicer(),
         )

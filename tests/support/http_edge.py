@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from potluck_coordinator.desks import KeyIdentity
-from potluck_coordinator.domain.catalogue import CatalogueEntry
+from potluck_coordinator.domain.catalogue import CatalogueEntry, ServiceTier
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.keyed_requests import KeyedRequests
+from potluck_coordinator.gateway.rate_windows import Allowance
 from potluck_coordinator.gateway.relay import PassOn
 from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelFile, ModelId, NodeId, Usage
+from tests.support.key_desk import no_keys
 
 USER_KEY = "sk-potluck-user0000-" + "u" * 43
 OPERATOR_KEY = "sk-potluck-oper0000-" + "o" * 43
@@ -39,6 +42,7 @@ ENTRY = CatalogueEntry(
 )
 CONNECTION_DOCUMENT = b'{"protocol_version":1}'
 USAGE = Usage(12, 3, 4)
+ALLOWANCE = Allowance(limit_count=100, remaining_count=99, reset_seconds=36.0, window_seconds=3600)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -98,6 +102,7 @@ class ScriptedAnswer:
         self._script = script
         self._pieces = [*script.pieces] * script.repeats
         self.node_id = NODE_ID
+        self.tier = ServiceTier.FLEX
         self.usage: Usage | None = None
         self.charge_micro_credits = 0
         self.taken_count = 0
@@ -158,6 +163,9 @@ class ScriptedRequests:
     def models(self) -> tuple[ModelView, ...]:
         return (ModelView(ENTRY, self.ready_replica_count),)
 
+    def allowance(self, _account_id: AccountId) -> Allowance:
+        return ALLOWANCE
+
 
 async def authenticate(secret: str) -> KeyIdentity:
     """The directory's word on the two keys there are."""
@@ -181,10 +189,12 @@ class HttpEdge:
 
 
 @asynccontextmanager
-async def http_edge(**settings: Path) -> AsyncIterator[HttpEdge]:
-    """Serves until the block ends."""
+async def http_edge(keyed: Callable[[ScriptedRequests], KeyedRequests] = no_keys, **settings: Path) -> AsyncIterator[HttpEdge]:
+    """Serves until the block ends; `keyed` makes what serves requests with an idempotency key."""
     requests, metrics, clock = ScriptedRequests(), Metrics(), SystemClock()
-    server = HttpServer(requests, KeyCache(authenticate, lambda: 1, clock), CONNECTION_DOCUMENT, metrics, clock, **settings)
+    server = HttpServer(
+        requests, KeyCache(authenticate, lambda: 1, clock), CONNECTION_DOCUMENT, metrics, clock, keyed=keyed(requests), **settings
+    )
     port = await server.start("127.0.0.1", 0)
     try:
         yield HttpEdge(server, port, requests, metrics)

@@ -19,7 +19,7 @@ from potluck_protocol.codec import welcome_message
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.identity import node_id_of_public_key, public_key_der, public_key_of_request
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
-from potluck_protocol.values import AccountId, AttemptId, DesiredState, Welcome
+from potluck_protocol.values import AccountId, AttemptId, DesiredState, ResumePoint, Welcome
 
 WAIT_SECONDS = 5.0
 
@@ -48,7 +48,7 @@ class ServedLink:
             "heartbeat_busy_ms": 200,
             "heartbeat_idle_ms": 200,
             "desired": DesiredState(),
-            "resume_points": {AttemptId(name): sequence for name, sequence in (resume or {}).items()},
+            "resume_points": {AttemptId(name): ResumePoint(sequence, sequence) for name, sequence in (resume or {}).items()},
         }
         await self.send(welcome=welcome_message(Welcome(**(values | changes))))
 

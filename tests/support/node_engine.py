@@ -11,15 +11,19 @@ from typing import Any
 from aiohttp import web
 
 from potluck_node.attached_servers import AttachedServers
-from potluck_node.attempts import Attempts, engine_session
+from potluck_node.attempts import Attempts
 from potluck_node.credentials import Credentials
+from potluck_node.domain.thermal import HeatLimits
+from potluck_node.engine_session import engine_session
 from potluck_node.engines.base import EngineAddress
+from potluck_node.heat import Heat
 from potluck_node.identity_store import StateFolder
 from potluck_node.line_watch import LineWatch
 from potluck_node.link import Link
 from potluck_node.peer_measurement import PeerMeasuring
+from potluck_node.power_caps import PowerCaps
 from potluck_node.readings import Readings
-from potluck_node.replicas import Residence
+from potluck_node.replicas import Replicas, Residence
 from potluck_node.report import NodeReport
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.values import (
@@ -188,6 +192,11 @@ class FixedReplicas:
         await asyncio.Event().wait()
 
 
+def heat_beside(readings: Readings, replicas: Replicas, folder: Path, clock: Clock) -> Heat:
+    """What every report asks; without a look it takes nothing away."""
+    return Heat(readings=readings, replicas=replicas, caps=PowerCaps(folder / "power_caps.json", clock), limits=HeatLimits(), clock=clock)
+
+
 class WiredNode:
     """A running link with everything it needs."""
 
@@ -221,13 +230,15 @@ async def wired_node(
             slot_count_max=slot_count_max,
         )
         peers = PeerMeasuring(credentials.identity.node_id, None, used_clock)
+        readings = Readings(replicas, http, heard=attempts.watches.heard)
         report = NodeReport(
             credentials=credentials,
             session_id=SessionId(limits.get("session_id", "session-1")),
             inventory=Inventory(cpu_count=2, memory_bytes=8 << 30),
             replicas=replicas,
             attempts=attempts,
-            readings=Readings(replicas, http, heard=attempts.watches.heard),
+            readings=readings,
+            heat=heat_beside(readings, replicas, state.path, used_clock),
             peers=peers,
             line=LineWatch(credentials, state.path, used_clock, lambda: 0.5, quiet=lambda: False),
             attached=AttachedServers(()),

@@ -32,7 +32,7 @@ BY_ARGUMENT = {
     "nvmlDeviceGetP2PStatus",
     "nvmlDeviceGetTemperatureThreshold",
 }
-NOT_SUPPORTED, TIMEOUT, GPU_IS_LOST = 3, 10, 15
+INVALID_ARGUMENT, NOT_SUPPORTED, TIMEOUT, GPU_IS_LOST = 2, 3, 10, 15
 DUMPS = tuple(sorted(path.stem for path in FIXTURES.glob("*.json")))
 
 
@@ -62,6 +62,7 @@ class DumpedDriver(ModuleType):
         self.NVMLError = pynvml.NVMLError
         self.init_count = 0
         self.calls: list[str] = []
+        self.caps_set: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("nvml"):
@@ -121,6 +122,17 @@ class DumpedDriver(ModuleType):
             # The older form counts what the driver keeps for itself as used.
             return SimpleNamespace(total=info.total, free=info.free, used=info.used + info.reserved)
         return info
+
+    def _nvmlDeviceSetPowerManagementLimit(self, handle: SimpleNamespace, limit: int) -> None:  # noqa: N802
+        device = self.devices[handle.index]
+        if device.get("lost"):
+            raise pynvml.NVMLError(GPU_IS_LOST)
+        _value(device.get("nvmlDeviceSetPowerManagementLimit"))
+        lowest, highest = device["nvmlDeviceGetPowerManagementLimitConstraints"]
+        if not lowest <= limit <= highest:
+            raise pynvml.NVMLError(INVALID_ARGUMENT)
+        device["nvmlDeviceGetEnforcedPowerLimit"] = limit
+        self.caps_set.append(limit)
 
     def _nvmlEventSetCreate(self) -> list[dict[str, Any]]:  # noqa: N802
         return []

@@ -36,15 +36,15 @@ def write_catalogue(
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "scripted.json"
     model.write_text(json.dumps(SCRIPT if script is None else script))
-    entries = [_catalogue_entry(MODEL, model, "scripted", 4096, SLOT_COUNT)]
+    entries = [catalogue_entry(MODEL, model, "scripted", 4096, SLOT_COUNT)]
     if with_llamacpp:
-        entries.append(_catalogue_entry(LLAMACPP_MODEL, write_tiny_gguf(folder / "tiny.gguf"), "llamacpp", llamacpp_context_tokens, 2))
+        entries.append(catalogue_entry(LLAMACPP_MODEL, write_tiny_gguf(folder / "tiny.gguf"), "llamacpp", llamacpp_context_tokens, 2))
     catalogue = folder / "catalogue.toml"
     catalogue.write_text("\n".join(entries))
     return catalogue
 
 
-def _catalogue_entry(model_id: str, model: Path, engine_kind: str, context_length_tokens: int, slot_count: int) -> str:
+def catalogue_entry(model_id: str, model: Path, engine_kind: str, context_length_tokens: int, slot_count: int) -> str:
     return f"""
 [[model]]
 model_id = "{model_id}"
@@ -80,7 +80,7 @@ class NodeProcess:
         folder.mkdir(parents=True)
         environment = self._environment()
         joined = subprocess.run(
-            [*wrap, sys.executable, "-m", "potluck", "node", "join", "-", "--name", folder.name],
+            [*wrap, sys.executable, "-m", "potluck", "node", "join", "-", "--name", folder.name, "--serve"],
             input=invite,
             text=True,
             capture_output=True,
@@ -303,6 +303,7 @@ __all__ = [
     "NodeProcess",
     "Pool",
     "audit",
+    "catalogue_entry",
     "command",
     "new_invite",
     "running_pool",

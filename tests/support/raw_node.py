@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from potluck_protocol.values import (
     SessionId,
 )
 from tests.support.coordinator import TINY, Coordinator
+
+_beat_numbers = itertools.count(1)
+"""Of all nodes together: they grow over the links of one agent, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ class RawNode:
         return frame
 
     async def beat(self, state: NodeState = NodeState.SERVING) -> None:
-        await self.send(heartbeat=codec.heartbeat_message(Heartbeat(1, state, (self.status,), 1 << 40)))
+        beat = Heartbeat(1, state, (self.status,), 1 << 40, number=next(_beat_numbers))
+        await self.send(heartbeat=codec.heartbeat_message(beat))
 
     async def chunk(self, attempt_id: str, sequence: int, data: bytes, content_type: str = "text/event-stream", status: int = 200) -> None:
         chunk = node_pb2.AttemptChunk(attempt_id=attempt_id, sequence=sequence, data=data)
@@ -106,6 +111,17 @@ class RawNode:
 
     async def end(self, attempt_id: str, sequence: int, reason: EndReason = EndReason.COMPLETED) -> None:
         await self.send(ends=[node_pb2.AttemptEnd(attempt_id=attempt_id, sequence=sequence, reason=codec.END_REASON_NUMBER[reason])])
+
+    async def pass_probe(self, number: int = 0) -> None:
+        """Answers the one-token request that a suspected replica gets, the first or a later one."""
+
+        def probes() -> list[node_pb2.StartAttempt]:
+            return [start for start in self.starts() if start.attempt_id.startswith("probe_")]
+
+        await self.wait_for(lambda _: len(probes()) > number)
+        probe = probes()[number]
+        await self.chunk(probe.attempt_id, 0, b"data: {}\n\ndata: [DONE]\n\n")
+        await self.end(probe.attempt_id, 1)
 
     async def goodbye(self, reason: GoodbyeReason = GoodbyeReason.STOPPING) -> None:
         await self.send(goodbye=codec.goodbye_message(reason))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
 from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.attempt import Attempt
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.rate_windows import Allowance
 from potluck_coordinator.gateway.relay import Relay
 from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.values import AttemptId
-from tests.support.http_edge import CONNECTION_DOCUMENT, ENTRY, NODE_ID, authenticate
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import AccountId, AttemptId, NodeId
+from tests.support.http_edge import ALLOWANCE, CONNECTION_DOCUMENT, ENTRY, NODE_ID, authenticate
+from tests.support.key_desk import no_keys
 
 WINDOW_BYTES = 1024 * 1024
 
@@ -43,17 +48,24 @@ class RelayedEdge:
         return await asyncio.wait_for(self._relays.get(), 5)
 
     def answer(self, request: InferenceRequest, relay: Relay) -> Answer:
-        """The answer to a request for which there is money."""
-        return Answer(
-            request=request,
-            entry=ENTRY,
-            node_id=NODE_ID,
-            relay=relay,
-            hold_micro_credits=10**9,
-            hold=decided(LedgerOutcome.APPLIED),
-            ledger=self,
-            release=self.released.set,
-        )
+        """The answer to a request for which there is money, and one node that may answer it."""
+
+        async def begin(asked: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
+            if NODE_ID in excluded:
+                raise PotluckError(ErrorCode.NO_CAPACITY)
+            return Attempt(
+                request=asked,
+                entry=ENTRY,
+                node_id=NODE_ID,
+                relay=relay,
+                deadline_at_seconds=math.inf,
+                hold_micro_credits=10**9,
+                hold=decided(LedgerOutcome.APPLIED),
+                ledger=self,
+                release=self.released.set,
+            )
+
+        return Answer(request, begin, SystemClock())
 
     async def begin(self, request: InferenceRequest) -> Answer:
         relay = Relay(AttemptId("attempt"), WINDOW_BYTES, 0.0, lambda _id, _sequence: None)
@@ -75,12 +87,15 @@ class RelayedEdge:
     def models(self) -> tuple[ModelView, ...]:
         return (ModelView(ENTRY, 1),)
 
+    def allowance(self, _account_id: AccountId) -> Allowance:
+        return ALLOWANCE
+
 
 @asynccontextmanager
 async def relayed_edge_of() -> AsyncIterator[RelayedEdge]:
     """Serves until the block ends."""
     edge, clock = RelayedEdge(), SystemClock()
-    server = HttpServer(edge, KeyCache(authenticate, lambda: 1, clock), CONNECTION_DOCUMENT, Metrics(), clock)
+    server = HttpServer(edge, KeyCache(authenticate, lambda: 1, clock), CONNECTION_DOCUMENT, Metrics(), clock, keyed=no_keys(edge))
     edge.port = await server.start("127.0.0.1", 0)
     try:
         yield edge

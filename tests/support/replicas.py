@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from potluck_coordinator.domain.catalogue import CatalogueEntry
-from potluck_coordinator.domain.placement import Cohort, ReplicaView, likeness
+from potluck_coordinator.domain.placement import ReplicaView
+from potluck_coordinator.gateway.roster import Roster
 from potluck_protocol.values import Endpoint, ModelFile, ModelId, NodeId, ReplicaId
 
 MODEL = ModelId("tiny")
@@ -28,12 +29,15 @@ def replica_view(name: str = "a", **changes: Any) -> ReplicaView:
     return ReplicaView(**(values | changes))
 
 
-def cohorts_of(replicas: Iterable[ReplicaView]) -> tuple[Cohort, ...]:
-    """Those of one model, grouped anew."""
-    alike: dict[tuple[object, ...], list[ReplicaView]] = {}
+def roster_of(replicas: Iterable[ReplicaView]) -> Roster:
+    """Those replicas, each on its node."""
+    nodes: dict[NodeId, list[ReplicaView]] = {}
     for replica in replicas:
-        alike.setdefault(likeness(replica), []).append(replica)
-    return tuple(Cohort(tuple(members)) for members in alike.values())
+        nodes.setdefault(replica.node_id, []).append(replica)
+    roster = Roster()
+    for node_id, views in nodes.items():
+        roster.enter(node_id, views)
+    return roster
 
 
 def catalogue_entry(model_id: str = "tiny", **changes: Any) -> CatalogueEntry:

@@ -133,6 +133,8 @@ class ScriptedPool:
     plays: deque[Play] = field(default_factory=deque)
     bodies: list[bytes] = field(default_factory=list)
     authorisations: list[str] = field(default_factory=list)
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    """Of each `Generate` its idempotency key, and what it wants done when its client is gone."""
     unary_refusals: deque[PotluckError] = field(default_factory=deque)
     unary_calls: list[str] = field(default_factory=list)
     models: list[inference_pb2.Model] = field(default_factory=list)
@@ -162,7 +164,9 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     def Generate(self, request: Any, context: Any) -> Iterator[Event]:
         self._pool.bodies.append(request.body_json)
-        self._pool.authorisations.append(dict(context.invocation_metadata()).get("authorization", ""))
+        metadata = dict(context.invocation_metadata())
+        self._pool.authorisations.append(metadata.get("authorization", ""))
+        self._pool.keys.append((metadata.get("idempotency-key", ""), metadata.get("potluck-when-gone", "")))
         return self._pool.plays.popleft()(request, context)
 
     def ListModels(self, request: Any, context: Any) -> inference_pb2.ListModelsResponse:
@@ -244,6 +248,15 @@ class _Pool(pool_pb2_grpc.PoolServiceServicer):
 
     def ExplainDeployment(self, request: Any, context: Any) -> pool_pb2.ExplainDeploymentResponse:
         return self._pool.reply(request, pool_pb2.ExplainDeploymentResponse(), context)
+
+    def ExplainRequest(self, request: Any, context: Any) -> pool_pb2.ExplainRequestResponse:
+        return self._pool.reply(request, pool_pb2.ExplainRequestResponse(), context)
+
+    def ExplainWaiting(self, request: Any, context: Any) -> pool_pb2.ExplainWaitingResponse:
+        return self._pool.reply(request, pool_pb2.ExplainWaitingResponse(), context)
+
+    def ExplainNode(self, request: Any, context: Any) -> pool_pb2.ExplainNodeResponse:
+        return self._pool.reply(request, pool_pb2.ExplainNodeResponse(), context)
 
 
 @contextmanager

@@ -10,13 +10,13 @@ import pytest
 from potluck_coordinator.gateway.node_session import ATTEMPTS_PER_NODE_MAX
 from potluck_protocol import codec, engine_codec, hardware_codec
 from potluck_protocol.bounds import TEXT_CHARACTERS_MAX
+from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.line import LineMeasurement
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     Accelerator,
     AccountId,
-    CardTelemetry,
     DesiredEngine,
     DesiredState,
     Endpoint,
@@ -109,8 +109,20 @@ def test_more_is_refused(changes: dict[str, Any]) -> None:
     assert TOO_LONG not in refused.value.message
 
 
+HEAT = (
+    CardTelemetry("a", throttle_point_celsius=83, thermal_rung=8, throttle_seconds=12.5),
+    CardTelemetry("a", power_limit_min_milliwatts=0, power_limit_default_milliwatts=350_000, power_limit_max_milliwatts=385_000),
+)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300])
+def test_seconds_that_are_none_count_for_none(seconds: float) -> None:
+    message = hardware_codec.card_telemetry_message(CardTelemetry("a", throttle_seconds=seconds))
+    assert hardware_codec.card_telemetry_value(message) == CardTelemetry("a")
+
+
 def test_zero_is_not_unknown() -> None:
-    for card in (CardTelemetry("a", temperature_celsius=0, memory_foreign_bytes=0), CardTelemetry("a", newest_xid=79, xid_count=2)):
+    for card in (CardTelemetry("a", temperature_celsius=0, memory_foreign_bytes=0), CardTelemetry("a", newest_xid=79, xid_count=2), *HEAT):
         assert hardware_codec.card_telemetry_value(hardware_codec.card_telemetry_message(card)) == card
     told = engine(prefill_past_tokens=900, decode_past_tokens=1_200, prefix_queried_tokens=7, prefix_hit_tokens=0, weight_bytes=9)
     for status in (engine(kv_used_tokens=0, waiting_count=0, decode_tokens_per_second=0.0), engine(), told):
@@ -175,6 +187,6 @@ def test_of_an_overlong_failure_the_end_is_kept() -> None:
 
 def test_a_goodbyes_words_are_bounded_and_harmless_on_a_terminal() -> None:
     message = codec.goodbye_message(GoodbyeReason.REVOKED, "too\x1b[2J hot " + "x" * 10_000)
-    words = codec.goodbye_words(message)
+    _, words = codec.goodbye_value(message)
     assert words.startswith("too [2J hot x")
     assert len(words) == engine_codec.FAILURE_CHARACTERS_MAX

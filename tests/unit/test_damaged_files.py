@@ -26,7 +26,8 @@ DEEP_IN_A_FIELD = (
     b'{"node_id": "n", "owner_account_id": "a", "display_name": "d", "url": "u", "connection": ' + b"[" * 900 + b"]" * 900 + b"}"
 )
 WRONG_WORDS = b"""{"url": 1, "api_key": [], "pid": 1e999, "size_bytes": 1e999, "node_id": [], "owner_account_id": 0, "display_name": {},
-  "connection": 7, "paused": "yes", "engines": 5, "measured_at_unix_ms": NaN, "model.gguf": 3, "model_id": null}"""
+  "connection": 7, "word": {"posture": "sing", "until_unix_ms": []}, "said_at_unix_ms": {}, "engines": 5,
+  "measured_at_unix_ms": NaN, "model.gguf": 3, "model_id": null}"""
 DAMAGED = {
     "empty": b"",
     "half of it": b'{"node_id": "abc',
@@ -68,7 +69,7 @@ def test_a_damaged_node_is_told_with_what_mends_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(PotluckError, match=f"rm -r {tmp_path / 'state'}; potluck node join") as raised:
         StateFolder(tmp_path / "state").identity()
     assert raised.value.code is ErrorCode.INVALID_REQUEST
-    for command in ("status", "pause", "resume", "leave"):
+    for command in ("status", "pause", "finish", "resume", "leave"):
         answered = CliRunner().invoke(app, [command, "--state-dir", str(tmp_path / "state")])
         assert (answered.exit_code, answered.stderr.count("\n"), answered.stderr[:7]) == (1, 1, "error: "), command
 

@@ -313,9 +313,9 @@ def test_faults_are_counted_by_card_and_those_of_hardware_fail():
 
 
 def test_every_finding_names_its_check_by_a_name_that_programs_may_rely_on():
-    names = "driver engines cards pcie nvlink numa heat clocks power vram faults memory shared_memory disk node network line ports clock"
-    assert list(CHECKS) == names.split()
+    cards_and_what_they_share = "driver engines cards pcie nvlink numa heat clocks power caps vram faults"
+    assert list(CHECKS) == f"{cards_and_what_they_share} memory shared_memory disk node network line ports clock".split()
     cards = (limited(0, 350), Card(1, lost=True))
     assert {finding.check for finding in diagnose(machine(*cards, network=reached(0.4)))} == set(CHECKS) - {
-        *("nvlink", "numa", "memory", "shared_memory", "node")
+        *("nvlink", "numa", "caps", "memory", "shared_memory", "node")
     }

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.node_view import foreign_bytes_known
-from potluck_protocol.values import CardTelemetry
+from potluck_protocol.cards import CardTelemetry
 
 
 def told(**foreign_bytes: int | None) -> tuple[CardTelemetry, ...]:

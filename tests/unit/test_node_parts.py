@@ -18,6 +18,7 @@ from potluck_node import command
 from potluck_node.child_process import STDERR_LINE_BYTES_MAX, STDERR_LINES_MAX, ChildProcess, StderrTail
 from potluck_node.command import app
 from potluck_node.control import AgentStatus, EngineLine, write_status
+from potluck_node.domain.rest import NO_WORD
 from potluck_node.domain.session import Session
 from potluck_node.domain.solo_rates import SoloRates
 from potluck_node.engines import last_lines
@@ -229,8 +230,8 @@ def test_the_status_names_the_kept_lines_or_says_how_to_have_them_kept(tmp_path,
 def test_what_an_engine_failed_of_is_told_once_and_the_hint_only_where_there_may_be_lines(state, kind, failure, failure_kind, below):
     line = EngineLine("r", "m", state, kind, 1, 0, 1, 1, failure, failure_kind)
     status = AgentStatus(1, "n", "serving", "serving", 1, 1.0, 0, 0, 0, time.time_ns() // 1_000_000, "", (line,))
-    facts = dict.fromkeys(("node_id", "display_name", "owner_account_id", "coordinator"), "x") | {"paused": False, "engine_lines": []}
-    shown = command._status_words(facts, status).splitlines()
+    facts = dict.fromkeys(("node_id", "display_name", "owner_account_id", "coordinator"), "x") | {"engine_lines": []}
+    shown = command._status_words(facts, NO_WORD, status).splitlines()
     first = next(number for number, words in enumerate(shown) if words.startswith("engine "))
     told = [words.removeprefix("             | ") for words in shown[first + 1 :]]
     assert ["hint" if "KEEP_ENGINE_LINES" in words else words for words in told] == below
@@ -266,7 +267,8 @@ def test_a_node_says_a_bounded_amount_of_itself(tmp_path):
         attempts=SimpleNamespace(
             progress_count=0, running_count=lambda _: 0, watches=SimpleNamespace(solo=SimpleNamespace(rates=lambda _: SoloRates()))
         ),
-        readings=SimpleNamespace(cards=(), load=lambda _: EngineLoad(), memory_bytes=lambda _: None),
+        readings=SimpleNamespace(load=lambda _: EngineLoad(), memory_bytes=lambda _: None),
+        heat=SimpleNamespace(cards=tuple, lines=tuple, cap_refusal="", slots=lambda _, slot_count: slot_count),
         peers=SimpleNamespace(measurements=tuple),
         line=SimpleNamespace(found=None),
         attached=SimpleNamespace(model_names=(), lines=()),

@@ -62,8 +62,23 @@ def test_nothing_beats_without_a_lease() -> None:
     assert not lease.beat_due(Session(), busy=True, now_seconds=1e9)
 
 
-def test_the_first_dial_after_a_loss_is_at_once_and_later_ones_back_off_to_two_seconds() -> None:
-    assert [lease.reconnect_delay_seconds(count, 1.0) for count in range(7)] == [0, 0, 0.5, 1.0, 2.0, 2.0, 2.0]
+def test_the_first_dials_after_a_loss_come_within_a_second_and_later_ones_back_off_to_two() -> None:
+    for jitter in (0.0, 1.0):
+        quick = [lease.reconnect_delay_seconds(count, jitter) for count in range(11)]
+        assert quick == [0, 0, *[0.05 + 0.05 * jitter] * 9]
+        assert sum(quick) < 1
+    assert [lease.reconnect_delay_seconds(count, 1.0) for count in range(11, 16)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+def test_the_way_is_asked_for_after_the_quick_dials_and_every_third_from_then_on() -> None:
+    assert [count for count in range(20) if lease.should_ask_the_way(count)] == [13, 16, 19]
+
+
+@pytest.mark.parametrize(("epoch", "may_order"), [(3, True), (0, True), (2, False), (4, False)])
+def test_only_frames_of_the_own_epoch_are_carried_out_and_none_once_fenced(epoch: int, may_order: bool) -> None:
+    assert lease.may_order(serving(), epoch) is may_order
+    assert lease.may_order(lease.after_loss(serving(), lived_seconds=60), epoch) is may_order
+    assert not lease.may_order(lease.after_lapse(serving()), epoch)
 
 
 @given(count=st.integers(0, 10**9), jitter=st.floats(0, 1))

@@ -28,7 +28,7 @@ from potluck_node.probe import card_table, nvidia
 from potluck_node.probe.nvml import RETRY_SECONDS, DriverUnavailableError, NvmlLibrary
 from potluck_node.probe.telemetry import card_bytes_held, card_telemetry
 from potluck_node.probe.xid import EVENTS_MAX, XidCount, XidWatcher
-from potluck_protocol.values import CardTelemetry
+from potluck_protocol.cards import CardTelemetry
 from tests.support.nvml_dump import DumpedDriver, load_dump
 
 MIB = 2**20
@@ -193,6 +193,10 @@ def test_telemetry_has_the_facts_of_a_card_under_load():
             memory_foreign_bytes=640 * MIB,
             utilization_percent=97,
             throttle_reasons=("power_cap",),
+            throttle_point_celsius=83,
+            power_limit_min_milliwatts=100_000,
+            power_limit_default_milliwatts=350_000,
+            power_limit_max_milliwatts=365_000,
         ),
     )
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import potluck
-from potluck import calls, catalogue_calls
+from potluck import calls, catalogue_calls, explain_calls, tier_calls
 from potluck.address import pool_address
 from potluck.answer import AnswerReader
 from potluck.errors import CLASS_OF_CODE, PoolError, pool_error
@@ -20,7 +20,7 @@ from potluck.retry import RETRY_AFTER_MAX_SECONDS, TRIES_MAX, delay_before_retry
 from potluck_protocol.errors import CATALOGUE, ErrorCode
 from potluck_protocol.money import credits_text
 from potluck_protocol.v1 import account_pb2, inference_pb2, pool_pb2
-from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelId, NodeId, TokenId
+from potluck_protocol.values import AccountId, Endpoint, KeyPrefix, ModelId, NodeId, RequestId, TokenId
 from tests.support.scripted_pool import data, finished, placed
 
 
@@ -83,6 +83,11 @@ def test_every_call_names_a_method_of_the_contract_and_its_reply():
         calls.create_key("k"),
         calls.list_keys(),
         calls.revoke_key(KeyPrefix("p")),
+        calls.set_key_quotas(KeyPrefix("p"), {}),
+        tier_calls.get_tiers(),
+        explain_calls.explain_request(RequestId("r")),
+        explain_calls.explain_waiting(RequestId("r")),
+        explain_calls.explain_node(NodeId("n")),
         calls.create_join_token(),
         calls.list_join_tokens(),
         calls.revoke_join_token(TokenId("t")),

@@ -6,6 +6,7 @@ Decides how secrets are shown: once, alone on standard output, so that they can 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Annotated
 from urllib.parse import urlsplit, urlunsplit
 
@@ -14,9 +15,10 @@ import typer
 from potluck import calls
 from potluck.commands.session import KeyFileOption, UrlOption, address, connected
 from potluck.commands.terminal import JsonOption, duration_seconds, moment, say, show, show_json, show_table
-from potluck.results import JoinTokenInfo
+from potluck.results import JoinTokenInfo, KeyQuotas
 from potluck.transport import Transport
 from potluck_protocol.connection import Invite, is_loopback_host
+from potluck_protocol.money import MICRO_CREDITS_PER_CREDIT, credits_text
 from potluck_protocol.values import AccountId, KeyPrefix, TokenId
 
 tokens_app = typer.Typer(help="Invites, with which nodes join the pool.", no_args_is_help=True)
@@ -28,6 +30,12 @@ AccountOption = Annotated[
 ]
 InviteLifetime = Annotated[str, typer.Option(metavar="DURATION", help="How long it can be used: 30m, 1h, 7d.")]
 KeyLifetime = Annotated[str, typer.Option(metavar="DURATION", help="How long it works: 12h, 30d. 0s: no end.")]
+
+
+RequestsPerDay = Annotated[int | None, typer.Option(min=0, metavar="COUNT", help="A day of UTC begins anew. 0: no bound.")]
+TokensPerDay = Annotated[int | None, typer.Option(min=0, metavar="COUNT", help="Of prompts and answers together. 0: no bound.")]
+ConcurrentMax = Annotated[int | None, typer.Option(min=0, metavar="COUNT", help="Requests at a time. 0: no bound.")]
+SpendPerDay = Annotated[str | None, typer.Option(metavar="CREDITS", help="Such as 2.5. 0: no bound.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +127,24 @@ def create_key(
     name: Annotated[str, typer.Option(help="What it is for, such as the machine it goes to.")] = "",
     lifetime: KeyLifetime = "0s",
     account: AccountOption = None,
+    requests_per_day: RequestsPerDay = None,
+    tokens_per_day: TokensPerDay = None,
+    concurrent_max: ConcurrentMax = None,
+    spend_per_day: SpendPerDay = None,
     as_json: JsonOption = False,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
 ) -> None:
-    """Print a new API key. It is shown this once; the pool keeps only its hash."""
+    """Print a new API key. It is shown this once; the pool keeps only its hash.
+
+    A key with a bound makes no other keys. What a key has used today is counted by the gateway, and forgotten when that starts anew.
+
+    For example: potluck keys create --name course --requests-per-day 500 --spend-per-day 20
+    """
     lifetime_seconds = duration_seconds(lifetime)
+    quotas = _quotas(requests_per_day, tokens_per_day, concurrent_max, spend_per_day)
     with connected(url, api_key_file) as transport:
-        secret = transport.unary(calls.create_key(name, lifetime_seconds, AccountId(account) if account else None))
+        secret = transport.unary(calls.create_key(name, lifetime_seconds, AccountId(account) if account else None, quotas))
     if as_json:
         show_json({"key_prefix": secret.identifier, "api_key": secret.value})
     else:
@@ -152,10 +170,34 @@ def list_keys(
             moment(key.created_at_unix_ms),
             moment(key.expires_at_unix_ms),
             "revoked" if key.revoked else "active",
+            _quota_words(key.quotas),
         )
         for key in found
     ]
-    show_table(("PREFIX", "NAME", "ACCOUNT", "CREATED (UTC)", "EXPIRES (UTC)", "STATE"), rows)
+    show_table(("PREFIX", "NAME", "ACCOUNT", "CREATED (UTC)", "EXPIRES (UTC)", "STATE", "MAY USE"), rows)
+
+
+@keys_app.command("set")
+def set_key(
+    key_prefix: Annotated[str, typer.Argument(help="From `potluck keys list`.")],
+    requests_per_day: RequestsPerDay = None,
+    tokens_per_day: TokensPerDay = None,
+    concurrent_max: ConcurrentMax = None,
+    spend_per_day: SpendPerDay = None,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+) -> None:
+    """Change what an API key may use. What is not named stays as it is; 0 takes a bound away.
+
+    For example: potluck keys set k3xz7q2a --tokens-per-day 1000000 --requests-per-day 0
+    """
+    quotas = _quotas(requests_per_day, tokens_per_day, concurrent_max, spend_per_day)
+    if not quotas:
+        raise typer.BadParameter("name at least one bound, such as --requests-per-day 500")
+    with connected(url, api_key_file) as transport:
+        key = transport.unary(calls.set_key_quotas(KeyPrefix(key_prefix), quotas))
+    show_json(key) if as_json else say(f"Key {key_prefix} may use {_quota_words(key.quotas)}.")
 
 
 @keys_app.command("revoke")
@@ -209,3 +251,36 @@ def _reachable_url(url: str, host: str | None) -> str:
         name = f"[{host}]" if ":" in host else host
         parts = parts._replace(netloc=f"{name}:{parts.port}" if parts.port else name)
     return urlunsplit(parts._replace(fragment=""))
+
+
+def _quotas(
+    requests_per_day: int | None, tokens_per_day: int | None, concurrent_max: int | None, spend_per_day: str | None
+) -> dict[str, int]:
+    """Those that were named, by the names of `KeyQuotas`."""
+    named = {
+        "requests_per_day": requests_per_day,
+        "tokens_per_day": tokens_per_day,
+        "concurrent_max": concurrent_max,
+        "spend_micro_credits_per_day": None if spend_per_day is None else _micro_credits(spend_per_day),
+    }
+    return {name: bound for name, bound in named.items() if bound is not None}
+
+
+def _micro_credits(text: str) -> int:
+    try:
+        amount = Decimal(text) * MICRO_CREDITS_PER_CREDIT
+    except InvalidOperation:
+        amount = Decimal(-1)
+    if not amount.is_finite() or amount < 0 or amount != amount.to_integral_value():
+        raise typer.BadParameter(f"{text!r} is no amount of credits; write one such as 20 or 2.5")
+    return int(amount)
+
+
+def _quota_words(quotas: KeyQuotas) -> str:
+    words = (
+        (quotas.requests_per_day, f"{quotas.requests_per_day} requests a day"),
+        (quotas.tokens_per_day, f"{quotas.tokens_per_day} tokens a day"),
+        (quotas.concurrent_max, f"{quotas.concurrent_max} at a time"),
+        (quotas.spend_micro_credits_per_day, f"{credits_text(quotas.spend_micro_credits_per_day)} credits a day"),
+    )
+    return ", ".join(text for bound, text in words if bound) or "all"

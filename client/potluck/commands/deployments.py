@@ -1,25 +1,21 @@
-"""`potluck deploy`, `undeploy`, `deployments`, `explain`: which models should be served, and what became of that.
+"""`potluck deploy`, `undeploy`, `deployments`: which models should be served, and what became of that.
 
-Decides how a wish is written and how verdicts are summed up in one line. It must not know how nodes are chosen; the coordinator says why.
+Decides how a wish is written. It must not know how nodes are chosen; `explaining` shows what the coordinator says of that.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from potluck import catalogue_calls
 from potluck.commands.models import ModelArgument, wish_words
 from potluck.commands.session import KeyFileOption, UrlOption, connected
-from potluck.commands.terminal import JsonOption, say, show, show_json, show_table
-from potluck.results import Deployment, NodeVerdict, Tier
+from potluck.commands.terminal import JsonOption, say, show_json, show_table
+from potluck.results import Deployment, Tier
 from potluck_protocol.bounds import REPLICAS_MAX
 from potluck_protocol.values import ModelId
-
-SERVES: Final = "serves"
 
 
 def deploy(
@@ -90,36 +86,3 @@ def list_deployments(as_json: JsonOption = False, url: UrlOption = None, api_key
         for each in found
     ]
     show_table(("MODEL", "TIER", "WISHED", "READY", "STARTING", "WAITING", "WHY NOT MORE"), rows)
-
-
-def explain(model: ModelArgument, as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyFileOption = None) -> None:
-    """Say why a deployed model is where it is. Operators only.
-
-    Each node has a line: what it has to do with the model, and why; what rules it out, or why another node is better.
-
-    For example: potluck explain my-model
-    """
-    with connected(url, api_key_file) as transport:
-        found = transport.unary(catalogue_calls.explain_deployment(ModelId(model)))
-    if as_json:
-        show_json(found)
-        return
-    of_nodes = [verdict for verdict in found if verdict.node_id]
-    show(_summary(model, of_nodes))
-    for verdict in found:
-        if not verdict.node_id:
-            show(f"{verdict.verdict}: {verdict.reason}")
-    if of_nodes:
-        show("")
-        rows = [(verdict.node_id, verdict.display_name, verdict.verdict, verdict.reason) for verdict in of_nodes]
-        show_table(("NODE", "NAME", "VERDICT", "REASON"), rows)
-
-
-def _summary(model: str, verdicts: Sequence[NodeVerdict]) -> str:
-    """In one line: how many nodes serve it, and what the others are."""
-    if not verdicts:
-        return f"{model}: the pool has no node."
-    counts = Counter(verdict.verdict for verdict in verdicts)
-    serving = counts.pop(SERVES, 0)
-    others = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return f"{model}: {serving} of {len(verdicts)} nodes {'serves' if serving == 1 else 'serve'} it{f'; {others}' if others else ''}."

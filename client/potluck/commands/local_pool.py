@@ -164,7 +164,7 @@ class LocalPool:
         invite, _ = make_invite(self.transport, self.operator.url, INVITE_LIFETIME_SECONDS)
         try:
             joined = subprocess.run(
-                potluck_command("node", "join", "-", "--name", "local"),
+                potluck_command("node", "join", "-", "--name", "local", "--serve"),
                 input=invite.encode(),
                 env=child_environment(environment),
                 capture_output=True,

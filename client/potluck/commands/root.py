@@ -14,7 +14,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from potluck.commands import access, chat, demo, deployments, models, money, pool, up
+from potluck.commands import access, chat, demo, deployments, explaining, models, money, pool, tiers, up
 from potluck.commands.output import guard_output
 from potluck.commands.terminal import EXIT_FAILED, EXIT_USAGE, explain, install_command, say
 from potluck_protocol.errors import PotluckError
@@ -69,7 +69,10 @@ def build_app(wanted: str | None) -> typer.Typer:
     app.command("deploy", short_help="Have a model served.")(deployments.deploy)
     app.command("undeploy", short_help="No longer have it served.")(deployments.undeploy)
     app.command("deployments", short_help="List the models that should be served.")(deployments.list_deployments)
-    app.command("explain", short_help="Say why a model is where it is.")(deployments.explain)
+    app.command("explain", short_help="Say why a model, or a request, is where it is.")(explaining.explain)
+    app.command("why-queued", short_help="Say what a request waits for.")(explaining.why_queued)
+    app.command("why-not-my-node", short_help="Say why a node gets what it gets.")(explaining.why_not_my_node)
+    app.command("tiers", short_help="Show what the service tiers promise, and have left for you.")(tiers.tiers)
     app.command("credits", short_help="Show your credits.")(money.credits_command)
     app.command("audit", short_help="Check that the books balance.")(money.audit)
     app.add_typer(access.tokens_app, name="tokens")

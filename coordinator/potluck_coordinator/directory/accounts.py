@@ -6,7 +6,8 @@ its key, or whether it may name another's account: the edges judge that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Final
 
 import structlog
@@ -23,7 +24,9 @@ from potluck_coordinator.directory.credentials import (
     secret_sha256,
 )
 from potluck_coordinator.domain import ledger
+from potluck_coordinator.domain.fairness import EARNED_DAYS
 from potluck_coordinator.domain.ledger import LedgerAccountKind
+from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
@@ -32,6 +35,11 @@ from potluck_protocol.values import AccountId, KeyPrefix, TokenId
 
 JOIN_TOKEN_LIFETIME_SECONDS: Final = 3600
 """Where nobody says otherwise."""
+EARNED_REMEMBERED_MS: Final = 600_000
+EARNED_REMEMBERED_MAX: Final = 10_000
+"""Accounts."""
+QUOTA_MAX: Final = 2**53
+"""Of any of a key's bounds."""
 LIFETIME_SECONDS_MAX: Final = 10 * 365 * 24 * 3600
 
 _log = structlog.get_logger()
@@ -56,6 +64,7 @@ class Accounts:
         self._random_bytes = random_bytes
         self._grant_micro_credits = grant_micro_credits
         self._key_was_revoked = key_was_revoked
+        self._earned_lately: dict[AccountId, tuple[int, int]] = {}
 
     async def authenticate(self, secret: str) -> KeyIdentity:
         """As `desks.Accounts.authenticate`. The reason for a refusal is told only to who holds the key."""
@@ -68,7 +77,27 @@ class Accounts:
             raise PotluckError(ErrorCode.INVALID_API_KEY, f"API key {prefix} has been revoked; ask the operator for another.")
         if 0 < record.expires_at_unix_ms <= self._clock.unix_ms():
             raise PotluckError(ErrorCode.INVALID_API_KEY, f"API key {prefix} has expired; ask the operator for another.")
-        return KeyIdentity(record.key_prefix, record.account_id, record.operator, record.expires_at_unix_ms)
+        return KeyIdentity(
+            key_prefix=record.key_prefix,
+            account_id=record.account_id,
+            operator=record.operator,
+            expires_at_unix_ms=record.expires_at_unix_ms,
+            quotas=record.quotas,
+            earned_micro_credits=await self._earned(record.account_id),
+        )
+
+    async def _earned(self, account_id: AccountId) -> int:
+        """Lately, by the account's nodes; looked up once in a while, for it may be the sum of a hundred thousand postings."""
+        now = self._clock.unix_ms()
+        known = self._earned_lately.get(account_id)
+        if known is None or now - known[0] > EARNED_REMEMBERED_MS:
+            since_unix_ms = now - EARNED_DAYS * 24 * 3600 * 1000
+            earned = await self._store.run(lambda work: work.ledger.earned_since(account_id, since_unix_ms))
+            self._earned_lately.pop(account_id, None)
+            if len(self._earned_lately) >= EARNED_REMEMBERED_MAX:
+                del self._earned_lately[next(iter(self._earned_lately))]
+            known = self._earned_lately[account_id] = (now, earned)
+        return known[1]
 
     async def create_account(self, name: str) -> AccountRecord:
         """A new person with the pool's grant.
@@ -92,11 +121,12 @@ class Accounts:
         return await self._store.run(lambda work: work.accounts.list_all())
 
     async def create_key(
-        self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0
+        self, account_id: AccountId, name: str, lifetime_seconds: int, *, ends_by_unix_ms: int = 0, quotas: KeyQuotas = NO_QUOTAS
     ) -> tuple[KeyRecord, str]:
-        """As `desks.Accounts.create_key`; raises NOT_FOUND for an unknown account, INVALID_REQUEST for a bad name or lifetime."""
+        """As `desks.Accounts.create_key`; raises NOT_FOUND for an unknown account, INVALID_REQUEST for a bad name, lifetime or bound."""
         name = checked_label(name, "name")
         _check_lifetime(lifetime_seconds)
+        _check_quotas(quotas)
         now_ms = self._clock.unix_ms()
         expires_at_unix_ms = now_ms + lifetime_seconds * 1000 if lifetime_seconds else 0
         if ends_by_unix_ms and not 0 < expires_at_unix_ms <= ends_by_unix_ms:
@@ -118,6 +148,7 @@ class Accounts:
                 expires_at_unix_ms=expires_at_unix_ms,
                 revoked=False,
                 operator=account.operator,
+                quotas=quotas,
             )
             work.keys.add(record, secret_sha256(api_key))
             return record
@@ -129,15 +160,26 @@ class Accounts:
     async def list_keys(self, account_id: AccountId) -> tuple[KeyRecord, ...]:
         return await self._store.run(lambda work: work.keys.list_of(_existing(work, account_id).account_id))
 
+    async def set_key_quotas(self, key_prefix: KeyPrefix, account_id: AccountId | None, changes: Mapping[str, int]) -> KeyRecord:
+        """As `desks.Accounts.set_key_quotas`; gateways ask anew whose keys are good, and learn of it so."""
+
+        def change(work: UnitOfWork) -> KeyRecord:
+            record = _owned_key(work, key_prefix, account_id)
+            quotas = replace(record.quotas, **changes)
+            _check_quotas(quotas)
+            work.keys.set_quotas(key_prefix, quotas)
+            return replace(record, quotas=quotas)
+
+        record = await self._store.run(change)
+        self._key_was_revoked()
+        _log.info("key_quotas_set", key_prefix=key_prefix, **asdict(record.quotas))
+        return record
+
     async def revoke_key(self, key_prefix: KeyPrefix, account_id: AccountId | None) -> None:
         """As `desks.Accounts.revoke_key`; a key revoked before stays so."""
 
         def revoke(work: UnitOfWork) -> None:
-            stored = work.keys.get(key_prefix)
-            if stored is None or account_id not in (None, stored.record.account_id):
-                raise PotluckError(
-                    ErrorCode.NOT_FOUND, "There is no such API key on this account; see `potluck keys list`.", param="key_prefix"
-                )
+            _owned_key(work, key_prefix, account_id)
             work.keys.revoke(key_prefix)
 
         await self._store.run(revoke)
@@ -199,6 +241,20 @@ def _existing(work: UnitOfWork, account_id: AccountId) -> AccountRecord:
     if account is None:
         raise PotluckError(ErrorCode.NOT_FOUND, f"There is no account {account_id}; see `potluck accounts list`.", param="account_id")
     return account
+
+
+def _owned_key(work: UnitOfWork, key_prefix: KeyPrefix, account_id: AccountId | None) -> KeyRecord:
+    """A key that the account may change; None may change any."""
+    stored = work.keys.get(key_prefix)
+    if stored is None or account_id not in (None, stored.record.account_id):
+        raise PotluckError(ErrorCode.NOT_FOUND, "There is no such API key on this account; see `potluck keys list`.", param="key_prefix")
+    return stored.record
+
+
+def _check_quotas(quotas: KeyQuotas) -> None:
+    for name, bound in asdict(quotas).items():
+        if not 0 <= bound <= QUOTA_MAX:
+            raise PotluckError(ErrorCode.INVALID_REQUEST, f"{name} must be from 0, which is no bound, to {QUOTA_MAX}.", param=name)
 
 
 def _check_lifetime(lifetime_seconds: int) -> None:

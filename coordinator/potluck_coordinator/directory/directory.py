@@ -1,4 +1,4 @@
-"""The directory's composition root: the books, seven desks over them, and the chores that time brings.
+"""The directory's composition root: the books, eight desks over them, and the chores that time brings.
 
 Decides what is made at a start, in which order, and how often chores run: overdue holds settled (`ledger`), ended minutes judged (`nodes`).
 It must not know Ray, gRPC or HTTP.
@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 
 from potluck_coordinator.catalogue_file import built_in_catalogue, read_catalogue
+from potluck_coordinator.directory.absences import Absences
 from potluck_coordinator.directory.accounts import Accounts
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import found_pool, offer, operator_key
@@ -21,10 +22,12 @@ from potluck_coordinator.directory.catalogue import Catalogue
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.hub import Hub
+from potluck_coordinator.directory.idempotency import IdempotencyKeys
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.directory.lethal_requests import LethalRequests, load_or_create_key
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.directory.operator_file import known_operator_key, local_url, write_operator_file
+from potluck_coordinator.directory.paces import Paces
 from potluck_coordinator.directory.pool import Pool
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.storage.state import StateName
@@ -54,6 +57,11 @@ def spare_collections() -> None:
     gc.set_threshold(young, middle, _NEVER)
 
 
+async def _board(store: Store) -> SnapshotBoard:
+    """Whose versions are higher than those of any earlier run."""
+    return SnapshotBoard(await store.run(lambda work: work.state.advance(StateName.SNAPSHOT_VERSION)) * SNAPSHOT_VERSIONS_PER_START)
+
+
 class Directory:
     """`DirectoryPort` in this process; `open` makes one."""
 
@@ -68,6 +76,9 @@ class Directory:
         nodes: Nodes,
         catalogue: Catalogue,
         lethal: LethalRequests,
+        idempotency: IdempotencyKeys,
+        absences: Absences,
+        paces: Paces,
         pool: Pool,
     ) -> None:
         self._store = store
@@ -78,7 +89,11 @@ class Directory:
         self.nodes: Final = nodes
         self.catalogue: Final = catalogue
         self.lethal: Final = lethal
+        self.idempotency: Final = idempotency
         self.pool: Final = pool
+        self._absences = absences
+        self._paces = paces
+        nodes.on_reports = paces.take
 
     @classmethod
     async def open(cls, settings: Settings, clock: Clock) -> Directory:
@@ -95,15 +110,13 @@ class Directory:
             store.migrate()
             pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits)
             await offer(store, built_in_catalogue(), own)
-            first_version = await store.run(lambda work: work.state.advance(StateName.SNAPSHOT_VERSION)) * SNAPSHOT_VERSIONS_PER_START
-            board = SnapshotBoard(first_version)
+            board = await _board(store)
             accounts = Accounts(
                 store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits, key_was_revoked=board.forget_keys
             )
             ledger = LedgerDesk(store, clock, fee_basis_points=settings.fee_basis_points)
             nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
             catalogue = Catalogue(store, nodes, built_in_catalogue(), lambda stop: Hub(None, stop))
-            enrolment = Enrolments(store, clock, authority, node_has_joined=nodes.refresh)
             lethal = LethalRequests(store, board, clock)
             pool = Pool(
                 pool_id=pool_id,
@@ -127,10 +140,13 @@ class Directory:
             clock=clock,
             accounts=accounts,
             ledger=ledger,
-            enrolment=enrolment,
+            enrolment=Enrolments(store, clock, authority, node_has_joined=nodes.refresh),
             nodes=nodes,
             catalogue=catalogue,
             lethal=lethal,
+            idempotency=IdempotencyKeys(store, clock),
+            absences=Absences(store, board, clock),
+            paces=Paces(store, board, clock),
             pool=pool,
         )
 
@@ -147,6 +163,9 @@ class Directory:
                 await self.nodes.judge_minutes()
                 await self.nodes.refresh_old_plan()
                 await self.lethal.forget_old()
+                await self.idempotency.forget_old()
+                await self._absences.foresee()
+                await self._paces.judge_minute()
             except PotluckError as error:
                 _log.warning("chore_failed", code=error.code)
 

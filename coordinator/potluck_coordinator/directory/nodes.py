@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -19,11 +19,11 @@ import structlog
 from potluck_coordinator.desks import NodeRecord, NodeReport, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.kept_plan import KeptPlan
+from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
-from potluck_coordinator.domain.node_view import NodeView, foreign_bytes_known
+from potluck_coordinator.domain.node_view import foreign_bytes_known
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
-from potluck_coordinator.domain.planning.node_kinds import cards_of
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
@@ -38,28 +38,6 @@ PLAN_SECONDS_MAX: Final = 5.0
 
 _log = structlog.get_logger()
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class _LiveNode:
-    """A connected node: its last report, or what its hello said, and when that was."""
-
-    report: NodeReport
-    reported_at_seconds: float
-    card_foreign_bytes: Mapping[str, int]
-
-    def planned_by(self) -> object:
-        """What of it may change a plan at once."""
-        said = self.report
-        engines = [
-            (status.replica_id, status.state, status.group_generation, status.weight_bytes, status.failure) for status in said.engines
-        ]
-        return said.epoch, said.state, engines, said.peer_measurements, said.attached_model_names, self.lost_cards
-
-    @property
-    def lost_cards(self) -> frozenset[str]:
-        """The uuids of cards that its driver no longer reaches."""
-        return frozenset(card.uuid for card in self.report.cards if card.lost)
 
 
 class Nodes:
@@ -77,7 +55,10 @@ class Nodes:
         self._board = board
         self._clock = clock
         self._silence_seconds_max = silence_seconds_max
-        self._live: dict[NodeId, _LiveNode] = {}
+        self._live: dict[NodeId, LiveNode] = {}
+        self.on_reports: Callable[[Sequence[NodeReport]], None] = lambda _: None
+        """Called with what gateways report of nodes."""
+        self._said_goodbye: set[NodeId] = set()  # of those that are not connected; the others fell silent
         self._card_foreign_bytes: dict[NodeId, Mapping[str, int]] = {}
         """Of every node that said so since this process began, until it is out: a link that breaks takes nothing back."""
         self._used_at: dict[ReplicaId, float] = {}
@@ -117,7 +98,7 @@ class Nodes:
                 wishes = await _to_its_end(partial(planner.advance, facts, self._now()))
             except Exception:  # noqa: BLE001 - a fault of the planner's must not keep nodes out, or outcasts in: the last plan holds
                 _log.exception("planning_failed")
-                self._publish(outcasts=outcasts, models=facts.catalogue)
+                self._publish(outcasts=outcasts, models=facts.catalogue, flex_models=facts.flex_models)
                 self._answered_count = answering_count
                 return
             self._standings = None
@@ -128,6 +109,7 @@ class Nodes:
                 desired=desired,
                 outcasts=outcasts,
                 models=facts.catalogue,
+                flex_models=facts.flex_models,
                 replica_payees=wishes.replica_payees,
                 broken_groups=wishes.broken_groups,
                 leaving=wishes.leaving,
@@ -213,6 +195,7 @@ class Nodes:
             self._links_ended = True
         if not replaced:
             self._forget([node_id])
+            self._said_goodbye |= {node_id} if reason is GoodbyeReason.STOPPING else set()
         await self._store.run(lambda work: work.nodes.saw(node_id, self._clock.unix_ms()))
         if reason is GoodbyeReason.LEAVING and not replaced:
             await self._store.run(lambda work: work.nodes.end(node_id, NodeStatus.LEFT, "taken out by its owner"))
@@ -227,6 +210,7 @@ class Nodes:
         now, waits_anew = self._now(), waiting.keys() - self._waiting_counts.keys()
         self._waiting_counts = waiting
         changed = [self._take(report, now) for report in reports]
+        self.on_reports(reports)
         if any(changed) or waits_anew:
             await self.refresh()
         last_report_ms, self._reported_at_ms = self._reported_at_ms, self._steady_ms()
@@ -269,10 +253,11 @@ class Nodes:
         self._used_at |= dict.fromkeys(report.attempt_counts, now)
         return known is None or known.planned_by() != live.planned_by()
 
-    def _heard(self, report: NodeReport, now: float) -> _LiveNode:
+    def _heard(self, report: NodeReport, now: float) -> LiveNode:
+        self._said_goodbye.discard(report.node_id)
         known = foreign_bytes_known(self._card_foreign_bytes.get(report.node_id, {}), report.cards)
         self._card_foreign_bytes[report.node_id] = known
-        return _LiveNode(report, now, known)
+        return LiveNode(report, now, known)
 
     def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str]]:
         """What a plan is made from, and who is out."""
@@ -283,7 +268,8 @@ class Nodes:
         facts = PoolFacts(
             deployments=work.catalogue.deployments(),
             catalogue=work.catalogue.entries(),
-            nodes={node.node_id: _view(node, self._live.get(node.node_id)) for node in nodes if node.status is NodeStatus.ACTIVE},
+            nodes={node.node_id: node_view(node, self._live.get(node.node_id)) for node in nodes if node.status is NodeStatus.ACTIVE},
+            said_goodbye=frozenset(self._said_goodbye),
             attempt_counts=attempt_counts,
             used_at=dict(self._used_at),
             waiting_counts=self._waiting_counts,
@@ -318,7 +304,7 @@ class Nodes:
             node_id=node.node_id,
             display_name=node.display_name,
             owner_account_id=node.owner_account_id,
-            connection=_connection(node.status, live),
+            connection=connection_word(node.status, live),
             state=live.report.state if live is not None else NodeState.DRAINING,
             engines=live.report.engines if live is not None else (),
             inventory=node.inventory if live is None else replace(node.inventory, line=live.report.line),
@@ -327,6 +313,7 @@ class Nodes:
             down_minutes=down_minutes,
             unknown_minutes=uptime.unknown_minutes(node.enrolled_at_unix_ms, now_ms, up_minutes, down_minutes),
             last_seen_at_unix_ms=now_ms if live is not None else node.last_seen_at_unix_ms,
+            cards=live.report.cards if live is not None else (),
         )
 
     def _forget(self, node_ids: Sequence[NodeId]) -> None:
@@ -339,34 +326,6 @@ class Nodes:
 
     def _steady_ms(self) -> int:
         return int(self._steady_offset_ms + self._clock.monotonic_seconds() * 1000)
-
-
-def _view(node: EnrolledNode, live: _LiveNode | None) -> NodeView:
-    away = NodeView(
-        node_id=node.node_id,
-        owner_account_id=node.owner_account_id,
-        inventory=node.inventory,
-        connected=False,
-        state=NodeState.DRAINING,
-        engines=(),
-        peer_measurements={},
-        epoch=node.epoch,
-    )
-    if live is None:
-        return away
-    said, lost_cards = live.report, live.lost_cards
-    cards = tuple(card for card in node.inventory.accelerators if card.uuid not in lost_cards)
-    return replace(
-        away,
-        inventory=replace(node.inventory, accelerators=cards, attached_model_names=said.attached_model_names, line=said.line),
-        connected=True,
-        state=said.state,
-        engines=said.engines,
-        peer_measurements={measured.node_id: measured for measured in said.peer_measurements},
-        disk_free_bytes=said.disk_free_bytes,
-        card_foreign_bytes=live.card_foreign_bytes,
-        cards_lost=bool(cards_of(node.inventory)) and not cards_of(replace(node.inventory, accelerators=cards)),
-    )
 
 
 async def _to_its_end(planning: Callable[[], _Result]) -> _Result:
@@ -384,11 +343,3 @@ def _book_minute(work: UnitOfWork, minute: JudgedMinute) -> None:
     for node_id, verdict in minute.verdicts.items():
         if verdict is not Verdict.UNKNOWN:
             work.uptime.add(node_id, minute.minute // 60, int(verdict is Verdict.UP), int(verdict is Verdict.DOWN))
-
-
-def _connection(status: NodeStatus, live: _LiveNode | None) -> str:
-    if status is not NodeStatus.ACTIVE:
-        return str(status)
-    if live is None:
-        return "offline"
-    return "suspect" if live.report.suspect else "connected"

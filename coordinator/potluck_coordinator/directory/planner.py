@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Final
 
 from potluck_coordinator.directory.groups import PeerSecrets
-from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
+from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment, ServiceTier
 from potluck_coordinator.domain.fit.corrections import Corrections, Observation, learn
 from potluck_coordinator.domain.grouping.explain import group_parts
 from potluck_coordinator.domain.grouping.life import adopted
@@ -21,6 +21,7 @@ from potluck_coordinator.domain.grouping.plan import plan_groups
 from potluck_coordinator.domain.grouping.words import Formation, GroupPhase, GroupPlan, ShardGroup
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.payees import PayeeShare
+from potluck_coordinator.domain.planning.doubt import apparent_absences
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing, explain, standing
 from potluck_coordinator.domain.planning.learning import observations
 from potluck_coordinator.domain.planning.node_kinds import engine_versions, in_steps
@@ -43,10 +44,17 @@ class PoolFacts:
     catalogue: Mapping[ModelId, CatalogueEntry]
     nodes: Mapping[NodeId, NodeView]
     """The active ones."""
+    said_goodbye: frozenset[NodeId] = frozenset()
+    """Of those that are not connected: whom their owners stopped. The others fell silent."""
     attempt_counts: Mapping[ReplicaId, int] = field(default_factory=dict)
     used_at: Mapping[ReplicaId, float] = field(default_factory=dict)
     """When gateways last said that replicas answered, be it for less than the time between two plans."""
     waiting_counts: Mapping[ModelId, int] = field(default_factory=dict)
+
+    @property
+    def flex_models(self) -> frozenset[ModelId]:
+        """Those that are deployed in the flex tier."""
+        return frozenset(deployment.model_id for deployment in self.deployments if deployment.tier is ServiceTier.FLEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,8 @@ class Planner:
         self._learned: dict[ReplicaId, tuple[Observation, ...]] = {}
         self._peer_secrets = PeerSecrets()
         self._absent_since: dict[NodeId, float] = {}
+        self._apparent_absences: dict[NodeId, float] = {}
+        """The same, as far as it is believed."""
         self._used_at: dict[ReplicaId, float] = {}
         self._troubles: KnownTroubles = {}
 
@@ -108,7 +118,7 @@ class Planner:
                 before,
                 next_generation=self._next_generation,
                 now=now,
-                absent_since=self._absent_since,
+                absent_since=self._apparent_absences,
                 promised=whole.promised,
                 hoped_rooms=whole.hoped_rooms,
                 refusals=whole.refusals,
@@ -157,6 +167,11 @@ class Planner:
     def _remember(self, facts: PoolFacts, now: float) -> None:
         away = [node for node in facts.nodes.values() if not node.connected or node.state is not NodeState.SERVING]
         self._absent_since = {node.node_id: self._absent_since.get(node.node_id, now) for node in away}
+        silent_since = {
+            node.node_id: self._absent_since[node.node_id] for node in away if not node.connected and node.node_id not in facts.said_goodbye
+        }
+        present_count = sum(node.connected for node in facts.nodes.values())
+        self._apparent_absences = apparent_absences(self._absent_since, silent_since, present_count, now)
         self._used_at |= facts.used_at
         self._used_at |= {replica_id: now for replica_id, count in facts.attempt_counts.items() if count}
         known = self.replicas.keys() | self.groups.keys()
@@ -192,7 +207,7 @@ class Planner:
             nodes=facts.nodes,
             sizer=self._sizer,
             standing=self.replicas,
-            absent_since=self._absent_since,
+            absent_since=self._apparent_absences,
             troubles=troubles(self._troubles, now),
             attempt_counts=facts.attempt_counts,
             used_at=self._used_at,

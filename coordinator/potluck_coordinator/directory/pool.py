@@ -14,12 +14,16 @@ from potluck_coordinator.desks import GatewayGrant
 from potluck_coordinator.storage.state import StateName
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.directory.board import SnapshotBoard
     from potluck_coordinator.directory.certificate_authority import CertificateAuthority
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
+    from potluck_coordinator.domain.tiers import PromiseCount
     from potluck_coordinator.storage.store import Store
+    from potluck_coordinator.storage.unit_of_work import UnitOfWork
     from potluck_protocol.clock import Clock
 
 _log = structlog.get_logger()
@@ -67,7 +71,17 @@ class Pool:
         self._nodes.gateway_started()
         _log.info("gateway_registered", epoch=epoch, orphaned_holds_settled=settled_count)
         server = self._authority.issue_server_certificate(self._clock.unix_ms())
-        return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key)
+        promise_hours = await self._store.run(lambda work: work.promise.hours())
+        return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key, promise_hours)
+
+    async def note_promise(self, hours: Mapping[int, PromiseCount]) -> None:
+        """As `PoolDesk.note_promise`."""
+
+        def note(work: UnitOfWork) -> None:
+            for hour, count in hours.items():
+                work.promise.add(hour, count)
+
+        await self._store.run(note)
 
     async def watch(self, known_version: int) -> PoolSnapshot:
         """As `PoolDesk.watch`."""

@@ -1,41 +1,142 @@
 """Whether a request is dispatched, waits, or is refused, and what a refused client is told.
 
-Decides from counts: the slots that could take the request, those of them that are free and left over by whoever waits, and the requests in
-the model's queue. How long a request has held a slot in the mean lately says only when a refused client should come back.
-`gateway.queues` counts and measures. It must not know tasks or sockets.
+Decides by predicted work, in tokens. Whether one replica has room for a request is `domain.placement`'s to say; where none has, the wait is
+predicted, from what comes before it and from how fast room becomes free. A wait beyond the request's deadline is refused at once, with the
+time after which it would not be. It must not know tasks, sockets, or how anything is measured.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
 
 from potluck_protocol.errors import ErrorCode
+
+if TYPE_CHECKING:
+    from potluck_coordinator.domain.catalogue import ServiceTier
+    from potluck_protocol.values import AccountId, ModelId, RequestId
+
+KV_SHARE_MAX: Final = 0.9
+"""Of all caches together that is promised to requests: expectations err, and an engine that runs over throws work away."""
+KEPT_MARGIN: Final = 1.25
+"""By how much a prediction may pass the deadline of somebody who waits already, or was given back by a node: predictions err, too."""
+PROMISED_SHARE: Final = 3.0
+"""Of a deadline, that whoever was told to come back now may wait: chance makes a queue longer than it was foreseen, and to be sent away
+twice is worse than to wait a little more."""
+HORIZON_SHARE: Final = 6.0
+"""Of a deadline, for which room is kept for whoever is told to come back: chance adds up, and later nothing is certain enough."""
+AIM_SHARE: Final = 0.5
+"""Of a deadline, that a newcomer's predicted wait may be, and that clients are told to come back for: the rest is for what drains slower
+than foreseen, so that nobody who was let in is sent away later."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
     """The queue's bounds, one queue per model."""
 
-    queue_length_max: int = 64
+    queue_length_max: int = 1024
+    """The hard bound, in requests; predicted seconds are reached long before."""
     queue_wait_seconds_max: float = 30.0
     retry_after_seconds_min: float = 1.0
     retry_after_seconds_max: float = 60.0
+    """The longest that clients listen to."""
+    queue_bytes_max: int = 256 * 1024 * 1024
+    """Of the bodies that wait for all models together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """All replicas of one model that take requests, together."""
+
+    slot_count: int = 0
+    in_flight_count: int = 0
+    kv_tokens: int = 0
+    """0: of some of them nobody knows."""
+    committed_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Requests that wait, and what they are expected to take of caches."""
+
+    count: float = 0.0
+    tokens: float = 0.0
+
+    def __add__(self, other: Queued) -> Queued:
+        return Queued(self.count + other.count, self.tokens + other.tokens)
+
+
+NOBODY: Final = Queued()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a request has held its room lately."""
+
+    seconds_mean: float = 1.0
+    seconds_mean_by_tokens: float = 1.0
+    """The same, each request weighed by its tokens: large ones stay longer."""
+
+
+_PACE_GUESS: Final = Pace()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLoad:
-    """One model's position when a request for it arrives."""
+    """One model's position as one request sees it."""
 
-    usable_slot_count: int
-    """Slots of replicas that could take this request, busy or not."""
-    free_slot_count: int
-    """Of these, that nobody who waits could take."""
-    queued_count: int
-    request_seconds_mean: float
-    """How long a request has held a slot lately."""
-    may_displace: bool = False
-    """Whether somebody who has more in a full queue gives way to this request (`domain.fairness`)."""
+    capacity: Capacity
+    """What requests of its tier may fill."""
+    wanted_tokens: float = 0.0
+    """What there has to be room for."""
+    ahead: Queued = NOBODY
+    """What waits and comes before it, by its tier and its account's turn."""
+    pace: Pace = _PACE_GUESS
+    fits_now: bool = False
+    """There is a replica with room for it, which nobody who waits could take."""
+    is_full: bool = False
+    """The queue is at a hard bound, and nobody in it gives way to this request."""
+
+
+class WaitsFor(StrEnum):
+    """What keeps a request waiting."""
+
+    NODES = "a node that can take it"
+    SLOTS = "a slot"
+    CACHE = "room in a cache"
+    TURN = "room beside what is kept for the default tier"
+
+
+def waits_for(usable_slot_count: int, free_slot_count: int, *, may_fill: bool) -> WaitsFor:
+    """What keeps a request waiting, by the slots of replicas that could take it, and whether its tier may fill what is free."""
+    if usable_slot_count == 0:
+        return WaitsFor.NODES
+    if free_slot_count == 0:
+        return WaitsFor.SLOTS
+    return WaitsFor.CACHE if may_fill else WaitsFor.TURN
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Where a waiting request stands."""
+
+    request_id: RequestId
+    account_id: AccountId
+    model_id: ModelId
+    tier: ServiceTier
+    position_in_tier: int
+    """As foreseen; 1 comes next."""
+    position_in_account: int
+    waiting_count: int
+    """In its tier."""
+    waited_seconds: float
+    waits_for: WaitsFor
+    predicted_wait_seconds: float | None
+    """From now on; None: nothing can take it."""
+    deadline_seconds: float
+    """From now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +149,7 @@ class Wait:
     """Queue it, for so long at most."""
 
     wait_seconds_max: float
+    predicted_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +158,63 @@ class Refuse:
 
     code: ErrorCode
     retry_after_seconds: float
+    predicted_seconds: float = math.inf
+    """Of the wait that it would have had."""
 
 
 Admission = Admitted | Wait | Refuse
 
 
-def drain_seconds(load: ModelLoad) -> float:
-    """How long until a request that joined the queue's end now would start, if requests keep their length."""
-    if load.usable_slot_count == 0:
+def predicted_wait_seconds(load: ModelLoad) -> float:
+    """Until there is room for the request, for which there is none now, once everything before it has its own.
+
+    Room becomes free as fast as what runs now leaves: by Little's law so much in a second as there is, over the time that it stays,
+    whatever it is that runs short. What is free already counts for nothing: it is in pieces that were too small for those who wait.
+    """
+    capacity, pace = load.capacity, load.pace
+    if capacity.slot_count <= 0:
         return math.inf
-    return (load.queued_count + 1) * load.request_seconds_mean / load.usable_slot_count
+    running_count = max(1, capacity.in_flight_count)
+    seconds = (load.ahead.count + 1) * pace.seconds_mean / running_count
+    if capacity.kv_tokens and capacity.committed_tokens > 0:
+        tokens = load.ahead.tokens + load.wanted_tokens
+        seconds = max(seconds, tokens * pace.seconds_mean_by_tokens / capacity.committed_tokens)
+    return seconds
 
 
-def retry_after_seconds(load: ModelLoad, limits: AdmissionLimits) -> float:
-    """What a refused client is told, between the limits' bounds."""
-    return min(max(drain_seconds(load), limits.retry_after_seconds_min), limits.retry_after_seconds_max)
+def retry_after_seconds(predicted_seconds: float, limits: AdmissionLimits) -> float:
+    """When the wait would have come down to what a request may well wait, between the limits' bounds."""
+    drained = predicted_seconds - AIM_SHARE * limits.queue_wait_seconds_max
+    return min(max(drained, limits.retry_after_seconds_min), limits.retry_after_seconds_max)
 
 
-def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0) -> Admission:
-    """Decides over one request, new or given back by a node. A slot that is free is its own, for whoever waits already cannot take it.
+def is_promised(retry_after: float, limits: AdmissionLimits) -> bool:
+    """Whether room is kept for whoever comes back then; else he asks anew."""
+    return retry_after < min(limits.retry_after_seconds_max, HORIZON_SHARE * limits.queue_wait_seconds_max)
+
+
+def admit(load: ModelLoad, limits: AdmissionLimits, waited_seconds: float = 0.0, *, was_promised: bool = False) -> Admission:
+    """Decides over one request, new or given back by a node. Room that is free is its own, for whoever waits already cannot take it.
 
     Args:
         load: the model's position now.
         limits: the queue's bounds.
         waited_seconds: since the request arrived; a request that a node gave back has no second deadline.
+        was_promised: it was refused before, and comes when it was told to.
     """
-    if load.usable_slot_count == 0:
+    if load.capacity.slot_count <= 0:
         return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
-    if load.free_slot_count > 0:
+    if load.fits_now:
         return Admitted()
-    if load.queued_count >= limits.queue_length_max and not load.may_displace:
-        return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(load, limits))
-    return Wait(max(0.0, limits.queue_wait_seconds_max - waited_seconds))
+    predicted = predicted_wait_seconds(load)
+    left_seconds = max(0.0, limits.queue_wait_seconds_max * (PROMISED_SHARE if was_promised else 1.0) - waited_seconds)
+    share = 1.0 if was_promised else KEPT_MARGIN if waited_seconds else AIM_SHARE
+    patience_seconds = left_seconds * share
+    if load.is_full or predicted > patience_seconds:
+        return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(predicted, limits), predicted)
+    return Wait(left_seconds, predicted)
+
+
+def is_hopeless(load: ModelLoad, waited_seconds: float, patience_seconds: float) -> bool:
+    """Whether one that waits, and may wait for so long in all, would still wait at its deadline, by more than predictions err."""
+    return waited_seconds + predicted_wait_seconds(load) > patience_seconds * KEPT_MARGIN

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from potluck_protocol.values import AccountId, CardTelemetry, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement
+    from potluck_protocol.cards import CardTelemetry
+    from potluck_protocol.values import AccountId, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,37 @@
-"""When a node counts as alive, suspect or gone, and when one of its attempts is given up.
+"""When a node counts as alive, suspect or gone, when one of its attempts is given up, and when the coordinator doubts itself instead.
 
-Decides from the times of its signs of life, all taken on the coordinator's own monotonic clock. Where too many nodes fall silent at once,
-the coordinator waits for a second lease time before it believes it. It must not know links, frames or tables.
+Decides from the times of its signs of life, all taken on the coordinator's own monotonic clock. Where too many nodes fall silent within one
+window, its own line is the likelier culprit, and nobody is evicted. It must not know links, frames or tables; `domain.stall` judges what
+attempts say.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from potluck_protocol.values import NodeId
-
+from typing import Final
 
 MASS_SILENCE_SHARE: Final = 0.3
 """Of the nodes: homes fail one by one, and what they share, the coordinator and its line, takes nearly all of them."""
 MASS_SILENCE_COUNT_MIN: Final = 4
 """Fewer than this many nodes falling silent together is bad luck, not a sign of the coordinator's own trouble."""
+
+
+OVERDUE_BEATS: Final = 1.5
+"""Of the period in which it beats. When the first of many that fell silent together is lost, all of them are this late."""
+DOUBT_SECONDS_MAX: Final = 600.0
+"""As long as minutes stay without a verdict (`domain.uptime`)."""
+RETURN_SECONDS: Final = 10.0
+"""Agents dial again within two seconds of a line's return, and many at once take their turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """The coordinator suspects itself."""
+
+    since: float
+    mass_at: float
+    """When too many nodes were last overdue."""
 
 
 class Liveness(StrEnum):
@@ -42,8 +54,9 @@ class LivenessLimits:
     missed_heartbeats_suspect: int = 2
     silent_attempt_seconds: float = 8.0
     """An attempt on a suspect node that sent nothing for so long has failed, so that its client hears of it before the lease ends."""
-    link_grace_seconds: float = 1.0
-    """How long a broken link may take to come back before its session ends and its attempts fail."""
+    link_grace_seconds: float = 0.75
+    """How long a broken link may take to come back before its session ends and its attempts fail. A killed agent's link breaks as a cut one
+does, and its clients wait for so long: an agent that lives is back 0.15 s after its line, and four round trips."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +98,36 @@ def is_mass_silence(silent_count: int, node_count: int) -> bool:
     return silent_count >= MASS_SILENCE_COUNT_MIN and silent_count > MASS_SILENCE_SHARE * node_count
 
 
-def lapsed_nodes(nodes: Iterable[tuple[NodeId, SignsOfLife]], now: float, limits: LivenessLimits) -> frozenset[NodeId]:
-    """The nodes whose leases end now.
+def is_overdue(signs: SignsOfLife, link_lost_at: float | None, now: float, limits: LivenessLimits) -> bool:
+    """Whether the node should have been heard of by now, half a beat's patience included."""
+    period = limits.heartbeat_idle_seconds if signs.busy_since is None else limits.heartbeat_busy_seconds
+    return link_lost_at is not None or silence_seconds(signs, now) > OVERDUE_BEATS * period
 
-    If too many would go at once, none does until a second lease time has passed: then the silence is real, wherever it comes from.
+
+def doubt_after(before: Doubt | None, overdue_count: int, node_count: int, now: float) -> Doubt | None:
+    """Whether the coordinator suspects itself from now on; None: it does not.
+
+    It does while too many nodes are overdue together, and for a while after, in which the last of them come back; after
+    `DOUBT_SECONDS_MAX` their silence is what it looks like.
+
+    Args:
+        before: what it did so far.
+        overdue_count: nodes that should have been heard of, and those that were lost within the last lease time.
+        node_count: all of them, those lost included.
+        now: monotonic seconds.
     """
-    everyone = list(nodes)
-    lapsed = {node_id for node_id, signs in everyone if liveness(signs, now, limits) is Liveness.LAPSED}
-    if not is_mass_silence(len(lapsed), len(everyone)):
-        return frozenset(lapsed)
-    patience_seconds = 2 * limits.lease_ttl_seconds
-    return frozenset(node_id for node_id, signs in everyone if now - signs.heartbeat_at >= patience_seconds)
+    if is_mass_silence(overdue_count, node_count):
+        return Doubt(before.since if before is not None else now, now)
+    return before if before is not None and now - before.mass_at < RETURN_SECONDS else None
+
+
+def is_in_doubt(doubt: Doubt | None, now: float) -> bool:
+    """Whether nobody may be evicted now."""
+    return doubt is not None and now - doubt.since < DOUBT_SECONDS_MAX
+
+
+def end_of_session(signs: SignsOfLife, link_lost_at: float | None, now: float, limits: LivenessLimits) -> str | None:
+    """Why a node's session ends now, in a word; None: it does not."""
+    if liveness(signs, now, limits) is Liveness.LAPSED:
+        return "silence"
+    return "link_lost" if link_grace_is_over(link_lost_at, now, limits) else None

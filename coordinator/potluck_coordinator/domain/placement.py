@@ -1,23 +1,40 @@
 """Which replica answers a request, and why each other one does not.
 
-Decides from the replicas as they are at one moment, those that are alike together: a large pool has few kinds of them, and most are full,
-so that a decision costs no more with a thousand nodes than with ten. It must not know how replicas are reached. The formula is the simple
-one, load relative to slots; a better formula changes `score` and nothing else.
+Decides among a few candidates, which whoever keeps the replicas has drawn from all of them (`gateway.roster`): holders of the prompt's
+beginning, those with least to do, and some by chance. The lowest `cost` in seconds wins, so that a cache is worth exactly the reading that
+it saves, and is passed over where waiting for it takes longer. What cannot take the request at all is counted by reason, and no more than
+that is looked at: a large pool costs no more than a small one. It must not know how replicas are reached.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from potluck_protocol.values import Endpoint, ModelId, NodeId, ReplicaId
+from potluck_coordinator.domain.cost import Cost, cache_share, cost
+from potluck_coordinator.domain.forecast import Work
+from potluck_coordinator.domain.speeds import Speeds, prior
+from potluck_protocol.values import AccountId, Endpoint, ModelId, NodeId, ReplicaId
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-_NOBODY: Final[frozenset[NodeId]] = frozenset()
-_TRIED: Final = "tried before"
+TIE_SHARE: Final = 0.02
+"""Costs that differ by less are the same: nothing is foreseen that well, and all gateways choosing alike would make a herd."""
+CACHE_SHARE_MAX: Final = 0.9
+"""Of a cache that its requests share: above it the engine would soon throw work away to go on with other work."""
+BACKLOG_SECONDS_MAX: Final = 0.3
+"""Of reading may wait at a replica: enough for it never to stand still, and all else waits here, where it can still go elsewhere."""
+EXPLORE_SHARE: Final = 0.01
+"""Of requests that are placed as if nothing were cached, so that a beginning which many share comes to be in more than one cache."""
+ROUND_TRIP_SECONDS_GUESS: Final = 0.03
+"""Of a line that was not measured."""
+TRIED: Final = "tried before"
+BUSY: Final = "busy"
+CHOSEN: Final = "chosen"
+_LEAST: Final = Work(1.0, 1.0)
+_NO_ACCOUNT: Final = AccountId("")
+_GUESSED: Final = prior(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,51 +56,102 @@ class ReplicaView:
     """It finishes what it is answering, and makes room."""
     context_length_tokens: int = 0
     """What its engine was really started with, prompt and answer together; 0: it does not say."""
+    half_open: bool = False
+    """It failed, and gets one request at a time until it has answered one: `slot_count` says so, too."""
+    owner_account_id: AccountId = _NO_ACCOUNT
+    engine_kind: str = ""
+    kv_capacity_tokens: int = 0
+    """What its cache holds; 0: nobody says."""
+    kv_used_tokens: int = 0
+    """By the engine's last word, of work under way; 0 where it tells nothing, or counts what it only keeps."""
+    committed_tokens: float = 0.0
+    """Prompts and expected answers of the attempts there: the gateway's own count."""
+    dispatched_tokens: float = 0.0
+    """Those of attempts since the engine's last word, which cannot know of them."""
+    prefill_backlog_tokens: float = 0.0
+    """Of the attempts there those prompts' tokens, not cached, whose first token has not come: the gateway's own count."""
+    prefill_since_seconds: float = 0.0
+    """When it got the first of them."""
+    foreign_waiting_count: int = 0
+    """Requests of others that wait in an engine which its owner uses, too, by its last word."""
+    foreign_running_count: int = 0
+    speeds: Speeds = _GUESSED
+    drained: str = ""
+    """Why it gets nothing for a while, though it could answer; empty where it does get requests."""
+    weight: float = 1.0
+    """Of its speeds that is to be believed: less for a node that is slower than it used to be."""
+    round_trip_seconds: float = ROUND_TRIP_SECONDS_GUESS
+    losses_per_second: float = 0.0
+    """How often its node goes away at this hour of the week, by its own history."""
+    heard_at_seconds: float = 0.0
+    """When its node last gave a sign of life: the age of its lease, and of its word."""
+
+    @property
+    def tokens_in_use(self) -> float:
+        """Of its cache, once what is under way comes to its end: by our count, or the engine's and what came since, if that is more."""
+        return max(self.committed_tokens, self.kv_used_tokens + self.dispatched_tokens)
+
+    def tokens_bounded(self, tokens: float) -> float:
+        """What one request takes of the cache at most."""
+        return min(tokens, self.context_length_tokens) if self.context_length_tokens else tokens
+
+    @property
+    def shares_cache(self) -> bool:
+        """Whether its cache may be full before its slots are taken; llama.cpp's slots have one each."""
+        return 0 < self.kv_capacity_tokens < self.slot_count * self.context_length_tokens
 
 
 def likeness(replica: ReplicaView) -> tuple[object, ...]:
-    """All of a replica but its names and its model: of two with the same, a request may have either."""
+    """What decides whether a replica can take a request whatever its load: of two with the same, either both can or neither."""
     return (
         replica.ready,
-        replica.slot_count,
-        replica.in_flight_count,
         replica.node_paused,
         replica.node_suspect,
         replica.link_up,
         replica.endpoints,
         replica.leaving,
+        replica.drained,
         replica.context_length_tokens,
+        replica.engine_kind,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Cohort:
-    """The replicas of one model that have the same `likeness`; at least one."""
+class Offer(NamedTuple):
+    """A replica that a decision looks at."""
 
-    replicas: Collection[ReplicaView]
-
-    @property
-    def sample(self) -> ReplicaView:
-        """Any of them: what is true of it, but for its names, is true of all."""
-        return next(iter(self.replicas))
-
-    @property
-    def is_free(self) -> bool:
-        """Whether there is a request that they would take now."""
-        return _hurdle(self.sample) is None and self.sample.in_flight_count < self.sample.slot_count
-
-    def without(self, excluded: frozenset[NodeId]) -> Collection[ReplicaView]:
-        """Those on other nodes; maybe none."""
-        return [replica for replica in self.replicas if replica.node_id not in excluded] if excluded else self.replicas
+    replica: ReplicaView
+    origin: str
+    """Why it was drawn: "warm", "least work", "by chance" or "roomiest"."""
+    cached_tokens: float = 0.0
+    """Of the prompt, as the gateway believes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """The part that some replicas had in a decision: the score in shares of their slots taken, or why they could not be chosen."""
+class Candidate(NamedTuple):
+    """The part that some replicas had in a decision."""
 
     replica_count: int
-    score: float | None
     reason: str
+    """`CHOSEN`, or why not."""
+    replica_id: ReplicaId | None = None
+    """None: several, counted by their reason."""
+    node_id: NodeId | None = None
+    origin: str = ""
+    cost: Cost | None = None
+    cached_tokens: float = 0.0
+
+    @property
+    def chosen(self) -> bool:
+        """The request went there."""
+        return self.reason == CHOSEN
+
+
+class Draw(NamedTuple):
+    """What was drawn of all replicas for one decision."""
+
+    offers: tuple[Offer, ...]
+    """Free ones, in no order, each once."""
+    rest: tuple[Candidate, ...]
+    """All others, by reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +160,9 @@ class Placement:
 
     chosen: ReplicaView | None
     candidates: tuple[Candidate, ...]
+    work: Work = _LEAST
+    explores: bool = False
+    """It was placed as if nothing were cached anywhere."""
 
     def explanation(self) -> str:
         """One line for people: how many replicas lost for which reason."""
@@ -101,21 +172,36 @@ class Placement:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "no node has this model"
 
 
-def rejection(replica: ReplicaView, endpoint: Endpoint, excluded: frozenset[NodeId], tokens_min: int = 0) -> str | None:
-    """Why the replica cannot take the request at all, whatever its load; None if it can. `tokens_min` are of its prompt, at the least."""
+def rejection(
+    replica: ReplicaView,
+    endpoint: Endpoint,
+    excluded: frozenset[NodeId],
+    tokens_min: int = 0,
+    engine_kinds: frozenset[str] | None = None,
+) -> str | None:
+    """Why the replica cannot take the request at all, whatever its load; None if it can.
+
+    Args:
+        replica: asked about.
+        endpoint: the request's.
+        excluded: where it must not go.
+        tokens_min: what there has to be room for.
+        engine_kinds: those that can do what it asks; None: any.
+    """
     if replica.node_id in excluded:
-        return _TRIED
-    hurdle = _hurdle(replica)
-    if hurdle is not None:
-        return hurdle
+        return TRIED
+    if (reason := hurdle(replica)) is not None:
+        return reason
     if endpoint not in replica.endpoints:
         return f"without {endpoint.value}"
+    if engine_kinds is not None and replica.engine_kind not in engine_kinds:
+        return "cannot go on with another's text"
     if 0 < replica.context_length_tokens < tokens_min:
         return f"with a context of {replica.context_length_tokens} tokens, too short for it"
     return None
 
 
-def _hurdle(replica: ReplicaView) -> str | None:
+def hurdle(replica: ReplicaView) -> str | None:
     """Why the replica takes no request at all, whatever it is; None if it does."""
     if not replica.link_up:
         return "disconnected"
@@ -125,23 +211,47 @@ def _hurdle(replica: ReplicaView) -> str | None:
         return "paused"
     if replica.leaving:
         return "leaving"
+    if replica.drained:
+        return replica.drained
     return None if replica.ready else "not ready"
 
 
+def is_free(replica: ReplicaView) -> bool:
+    """Whether there is a request that the replica would take now, with nothing of its prompt cached there."""
+    return has_slot(replica) and not is_behind(replica)
+
+
+def has_slot(replica: ReplicaView) -> bool:
+    """Whether there is a request that the replica would take now, were it quickly read."""
+    return replica.in_flight_count < replica.slot_count and hurdle(replica) is None and not lacks_room(replica, _LEAST)
+
+
+def is_behind(replica: ReplicaView) -> bool:
+    """Whether it still has so much to read that what comes on top would only wait there, where nothing can be changed any more."""
+    return replica.prefill_backlog_tokens > BACKLOG_SECONDS_MAX * replica.speeds.prefill_tokens_per_second * replica.weight
+
+
+def lacks_room(replica: ReplicaView, work: Work) -> bool:
+    """Whether the request would fill a cache that it would share. Who is alone there has all of it."""
+    return replica.shares_cache and replica.in_flight_count > 0 and cache_share(replica, work.wanted_tokens) > CACHE_SHARE_MAX
+
+
 def tokens_wanted(
-    cohorts: Iterable[Cohort],
-    endpoint: Endpoint,
-    excluded: frozenset[NodeId],
+    contexts_tokens: Iterable[int],
     prompt_tokens_min: int,
     completion_tokens_max: int | None,
 ) -> int:
     """What a replica has to have room for: the prompt and the longest answer, or, where none that may take it has so much, the prompt.
 
     Engines were started with less context than the catalogue says where memory ran out; some refuse what is longer, others cut the answer.
+
+    Args:
+        contexts_tokens: of those that may take it; 0: does not say.
+        prompt_tokens_min: of the request's prompt, at the least.
+        completion_tokens_max: of its answer, as asked.
     """
     wanted = prompt_tokens_min + (1 if completion_tokens_max is None else completion_tokens_max)
-    able = (cohort.sample for cohort in cohorts if rejection(cohort.sample, endpoint, _NOBODY) is None and cohort.without(excluded))
-    room = max((replica.context_length_tokens or wanted for replica in able), default=0)
+    room = max((context_tokens or wanted for context_tokens in contexts_tokens), default=0)
     return wanted if wanted <= room else prompt_tokens_min
 
 
@@ -159,54 +269,43 @@ def slots_beside_owner(slot_count: int, in_flight_count: int, waiting_count: int
     return min(slot_count, max(1, in_flight_count)) if waiting_count else slot_count
 
 
-def score(replica: ReplicaView) -> float:
-    """The share of its slots that would be taken with this request; lower is better."""
-    return (replica.in_flight_count + 1) / replica.slot_count
+def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool = False) -> Placement:
+    """Chooses the offer with the lowest cost.
+
+    Args:
+        draw: what was drawn for it.
+        work: the request's, as expected.
+        chance: in [0, 1), breaks ties, so that equal nodes share the work.
+        now: monotonic seconds.
+        explores: looks away from caches, as `EXPLORE_SHARE` of requests do.
+    """
+    roomy = [offer for offer in draw.offers if not lacks_room(offer.replica, work)]
+    costs = [cost(offer.replica, work, now, 0.0 if explores else offer.cached_tokens) for offer in roomy]
+    totals = [each.total_seconds for each in costs]
+    winner = _winner(roomy, totals, chance)
+    candidates = [_full(offer) for offer in draw.offers if offer not in roomy] if len(roomy) < len(draw.offers) else []
+    for index, (offer, terms) in enumerate(zip(roomy, costs, strict=True)):
+        reason = CHOSEN if index == winner else _lost(totals[index], totals[winner])
+        replica = offer.replica
+        candidates.append(Candidate(1, reason, replica.replica_id, replica.node_id, offer.origin, terms, offer.cached_tokens))
+    return Placement(roomy[winner].replica if roomy else None, (*candidates, *draw.rest), work, explores)
 
 
-def slots(cohorts: Iterable[Cohort], endpoint: Endpoint, excluded: frozenset[NodeId], tokens_min: int) -> tuple[int, int]:
-    """The slots of replicas that can take a request, busy or not, and how many of them are free."""
-    usable = free = 0
-    for cohort in cohorts:
-        sample = cohort.sample
-        if rejection(sample, endpoint, _NOBODY, tokens_min) is None:
-            replica_count = len(cohort.without(excluded))
-            usable += replica_count * sample.slot_count
-            free += replica_count * max(0, sample.slot_count - sample.in_flight_count)
-    return usable, free
+def _winner(offers: Sequence[Offer], totals: Sequence[float], chance: float) -> int:
+    """Which one; -1 where there is none. Of equals those that hold most of the prompt: what is foreseen of reading is foreseen best."""
+    if not offers:
+        return -1
+    bound = min(totals) * (1 + TIE_SHARE)
+    ties = [index for index, total in enumerate(totals) if total <= bound]
+    most = max(offers[index].cached_tokens for index in ties)
+    ties = [index for index in ties if offers[index].cached_tokens >= most * (1 - TIE_SHARE)]
+    return ties[int(chance * len(ties))]
 
 
-def place(cohorts: Iterable[Cohort], endpoint: Endpoint, excluded: frozenset[NodeId], draw: float, tokens_min: int = 0) -> Placement:
-    """Chooses a free replica with the lowest score; `draw` in [0, 1) breaks ties, so that equal nodes share the work."""
-    candidates: list[Candidate] = []
-    free: list[tuple[float, Collection[ReplicaView]]] = []
-    for cohort in cohorts:
-        sample, untried = cohort.sample, cohort.without(excluded)
-        if len(untried) < len(cohort.replicas):
-            candidates.append(Candidate(len(cohort.replicas) - len(untried), None, _TRIED))
-        if not untried:
-            continue
-        reason = rejection(sample, endpoint, _NOBODY, tokens_min)
-        if reason is None and sample.in_flight_count >= sample.slot_count:
-            reason = "busy"
-        if reason is None:
-            free.append((score(sample), untried))
-        else:
-            candidates.append(Candidate(len(untried), None, reason))
-    chosen = _lowest(free, draw)
-    if chosen is not None:
-        candidates.append(Candidate(1, score(chosen), "chosen"))
-        for points, replicas in free:
-            is_its_own = likeness(next(iter(replicas))) == likeness(chosen)
-            if len(replicas) > is_its_own:
-                candidates.append(Candidate(len(replicas) - is_its_own, points, "more loaded"))
-    return Placement(chosen, tuple(candidates))
+def _lost(total: float, least: float) -> str:
+    return "as good" if total <= least * (1 + TIE_SHARE) else "slower"
 
 
-def _lowest(scored: Sequence[tuple[float, Collection[ReplicaView]]], draw: float) -> ReplicaView | None:
-    if not scored:
-        return None
-    best = min(points for points, _ in scored)
-    ties = [replicas for points, replicas in scored if points == best]
-    number = int(draw * sum(len(replicas) for replicas in ties))
-    return next(islice(chain.from_iterable(ties), number, None))
+def _full(offer: Offer) -> Candidate:
+    replica = offer.replica
+    return Candidate(1, "short of cache", replica.replica_id, replica.node_id, offer.origin, None, offer.cached_tokens)

@@ -1,18 +1,21 @@
 """People's credits, keys and join tokens, and the operator's audit: the gRPC side of the directory's accounts and ledger desks.
 
-Decides whose keys and tokens a caller may revoke, and that no key but the operator's makes one that outlives it; which account any other
-call is about says `authorisation.account_for`. Names, other lifetimes and money are the desks' to judge.
+Decides whose keys and tokens a caller may revoke, that no key but the operator's makes one that outlives it, and that one with quotas makes
+none; which account any other call is about says `authorisation.account_for`. Names, other lifetimes and money are the desks' to judge.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Final
 
 import grpc
 
-from potluck_coordinator.desks import AccountRecord, Accounts, JoinTokenRecord, KeyRecord, Ledger
+from potluck_coordinator.desks import AccountRecord, Accounts, JoinTokenRecord, KeyIdentity, KeyRecord, Ledger
+from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_coordinator.gateway.authorisation import account_for
 from potluck_coordinator.gateway.interceptors import caller
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2, account_pb2_grpc
 from potluck_protocol.values import AccountId, KeyPrefix, TokenId
 
@@ -75,13 +78,19 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
     ) -> account_pb2.CreateKeyResponse:
         """A new API key; its secret is in this answer only. None outlives the key that asks for it, but for the operator's word."""
         del context
-        identity = caller()
+        identity = _unbounded()
         account_id = account_for(identity, request.account_id)
         record, secret = await self._accounts.create_key(
             account_id,
             request.name or KEY_NAME_DEFAULT,
             request.lifetime_seconds,
             ends_by_unix_ms=0 if identity.operator else identity.expires_at_unix_ms,
+            quotas=KeyQuotas(
+                request.quotas.requests_per_day,
+                request.quotas.tokens_per_day,
+                request.quotas.concurrent_max,
+                request.quotas.spend_micro_credits_per_day,
+            ),
         )
         return account_pb2.CreateKeyResponse(key=_key_message(record), secret=secret)
 
@@ -92,6 +101,17 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
         del context
         records = await self._accounts.list_keys(account_for(caller(), request.account_id))
         return account_pb2.ListKeysResponse(keys=[_key_message(record) for record in records])
+
+    async def SetKeyQuotas(  # noqa: N802
+        self, request: account_pb2.SetKeyQuotasRequest, context: _Context
+    ) -> account_pb2.SetKeyQuotasResponse:
+        """Changes those bounds of a key that the request names; requests that run are not touched."""
+        del context
+        _unbounded()
+        # What is not set is not in the list, and a bound of 0 that is set is.
+        changes = {field.name: value for field, value in request.ListFields() if field.name != "key_prefix"}
+        record = await self._accounts.set_key_quotas(KeyPrefix(request.key_prefix), _owner_scope(), changes)
+        return account_pb2.SetKeyQuotasResponse(key=_key_message(record))
 
     async def RevokeKey(  # noqa: N802
         self, request: account_pb2.RevokeKeyRequest, context: _Context
@@ -164,6 +184,15 @@ def _owner_scope() -> AccountId | None:
     return None if identity.operator else identity.account_id
 
 
+def _unbounded() -> KeyIdentity:
+    """The caller, if its key has no bounds, which it could shed by another key; the operator's word stands in any case."""
+    identity = caller()
+    if identity.quotas.any and not identity.operator:
+        words = "This API key has quotas, so that it makes and changes no keys; use one that has none."
+        raise PotluckError(ErrorCode.PERMISSION_DENIED, words)
+    return identity
+
+
 def _key_message(record: KeyRecord) -> account_pb2.ApiKey:
     return account_pb2.ApiKey(
         key_prefix=record.key_prefix,
@@ -173,6 +202,7 @@ def _key_message(record: KeyRecord) -> account_pb2.ApiKey:
         expires_at_unix_ms=record.expires_at_unix_ms,
         revoked=record.revoked,
         operator=record.operator,
+        quotas=account_pb2.KeyQuotas(**asdict(record.quotas)),
     )
 
 

@@ -1,44 +1,65 @@
-"""One answer: the relayed bytes of an attempt, metered by `sse`, and paid for exactly once through the `ledger_writer`.
+"""One answer as an edge reads it: made of one attempt, or of several where nodes fail on the way, and the client sees one.
 
-Decides when the attempt is over and what it came to: by the engine's own usage record where the answer is complete and has one, else by
-the tokens relayed of a stream; an unstreamed answer without a record costs nothing. Nothing reaches the client before the
-hold stands. It must not know who reads it: `http_inference` or `inference_servicer`.
+Decides nothing over what follows a failure: that is `domain.requests`, whose effects are carried out here. Until an attempt fails, bytes
+go through as its engine sent them; a later attempt's are fitted to them by `splice`. What the client has got is kept in `so_far`. It must
+not know who reads it, `http_inference` or `inference_servicer`, nor how attempts are placed and paid.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import msgspec
 import structlog
 
-from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
-from potluck_coordinator.domain.pricing import charge, charge_for_relayed
-from potluck_coordinator.gateway.engine_errors import engine_error
-from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
-from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.money import credits_text
+from potluck_coordinator.domain.continuing import said
+from potluck_coordinator.domain.decisions import StepKind
+from potluck_coordinator.domain.requests import (
+    Abandoned,
+    Broke,
+    Completed,
+    Course,
+    Dispatched,
+    End,
+    Failure,
+    Finish,
+    Place,
+    Said,
+    Settle,
+    Stage,
+    Unplaced,
+    advance,
+    failure_of,
+)
+from potluck_coordinator.gateway.inference_request import Continued
+from potluck_coordinator.gateway.so_far import SoFar
+from potluck_coordinator.gateway.splice import Splice, made_end, usage_together
+from potluck_coordinator.gateway.tier_mark import marked
+from potluck_protocol.errors import PotluckError
+from potluck_protocol.values import Endpoint, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
-    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.catalogue import ServiceTier
+    from potluck_coordinator.domain.continuing import Delivered
+    from potluck_coordinator.domain.requests import Effect, Event
+    from potluck_coordinator.gateway.attempt import Attempt
+    from potluck_coordinator.gateway.decisions import Note
     from potluck_coordinator.gateway.inference_request import InferenceRequest
-    from potluck_coordinator.gateway.ledger_writer import LedgerWriter
-    from potluck_coordinator.gateway.relay import PassOn, Relay
-    from potluck_protocol.values import AttemptId, NodeId, RequestId, Usage
+    from potluck_coordinator.gateway.relay import PassOn
+    from potluck_protocol.clock import Clock
+    from potluck_protocol.values import NodeId, RequestId
 
 _log = structlog.get_logger()
 
-ERROR_BODY_BYTES_MAX: Final = 64 * 1024
-DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
-"""The largest unstreamed answer; it is kept whole, for the usage record in it."""
-HTTP_OK: Final = 200
-HTTP_ERROR_MIN: Final = 400
-HOLD_SECONDS_MAX: Final = 15.0
-"""How long an answer that has begun waits for its hold, as while the directory restarts."""
+_body_decoder: Final = msgspec.json.Decoder(dict[str, Any])
+
+_STEPS: Final = {True: StepKind.CONTINUED, False: StepKind.RESTARTED}
+
+BeginAttempt: TypeAlias = "Callable[[InferenceRequest, frozenset[NodeId]], Awaitable[Attempt]]"
+"""A dispatched attempt on none of these nodes, at once or after waiting for a slot; raises PotluckError where there is none."""
 
 
 class Answer:
@@ -46,45 +67,46 @@ class Answer:
 
     Args:
         request: what was asked.
-        entry: the model, with its prices.
-        node_id: who answers.
-        relay: the bytes.
-        hold_micro_credits: the most it can cost.
-        hold: becomes the outcome of opening the hold.
-        ledger: where the settlement goes.
-        release: gives the slot back; called once.
+        begin: starts an attempt.
+        clock: for the deadline.
+        on_closed: called once, when it is over.
+        note: keeps what became of it, for people who ask why.
     """
 
     def __init__(
         self,
-        *,
         request: InferenceRequest,
-        entry: CatalogueEntry,
-        node_id: NodeId,
-        relay: Relay,
-        hold_micro_credits: int,
-        hold: asyncio.Future[LedgerOutcome],
-        ledger: LedgerWriter,
-        release: Callable[[], None],
+        begin: BeginAttempt,
+        clock: Clock,
+        on_closed: Callable[[Answer], None] = lambda _: None,
+        note: Note = lambda *_facts, **_names: None,
     ) -> None:
         self._request = request
-        self._entry = entry
-        self._relay = relay
-        self._hold_micro_credits = hold_micro_credits
-        self._hold = hold
-        self._ledger = ledger
-        self._release = release
-        self._watcher = UsageWatcher(keep_usage_event=request.include_usage)
-        self._pieces: deque[bytes] = deque()
-        self._complete = False
-        self._closed = False
-        hold.add_done_callback(self._hold_decided)
-        self.node_id = node_id
+        self._begin = begin
+        self._clock = clock
+        self._on_closed = on_closed
+        self._note = note
+        self._course = Course()
+        self._attempt: Attempt | None = None
+        self._deadline_at: float | None = None
+        self._hold_micro_credits = 0
+        self._so_far = SoFar()
+        self._token_count = 0
+        """Of the attempts that are over, as they were paid."""
+        self._splice: Splice | None = None
+        self._made_end: bytes | None = None
+        self._loss: PotluckError | None = None
+        self.node_ids: tuple[NodeId, ...] = ()
+        """Whoever has had a part in it, in order; a node that would not take it had none."""
         self.document = b""
         """An unstreamed answer, once it is complete."""
         self.usage: Usage | None = None
+        """Of the whole answer, once it is complete."""
         self.charge_micro_credits = 0
-        self.marked_micro_credits = 0
+        """Of all its attempts that are over."""
+        self._has_begun = False
+        self.first_token_at_seconds: float | None = None
+        """Monotonic; of an unstreamed answer when its first attempt was dispatched, for its tokens come together."""
 
     @property
     def request_id(self) -> RequestId:
@@ -92,141 +114,218 @@ class Answer:
         return self._request.request_id
 
     @property
-    def attempt_id(self) -> AttemptId:
-        """The attempt that answers it."""
-        return self._relay.attempt_id
+    def tier(self) -> ServiceTier:
+        """The one it is served in."""
+        return self._request.tier
 
     @property
-    def is_whole(self) -> bool:
-        """It came to its end, and its engine lived to count its tokens."""
-        return self._complete and (not self._request.stream or self._watcher.usage is not None)
-
-    @property
-    def relayed_token_count(self) -> int:
-        """Of a stream, so far; of an unstreamed answer none."""
-        return self._watcher.token_count if self._request.stream else 0
-
-    @property
-    def completion_tokens_max(self) -> int:
-        """Of all its answers together: what was asked for, within the model's context."""
-        context, asked = self._entry.context_length_tokens, self._request.completion_tokens_max
-        return (context if asked is None else min(asked, context)) * max(1, self._request.answer_count)
+    def node_id(self) -> NodeId:
+        """Who answers now, or did last."""
+        return self.node_ids[-1]
 
     async def open(self) -> None:
-        """Waits until the engine has begun a good answer and the hold stands.
+        """Waits until an attempt has begun a good answer.
 
         Raises:
-            PotluckError: what became of the attempt instead, INSUFFICIENT_CREDITS, or the engine's own refusal.
+            PotluckError: whatever keeps the request from being answered.
         """
-        head = await self._relay.wait_for_head()
-        try:
-            # Shielded: a client that goes away must not cancel what says whether there is something to settle.
-            async with asyncio.timeout(HOLD_SECONDS_MAX):
-                outcome = await asyncio.shield(self._hold)
-        except TimeoutError:
-            # Not COORDINATOR_UNAVAILABLE: the request has run, and must not look like one that can safely be made again.
-            raise PotluckError(ErrorCode.INTERNAL_ERROR, "The ledger did not answer in time.") from None
-        if outcome is not LedgerOutcome.APPLIED:
-            raise _refusal(outcome, self._hold_micro_credits)
-        if head.http_status >= HTTP_ERROR_MIN:
-            raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
-        if head.http_status != HTTP_OK:
-            raise PotluckError(ErrorCode.ENGINE_FAILED, "The node's answer is neither an answer nor an error.")
+        await self._go_on(Place(frozenset(), continuing=False))
 
     async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
-        """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.
+        """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off for good.
 
-        An unstreamed answer gives nothing before it is complete: its price stands at its end, and half of it would be free. Of a stream,
-        bytes that come while this waits go to `pass_on`, if there is one, for as long as it takes more.
+        As `Attempt.next_data`. Where an attempt fails, this waits for the next one's first bytes.
         """
-        if not self._request.stream:
-            return await self._next_of_document()
-        watched = None if pass_on is None else partial(self._watch, pass_on)
-        try:
-            while (data := await self._relay.next_data(watched)) is not None:
-                if passed := self._watcher.feed(data):
-                    return passed
-                watched = None  # the connection may be full by now
-        except PotluckError as error:
-            # After `[DONE]` the answer is complete, whatever becomes of its node; not if that could not be passed on.
-            if not self._watcher.done or error.code is ErrorCode.INTERNAL_ERROR:
-                raise
-        if not self._watcher.done:
-            # llama.cpp ends so after an error of its own in the middle of an answer.
-            raise PotluckError(ErrorCode.ENGINE_FAILED)
-        await self._finish()
-        return None
-
-    def charge_so_far(self) -> int:
-        """Micro-credits for what has come so far, as the module says."""
-        relayed = charge_for_relayed(self._entry, self.relayed_token_count)
-        if self.usage is None or not (self._complete or self._watcher.done):
-            return min(relayed, self._hold_micro_credits)
-        return min(charge(self._entry, self.usage), self._hold_micro_credits)
-
-    def fail(self, error: PotluckError) -> None:
-        """Breaks the answer off from this side."""
-        self._relay.fail(error)
+        while self._course.stage is Stage.RUNNING:
+            attempt = self._attempt
+            assert attempt is not None, "it runs"
+            try:
+                data = await attempt.next_data(pass_on if self._splice is None else self._spliced(pass_on))
+            except PotluckError as error:
+                await self._recover(attempt, error)
+                # The connection may have been full when the attempt broke.
+                pass_on = None
+                continue
+            if data is None:
+                await self._perform(Completed(), whole=True)
+                return None
+            if self._splice is not None:
+                data = self._splice.passed(data)
+            if data:
+                return data if self._has_begun else self._beginning(data)
+            pass_on = None
+        made_end, self._made_end = self._made_end, None
+        return made_end
 
     async def close(self) -> None:
-        """Ends the attempt if it is not over, gives the slot back and settles. Again is harmless."""
-        if self._closed:
-            return
-        self._closed = True
+        """Ends the answer if it is not over, which settles it. Again is harmless."""
         try:
-            self.document = b"".join(self._pieces)
-            self.usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
+            await self._perform(Abandoned())
         finally:
-            self._release()
-        self.charge_micro_credits = self.charge_so_far()
-        # An undecided hold is settled too: the writer sends its opening first.
-        if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
-            self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
+            on_closed, self._on_closed = self._on_closed, lambda _: None
+            on_closed(self)
 
-    def _watch(self, pass_on: PassOn, data: bytes) -> bool:
-        passed = self._watcher.feed(data)
-        return pass_on(passed) if passed else True
+    def _beginning(self, data: bytes) -> bytes:
+        """The first bytes for the client, with the tier in them."""
+        self._has_begun = True
+        if self._request.stream:
+            self.first_token_at_seconds = self._clock.monotonic_seconds()
+        return self._with_tier(data)
 
-    async def _next_of_document(self) -> bytes | None:
-        if not self._complete:
-            while (data := await self._relay.next_data()) is not None:
-                self._keep(data)
-            await self._finish()
-        return self._pieces.popleft() if self._pieces else None
+    def _with_tier(self, first: bytes) -> bytes:
+        if self._request.endpoint is Endpoint.EMBEDDINGS:
+            return first
+        return marked(first, self.tier, stream=self._request.stream)
 
-    async def _finish(self) -> None:
-        self._complete = True
-        await self.close()
+    def _spliced(self, pass_on: PassOn | None) -> PassOn | None:
+        splice = self._splice
+        if pass_on is None or splice is None:
+            return None
 
-    def _hold_decided(self, hold: asyncio.Future[LedgerOutcome]) -> None:
-        """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""
-        if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
-            self._relay.fail(_refusal(hold.result(), self._hold_micro_credits))
+        def passed(data: bytes) -> bool:
+            fitted = splice.passed(data)
+            return pass_on(fitted) if fitted else True
 
-    def _settled(self, settlement: asyncio.Future[LedgerOutcome]) -> None:
-        """The client was shown a price; the books must not silently say another."""
-        if settlement.cancelled() or self._hold.cancelled():
-            return
-        # Decided before: the writer keeps the order. Of a hold that was refused there is nothing to settle.
-        if self._hold.result() is LedgerOutcome.APPLIED and settlement.result() is not LedgerOutcome.APPLIED:
-            _log.error("settlement_refused", attempt_id=self.attempt_id, charge_micro_credits=self.charge_micro_credits)
+        return passed
 
-    def _keep(self, data: bytes) -> None:
-        self._pieces.append(data)
-        if self._relay.received_bytes > DOCUMENT_BYTES_MAX:
-            raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine's answer is too large.")
+    async def _go_on(self, place: Place | None) -> None:
+        """Starts attempts until one has begun a good answer, or nothing is left to answer; raises what ends the request."""
+        while place is not None:
+            try:
+                attempt = await self._begin(self._asked_of(place), place.excluded)
+            except PotluckError as error:
+                # Raises: without a replica there is nothing else to do.
+                await self._perform(Unplaced(), error=error)
+                return
+            self._started(attempt)
+            try:
+                await attempt.open()
+            except PotluckError as error:
+                place = await self._next_place(attempt, error)
+            else:
+                self.node_ids += (attempt.node_id,)
+                return
 
-    async def _error_body(self) -> bytes:
-        body = b""
-        while len(body) < ERROR_BODY_BYTES_MAX and (data := await self._relay.next_data()) is not None:
-            body += data
-        return body
+    async def _recover(self, attempt: Attempt, error: PotluckError) -> None:
+        await self._go_on(await self._next_place(attempt, error))
+
+    async def _next_place(self, attempt: Attempt, error: PotluckError) -> Place | None:
+        """After an attempt has failed: where the next one is to be; None where the answer was whole. Raises what ends the request."""
+        judged = self._said(attempt)
+        failure = failure_of(error.code, for_good=attempt.broken_off)
+        assert self._deadline_at is not None, "an attempt ran"
+        seconds_left = self._deadline_at - self._clock.monotonic_seconds()
+        self._note(StepKind.FAILED, error.message, node_id=attempt.node_id, attempt_id=attempt.attempt_id)
+        place: Place | None = None
+        try:
+            place = await self._perform(Broke(failure, judged, seconds_left), error=error, whole=judged.whole)
+        finally:
+            if failure is Failure.LOST:
+                _log.warning(
+                    "attempt_lost",
+                    request_id=self.request_id,
+                    attempt_id=attempt.attempt_id,
+                    node_id=attempt.node_id,
+                    code=error.code,
+                    tokens_relayed=attempt.relayed_token_count,
+                    follows=_STEPS[place.continuing] if place is not None else "finished" if judged.whole else "failed",
+                )
+        if self._course.was_lost and self._loss is None:
+            self._loss = error
+        if place is not None:
+            self._note(_STEPS[place.continuing], f"after {self._token_count} tokens" if place.continuing else "")
+        return place
+
+    def _started(self, attempt: Attempt) -> None:
+        self._course, _ = advance(self._course, Dispatched(attempt.node_id))
+        self._attempt = attempt
+        if self._request.stream:
+            attempt.keep = self._so_far.add
+        if self._deadline_at is None:
+            self._deadline_at = attempt.deadline_at_seconds
+            self._hold_micro_credits = attempt.hold_micro_credits
+        if self._so_far.head is not None:
+            self._splice = Splice(self._so_far.head, attempt.tokens_before, role_shown=self._so_far.role_shown)
+
+    async def _perform(self, event: Event, *, error: PotluckError | None = None, whole: bool = False) -> Place | None:
+        """Carries out what an event leads to; raises the error that ends the request."""
+        self._course, effects = advance(self._course, event)
+        place: Place | None = None
+        for effect in effects:
+            place = await self._carry_out(effect, error, whole=whole)
+        return place
+
+    async def _carry_out(self, effect: Effect, error: PotluckError | None, *, whole: bool) -> Place | None:
+        match effect:
+            case Settle():
+                await self._settle(whole=whole)
+            case Place():
+                return effect
+            case Finish():
+                self._made_end = self._end_of_whole()
+            case End():
+                assert error is not None, "something went wrong"
+                raise self._ending(effect, error)
+        return None
+
+    async def _settle(self, *, whole: bool) -> None:
+        """Pays the attempt; its slot is free and its node told before anything else is tried."""
+        attempt = self._attempt
+        assert attempt is not None, "only an attempt is settled"
+        await attempt.close(whole=whole)
+        self._token_count = attempt.tokens_before + attempt.relayed_token_count
+        self.charge_micro_credits += attempt.charge_micro_credits
+        self.document = self._with_tier(attempt.document)
+        if attempt.usage is not None:
+            self.usage = usage_together(attempt.usage, attempt.tokens_before)
+
+    def _said(self, attempt: Attempt) -> Said:
+        delivered = self._delivered(attempt)
+        if not delivered.anything:
+            return Said()
+        body = _body_decoder.decode(self._request.body)
+        return said(self._request.endpoint, body, delivered, self._request.completion_tokens_max)
+
+    def _delivered(self, attempt: Attempt) -> Delivered:
+        return self._so_far.delivered(attempt.tokens_before + attempt.relayed_token_count)
+
+    def _asked_of(self, place: Place) -> InferenceRequest:
+        """The request of the next attempt."""
+        if self._attempt is None:
+            return self._request
+        request = replace(self._request, deadline_at_seconds=self._deadline_at)
+        if not self._course.was_lost:
+            return request
+        before, asked = self._token_count if place.continuing else 0, request.completion_tokens_max
+        text = self._so_far.delivered(before).text
+        return replace(
+            request,
+            continued=Continued(text, before, self._hold_micro_credits - self.charge_micro_credits),
+            completion_tokens_max=None if asked is None else asked - before,
+            prompt_bytes=request.prompt_bytes + len(text.encode()),
+            prompt_tokens_min=request.prompt_tokens_min + before,
+        )
+
+    def _end_of_whole(self) -> bytes:
+        """Of an answer of which only the end is missing. Where no count of the prompt came, it is free, and said to be."""
+        self.usage = self.usage or Usage(0, self._token_count)
+        so_far = self._so_far
+        return made_end(
+            self._request.endpoint,
+            so_far.head or {},
+            finish_reason="length" if so_far.finish_reason is None else None,
+            usage=self.usage if self._request.include_usage and not so_far.usage_shown else None,
+        )
+
+    def _ending(self, end: End, error: PotluckError) -> PotluckError:
+        """What the client is told, and why nobody goes on."""
+        loss = self._loss if end.tells_loss and self._loss is not None else error
+        if end.why is not None:
+            return _with_words(loss, f"{loss.message} It cannot be continued elsewhere: {end.why}.")
+        if loss is not error and self._course.continuing:
+            return _with_words(loss, f"{loss.message} Nobody could go on with the answer: {error.message}")
+        return loss
 
 
-def _refusal(outcome: LedgerOutcome, hold_micro_credits: int) -> PotluckError:
-    if outcome is LedgerOutcome.INSUFFICIENT_CREDITS:
-        cost = credits_text(hold_micro_credits)
-        message = f"This request could cost up to {cost} credits, and the account has fewer: see `potluck credits`, or lower max_tokens."
-        return PotluckError(ErrorCode.INSUFFICIENT_CREDITS, message)
-    # The ledger knows this hold otherwise, or this gateway no longer: another one has taken its place.
-    return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2)
+def _with_words(error: PotluckError, message: str) -> PotluckError:
+    return PotluckError(error.code, message, param=error.param, retry_after_seconds=error.retry_after_seconds)

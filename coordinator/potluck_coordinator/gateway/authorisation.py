@@ -49,6 +49,7 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.AccountService/CreateKey": Audience.USER,
     "/potluck_protocol.v1.AccountService/ListKeys": Audience.USER,
     "/potluck_protocol.v1.AccountService/RevokeKey": Audience.USER,
+    "/potluck_protocol.v1.AccountService/SetKeyQuotas": Audience.USER,
     "/potluck_protocol.v1.AccountService/CreateJoinToken": Audience.USER,
     "/potluck_protocol.v1.AccountService/ListJoinTokens": Audience.USER,
     "/potluck_protocol.v1.AccountService/RevokeJoinToken": Audience.USER,
@@ -64,6 +65,10 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.PoolService/Undeploy": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/ListDeployments": Audience.USER,
     "/potluck_protocol.v1.PoolService/ExplainDeployment": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/GetTiers": Audience.USER,
+    "/potluck_protocol.v1.PoolService/ExplainRequest": Audience.USER,
+    "/potluck_protocol.v1.PoolService/ExplainWaiting": Audience.USER,
+    "/potluck_protocol.v1.PoolService/ExplainNode": Audience.USER,
 }
 
 HTTP_ROUTES: Final[dict[tuple[str, str], Audience]] = {

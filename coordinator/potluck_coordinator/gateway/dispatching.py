@@ -1,7 +1,8 @@
 """Starts attempts: the relay, the node's part, the hold beside the dispatch, and whatever must happen once an attempt is over.
 
-Decides how long an attempt may run. What is held and who earns it are `domain.pricing` and the directory's word; where it runs was decided
-before. It must not know queues: `on_over` hears of each end, and what it does there is its own affair.
+Decides how long an attempt may run, and what is held for one that goes on from another's text. What is held else and who earns it are
+`domain.pricing` and the directory's word; where it runs was decided before. It must not know queues: `on_over` hears of each end, and what
+it does there is its own affair.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.pricing import hold_amount
-from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.attempt import Attempt
+from potluck_coordinator.gateway.continuation import continued_body
 from potluck_coordinator.gateway.relay import Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, AttemptId, NodeId, ReplicaId, StartAttempt
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from potluck_protocol.clock import Clock
 
 REQUEST_SECONDS_MAX: Final = 600.0
-"""From its dispatch. An answer that is not whole by then fails, and its slot is free again; by default the SDK waits no longer."""
+"""From a request's first dispatch. An answer that is not whole by then fails, and its slot is free again; by default the SDK waits no
+longer."""
 HOLD_SLACK_SECONDS: Final = 60.0
 """A hold outlives its request by so much, for its settlement to be committed."""
 
@@ -63,7 +66,7 @@ class Dispatching:
         window_bytes: how much of one answer may be on its way.
         clock: for deadlines.
         on_start: called with each attempt's request; what it gives comes back to `on_over`.
-        on_over: called with the request, that, the answer, and the seconds it took.
+        on_over: called with the request, that, the attempt, and the seconds it took.
         on_slot: called whenever a slot has become free.
     """
 
@@ -76,7 +79,7 @@ class Dispatching:
         window_bytes: int,
         clock: Clock,
         on_start: Callable[[InferenceRequest], float],
-        on_over: Callable[[InferenceRequest, float, Answer, float], None],
+        on_over: Callable[[InferenceRequest, float, Attempt, float], None],
         on_slot: Callable[[], None],
     ) -> None:
         self._links = links
@@ -87,19 +90,18 @@ class Dispatching:
         self._on_start = on_start
         self._on_over = on_over
         self._on_slot = on_slot
-        self.answers: dict[AttemptId, Answer] = {}
+        self.attempts: dict[AttemptId, Attempt] = {}
         """Those on their way."""
 
-    def dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId]) -> Answer:
+    def dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId]) -> Attempt:
         """Starts an attempt and, beside it, its hold. The engine is not kept waiting; the client sees nothing before the hold stands."""
         session = self._links.session(replica.node_id)
         assert session is not None, "placement saw the session in this same turn of the loop"
-        attempt_id = self._books.new_attempt_id()
-        now = self._clock.monotonic_seconds()
-        amount = hold_amount(entry, request.prompt_bytes, request.completion_tokens_max, request.answer_count, request.prompt_count)
+        attempt_id, now = self._books.new_attempt_id(), self._clock.monotonic_seconds()
+        amount, body = _hold_of(request, entry), _body_of(request, replica)
         relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
         payees = self._books.replica_payees().get(replica.replica_id, (PayeeShare(session.owner_account_id, 1),))
-        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, request.body, request.stream, self._window_bytes)
+        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, body, request.stream, self._window_bytes)
         session.start(start, relay, now, request, tried)
         self._links.node_changed(session.node_id)
 
@@ -113,33 +115,35 @@ class Dispatching:
         expected = self._on_start(request)
 
         def expire() -> None:
-            relay.fail(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
+            attempt.break_off(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
             # The slot is not kept until whoever reads the answer notices.
             finish()
             self._on_slot()
 
-        deadline = asyncio.get_running_loop().call_later(REQUEST_SECONDS_MAX, expire)
+        deadline_at = now + REQUEST_SECONDS_MAX if request.deadline_at_seconds is None else request.deadline_at_seconds
+        deadline = asyncio.get_running_loop().call_later(max(0.0, deadline_at - now), expire)
 
         def release() -> None:
             deadline.cancel()
+            self._links.measures.count(attempt_id, attempt.usage, attempt.relayed_token_count)
             finish()
-            self._quarantine.end(attempt_id, request, answered=answer.is_whole)
-            del self.answers[attempt_id]
-            self._on_over(request, expected, answer, self._clock.monotonic_seconds() - now)
+            self._quarantine.end(attempt_id, request, answered=attempt.is_whole)
+            del self.attempts[attempt_id]
+            self._on_over(request, expected, attempt, self._clock.monotonic_seconds() - now)
             self._on_slot()
 
-        answer = Answer(
+        attempt = self.attempts[attempt_id] = Attempt(
             request=request,
             entry=entry,
             node_id=session.node_id,
             relay=relay,
+            deadline_at_seconds=deadline_at,
             hold_micro_credits=amount,
             hold=hold,
             ledger=self._books.ledger,
             release=release,
         )
-        self.answers[attempt_id] = answer
-        return answer
+        return attempt
 
     def _hold(self, attempt_id: AttemptId, payer: AccountId, payees: tuple[PayeeShare, ...], amount_micro_credits: int) -> OpenHold:
         return OpenHold(
@@ -153,16 +157,31 @@ class Dispatching:
 
     def mark_delivered(self) -> None:
         """Writes down what each unfinished answer has earned, for the case that this gateway dies before it settles."""
-        for answer in self.answers.values():
-            charge = answer.charge_so_far()
-            if charge > answer.marked_micro_credits:
-                answer.marked_micro_credits = charge
-                self._books.ledger.submit(MarkDelivered(answer.attempt_id, charge))
+        for attempt in self.attempts.values():
+            charge = attempt.charge_so_far()
+            if charge > attempt.marked_micro_credits:
+                attempt.marked_micro_credits = charge
+                self._books.ledger.submit(MarkDelivered(attempt.attempt_id, charge))
 
     async def stop(self) -> None:
         """Ends every answer, as a coordinator that goes away does."""
         # These may have been worked on, so they must not look like requests that can safely be made again.
-        for answer in tuple(self.answers.values()):
-            answer.fail(PotluckError(ErrorCode.NODE_LOST, "The coordinator is stopping; the answer broke off."))
+        for attempt in tuple(self.attempts.values()):
+            attempt.break_off(PotluckError(ErrorCode.NODE_LOST, "The coordinator is stopping; the answer broke off."))
             # Settled here and now: a client that does not read would keep its edge from it for longer than a stop may take.
-            await answer.close()
+            await attempt.close()
+
+
+def _hold_of(request: InferenceRequest, entry: CatalogueEntry) -> int:
+    """The most that an attempt can cost; all those of a request together never cost more than one that nothing disturbs could."""
+    tokens_max, continued = request.completion_tokens_max, request.continued
+    if tokens_max is None and continued is not None:
+        tokens_max = max(0, entry.context_length_tokens - continued.token_count)
+    amount = hold_amount(entry, request.prompt_bytes, tokens_max, request.answer_count, request.prompt_count)
+    return amount if continued is None else min(amount, continued.hold_micro_credits_max)
+
+
+def _body_of(request: InferenceRequest, replica: ReplicaView) -> bytes:
+    if request.continued is None:
+        return request.body
+    return continued_body(request.endpoint, request.body, request.continued, replica.engine_kind)

@@ -24,17 +24,20 @@ from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
 from potluck_coordinator.gateway.dispatching import Books
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
+from potluck_coordinator.gateway.gate import TierLimits
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.key_cache import KeyCache
+from potluck_coordinator.gateway.keyed_requests import KeyedRequests
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_coordinator.gateway.requests import RequestLimits, RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
+from potluck_coordinator.rate_text import rate_limit
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import ConnectionDocument
@@ -94,6 +97,7 @@ class Gateway:
         self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
         self._keys = KeyCache(directory.accounts.authenticate, lambda: self._snapshot.key_generation, clock)
         self._requests: RequestService | None = None
+        self._keyed: KeyedRequests | None = None
         self._ports: list[GrpcServer] = []
         self._http: HttpServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,10 +123,19 @@ class Gateway:
             links=self._links,
             books=books,
             catalogue=lambda: self._snapshot.models,
-            limits=RequestLimits(AdmissionLimits(self._settings.queue_length_max, self._settings.queue_deadline_seconds)),
+            limits=RequestLimits(
+                AdmissionLimits(self._settings.queue_length_max, self._settings.queue_deadline_seconds),
+                TierLimits(
+                    rate_limit(self._settings.default_tier_rate),
+                    self._settings.default_tier_reserve_percent,
+                    self._settings.default_tier_first_token_seconds,
+                ),
+            ),
             clock=self._clock,
             draw=random.random,
+            flex_models=lambda: self._snapshot.flex_models,
         )
+        requests.gate.remember(grant.promise_hours)
         self._metrics.watch_pool(lambda: self._reading(requests))
         self._tasks = [
             asyncio.ensure_future(work)
@@ -151,6 +164,8 @@ class Gateway:
         """Ends answers with an error, says goodbye to the nodes, hands the last settlements over and closes the ports."""
         if self._requests is not None:
             await self._requests.stop()
+        if self._keyed is not None:
+            await self._keyed.stop()
         await self._links.stop()
         # Before the ports: nothing new is dispatched without links, and closing them may take as long as a client cares to.
         if not await self._ledger.drain(DRAIN_SECONDS_MAX):
@@ -165,14 +180,17 @@ class Gateway:
 
     async def _serve(self, grant: GatewayGrant, requests: RequestService) -> Endpoints:
         settings = self._settings
+        keyed = self._keyed = KeyedRequests(
+            requests, self._directory.idempotency, self._clock, hash_key=grant.fingerprint_key, gateway_epoch=grant.epoch
+        )
         interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._links.is_enrolled, self._clock)
         people = build_grpc_server(
             grant,
             interceptor,
             enrolment=EnrolmentServicer(self._directory.enrolment),
-            inference=InferenceServicer(requests, self._metrics, self._clock),
+            inference=InferenceServicer(requests, keyed, self._metrics, self._clock),
             account=AccountServicer(self._directory.accounts, self._directory.ledger),
-            pool=PoolServicer(self._directory.nodes, self._directory.catalogue),
+            pool=PoolServicer(self._directory.nodes, self._directory.catalogue, requests, self._links, self._clock),
         )
         nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock))
         self._ports = [people, nodes]
@@ -187,6 +205,7 @@ class Gateway:
             document.to_json(),
             self._metrics,
             self._clock,
+            keyed=keyed,
             tls_certificate=settings.http_tls_certificate,
             tls_key=settings.http_tls_key,
         )
@@ -204,7 +223,9 @@ class Gateway:
 
     def _reading(self, requests: RequestService) -> PoolReading:
         queued = {model_id: requests.queued_count(model_id) for model_id in self._snapshot.models}
-        return PoolReading(queued, len(self._links), requests.in_flight_count, len(self._links.refused_requests))
+        return PoolReading(
+            queued, len(self._links), requests.in_flight_count, len(self._links.refused_requests), requests.gate.compliance()
+        )
 
     def _take(self, snapshot: PoolSnapshot) -> None:
         self._snapshot = snapshot
@@ -221,6 +242,17 @@ class Gateway:
     async def _report(self) -> None:
         self.requests.mark_delivered()
         await self._links.report(self.requests.waiting_counts)
+        await self._note_promise()
+
+    async def _note_promise(self) -> None:
+        """Hands what became of the default tier's promise to the books; what they do not take is told again."""
+        gate = self.requests.gate
+        if untold := gate.take_untold():
+            try:
+                await self._directory.pool.note_promise(untold)
+            except PotluckError:
+                gate.put_back(untold)
+                raise
 
 
 async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

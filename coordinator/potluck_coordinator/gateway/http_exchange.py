@@ -82,6 +82,8 @@ class Exchange:
         self.sent_bytes = 0
         self.first_byte_seconds: float | None = None
         """From arrival to the answer's first byte."""
+        self.more_headers: Callable[[], Iterable[Header]] = tuple
+        """Asked for when an answer or a refusal begins, whatever it is."""
 
     @property
     def seconds(self) -> float:
@@ -202,4 +204,4 @@ class Exchange:
             (b"openai-processing-ms", b"%d" % round(self.seconds * 1000)),
         )
         close = ((b"connection", b"close"),) if self._last_on_connection else ()
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common, *close]})
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common, *self.more_headers(), *close]})

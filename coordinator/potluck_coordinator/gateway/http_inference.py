@@ -9,19 +9,24 @@ sees when an answer breaks off. `http_exchange` takes the body in and `openai_re
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from potluck_coordinator.desks import KeyIdentity
+from potluck_coordinator.domain.catalogue import ServiceTier
+from potluck_coordinator.gateway.gate import caller_of
 from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Header
 from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.openai_request import parse_request
+from potluck_coordinator.gateway.rate_windows import Allowance, rate_headers
 from potluck_coordinator.gateway.relay import PassOn
 from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.errors import PotluckError
-from potluck_protocol.metadata import COST_HEADER, NODE_HEADER
-from potluck_protocol.values import Endpoint, ModelId, NodeId, Usage
+from potluck_protocol.metadata import COST_HEADER, IDEMPOTENCY_KEY, NODE_HEADER, REPLAYED_HEADER, TIER_HEADER
+from potluck_protocol.values import AccountId, Endpoint, ModelId, NodeId, Usage
 
 
 class InferenceAnswer(Protocol):
@@ -29,6 +34,8 @@ class InferenceAnswer(Protocol):
 
     @property
     def node_id(self) -> NodeId: ...
+    @property
+    def tier(self) -> ServiceTier: ...
     @property
     def usage(self) -> Usage | None: ...
     @property
@@ -44,6 +51,20 @@ class Requests(Protocol):
 
     async def begin(self, request: InferenceRequest) -> InferenceAnswer: ...
     def models(self) -> tuple[ModelView, ...]: ...
+    def allowance(self, account_id: AccountId) -> Allowance: ...
+
+
+class KeyedAnswer(InferenceAnswer, Protocol):
+    """What this edge needs of `gateway.kept_answer.KeptAnswer`."""
+
+    @property
+    def is_first(self) -> bool: ...
+
+
+class KeyedRequests(Protocol):
+    """What this edge needs of `gateway.keyed_requests.KeyedRequests`."""
+
+    async def begin(self, request: InferenceRequest, key: str, body: bytes) -> KeyedAnswer: ...
 
 
 class InferenceExchange:
@@ -52,15 +73,19 @@ class InferenceExchange:
     Args:
         exchange: where it came from and where its answer goes.
         requests: who answers.
+        keyed: who answers a request that names an idempotency key.
         metrics: told once, at the end.
     """
 
-    def __init__(self, exchange: Exchange, requests: Requests, metrics: Metrics) -> None:
+    def __init__(self, exchange: Exchange, requests: Requests, keyed: KeyedRequests, metrics: Metrics) -> None:
         self._exchange = exchange
         self._requests = requests
+        self._keyed = keyed
         self._metrics = metrics
         self._answer: InferenceAnswer | None = None
         self.model_id: ModelId | None = None
+        self.is_replay = False
+        """It got what an earlier request with its idempotency key had got, or is getting."""
 
     @property
     def node_id(self) -> NodeId | None:
@@ -84,10 +109,11 @@ class InferenceExchange:
             PotluckError: refused before anything was asked of the pool.
             ClientGoneError: nobody waits any more; the attempt is cancelled.
         """
+        self._exchange.more_headers = partial(self._rate_headers, identity.account_id)
         body = await self._exchange.read_body()
-        request = parse_request(endpoint, body, self._exchange.request_id, identity.account_id)
+        request = parse_request(endpoint, body, self._exchange.request_id, identity.account_id, caller_of(identity))
         self.model_id = request.model_id
-        work = asyncio.ensure_future(self._work(request))
+        work = asyncio.ensure_future(self._work(request, body))
         gone = asyncio.ensure_future(self._exchange.wait_until_gone())
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -103,10 +129,18 @@ class InferenceExchange:
             finally:
                 await self._close()
 
-    async def _work(self, request: InferenceRequest) -> None:
+    async def _begin(self, request: InferenceRequest, body: bytes) -> InferenceAnswer:
+        key = self._exchange.header(IDEMPOTENCY_KEY.encode())
+        if key is None:
+            return await self._requests.begin(request)
+        answer = await self._keyed.begin(request, key, body)
+        self.is_replay = not answer.is_first
+        return answer
+
+    async def _work(self, request: InferenceRequest, body: bytes) -> None:
         """Writes the answer, or its failure, which says whether it cost something."""
         try:
-            self._answer = await self._requests.begin(request)
+            self._answer = await self._begin(request, body)
             if request.stream:
                 await self._relay(self._answer)
             else:
@@ -119,7 +153,7 @@ class InferenceExchange:
         """The hot path: one write for whatever has arrived, and none of this loop's turns while the client keeps up."""
         exchange = self._exchange
         data = await answer.next_data()
-        await exchange.begin_stream(self._node_header(answer))
+        await exchange.begin_stream(self._headers(answer))
         while data is not None:
             await exchange.send_piece(data)
             data = await answer.next_data(exchange.send_now)
@@ -130,7 +164,7 @@ class InferenceExchange:
         while await answer.next_data() is not None:
             pass
         cost = (COST_HEADER.encode(), b"%d" % answer.charge_micro_credits)
-        await self._exchange.reply_json(answer.document, (*self._node_header(answer), cost))
+        await self._exchange.reply_json(answer.document, (*self._headers(answer), cost))
 
     async def _close(self) -> None:
         """Ends the answer, which settles it; again is harmless."""
@@ -138,10 +172,13 @@ class InferenceExchange:
             await self._answer.close()
 
     def observe(self) -> None:
-        """Counts the answer, if there was one."""
-        if self._answer is not None and self.model_id is not None:
+        """Counts the answer, if there was one, and once, however often it is given."""
+        if self._answer is not None and self.model_id is not None and not self.is_replay:
             self._metrics.observe_answer(self.model_id, self.usage, self._exchange.sent_bytes, self._exchange.first_byte_seconds)
 
-    @staticmethod
-    def _node_header(answer: InferenceAnswer) -> tuple[Header, ...]:
-        return ((NODE_HEADER.encode(), answer.node_id.encode()),)
+    def _headers(self, answer: InferenceAnswer) -> tuple[Header, ...]:
+        own = ((NODE_HEADER.encode(), answer.node_id.encode()), (TIER_HEADER.encode(), answer.tier.encode()))
+        return (*own, (REPLAYED_HEADER.encode(), b"true")) if self.is_replay else own
+
+    def _rate_headers(self, account_id: AccountId) -> Iterable[Header]:
+        return [(name.encode(), value.encode()) for name, value in rate_headers(self._requests.allowance(account_id))]

@@ -20,7 +20,7 @@ from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.gateway.authorisation import HTTP_ROUTES, Audience, require
 from potluck_coordinator.gateway.edges import log_unexpected
 from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Message, Receive, Send
-from potluck_coordinator.gateway.http_inference import InferenceExchange, Requests
+from potluck_coordinator.gateway.http_inference import InferenceExchange, KeyedRequests, Requests
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import CONTENT_TYPE, Metrics
@@ -85,10 +85,14 @@ class HttpRoutes:
         connection_document: the JSON of `/pool/v1/connection`.
         metrics: counts, and is shown.
         clock: for durations.
+        keyed: serves inference for whoever names an idempotency key.
     """
 
-    def __init__(self, requests: Requests, keys: KeyCache, connection_document: bytes, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self, requests: Requests, keys: KeyCache, connection_document: bytes, metrics: Metrics, clock: Clock, *, keyed: KeyedRequests
+    ) -> None:
         self._requests = requests
+        self._keyed = keyed
         self._keys = keys
         self._connection_document = connection_document
         self._metrics = metrics
@@ -146,7 +150,7 @@ class HttpRoutes:
 
     async def _infer(self, exchange: Exchange, record: _Record, *, endpoint: Endpoint) -> None:
         assert record.identity is not None, "the table lets nobody in here without a key"
-        record.inference = InferenceExchange(exchange, self._requests, self._metrics)
+        record.inference = InferenceExchange(exchange, self._requests, self._keyed, self._metrics)
         await record.inference.serve(endpoint, record.identity)
 
     async def _list_models(self, exchange: Exchange, _record: _Record) -> None:
@@ -190,6 +194,7 @@ class HttpRoutes:
                 "model_id": inference.model_id if inference.node_id else None,
                 "node_id": inference.node_id,
                 "stream": exchange.streaming,
+                **({"is_replay": True} if inference.is_replay else {}),
                 "prompt_token_count": usage.prompt_token_count if usage else None,
                 "completion_token_count": usage.completion_token_count if usage else None,
                 "charge_micro_credits": inference.charge_micro_credits,

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
 from potluck_coordinator.gateway.http_exchange import CONNECTION_EXTENSION
-from potluck_coordinator.gateway.http_inference import Requests
+from potluck_coordinator.gateway.http_inference import KeyedRequests, Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.openai_errors import error_body
@@ -200,6 +200,7 @@ class HttpServer:
         connection_document: the JSON of `/pool/v1/connection`.
         metrics: counts, and is shown.
         clock: for durations.
+        keyed: serves inference for whoever names an idempotency key.
         tls_certificate: PEM chain; None where a proxy in front does TLS or everything is on one machine.
         tls_key: its key.
     """
@@ -212,10 +213,11 @@ class HttpServer:
         metrics: Metrics,
         clock: Clock,
         *,
+        keyed: KeyedRequests,
         tls_certificate: Path | None = None,
         tls_key: Path | None = None,
     ) -> None:
-        self._routes = HttpRoutes(requests, keys, connection_document, metrics, clock)
+        self._routes = HttpRoutes(requests, keys, connection_document, metrics, clock, keyed=keyed)
         self._tls_certificate = tls_certificate
         self._tls_key = tls_key
         self._server: _EmbeddedServer | None = None

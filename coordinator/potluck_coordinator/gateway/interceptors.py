@@ -64,6 +64,8 @@ class Call:
     outcome: str = "ok"
     facts: dict[str, Any] = field(default_factory=dict)
     """What the servicer adds to the call's line in the log."""
+    more_trailers: Callable[[], tuple[tuple[str, str], ...]] = tuple
+    """Asked for at the call's end, whatever that is."""
 
 
 _CALL: ContextVar[Call] = ContextVar("potluck_call")
@@ -138,9 +140,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await self._admit(call, metadata.get(AUTHORIZATION), context)
             with self._placed(call):
                 await _answer(handler, requests, context)
+            context.set_trailing_metadata(((REQUEST_ID, call.request_id), *call.more_trailers()))
         except PotluckError as error:
             call.outcome = str(error.code)
-            await _abort(context, error, call.request_id)
+            await _abort(context, error, call.request_id, call.more_trailers())
         except asyncio.CancelledError:
             call.outcome = str(ErrorCode.CANCELLED)
             raise
@@ -248,7 +251,7 @@ async def _write(context: _Context, message: Any) -> None:
         raise PotluckError(ErrorCode.CANCELLED, f"The client read nothing for {STALL_SECONDS_MAX:.0f} s.") from None
 
 
-async def _abort(context: _Context, error: PotluckError, request_id: RequestId) -> None:
+async def _abort(context: _Context, error: PotluckError, request_id: RequestId, more_trailers: tuple[tuple[str, str], ...] = ()) -> None:
     message = error.message[:ERROR_TEXT_CHARACTERS_MAX]
     detail = common_pb2.ErrorDetail(
         code=str(error.code),
@@ -257,5 +260,9 @@ async def _abort(context: _Context, error: PotluckError, request_id: RequestId) 
         param=error.param or "",
         retry_after_ms=int((error.retry_after_seconds or 0) * 1000),
     )
-    trailing = ((REQUEST_ID, request_id), (ERROR_DETAIL, detail.SerializeToString()))
+    trailing: tuple[tuple[str, str | bytes], ...] = (
+        (REQUEST_ID, request_id),
+        (ERROR_DETAIL, detail.SerializeToString()),
+        *more_trailers,
+    )
     await context.abort(error.spec.grpc_status, message, trailing)

@@ -85,7 +85,7 @@ class LinkServicer(LineServicer):
     async def _carry(self, context: _LinkContext, session: NodeSession, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:
         """Moves frames both ways until either side ends; raises what was wrong with the node's frames."""
         ended_here = False
-        writer = asyncio.ensure_future(self._write(context, outbox, first))
+        writer = asyncio.ensure_future(self._write(context, outbox, first, session.epoch))
         reader = asyncio.ensure_future(self._read(context, session, outbox))
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
@@ -104,10 +104,11 @@ class LinkServicer(LineServicer):
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator ended this link.")
 
     @staticmethod
-    async def _write(context: _LinkContext, outbox: Outbox, first: node_pb2.CoordinatorFrame) -> None:
+    async def _write(context: _LinkContext, outbox: Outbox, first: node_pb2.CoordinatorFrame, epoch: int) -> None:
         await context.write(first)
         while True:
             frame = await outbox.take()
+            frame.epoch = epoch
             await context.write(frame)
             if frame.HasField("goodbye"):
                 return
@@ -120,7 +121,7 @@ class LinkServicer(LineServicer):
                 return None
             if frame.epoch != session.epoch:
                 continue
-            now = self._clock.monotonic_seconds()
+            now = session.heard_at = self._clock.monotonic_seconds()
             if frame.chunks:
                 self._take_chunks(frame, session, outbox, now)
             if frame.ends:
@@ -133,8 +134,7 @@ class LinkServicer(LineServicer):
                 reason = codec.goodbye_reason_from_number(frame.goodbye.reason)
                 return reason if reason in _GOODBYES_OF_NODES else None
 
-    @staticmethod
-    def _take_chunks(frame: node_pb2.NodeFrame, session: NodeSession, outbox: Outbox, now: float) -> None:
+    def _take_chunks(self, frame: node_pb2.NodeFrame, session: NodeSession, outbox: Outbox, now: float) -> None:
         for chunk in frame.chunks:
             relay = session.attempts.get(chunk.attempt_id)  # type: ignore[call-overload]
             if relay is None:
@@ -144,7 +144,10 @@ class LinkServicer(LineServicer):
                 continue
             if relay.head is None and chunk.HasField("head"):
                 relay.head = AnswerHead(chunk.head.http_status, chunk.head.content_type)
+            had_begun = relay.first_chunk_at is not None
             relay.receive(chunk.sequence, chunk.data, now)
+            if not had_begun and relay.first_chunk_at is not None:
+                self._links.answer_began(session)
 
     def _take_ends(self, frame: node_pb2.NodeFrame, session: NodeSession) -> None:
         for end in frame.ends:
@@ -160,6 +163,9 @@ class LinkServicer(LineServicer):
             elif end.blamed:
                 # The node's word is enough to try no other engine now, and not enough to refuse the request to everyone.
                 kills_engines = True
+            elif reason is EndReason.ENGINE_FAILED and not relay.over:
+                self._links.suspicions.failed(session.replica_of(attempt_id))
+                self._links.node_changed(session.node_id)
             relay.end(end.sequence, reason, end.detail, kills_engines=kills_engines)
 
     def _take_heartbeat(self, message: node_pb2.Heartbeat, session: NodeSession, outbox: Outbox, now: float) -> None:

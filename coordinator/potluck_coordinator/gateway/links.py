@@ -10,20 +10,25 @@ of new links through `on_change`, what was running hears of its end through its 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from potluck_coordinator.domain.forecast import Forecast
 from potluck_coordinator.domain.lethal import DEATHS_HEARD_SECONDS, LoneDeath, is_heard
-from potluck_coordinator.domain.nodes import attempt_is_silent, lapsed_nodes, link_grace_is_over
 from potluck_coordinator.domain.placement import rejection
+from potluck_coordinator.domain.survival import LOSSES_PER_SECOND_GUESS
+from potluck_coordinator.gateway.judging import Elsewhere, Judging
 from potluck_coordinator.gateway.leavers import Leavers, has_died
+from potluck_coordinator.gateway.measures import Measures
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
+from potluck_coordinator.gateway.probing import Probing
 from potluck_coordinator.gateway.roster import Roster
+from potluck_coordinator.gateway.suspicions import Suspicions
 from potluck_protocol.culprits import Culprits
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import GoodbyeReason, NodeId, Welcome
+from potluck_protocol.values import EngineState, GoodbyeReason, NodeId, Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
@@ -31,16 +36,12 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
     from potluck_coordinator.domain.nodes import LivenessLimits
-    from potluck_coordinator.domain.placement import Cohort
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.clock import Clock
     from potluck_protocol.culprits import Fingerprint
     from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId
 
 _log = structlog.get_logger()
-
-ABSENCE_SECONDS_MIN: Final = 2.0
-"""Ticks are a quarter of a second apart; one that comes so late says that this process could not run."""
 
 
 class Links:
@@ -68,15 +69,24 @@ class Links:
         self._deaths_heard_at: dict[NodeId, list[float]] = {}
         """Lone ones that the directory was told of, lately."""
         self._sessions: dict[NodeId, NodeSession] = {}
-        self._roster = Roster()
+        self.measures = Measures(clock.monotonic_seconds)
+        self.usual: Callable[[ModelId], Forecast] = lambda _: Forecast()
+        """What requests of a model usually are; whoever learns it says so here."""
+        self._roster = Roster(self._usually)
         self._changed: set[NodeId] = set()
         """Whose replicas may be others than in the roster."""
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._outcasts: Mapping[NodeId, str] = {}
         self._leaving: frozenset[ReplicaId] = frozenset()
+        self._slow_replicas: Mapping[ReplicaId, float] = {}
+        self._drained_replicas: Mapping[ReplicaId, str] = {}
         self._desired: Mapping[NodeId, DesiredState] = {}
+        self._losses_per_second: Mapping[NodeId, float] = {}
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
+        self.suspicions = Suspicions(clock.monotonic_seconds)
+        self._judging = Judging(limits, self._elsewhere, self.suspicions, self.node_changed)
+        self._probing = Probing(self.suspicions, self.finish, clock.monotonic_seconds)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -113,7 +123,8 @@ class Links:
 
     def engine_died(self, session: NodeSession, attempt_id: AttemptId) -> None:
         """A node says that an attempt's engine died while it worked on it."""
-        present = session.present_at_death(attempt_id)
+        # Probes are worded anew each time: to remember one would refuse nothing.
+        present = [start for start in session.present_at_death(attempt_id) if start.attempt_id not in self._probing.attempt_ids]
         if not present:
             return
         replica_id = present[0].replica_id
@@ -124,13 +135,19 @@ class Links:
         if len(fingerprints) == 1 and self._hears(session.node_id, self._clock.monotonic_seconds()):
             owner = session.owner_account_id
             is_only_owner = not self.others_can_take(requests[0], owner, session.tried(attempt_id))
-            self._tell(self._directory.lethal.report_death(LoneDeath(attempt_id, fingerprints.pop(), owner, is_only_owner)))
+            fingerprint = fingerprints.pop()
+            # Until the directory says so itself: the request goes on at once, and should do so with another owner.
+            self.suspect_requests = {fingerprint: owner, **self.suspect_requests}
+            self._tell(self._directory.lethal.report_death(LoneDeath(attempt_id, fingerprint, owner, is_only_owner)))
 
     def beat(self, session: NodeSession, heartbeat: Heartbeat, now: float) -> None:
         """A node's sign of life. Where an engine has died with which nobody stayed, nothing but this tells so."""
         before = session.engines
         session.beat(heartbeat, now)
         self.node_changed(session.node_id)
+        for replica_id, status in before.items():
+            if status.state is EngineState.READY and not session.is_ready(replica_id):
+                self.measures.began_anew(replica_id)
         for replica_id, status in session.engines.items():
             if has_died(before.get(replica_id), status) and not session.at_engine(replica_id):
                 self._deserted_engine_died(session, replica_id)
@@ -164,6 +181,9 @@ class Links:
         Its body is hashed here, on the loop, also where no engine ever died: milliseconds for one of megabytes. To keep bodies instead, in
         case their engine dies, would take memory.
         """
+        relay = session.attempts.get(attempt_id)
+        if relay is not None and relay.was_answered:
+            self.suspicions.succeeded(replica_id)
         if session.is_at_engine(attempt_id):
             self._leavers.left(replica_id, session.requests[attempt_id].fingerprint(self.culprits))
         session.finish(attempt_id, replica_id)
@@ -190,6 +210,16 @@ class Links:
         replicas = (replica for other in others for replica in other.replica_views(request.model_id))
         return any(rejection(replica, request.endpoint, tried, request.prompt_tokens_min) is None for replica in replicas)
 
+    def _elsewhere(self, request: InferenceRequest, out: frozenset[NodeId]) -> Elsewhere:
+        roster = self.roster()
+        able = [
+            (len(kind), kind.free_count, *roster.count_on(kind, out)[:2])
+            for kind in roster.kinds(request.model_id)
+            if rejection(kind.sample, request.endpoint, frozenset(), request.prompt_tokens_min) is None
+        ]
+        has_any = any(count > out_count for count, _, out_count, _ in able)
+        return Elsewhere(has_any, any(free_count > out_free_count for _, free_count, _, out_free_count in able))
+
     def _tell(self, telling: Coroutine[Any, Any, None]) -> None:
         """Beside the reading loop. What does not reach the directory is known to this gateway alone."""
 
@@ -210,13 +240,21 @@ class Links:
         request = session.requests.get(attempt_id)
         return request is not None and self.culprits.is_refused(request.fingerprint(self.culprits))
 
-    def cohorts(self, model_id: ModelId) -> tuple[Cohort, ...]:
-        """Every replica of the model on a connected node, those that are alike together; true for no longer than until the next call."""
+    def _usually(self, model_id: ModelId) -> Forecast:
+        return self.usual(model_id)
+
+    def roster(self) -> Roster:
+        """Every replica of the connected nodes as it is now; true for no longer than until the next call."""
         while self._changed:
             node_id = self._changed.pop()
             session = self._sessions.get(node_id)
             self._roster.enter(node_id, session.replica_views() if session is not None else ())
-        return self._roster.cohorts(model_id)
+        return self._roster
+
+    def answer_began(self, session: NodeSession) -> None:
+        """An attempt's first bytes are there: its replica has one prompt less to read, and may take another."""
+        self.node_changed(session.node_id)
+        self._on_change()
 
     async def connect(self, hello: Hello) -> tuple[NodeSession, Outbox, Welcome]:
         """Begins the node's session, or goes on with it over a new link.
@@ -238,6 +276,9 @@ class Links:
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
                 session.wish(self._desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
                 session.leaving = self._leaving
+                session.slow_replicas, session.drained_replicas = self._slow_replicas, self._drained_replicas
+                session.suspicions, session.measures = self.suspicions, self.measures
+                session.losses_per_second = self._losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
             elif session.outbox is not None:
                 session.outbox.close(GoodbyeReason.REPLACED, "A newer link of this node took over.")
@@ -257,7 +298,11 @@ class Links:
             return None
         session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
         self.node_changed(session.node_id)
-        return None if goodbye is None else self.close(session, goodbye)
+        if goodbye is not None:
+            return self.close(session, goodbye)
+        # Not at the next look, which may be a quarter of a second later: its clients wait.
+        asyncio.get_running_loop().call_later(self._limits.link_grace_seconds, self.tick)
+        return None
 
     def close(
         self, session: NodeSession, goodbye: GoodbyeReason | None, farewell: GoodbyeReason | None = None, words: str = ""
@@ -269,7 +314,13 @@ class Links:
         if farewell is not None and session.outbox is not None:
             session.outbox.close(farewell, words)
         session.outbox = None
+        if goodbye is None:
+            self._judging.lost(session.node_id, self._clock.monotonic_seconds())
+            if not self._judging.in_doubt:
+                self.suspicions.lost(session)
         session.fail_attempts(PotluckError(ErrorCode.NODE_LOST))
+        for replica_id in session.engines:
+            self.measures.began_anew(replica_id)
         _log.info("node_gone", node_id=session.node_id, epoch=session.epoch, goodbye=goodbye, attempts_lost=len(session.attempts))
         task = asyncio.ensure_future(self._tell_directory(session, goodbye))
         self._closings.add(task)
@@ -279,48 +330,35 @@ class Links:
     def tick(self) -> None:
         """Judges every node by the clock: called a few times a second."""
         now = self._clock.monotonic_seconds()
-        self._forgive_own_absence(now)
-        lapsed = lapsed_nodes(((session.node_id, session.signs) for session in self._sessions.values()), now, self._limits)
-        for session in self.sessions:
-            if session.node_id in lapsed or link_grace_is_over(session.link_lost_at, now, self._limits):
-                reason = "silence" if session.node_id in lapsed else "link_lost"
-                _log.warning("session_ended", node_id=session.node_id, reason=reason, silence_seconds=round(now - session.heartbeat_at, 3))
-                self.close(session, None, GoodbyeReason.LEASE_ENDED)
-                continue
-            if session.judge(now, self._limits):
-                self.node_changed(session.node_id)
-            signs = session.signs
-            for relay in session.attempts.values():
-                if not relay.over and attempt_is_silent(signs, relay.last_chunk_at, now, self._limits):
-                    relay.fail(PotluckError(ErrorCode.NODE_LOST, "The node that was answering fell silent."))
-
-    def _forgive_own_absence(self, now: float) -> None:
-        """Time in which this process itself stood still is nobody's silence: what the nodes sent meanwhile is still to be read."""
-        absence_seconds = now - self._ticked_at
-        self._ticked_at = now
-        if absence_seconds > ABSENCE_SECONDS_MIN:
-            _log.warning("gateway_stood_still", seconds=round(absence_seconds, 1))
-            for session in self._sessions.values():
-                # One that was read already, after the pause, is not moved into the future.
-                session.heartbeat_at = min(now, session.heartbeat_at + absence_seconds)
-                if session.link_lost_at is not None:
-                    session.link_lost_at = min(now, session.link_lost_at + absence_seconds)
+        absence_seconds, self._ticked_at = now - self._ticked_at, now
+        self._judging.forgive(self._sessions.values(), absence_seconds, now)
+        for session, reason in self._judging.look(self.sessions, now):
+            _log.warning("session_ended", node_id=session.node_id, reason=reason, silence_seconds=round(now - session.heartbeat_at, 3))
+            self.close(session, None, GoodbyeReason.LEASE_ENDED)
+        self._probing.start_due(self.sessions)
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
         self._outcasts, self._desired, self._leaving = snapshot.outcasts, snapshot.desired, snapshot.leaving
+        self._losses_per_second = snapshot.losses_per_second
         self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
+        is_paced_anew = (self._slow_replicas, self._drained_replicas) != (snapshot.slow_replicas, snapshot.drained_replicas)
+        self._slow_replicas, self._drained_replicas = snapshot.slow_replicas, snapshot.drained_replicas
+        self._judging.drained = frozenset(snapshot.drained_replicas)
         for session in self.sessions:
-            before = session.leaving, session.desired
+            before = session.leaving, session.desired, session.losses_per_second
             if session.node_id in snapshot.outcasts:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
                 continue
             session.leaving = snapshot.leaving
+            session.slow_replicas, session.drained_replicas = snapshot.slow_replicas, snapshot.drained_replicas
+            session.losses_per_second = snapshot.losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
             session.fail_broken(snapshot.broken_groups)
             if session.node_id in snapshot.desired:
                 session.wish(snapshot.desired[session.node_id])
-            if before != (session.leaving, session.desired):
+            if is_paced_anew or before != (session.leaving, session.desired, session.losses_per_second):
                 self.node_changed(session.node_id)
+        self.suspicions.retain(engine.replica_id for desired in snapshot.desired.values() for engine in desired.engines)
 
     async def report(self, waiting_counts: Mapping[ModelId, int]) -> None:
         """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching.
@@ -333,6 +371,7 @@ class Links:
 
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""
+        await self._probing.stop()
         for session in self.sessions:
             self.close(session, GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.COORDINATOR_STOPPING)
         if self._closings:
@@ -346,7 +385,7 @@ class Links:
             heartbeat_busy_ms=int(self._limits.heartbeat_busy_seconds * 1000),
             heartbeat_idle_ms=int(self._limits.heartbeat_idle_seconds * 1000),
             desired=session.desired,
-            resume_points={attempt_id: relay.next_sequence for attempt_id, relay in session.attempts.items() if not relay.over},
+            resume_points={attempt_id: relay.resume_point for attempt_id, relay in session.attempts.items() if not relay.over},
         )
 
     async def _tell_directory(self, session: NodeSession, goodbye: GoodbyeReason | None) -> bool:

@@ -8,12 +8,24 @@ and what it says goes into the link's `outbox`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
 from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, liveness
 from potluck_coordinator.domain.placement import ReplicaView, slots_beside_owner
+from potluck_coordinator.domain.stall import (
+    FIRST_TOKEN_SEQUENCE,
+    GAP_BUCKETS,
+    GAP_SECONDS_MIN,
+    GapCounts,
+    Quiet,
+    faded,
+    gap_p99_seconds,
+    prefill_seconds,
+)
+from potluck_coordinator.domain.suspicion import Standing
+from potluck_coordinator.gateway.measured_view import measured
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EngineState, NodeState
 
@@ -23,11 +35,13 @@ if TYPE_CHECKING:
     from potluck_coordinator.desks import SessionGrant
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.gateway.inference_request import InferenceRequest
+    from potluck_coordinator.gateway.measures import Measures
     from potluck_coordinator.gateway.outbox import Outbox
     from potluck_coordinator.gateway.relay import Relay
+    from potluck_coordinator.gateway.suspicions import Suspicions
+    from potluck_protocol.cards import CardTelemetry
     from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
-        CardTelemetry,
         DesiredState,
         EngineStatus,
         Heartbeat,
@@ -70,10 +84,28 @@ class NodeSession:
         self._peer_measurements: tuple[PeerMeasurement, ...] = ()
         self._line: LineMeasurement | None = hello.inventory.line
         self.heartbeat_at = now
+        self._beat_number = 0
+        self.heard_at = now
+        """When the last frame of any kind came."""
+        self._asked_at: float | None = None
+        self._gap_counts: dict[ReplicaId, GapCounts] = {}
         self.busy_since: float | None = None
         self.suspect = False
         self.leaving: frozenset[ReplicaId] = frozenset()
         """Replicas that get no new requests, of this node and of others."""
+        self.slow_replicas: Mapping[ReplicaId, float] = {}
+        self.drained_replicas: Mapping[ReplicaId, str] = {}
+        """Both of this node and of others, by the directory's word."""
+        self.vouched_models: frozenset[ModelId] = frozenset()
+        """While the coordinator doubts itself: those that nobody else is known to serve; for these the last view of the node holds."""
+        self.unrivalled_models: frozenset[ModelId] = frozenset()
+        """Those that no replica serves which is trusted: caution would leave requests waiting for nobody better."""
+        self.suspicions: Suspicions | None = None
+        """What is held against its replicas; None: nothing can be."""
+        self.measures: Measures | None = None
+        """What was measured of its replicas; None: nothing is."""
+        self.losses_per_second = 0.0
+        """How often it goes away at this hour, by the directory's word."""
         self.outbox: Outbox | None = None
         """None while the link is down."""
         self.link_lost_at: float | None = None
@@ -87,7 +119,7 @@ class NodeSession:
     def connect(self, hello: Hello, outbox: Outbox, now: float) -> None:
         """A link, the first or a later one, is there."""
         self.outbox, self.link_lost_at = outbox, None
-        self.heartbeat_at = now
+        self.heartbeat_at = self.heard_at = now
         self.suspect = False
         self.state = hello.state
         self.engines = {status.replica_id: status for status in hello.engines}
@@ -96,7 +128,11 @@ class NodeSession:
         self._line = hello.inventory.line or self._line
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
-        """A sign of life."""
+        """A sign of life. One that comes again, or late, is none."""
+        if heartbeat.number:
+            if heartbeat.number <= self._beat_number:
+                return
+            self._beat_number = heartbeat.number
         if not self.attempts:
             self.busy_since = None
         self.heartbeat_at = now
@@ -115,12 +151,15 @@ class NodeSession:
             raise PotluckError(ErrorCode.NO_CAPACITY, retry_after_seconds=1)
         if self.busy_since is None or not (self.suspect or self._is_at_work()):
             self.busy_since = now
+        relay.gap_counts = self._gap_counts.setdefault(start.replica_id, [0] * GAP_BUCKETS)
         self.attempts[start.attempt_id] = relay
         self.requests[start.attempt_id] = request
         self._starts[start.attempt_id] = start
         self._tried[start.attempt_id] = tried
         self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
         self._used_replica_ids.add(start.replica_id)
+        if self.measures is not None:
+            self.measures.begin(start.replica_id, start.attempt_id, request, relay)
         self.outbox.start(start)
 
     def finish(self, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
@@ -131,6 +170,8 @@ class NodeSession:
         del self._starts[attempt_id], self._tried[attempt_id], self.requests[attempt_id]
         self._bereaved.discard(attempt_id)
         self.attempts_by_replica[replica_id] -= 1
+        if self.measures is not None:
+            self.measures.end(attempt_id)
         if not self.attempts and not self.suspect:
             # Of a suspect node only its next sign of life says so: its silence would else look like an idle node's.
             self.busy_since = None
@@ -202,6 +243,67 @@ class NodeSession:
         before, self.suspect = self.suspect, liveness(self.signs, now, limits) is not Liveness.FRESH
         return self.suspect is not before
 
+    def ask_for_beat(self, now: float) -> None:
+        """Asks a node that has been quiet to say something, once until it does."""
+        if self.outbox is not None and now - self.heard_at >= GAP_SECONDS_MIN and self.asked_seconds(now) is None:
+            self._asked_at = now
+            self.outbox.ask_for_beat()
+
+    def asked_seconds(self, now: float) -> float | None:
+        """How long the node has owed a word that it was asked for."""
+        return None if self._asked_at is None or self.heard_at > self._asked_at else now - self._asked_at
+
+    def quiet(self, attempt_id: AttemptId, now: float) -> Quiet:
+        """What `domain.stall` judges an attempt by."""
+        start, relay = self._starts[attempt_id], self.attempts[attempt_id]
+        status = self.engines.get(start.replica_id)
+        waiting = (
+            self.requests[other_id].prompt_bytes
+            for other_id, other in self.attempts.items()
+            if other.next_sequence <= FIRST_TOKEN_SEQUENCE and not other.over and self._starts[other_id].replica_id == start.replica_id
+        )
+        return Quiet(
+            attempt_seconds=now - relay.last_chunk_at,
+            node_seconds=now - self.heard_at,
+            asked_seconds=self.asked_seconds(now),
+            streams=start.stream,
+            begun=relay.next_sequence > FIRST_TOKEN_SEQUENCE,
+            gap_p99_seconds=gap_p99_seconds(self._gap_counts[start.replica_id]),
+            prefill_seconds=prefill_seconds(waiting, status.prefill_tokens_per_second if status is not None else None),
+        )
+
+    def fade_gaps(self) -> None:
+        """What answers were like long ago counts less."""
+        for counts in self._gap_counts.values():
+            counts[:] = faded(counts)
+
+    def excuse(self, absence_seconds: float, now: float) -> None:
+        """Nobody could hear the node in so many of the last seconds. What was heard after them is not moved into the future."""
+        self.heartbeat_at = min(now, self.heartbeat_at + absence_seconds)
+        if self.link_lost_at is not None:
+            self.link_lost_at = min(now, self.link_lost_at + absence_seconds)
+
+    def excuse_attempts(self, absence_seconds: float, now: float) -> None:
+        """The same, for what is counted in shorter times."""
+        self.heard_at = min(now, self.heard_at + absence_seconds)
+        if self._asked_at is not None:
+            self._asked_at = min(now, self._asked_at + absence_seconds)
+        for relay in self.attempts.values():
+            relay.last_chunk_at = min(now, relay.last_chunk_at + absence_seconds)
+
+    def is_ready(self, replica_id: ReplicaId) -> bool:
+        """Whether the replica's engine serves, as the node said last."""
+        status = self.engines.get(replica_id)
+        return status is not None and status.state is EngineState.READY
+
+    def replica_of(self, attempt_id: AttemptId) -> ReplicaId:
+        """Where it runs."""
+        return self._starts[attempt_id].replica_id
+
+    def unanswered(self) -> list[ReplicaId]:
+        """The replicas of everything that is still to be answered, each as often."""
+        return [self.replica_of(attempt_id) for attempt_id, relay in self.attempts.items() if not relay.over and not relay.ended_by_node]
+
     def report(self, now: float) -> NodeReport:
         """What happened since the last report, for the directory's count of uptime and its planning."""
         report = NodeReport(
@@ -217,10 +319,18 @@ class NodeSession:
             peer_measurements=self._peer_measurements,
             attached_model_names=self._attached_model_names,
             line=self._line,
+            decode_tokens_per_second=self._speeds_learned(),
         )
         self._used_replica_ids = {replica_id for replica_id, count in self.attempts_by_replica.items() if count}
         self._reported_at = now
         return report
+
+    def _speeds_learned(self) -> Mapping[ReplicaId, float]:
+        """Since the last report."""
+        if self.measures is None:
+            return {}
+        learned = {replica_id: self.measures.tokens_per_second_since(replica_id, self._reported_at) for replica_id in self.engines}
+        return {replica_id: speed for replica_id, speed in learned.items() if speed is not None}
 
     def replica_views(self, model_id: ModelId | None = None) -> Iterator[ReplicaView]:
         """Its replicas, of one model or all, as placement sees them: what was wished of it, as far as it says that it is there."""
@@ -235,19 +345,41 @@ class NodeSession:
             in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
             # A node at its bound of attempts has no slot left, whatever its replicas offer.
             room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
+            judged = self._judged(wish.replica_id, wish.model.model_id)
+            if judged["half_open"]:
+                room_count = min(room_count, 1)
             if wish.engine_kind == ATTACH_KIND and status is not None:
                 room_count = slots_beside_owner(room_count, in_flight_count, status.waiting_count)
+            slot_count = min(status.slot_count, wish.slot_count, room_count) if status is not None else 0
+            seen = {}
+            if self.measures is not None and status is not None:
+                seen = measured(self.measures, status, self._line, self.heartbeat_at, slot_count, in_flight_count)
             yield ReplicaView(
                 replica_id=wish.replica_id,
                 node_id=self.node_id,
                 model_id=wish.model.model_id,
                 ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
-                slot_count=min(status.slot_count, wish.slot_count, room_count) if status is not None else 0,
+                slot_count=slot_count,
                 in_flight_count=in_flight_count,
                 node_paused=self.state is not NodeState.SERVING,
-                node_suspect=self.suspect,
                 link_up=self.outbox is not None and not self.outbox.closed,
                 endpoints=status.endpoints if status is not None else (),
                 leaving=wish.replica_id in self.leaving,
                 context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
+                owner_account_id=self.owner_account_id,
+                engine_kind=wish.engine_kind,
+                losses_per_second=self.losses_per_second,
+                **judged,
+                **seen,
             )
+
+    def _judged(self, replica_id: ReplicaId, model_id: ModelId) -> dict[str, Any]:
+        """Fields of a view: what the pool's own judgement lets the replica have."""
+        standing = Standing.TRUSTED if self.suspicions is None else self.suspicions.standing(replica_id)
+        is_unrivalled = model_id in self.unrivalled_models
+        return {
+            "node_suspect": standing is Standing.SUSPECTED or (self.suspect and model_id not in self.vouched_models),
+            "half_open": standing is Standing.HALF_OPEN and not is_unrivalled,
+            "drained": "" if is_unrivalled else self.drained_replicas.get(replica_id, ""),
+            "weight": self.slow_replicas.get(replica_id, 1.0),
+        }

@@ -16,8 +16,10 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 RETRY_AFTER_SECONDS_DEFAULT: Final = 1.0
 RETRY_AFTER_SECONDS_MAX: Final = 120.0
 """The openai package takes a longer wait for "never"."""
+_AS_LONG_AS_IT_TAKES: Final = frozenset({ErrorCode.RATE_LIMITED, ErrorCode.QUOTA_EXCEEDED})
+"""Told in full: an hour or a day is not over sooner, and a client that takes it for "never" is right."""
 
-_NEVER_RETRY: Final = frozenset({ErrorCode.INSUFFICIENT_CREDITS, ErrorCode.REQUEST_REFUSED})
+_NEVER_RETRY: Final = frozenset({ErrorCode.INSUFFICIENT_CREDITS, ErrorCode.REQUEST_REFUSED, ErrorCode.IDEMPOTENCY_KEY_SPENT})
 
 
 class _ErrorBody(msgspec.Struct):
@@ -68,7 +70,9 @@ def http_error(error: PotluckError, *, billed: bool = False) -> HttpError:
     if billed or error.code in _NEVER_RETRY:
         headers.append((b"x-should-retry", b"false"))
     elif error.spec.retry_is_safe or error.retry_after_seconds is not None:
-        seconds = min(error.retry_after_seconds or RETRY_AFTER_SECONDS_DEFAULT, RETRY_AFTER_SECONDS_MAX)
+        seconds = error.retry_after_seconds or RETRY_AFTER_SECONDS_DEFAULT
+        if error.code not in _AS_LONG_AS_IT_TAKES:
+            seconds = min(seconds, RETRY_AFTER_SECONDS_MAX)
         headers.append((b"retry-after", b"%d" % max(math.ceil(seconds), 1)))
         headers.append((b"retry-after-ms", b"%d" % max(math.ceil(seconds * 1000), 1)))
     return HttpError(error.spec.http_status, tuple(headers), error_body(error))

@@ -1,8 +1,9 @@
 """What an OpenAI-shaped request body must be before it may cost anything.
 
-Decides which bodies are refused, what admission and the ledger must know of the rest, and the one change made on the way to the engine: a
-streamed request always asks for usage. It must not know models, accounts or sockets. Fields not named here go to the engine untouched;
-those named beside OpenAI's own are names by which engines let a caller ask for more or longer answers, or for more of a node's memory.
+Decides which bodies are refused, what admission and the ledger must know of the rest, and the two changes made on the way to the engine:
+a streamed request always asks for usage, and the tier is taken out. It must not know models, accounts or sockets. Fields not named here go
+to the engine untouched; those named beside OpenAI's own are names by which engines let a caller ask for more or longer answers, or for more
+of a node's memory. What answers may be held to is bounded by `grammar_bounds`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from potluck_coordinator.gateway.inference_request import InferenceRequest
+from potluck_coordinator.domain.tiers import AskedTier
+from potluck_coordinator.gateway.grammar_bounds import ABSENT, TOOL_COUNT_MAX, TOOLS_BYTES_MAX, Guides, check_guides, check_schema
+from potluck_coordinator.gateway.inference_request import NO_CALLER, Caller, InferenceRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, Endpoint, ModelId, RequestId
 
 BODY_BYTES_MAX: Final = 4 * 1024 * 1024
 ANSWER_COUNT_MAX: Final = 4
 STOP_COUNT_MAX: Final = 20
+STOP_CHARACTERS_MAX: Final = 1024
+WORD_COUNT_MAX: Final = 256
 INPUT_COUNT_MAX: Final = 2048
 MESSAGE_COUNT_MAX: Final = 2048
 """OpenAI's own bound. A template's time grows faster than its messages: for 4,000 of them llama.cpp needed 0.85 s, for 100,000 minutes."""
@@ -37,6 +42,8 @@ _MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
 _Count: TypeAlias = Annotated[int, Meta(ge=1, le=ANSWER_COUNT_MAX)]
 _TokenCount: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _LookBack: TypeAlias = Annotated[int, Meta(ge=-1, le=LOOK_BACK_TOKENS_MAX)]
+_Stop: TypeAlias = Annotated[str, Meta(max_length=STOP_CHARACTERS_MAX)]
+_Ids: TypeAlias = Annotated[list[int], Meta(max_length=LOGIT_BIAS_COUNT_MAX)]
 _Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 _Inputs: TypeAlias = str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=BODY_BYTES_MAX)]
 
@@ -54,27 +61,33 @@ class _Message(Struct):
 
 class _Function(Struct):
     name: str
+    description: str | None = None
+    parameters: Raw = ABSENT
 
 
 class _Tool(Struct):
     type: str
     function: _Function | None = None
+    custom: Raw = ABSENT
 
 
 class _ResponseFormat(Struct):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Raw] | None = None
+    schema: Raw = ABSENT
+    """llama.cpp's, beside `json_object`."""
 
 
 class _StreamOptions(Struct):
     include_usage: bool | None = None
 
 
-class _Body(Struct, kw_only=True):
+class _Body(Guides, kw_only=True):
     """What every endpoint shares."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     user: str | None = None
+    service_tier: Literal["auto", "default", "flex"] | None = None
 
 
 class _Generation(_Body, kw_only=True):
@@ -92,7 +105,7 @@ class _Generation(_Body, kw_only=True):
     n_cmpl: _Count | None = None
     """llama.cpp's name for `n`, which wins there."""
     seed: int | None = None
-    stop: str | Annotated[list[str], Meta(max_length=STOP_COUNT_MAX)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=STOP_COUNT_MAX)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=LOGIT_BIAS_COUNT_MAX)] | None = None
@@ -103,11 +116,21 @@ class _Generation(_Body, kw_only=True):
     dry_penalty_last_n: _LookBack | None = None
     min_keep: Annotated[int, Meta(ge=0, le=LOOK_BACK_TOKENS_MAX)] | None = None
     response_format: _ResponseFormat | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """vLLM's, as the next four; -1 asks for every token of the vocabulary, of every token of the prompt."""
+    bad_words: Annotated[list[_Stop], Meta(max_length=WORD_COUNT_MAX)] | None = None
+    stop_token_ids: _Ids | None = None
+    allowed_token_ids: _Ids | None = None
+    chat_template: None = None
+    """Refused: a program that the engine would run."""
+    dry_sequence_breakers: Annotated[list[_Stop], Meta(max_length=WORD_COUNT_MAX)] | None = None
+    """llama.cpp's, as the next one."""
+    samplers: str | Annotated[list[str], Meta(max_length=WORD_COUNT_MAX)] | None = None
 
 
 class _ChatBody(_Generation, kw_only=True):
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=MESSAGE_COUNT_MAX)]
-    tools: list[_Tool] | None = None
+    tools: Annotated[list[_Tool], Meta(max_length=TOOL_COUNT_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     parallel_tool_calls: bool | None = None
@@ -141,7 +164,9 @@ _fields_decoder: Final = msgspec.json.Decoder(dict[str, Raw])
 _encoder: Final = msgspec.json.Encoder()
 
 
-def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, account_id: AccountId) -> InferenceRequest:
+def parse_request(
+    endpoint: Endpoint, body: bytes, request_id: RequestId, account_id: AccountId, caller: Caller = NO_CALLER
+) -> InferenceRequest:
     """Checks a request body and reads from it what the gateway needs.
 
     Raises:
@@ -153,6 +178,8 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
     _check_meaning(parsed)
     model_id = ModelId(parsed.model)
     prompt_bytes = len(body)
+    asked_tier = AskedTier(parsed.service_tier or AskedTier.AUTO)
+    body = _for_engine(body, asks_for_usage=not isinstance(parsed, _EmbeddingBody) and parsed.stream is True, parsed=parsed)
     if isinstance(parsed, _EmbeddingBody):
         input_count = _check_inputs(parsed.input, "input")
         return InferenceRequest(
@@ -168,6 +195,8 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
             answer_count=1,
             prompt_count=input_count,
             prompt_tokens_min=_prompt_tokens_min(parsed),
+            caller=caller,
+            asked_tier=asked_tier,
         )
     stream = parsed.stream is True
     return InferenceRequest(
@@ -175,7 +204,7 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
         account_id=account_id,
         model_id=model_id,
         endpoint=endpoint,
-        body=_ask_for_usage(body) if stream else body,
+        body=body,
         stream=stream,
         include_usage=stream and parsed.stream_options is not None and parsed.stream_options.include_usage is True,
         prompt_bytes=prompt_bytes,
@@ -183,6 +212,8 @@ def parse_request(endpoint: Endpoint, body: bytes, request_id: RequestId, accoun
         answer_count=_answer_count(parsed),
         prompt_count=_check_inputs(parsed.prompt, "prompt") if isinstance(parsed, _CompletionBody) else 1,
         prompt_tokens_min=_prompt_tokens_min(parsed),
+        caller=caller,
+        asked_tier=asked_tier,
     )
 
 
@@ -221,7 +252,11 @@ def _invalid_field(explanation: str) -> PotluckError:
 
 def _check_meaning(parsed: _Parsed) -> None:
     """What types cannot say."""
+    check_guides(parsed)
+    if not isinstance(parsed, _EmbeddingBody):
+        _check_response_format(parsed.response_format)
     if isinstance(parsed, _ChatBody):
+        _check_tools(parsed.tools or [])
         for index, message in enumerate(parsed.messages):
             if message.content is None and message.role not in _MAY_BE_EMPTY:
                 param = f"messages[{index}].content"
@@ -233,6 +268,28 @@ def _check_meaning(parsed: _Parsed) -> None:
             )
         if (parsed.best_of or 1) > (parsed.n or 1):
             raise PotluckError(ErrorCode.INVALID_REQUEST, "`best_of` above `n` is not supported.", param="best_of")
+
+
+def _check_response_format(response_format: _ResponseFormat | None) -> None:
+    if response_format is None:
+        return
+    for name, schema in (response_format.json_schema or {}).items():
+        check_schema(schema, f"response_format.json_schema.{name}")
+    check_schema(response_format.schema, "response_format.schema")
+
+
+def _check_tools(tools: list[_Tool]) -> None:
+    """An engine makes a grammar of them, and they stand in the prompt, too."""
+    size_bytes = 0
+    for index, tool in enumerate(tools):
+        function = tool.function or _Function("")
+        size_bytes += len(function.description or "")
+        for schema, param in ((function.parameters, "function.parameters"), (tool.custom, "custom")):
+            check_schema(schema, f"tools[{index}].{param}")
+            size_bytes += len(bytes(schema))
+    if size_bytes > TOOLS_BYTES_MAX:
+        message = f"`tools` has more than {TOOLS_BYTES_MAX} bytes of descriptions and parameters."
+        raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="tools")
 
 
 def _prompt_tokens_min(parsed: _Parsed) -> int:
@@ -285,14 +342,21 @@ def _answer_count(parsed: _ChatBody | _CompletionBody) -> int:
     return count
 
 
-def _ask_for_usage(body: bytes) -> bytes:
-    """The body with `stream_options.include_usage` true; every other value is copied as it stands."""
-    fields = _fields_decoder.decode(body)
-    options: dict[str, Raw] = {}
-    if "stream_options" in fields and bytes(fields["stream_options"]) != b"null":
-        options = _fields_decoder.decode(fields["stream_options"])
-    if bytes(options.get("include_usage", b"")) == b"true":
+def _for_engine(body: bytes, *, parsed: _Parsed, asks_for_usage: bool) -> bytes:
+    """The body with `stream_options.include_usage` true where it streams, and without `service_tier`, which is between client and pool.
+
+    Every other value is copied as it stands; a body in which there is nothing to change is passed on as it came.
+    """
+    if not asks_for_usage and parsed.service_tier is None:
         return body
-    options["include_usage"] = Raw(b"true")
-    fields["stream_options"] = Raw(_encoder.encode(options))
-    return _encoder.encode(fields)
+    fields = _fields_decoder.decode(body)
+    is_changed = fields.pop("service_tier", None) is not None
+    if asks_for_usage:
+        options: dict[str, Raw] = {}
+        if "stream_options" in fields and bytes(fields["stream_options"]) != b"null":
+            options = _fields_decoder.decode(fields["stream_options"])
+        if bytes(options.get("include_usage", b"")) != b"true":
+            is_changed = True
+            options["include_usage"] = Raw(b"true")
+            fields["stream_options"] = Raw(_encoder.encode(options))
+    return _encoder.encode(fields) if is_changed else body

@@ -66,6 +66,10 @@ class Outbox:
         lease = self._next().lease
         lease.epoch, lease.lease_ttl_ms = epoch, lease_ttl_ms
 
+    def ask_for_beat(self) -> None:
+        """A heartbeat, at once."""
+        self._next().beat_now = True
+
     def hand_over_certificate(self, certificate_pem: str) -> None:
         """The answer to a certificate request."""
         self._next().certificate.certificate_pem = certificate_pem

@@ -1,4 +1,4 @@
-"""Where a request may run, asked of the nodes as they are now: `domain.placement` over the `links`' cohorts, `quarantine` in mind.
+"""Where a request may run, asked of the nodes as they are now: `domain.placement` over what the `roster` draws, `quarantine` in mind.
 
 Decides nothing of its own. It must not know queues, holds or answers.
 """
@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from potluck_coordinator.domain.placement import place, slots, tokens_wanted
+from potluck_coordinator.domain.admission import Capacity
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, hurdle, place, rejection, tokens_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from potluck_coordinator.domain.forecast import Work
     from potluck_coordinator.domain.placement import Placement
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.links import Links
     from potluck_coordinator.gateway.quarantine import Quarantine
+    from potluck_coordinator.gateway.roster import Kind
+    from potluck_protocol.clock import Clock
     from potluck_protocol.values import ModelId, NodeId
+
+_NOBODY: frozenset[NodeId] = frozenset()
 
 
 class Placing:
@@ -25,36 +31,83 @@ class Placing:
     Args:
         links: the nodes.
         quarantine: which requests are kept apart from which.
-        draw: a random number in [0, 1) for ties.
+        clock: for how far what was dispatched has come.
+        draw: a random number in [0, 1).
     """
 
-    def __init__(self, links: Links, quarantine: Quarantine, draw: Callable[[], float]) -> None:
+    def __init__(self, links: Links, quarantine: Quarantine, clock: Clock, draw: Callable[[], float]) -> None:
         self._links = links
         self._quarantine = quarantine
+        self._clock = clock
         self._draw = draw
 
-    def place(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> Placement:
+    def place(self, request: InferenceRequest, excluded: frozenset[NodeId], work: Work) -> Placement:
         """A free replica for the request now, if there is one, and why each other one is none."""
-        cohorts, draw = self._links.cohorts(request.model_id), self._draw()
+        roster, now, explores = self._links.roster(), self._clock.monotonic_seconds(), self._draw() < EXPLORE_SHARE
+        # Of one replica alone it does not matter what it holds.
+        warm = self._links.measures.warm(request, work) if roster.replica_count(request.model_id) > 1 else {}
         for shunned in self._quarantine.shunned(request, excluded):
             out = excluded | shunned
-            tokens_min = tokens_wanted(cohorts, request.endpoint, out, request.prompt_tokens_min, request.completion_tokens_max)
-            placement = place(cohorts, request.endpoint, out, draw, tokens_min)
+            drawn = roster.draw(
+                request.model_id,
+                work,
+                endpoint=request.endpoint,
+                engine_kinds=request.engine_kinds,
+                excluded=out,
+                tokens_min=self._tokens_wanted(request, out),
+                warm={} if explores else warm,
+                chance=self._draw,
+            )
+            placement = place(drawn, work, self._draw(), now, explores=explores and bool(warm))
             if placement.chosen is not None:
                 break
         return placement
 
     def slots(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> tuple[int, int]:
         """The slots of replicas that can take the request, busy or not, and how many of them are free."""
-        cohorts = self._links.cohorts(request.model_id)
-        tokens_min = tokens_wanted(cohorts, request.endpoint, excluded, request.prompt_tokens_min, request.completion_tokens_max)
-        return slots(cohorts, request.endpoint, excluded, tokens_min)
+        roster, tokens_min = self._links.roster(), self._tokens_wanted(request, excluded)
+        usable = free = 0
+        for kind in roster.kinds(request.model_id):
+            if rejection(kind.sample, request.endpoint, _NOBODY, tokens_min, request.engine_kinds) is None:
+                _, _, out_slots, out_free_slots = roster.count_on(kind, excluded)
+                usable += kind.slot_count - out_slots
+                free += kind.free_slot_count - out_free_slots
+        return usable, free
+
+    def capacity(self, model_id: ModelId) -> Capacity:
+        """All that takes requests for the model, together."""
+        kinds = [kind for kind in self._links.roster().kinds(model_id) if hurdle(kind.sample) is None]
+        return Capacity(
+            slot_count=sum(kind.slot_count for kind in kinds),
+            in_flight_count=sum(kind.in_flight_count for kind in kinds),
+            kv_tokens=sum(kind.kv_capacity_tokens for kind in kinds) if all(kind.tells_capacity for kind in kinds) else 0,
+            committed_tokens=float(sum(kind.committed_tokens for kind in kinds)),
+        )
+
+    def knows_others(self, model_id: ModelId, excluded: frozenset[NodeId]) -> bool:
+        """Whether another node means to serve the model: one that is suspect, or not ready, may be well in a moment; a paused one not."""
+        roster = self._links.roster()
+        willing = (kind for kind in roster.kinds(model_id) if not (kind.sample.node_paused or kind.sample.leaving))
+        return any(len(kind) > roster.count_on(kind, excluded)[0] for kind in willing)
 
     def has_free_slot(self, model_id: ModelId) -> bool:
         """Whether some request for the model could be placed now."""
-        return any(cohort.is_free for cohort in self._links.cohorts(model_id))
+        return any(kind.free_count for kind in self._links.roster().kinds(model_id))
 
     def ready_replica_count(self, model_id: ModelId) -> int:
         """Replicas that answer, busy or not."""
-        cohorts = self._links.cohorts(model_id)
-        return sum(len(cohort.replicas) for cohort in cohorts if cohort.sample.ready and cohort.sample.link_up)
+        kinds = self._links.roster().kinds(model_id)
+        return sum(len(kind) for kind in kinds if kind.sample.ready and kind.sample.link_up)
+
+    def _tokens_wanted(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> int:
+        roster = self._links.roster()
+
+        def has_others(kind: Kind) -> bool:
+            return not excluded or len(kind) > roster.count_on(kind, excluded)[0]
+
+        contexts = (
+            kind.sample.context_length_tokens
+            for kind in roster.kinds(request.model_id)
+            if rejection(kind.sample, request.endpoint, _NOBODY, 0, request.engine_kinds) is None and has_others(kind)
+        )
+        return tokens_wanted(contexts, request.prompt_tokens_min, request.completion_tokens_max)

@@ -1,9 +1,10 @@
 """The pool as people see it: the gRPC side of the directory's node and catalogue desks.
 
 Decides what of a node is shown to whom: its owner and the operator see everything; others see neither whose it is, nor what tells its cards
-apart, nor why an engine failed, nor what it offers to groups (its site and private address, and whom its owner trusts), nor what its owner
-calls models of their own. The operator's words over nodes, models and deployments come in here as well; `authorisation` keeps them to the
-operator, and `catalogue_messages` within bounds. It must not know links.
+apart and how they are, nor why an engine failed, nor what it offers to groups (its site and private address, and whom its owner trusts),
+nor what its owner calls models of their own. The operator's words over nodes, models and deployments come in here as well; `authorisation`
+keeps them to the operator, and `catalogue_messages` within bounds. It must not know links, but for handing them to `explain_servicer`, its
+other part.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import Any, Final
 import grpc
 
 from potluck_coordinator.desks import CatalogueDesk, KeyIdentity, NodeDesk, NodeRecord, PinProgress
+from potluck_coordinator.domain.tiers import PromiseCount
 from potluck_coordinator.gateway import catalogue_messages
+from potluck_coordinator.gateway.explain_servicer import ExplainServicer
 from potluck_coordinator.gateway.interceptors import caller
+from potluck_coordinator.gateway.links import Links
+from potluck_coordinator.gateway.requests import RequestService
 from potluck_protocol import codec, engine_codec, hardware_codec
+from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc
+from potluck_protocol.v1 import pool_pb2
 from potluck_protocol.values import AccountId, NodeId
 
 REASON_CHARACTERS_MAX: Final = 500
@@ -26,11 +32,17 @@ REASON_CHARACTERS_MAX: Final = 500
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
-    """Serves `PoolService`."""
+class PoolServicer(ExplainServicer):
+    """Serves `PoolService`: the pool here, the reasons by what it inherits.
 
-    def __init__(self, nodes: NodeDesk, catalogue: CatalogueDesk) -> None:
-        self._nodes = nodes
+    Args:
+        nodes: the nodes.
+        catalogue: models and deployments.
+        requests: as `ExplainServicer` has it, like the two that follow.
+    """
+
+    def __init__(self, nodes: NodeDesk, catalogue: CatalogueDesk, requests: RequestService, links: Links, clock: Clock) -> None:
+        super().__init__(nodes, requests, links, clock)
         self._catalogue = catalogue
 
     async def ListNodes(  # noqa: N802 - the contract's name, as for every method here
@@ -41,6 +53,25 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         identity = caller()
         records = await self._nodes.list_nodes()
         return pool_pb2.ListNodesResponse(nodes=[_node_message(_as_seen_by(identity, record)) for record in records])
+
+    async def GetTiers(  # noqa: N802
+        self, request: pool_pb2.GetTiersRequest, context: _Context
+    ) -> pool_pb2.GetTiersResponse:
+        """What the tiers are, what the caller has left, and how the promise was kept, as this gateway and the books know."""
+        del request, context
+        gate = self._requests.gate
+        allowance, compliance = gate.allowance(caller().account_id), gate.compliance()
+        return pool_pb2.GetTiersResponse(
+            default_request_count_max=allowance.limit_count,
+            window_seconds=allowance.window_seconds,
+            remaining_request_count=allowance.remaining_count,
+            reset_ms=round(allowance.reset_seconds * 1000),
+            reserve_percent=gate.limits.reserve_percent,
+            first_token_ms=round(gate.first_token_seconds * 1000),
+            hour=_promise_message(compliance.hour),
+            day=_promise_message(compliance.day),
+            thirty_days=_promise_message(compliance.month),
+        )
 
     async def RevokeNode(  # noqa: N802
         self, request: pool_pb2.RevokeNodeRequest, context: _Context
@@ -126,6 +157,7 @@ def _as_seen_by(identity: KeyIdentity, record: NodeRecord) -> NodeRecord:
     return replace(
         record,
         owner_account_id=AccountId(""),
+        cards=(),
         engines=tuple(replace(status, failure="") for status in record.engines),
         inventory=replace(record.inventory, accelerators=cards, group_offer=None, attached_model_names=()),
     )
@@ -145,4 +177,9 @@ def _node_message(record: NodeRecord) -> pool_pb2.Node:
         down_minutes=record.down_minutes,
         unknown_minutes=record.unknown_minutes,
         last_seen_at_unix_ms=record.last_seen_at_unix_ms,
+        cards=[hardware_codec.card_telemetry_message(card) for card in record.cards],
     )
+
+
+def _promise_message(count: PromiseCount) -> pool_pb2.PromiseKept:
+    return pool_pb2.PromiseKept(request_count=count.count, kept_count=count.kept_count)

@@ -1,40 +1,70 @@
-"""Who gets a slot and when: at once, after waiting in the model's queue, or not at all.
+"""Who gets room and when: at once, after waiting in the model's queue, or not at all.
 
-Decides nothing of its own: whether to wait is `domain.admission`, whose turn it is `domain.fairness` in each `waiting.ModelQueue`, where to
-run `placing`; what has its turn is handed to the `dispatch`. It must not know nodes, holds, or what an answer is made of.
+Decides nothing of its own: whether to wait is `domain.admission`, whose turn it is `domain.fairness` in each `model_line`, where to run
+`placing`; what has its turn is handed to the `dispatch`. Requests wait here and not at nodes, so that late comers of a better tier or of an
+account that had little still come first, and the loss of a node costs nobody who waits. It must not know nodes, holds, or what an answer is
+made of.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from potluck_coordinator.domain.admission import AdmissionLimits, Admitted, ModelLoad, Refuse, Wait, admit, retry_after_seconds
+from potluck_coordinator.domain.admission import (
+    AdmissionLimits,
+    Admitted,
+    ModelLoad,
+    Queued,
+    Refuse,
+    Wait,
+    Waiting,
+    admit,
+    is_hopeless,
+    is_promised,
+    predicted_wait_seconds,
+    retry_after_seconds,
+    waits_for,
+)
+from potluck_coordinator.domain.catalogue import ServiceTier
+from potluck_coordinator.domain.decisions import StepKind
+from potluck_coordinator.domain.fairness import service
+from potluck_coordinator.domain.tiers import flex_fits
+from potluck_coordinator.gateway.appointments import Expected
+from potluck_coordinator.gateway.model_line import ModelLine
 from potluck_coordinator.gateway.refusals import Refusals
-from potluck_coordinator.gateway.waiting import ModelQueue, WaitingRequest
+from potluck_coordinator.gateway.waiting import WaitingRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
     from typing import Protocol
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.forecast import Work
     from potluck_coordinator.domain.placement import ReplicaView
-    from potluck_coordinator.gateway.answer import Answer
+    from potluck_coordinator.gateway.attempt import Attempt
+    from potluck_coordinator.gateway.decisions import Decisions
+    from potluck_coordinator.gateway.expectations import Expectations
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.placing import Placing
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import ModelId, NodeId
+    from potluck_protocol.values import AccountId, ModelId, NodeId, RequestId
 
     class Dispatch(Protocol):
         """Starts an attempt of a request on a replica; `tried` are the nodes that would not take it."""
 
-        def __call__(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId]) -> Answer: ...
+        def __call__(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId]) -> Attempt: ...
 
 
-MEAN_WEIGHT: Final = 0.2
-"""Of the newest request in a model's mean duration: the last ten make up nine tenths of it."""
+REVIEW_SECONDS: Final = 0.25
+"""Between two looks at whether those that wait will have their turn in time."""
+OVERTAKEN_SECONDS_MAX: Final = 5.0
+"""How long a request that needs much of a cache lets smaller ones pass. After that those behind it wait until it has its room."""
+CONTINUED_WAIT_SECONDS_MAX: Final = 30.0
+"""How long a client whose answer stands still waits for another node."""
 
 
 class Queues:
@@ -42,129 +72,318 @@ class Queues:
 
     Args:
         placing: where requests may run.
+        expectations: what they are expected to be.
         limits: the queues' bounds.
         clock: for deadlines.
+        reserve_percent: of each model's room, what flex leaves to the default tier.
+        decisions: keeps who waited, was placed and was refused, and why.
     """
 
-    def __init__(self, placing: Placing, limits: AdmissionLimits, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        placing: Placing,
+        expectations: Expectations,
+        limits: AdmissionLimits,
+        clock: Clock,
+        reserve_percent: int,
+        decisions: Decisions,
+    ) -> None:
         self.dispatch: Dispatch
         """Starts whoever has a slot. Whoever dispatches puts this here before the first request comes."""
         self._placing = placing
+        self._expectations = expectations
         self._limits = limits
+        self._clock = clock
+        self._reserve_percent = reserve_percent
+        self._decisions = decisions
         self._refusals = Refusals(clock)
-        self._queues: dict[ModelId, ModelQueue] = {}
-        self._request_seconds_mean: dict[ModelId, float] = {}
+        self._lines: dict[ModelId, ModelLine] = {}
+        self._queued_bytes = 0
 
     def queued_count(self, model_id: ModelId) -> int:
-        """Requests waiting for a slot of the model."""
-        queue = self._queues.get(model_id)
-        return 0 if queue is None else len(queue)
+        """Requests waiting for the model."""
+        line = self._lines.get(model_id)
+        return 0 if line is None else line.waiting_count
 
     def waiting_counts(self, model_ids: Collection[ModelId]) -> dict[ModelId, int]:
-        """How much every model is asked for that has no slot free: its queue, and the people who were refused lately."""
+        """How much every model is asked for that has no room: its queue, and the people who were refused lately."""
         counts = self._refusals.counts(model_ids)
-        for model_id, queue in self._queues.items():
-            if waiting_count := len(queue):
+        for model_id, line in self._lines.items():
+            if waiting_count := line.waiting_count:
                 counts[model_id] = counts.get(model_id, 0) + waiting_count
         return counts
 
-    async def slot(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId], waited_seconds: float) -> Answer:
-        """A dispatched attempt, at once or after waiting for a slot.
+    async def slot(self, request: InferenceRequest, entry: CatalogueEntry, excluded: frozenset[NodeId], waited_seconds: float) -> Attempt:
+        """A dispatched attempt, at once or after waiting.
 
         Raises:
             PotluckError: NO_CAPACITY, QUEUE_FULL or QUEUE_TIMEOUT, or the dispatch's own.
         """
-        load = self._load(request, excluded)
-        if load.free_slot_count and load.queued_count:
+        line, now = self.line(request.model_id), self._clock.monotonic_seconds()
+        line.seen(request, now)
+        if line.waiting_count:
             # Whoever waits comes first. What is free after that suits none of them, and is not kept from others.
             self.serve(request.model_id)
-            load = self._load(request, excluded)
-        chosen = self._placing.place(request, excluded).chosen if load.free_slot_count else None
-        if chosen is None:
-            # A slot that is free is then on a node that this request is kept from.
-            load = replace(load, free_slot_count=0)
-        match admit(load, self._limits, waited_seconds):
-            case Admitted():
-                assert chosen is not None, "no other slot counts as free"
-                return self.dispatch(request, entry, chosen, excluded)
-            case Wait(wait_seconds_max):
-                return await self._wait(WaitingRequest(request, entry, excluded, wait_seconds_max))
-            case Refuse(code, retry_after):
-                raise self._refusal(code, request, excluded, retry_after)
+        chosen = self._room_for(line, request, excluded, now)
+        if chosen is not None:
+            line.appointments[request.tier].keep(request)
+            return self.dispatch(request, entry, chosen, excluded)
+        wait_seconds_max = self._wait_seconds_max(line, request, excluded, waited_seconds, now)
+        work = self._expectations.work(request)
+        waiting = WaitingRequest(
+            request,
+            entry,
+            excluded,
+            work=work,
+            seconds_max=wait_seconds_max,
+            arrived_at_seconds=now - waited_seconds,
+            joined_at_seconds=now,
+        )
+        return await self._wait(line, waiting)
 
-    async def _wait(self, waiting: WaitingRequest) -> Answer:
-        queue = self.queue(waiting.request.model_id)
-        self._make_room(queue, waiting.request)
-        queue.join(waiting)
-        answer: Answer | None = None
+    def _wait_seconds_max(
+        self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], waited_seconds: float, now: float
+    ) -> float:
+        """How long a request for which there is no room may wait for it; raises where it may not."""
+        appointments = line.appointments[request.tier]
+        appointment = appointments.find(request, now)
+        was_promised = appointment is not None and appointments.is_due(appointment, now)
+        if appointment is not None and not was_promised and request.continued is None:
+            raise self._refused(request, excluded, ErrorCode.QUEUE_FULL, appointment.due_at_seconds - now)
+        load = self._load(line, request, excluded, now, counts_expected=not was_promised)
+        if request.continued is not None:
+            if not self._placing.knows_others(request.model_id, excluded):
+                raise self._refused(request, excluded, ErrorCode.NO_CAPACITY, self._limits.retry_after_seconds_min)
+            return CONTINUED_WAIT_SECONDS_MAX
+        match admit(load, self._limits, waited_seconds, was_promised=was_promised):
+            case Wait(wait_seconds_max):
+                appointments.keep(request)
+                self._make_room(line, request)
+                return wait_seconds_max
+            case Refuse(code, retry_after, predicted_seconds):
+                if code is ErrorCode.QUEUE_FULL:
+                    self._expect_back(line, request, retry_after)
+                raise self._refused(request, excluded, code, retry_after, predicted_seconds)
+            case Admitted():
+                raise AssertionError("nothing fits now")
+
+    async def _wait(self, line: ModelLine, waiting: WaitingRequest) -> Attempt:
+        request = waiting.request
+        self._decisions.note(request, StepKind.WAITS, f"in the {request.tier} tier, for {waiting.seconds_max:.0f} s at most")
+        line.join(waiting)
+        self._queued_bytes += len(request.body)
+        attempt: Attempt | None = None
         try:
             async with asyncio.timeout(waiting.seconds_max):
-                answer = await waiting.turn
+                attempt = await waiting.turn
         except TimeoutError:
-            retry_after = retry_after_seconds(self._load(waiting.request, waiting.excluded), self._limits)
-            raise self._refusal(ErrorCode.QUEUE_TIMEOUT, waiting.request, waiting.excluded, retry_after) from None
+            line.leave(waiting)
+            load = self._load(line, request, waiting.excluded, self._clock.monotonic_seconds())
+            retry_after = retry_after_seconds(predicted_wait_seconds(load), self._limits)
+            raise self._refused(request, waiting.excluded, ErrorCode.QUEUE_TIMEOUT, retry_after) from None
         finally:
-            queue.leave(waiting)
-            if answer is None and waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
+            line.leave(waiting)
+            self._queued_bytes -= len(request.body)
+            if attempt is None and waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
                 # Its turn came in the same moment as its deadline, or as its client went.
                 await waiting.turn.result().close()
-        return answer
+        return attempt
 
-    def _make_room(self, queue: ModelQueue, request: InferenceRequest) -> None:
+    def _make_room(self, line: ModelLine, request: InferenceRequest) -> None:
         """In a full queue somebody gives way to the newcomer, as admission has found."""
-        if len(queue) >= self._limits.queue_length_max and (gone := queue.newest_to_give_way(request.account_id)) is not None:
-            retry_after = retry_after_seconds(self._load(gone.request, gone.excluded), self._limits)
-            gone.turn.set_exception(self._refusal(ErrorCode.QUEUE_FULL, gone.request, gone.excluded, retry_after))
+        if line.waiting_count >= self._limits.queue_length_max and (gone := line.gives_way(request)) is not None:
+            self._send_away(line, gone)
+
+    def _send_away(self, line: ModelLine, waiting: WaitingRequest) -> None:
+        """Refuses one that waits."""
+        line.leave(waiting)
+        if waiting.turn.done():
+            return  # its client has gone, or its deadline has come, and it had not left the line yet
+        request, now = waiting.request, self._clock.monotonic_seconds()
+        predicted = predicted_wait_seconds(self._load(line, request, waiting.excluded, now))
+        retry_after = retry_after_seconds(predicted, self._limits)
+        self._expect_back(line, request, retry_after)
+        waiting.turn.set_exception(self._refused(request, waiting.excluded, ErrorCode.QUEUE_FULL, retry_after, predicted))
+
+    def _expect_back(self, line: ModelLine, request: InferenceRequest, retry_after: float) -> None:
+        """Room is kept for whoever comes back when he was told, unless that is too far away."""
+        if is_promised(retry_after, self._limits):
+            work = self._expectations.work(request)
+            expected = Expected(service(work.prompt_tokens, work.answer_tokens), Queued(1, work.wanted_tokens))
+            line.appointments[request.tier].make(request, self._clock.monotonic_seconds() + retry_after, expected)
 
     def serve_all(self) -> None:
-        """Gives free slots to those whose turn it is."""
-        for model_id in tuple(self._queues):
+        """Gives free room to those whose turn it is, and refuses those whose turn will come too late."""
+        now = self._clock.monotonic_seconds()
+        for model_id, line in tuple(self._lines.items()):
             self.serve(model_id)
+            if line.waiting_count and now - line.reviewed_at_seconds >= REVIEW_SECONDS:
+                line.reviewed_at_seconds = now
+                self._review(line, now)
 
     def serve(self, model_id: ModelId) -> None:
-        """The same for one model."""
-        for waiting in self.queue(model_id).in_turn():
+        """Gives one model's free room to those whose turn it is: to continued requests, to the default tier, to flex."""
+        line = self.line(model_id)
+        line.is_held = False
+        for turn in (tuple(line.continued), *(line.queues[tier].in_turn() for tier in (ServiceTier.DEFAULT, ServiceTier.FLEX))):
+            if not self._serve_in_turn(line, model_id, turn):
+                return
+
+    def _serve_in_turn(self, line: ModelLine, model_id: ModelId, turn: Iterable[WaitingRequest]) -> bool:
+        """Whether there may be something left for those that come after these."""
+        lacking_tokens = math.inf
+        now = self._clock.monotonic_seconds()
+        for waiting in turn:
             if not self._placing.has_free_slot(model_id):
-                break
-            placement = self._placing.place(waiting.request, waiting.excluded)
-            if placement.chosen is None:
-                # One that no free replica suits does not hold up those behind it.
+                return False
+            if waiting.work.wanted_tokens >= lacking_tokens:
                 continue
-            try:
-                waiting.turn.set_result(self.dispatch(waiting.request, waiting.entry, placement.chosen, waiting.excluded))
-            except Exception as error:  # noqa: BLE001 - it is this request's failure, and its client is told
-                waiting.turn.set_exception(error)
+            if not self._may_fill(line, waiting.request, now):
+                return True
+            chosen = self._chosen(waiting.request, waiting.excluded, waiting.work)
+            if chosen is not None:
+                self._give(line, waiting, chosen)
+            elif self._placing.slots(waiting.request, waiting.excluded)[1] > 0:
+                # A slot would be free for it, and the cache behind it is not: smaller ones may pass, for a while.
+                lacking_tokens = waiting.work.wanted_tokens
+                if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
+                    line.is_held = True
+                    return False
+            # One that no free replica suits does not hold up those behind it.
+        return True
+
+    def _give(self, line: ModelLine, waiting: WaitingRequest, chosen: ReplicaView) -> None:
+        line.leave(waiting)
+        if waiting.turn.done():
+            return
+        try:
+            waiting.turn.set_result(self.dispatch(waiting.request, waiting.entry, chosen, waiting.excluded))
+        except Exception as error:  # noqa: BLE001 - it is this request's failure, and its client is told
+            waiting.turn.set_exception(error)
+
+    def _review(self, line: ModelLine, now: float) -> None:
+        """Refuses those that would still wait at their deadline: they can try elsewhere now, and those behind them come sooner."""
+        ahead = Queued(len(line.continued))
+        for tier in (ServiceTier.DEFAULT, ServiceTier.FLEX):
+            for waiting in line.queues[tier].in_foreseen_turn():
+                load = self._load(line, waiting.request, waiting.excluded, now, ahead=ahead)
+                if is_hopeless(load, now - waiting.arrived_at_seconds, waiting.deadline_seconds - waiting.arrived_at_seconds):
+                    self._send_away(line, waiting)
+                else:
+                    ahead += waiting.queued
 
     def charge(self, request: InferenceRequest) -> float:
         """An attempt starts: what its account is charged in advance."""
-        return self.queue(request.model_id).charge(request)
+        work, line = self._expectations.work(request), self.line(request.model_id)
+        line.began(request, work, self._clock.monotonic_seconds())
+        return line.queues[request.tier].charge(request, work)
 
-    def over(self, request: InferenceRequest, expected_service: float, answer: Answer, seconds: float) -> None:
+    def over(self, request: InferenceRequest, expected_service: float, attempt: Attempt, seconds: float) -> None:
         """An attempt is over after so long: what its account was charged in advance becomes what it was given."""
-        mean = self._request_seconds_mean.get(request.model_id, seconds)
-        self._request_seconds_mean[request.model_id] = mean + MEAN_WEIGHT * (seconds - mean)
-        self.queue(request.model_id).correct(request, expected_service, answer)
+        line = self.line(request.model_id)
+        line.ended(request, self._expectations.work(request), self._clock.monotonic_seconds(), seconds)
+        line.queues[request.tier].correct(request, expected_service, attempt)
+        if attempt.usage is not None and attempt.is_whole and request.continued is None:
+            self._expectations.learn(request, attempt.usage, attempt.completion_tokens_max)
 
     def fail_all(self, error: PotluckError) -> None:
         """Nobody who waits gets a slot any more."""
-        for queue in self._queues.values():
-            for waiting in queue.in_turn():
-                waiting.turn.set_exception(error)
+        for line in self._lines.values():
+            for waiting in line:
+                line.leave(waiting)
+                if not waiting.turn.done():
+                    waiting.turn.set_exception(error)
 
-    def queue(self, model_id: ModelId) -> ModelQueue:
+    def line(self, model_id: ModelId) -> ModelLine:
         """The model's, which begins with the first request."""
-        if model_id not in self._queues:
-            self._queues[model_id] = ModelQueue()
-        return self._queues[model_id]
+        if model_id not in self._lines:
+            self._lines[model_id] = ModelLine()
+        return self._lines[model_id]
 
-    def _load(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> ModelLoad:
-        usable, free = self._placing.slots(request, excluded)
-        queue, mean = self.queue(request.model_id), self._request_seconds_mean.get(request.model_id, 1.0)
-        is_full = len(queue) >= self._limits.queue_length_max
-        return ModelLoad(usable, free, len(queue), mean, is_full and queue.newest_to_give_way(request.account_id) is not None)
+    def waiting(self, account_id: AccountId, request_id: RequestId) -> Waiting | None:
+        """Where an account's request of that name stands; None: none waits."""
+        now = self._clock.monotonic_seconds()
+        for line in self._lines.values():
+            for waiting in line:
+                if (waiting.request.account_id, waiting.request.request_id) == (account_id, request_id):
+                    return self._position(line, waiting, now)
+        return None
 
-    def _refusal(self, code: ErrorCode, request: InferenceRequest, excluded: frozenset[NodeId], retry_after: float) -> PotluckError:
+    def _position(self, line: ModelLine, waiting: WaitingRequest, now: float) -> Waiting:
+        request = waiting.request
+        position, own_position, ahead = line.position_of(waiting)
+        predicted = predicted_wait_seconds(self._load(line, request, waiting.excluded, now, ahead=ahead))
+        usable_count, free_count = self._placing.slots(request, waiting.excluded)
+        return Waiting(
+            request_id=request.request_id,
+            account_id=request.account_id,
+            model_id=request.model_id,
+            tier=request.tier,
+            position_in_tier=position,
+            position_in_account=own_position,
+            waiting_count=len(line.queues[request.tier]),
+            waited_seconds=now - waiting.arrived_at_seconds,
+            waits_for=waits_for(usable_count, free_count, may_fill=self._may_fill(line, request, now)),
+            predicted_wait_seconds=predicted if math.isfinite(predicted) else None,
+            deadline_seconds=waiting.deadline_seconds - now,
+        )
+
+    def _room_for(self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], now: float) -> ReplicaView | None:
+        """Where the request can run now; nowhere while one that was overtaken long enough waits for the same room."""
+        if not self._placing.has_free_slot(request.model_id) or line.is_held or not self._may_fill(line, request, now):
+            return None
+        return self._chosen(request, excluded, self._expectations.work(request))
+
+    def _chosen(self, request: InferenceRequest, excluded: frozenset[NodeId], work: Work) -> ReplicaView | None:
+        """Where the request is to run now, as placement finds; it is dispatched there."""
+        placement = self._placing.place(request, excluded, work)
+        if placement.chosen is not None:
+            self._decisions.note(request, StepKind.PLACED, node_id=placement.chosen.node_id, placement=placement)
+        return placement.chosen
+
+    def _may_fill(self, line: ModelLine, request: InferenceRequest, now: float) -> bool:
+        """Whether the request would stay out of what is kept for a better tier."""
+        if request.tier is ServiceTier.DEFAULT or request.continued is not None:
+            return True
+        left = line.capacity(self._placing.capacity(request.model_id), request.tier, self._reserve_percent, now)
+        return flex_fits(left, self._expectations.work(request).wanted_tokens)
+
+    def _load(
+        self,
+        line: ModelLine,
+        request: InferenceRequest,
+        excluded: frozenset[NodeId],
+        now: float,
+        *,
+        ahead: Queued | None = None,
+        counts_expected: bool = False,
+    ) -> ModelLoad:
+        """The model's position as the request sees it; without `ahead`, as one that would join now."""
+        capacity = line.capacity(self._placing.capacity(request.model_id), request.tier, self._reserve_percent, now)
+        usable_count, free_count = self._placing.slots(request, excluded)
+        if usable_count < capacity.slot_count:
+            # What others could take is none of its concern.
+            capacity = replace(capacity, slot_count=usable_count, in_flight_count=usable_count - free_count)
+        if ahead is None:
+            ahead = line.ahead_of(request, counts_expected=counts_expected)
+        is_full = line.waiting_count >= self._limits.queue_length_max and line.gives_way(request) is None
+        is_full = is_full or self._queued_bytes + len(request.body) > self._limits.queue_bytes_max
+        return ModelLoad(capacity, self._expectations.work(request).wanted_tokens, ahead, line.pace(now), is_full=is_full)
+
+    def _refused(
+        self,
+        request: InferenceRequest,
+        excluded: frozenset[NodeId],
+        code: ErrorCode,
+        retry_after: float,
+        predicted_seconds: float = math.inf,
+    ) -> PotluckError:
         self._refusals.note(request.model_id, request.account_id)
-        placement = self._placing.place(request, excluded)
         text = PotluckError(code).message
+        if code is ErrorCode.QUEUE_FULL and predicted_seconds < math.inf:
+            may_wait = f"{self._limits.queue_wait_seconds_max:g} s"
+            text = f"{text} In the {request.tier} tier it would wait some {predicted_seconds:.1f} s; {may_wait} are bearable."
+        placement = self._placing.place(request, excluded, self._expectations.work(request))
+        self._decisions.note(request, StepKind.REFUSED, text, placement=placement)
         return PotluckError(code, f"{text} Replicas: {placement.explanation()}.", retry_after_seconds=retry_after)

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
+from potluck_coordinator.domain.stall import FIRST_TOKEN_SEQUENCE
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AttemptId, EndReason
+from potluck_protocol.values import AttemptId, EndReason, ResumePoint
 from potluck_protocol.window import acknowledged_step_bytes, has_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from potluck_coordinator.domain.stall import GapCounts
 
 PassOn: TypeAlias = "Callable[[bytes], bool]"
 """Takes bytes for the client at once, whatever it returns: whether it would take more behind them."""
@@ -52,6 +55,7 @@ class Relay:
     __slots__ = (
         "_acknowledge",
         "_acknowledged_bytes",
+        "_acknowledged_sequence",
         "_acknowledged_step_bytes",
         "_buffer",
         "_end",
@@ -62,6 +66,8 @@ class Relay:
         "_taken_sequence",
         "_waiter",
         "attempt_id",
+        "first_chunk_at",
+        "gap_counts",
         "head",
         "last_chunk_at",
         "next_sequence",
@@ -76,6 +82,9 @@ class Relay:
         self.next_sequence = 0
         self.received_bytes = 0
         self.last_chunk_at = started_at
+        self.first_chunk_at: float | None = None
+        self.gap_counts: GapCounts | None = None
+        """Where the times between chunks are counted, together with those of the replica's other answers."""
         self._acknowledge = acknowledge
         self._buffer: list[bytes] = []
         self._end: EndReason | None = None
@@ -86,6 +95,7 @@ class Relay:
         self._taken_sequence = 0
         self._taken_bytes = 0
         self._acknowledged_bytes = 0
+        self._acknowledged_sequence = 0
         self._acknowledged_step_bytes = acknowledged_step_bytes(window_bytes)
 
     @property
@@ -97,6 +107,21 @@ class Relay:
     def ended_by_node(self) -> bool:
         """The node has said that the attempt is over; otherwise it may still be at work on it."""
         return self._ended_by_node
+
+    @property
+    def was_answered(self) -> bool:
+        """The engine answered to its end, whatever the answer was."""
+        return self._end is EndReason.COMPLETED
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where the node goes on after a broken link."""
+        return ResumePoint(self.next_sequence, self._acknowledged_sequence)
+
+    @property
+    def held_up(self) -> bool:
+        """Its reader has left so much waiting that the node may have no room to send more: silence is then not the node's."""
+        return self.received_bytes - self._acknowledged_bytes >= self._acknowledged_step_bytes
 
     def receive(self, sequence: int, data: bytes, now: float) -> None:
         """Takes one chunk. A sequence seen before is a resumed link's repetition; one too high means that bytes are missing."""
@@ -110,6 +135,10 @@ class Relay:
             self.fail(PotluckError(ErrorCode.NODE_LOST, "The node sent more than its window allows."))
             return
         self.received_bytes += len(data)
+        if self.first_chunk_at is None and data:
+            self.first_chunk_at = now
+        if self.gap_counts is not None and sequence > FIRST_TOKEN_SEQUENCE and now > self.last_chunk_at:
+            self.gap_counts[int((now - self.last_chunk_at) * 1000).bit_length()] += 1
         self.last_chunk_at = now
         if data and self._pass_on is not None:
             self._pass(data, self._pass_on)
@@ -197,7 +226,7 @@ class Relay:
 
     def _acknowledge_taken(self) -> None:
         if self._taken_bytes - self._acknowledged_bytes >= self._acknowledged_step_bytes and not self.over:
-            self._acknowledged_bytes = self._taken_bytes
+            self._acknowledged_bytes, self._acknowledged_sequence = self._taken_bytes, self._taken_sequence
             self._acknowledge(self.attempt_id, self._taken_sequence)
 
     def _until_woken(self) -> asyncio.Future[None]:

@@ -1,17 +1,23 @@
-"""The one path of a request up to its answer: check, get a slot from the `queues`, which places and dispatches it, open the answer.
+"""The one path of a request up to its answer: check, and open an answer, whose attempts get their slots from the `queues`.
 
-Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which relays and settles. Decides
-that only an attempt which its node or engine would not take (`no_capacity`) is placed anew: an answer that has begun is never moved. What
-stands behind it is joined here: `placing`, `queues`, `dispatching`, `quarantine`. It must not know HTTP, gRPC or tables.
+Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which goes on elsewhere where a
+node fails. Decides which requests are answered at all. What stands behind it is joined here: `gate`, `queues`, `placing`, `dispatching`,
+`quarantine`. It must not know HTTP, gRPC or tables.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING
 
+from potluck_coordinator.domain.decisions import StepKind
+from potluck_coordinator.gateway.answer import Answer
+from potluck_coordinator.gateway.decisions import Decisions
 from potluck_coordinator.gateway.dispatching import Dispatching
 from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
+from potluck_coordinator.gateway.expectations import Expectations
+from potluck_coordinator.gateway.gate import TIER_LIMITS_DEFAULT, Gate, TierLimits
 from potluck_coordinator.gateway.placing import Placing
 from potluck_coordinator.gateway.quarantine import Quarantine
 from potluck_coordinator.gateway.queues import Queues
@@ -20,17 +26,16 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from potluck_coordinator.domain.admission import AdmissionLimits
+    from potluck_coordinator.domain.admission import AdmissionLimits, Waiting
     from potluck_coordinator.domain.catalogue import CatalogueEntry
-    from potluck_coordinator.gateway.answer import Answer
+    from potluck_coordinator.gateway.attempt import Attempt
     from potluck_coordinator.gateway.dispatching import Books
+    from potluck_coordinator.gateway.gate import Visit
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.links import Links
+    from potluck_coordinator.gateway.rate_windows import Allowance
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import ModelId, NodeId
-
-PLACEMENTS_MAX: Final = 3
-"""How often a request is placed at most: its node or engine may not take it after all (it paused a moment ago, say)."""
+    from potluck_protocol.values import AccountId, ModelId, NodeId, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class RequestLimits:
     """The bounds of one gateway's requests."""
 
     admission: AdmissionLimits
+    tiers: TierLimits = TIER_LIMITS_DEFAULT
     window_bytes: int = 64 * 1024
     """How much of one answer may be on its way; a client that reads slower pauses its engine."""
 
@@ -60,6 +66,7 @@ class RequestService:
         limits: queue and window bounds.
         clock: for durations and deadlines.
         draw: a random number in [0, 1) for ties.
+        flex_models: those that are deployed in the flex tier; all others have both.
     """
 
     def __init__(
@@ -71,12 +78,24 @@ class RequestService:
         limits: RequestLimits,
         clock: Clock,
         draw: Callable[[], float],
+        flex_models: Callable[[], frozenset[ModelId]] = frozenset,
     ) -> None:
         self._catalogue = catalogue
         self._clock = clock
         self._quarantine = Quarantine(links)
-        self._placing = Placing(links, self._quarantine, draw)
-        self._queues = Queues(self._placing, limits.admission, clock)
+        self._placing = Placing(links, self._quarantine, clock, draw)
+        expectations = Expectations()
+        links.usual = expectations.usual
+        self._gate = Gate(limits.tiers, flex_models, expectations, clock)
+        self._decisions = Decisions(clock)
+        self._queues = Queues(
+            placing=self._placing,
+            expectations=expectations,
+            limits=limits.admission,
+            clock=clock,
+            reserve_percent=limits.tiers.reserve_percent,
+            decisions=self._decisions,
+        )
         self._dispatching = Dispatching(
             links=links,
             quarantine=self._quarantine,
@@ -91,8 +110,8 @@ class RequestService:
 
     @property
     def in_flight_count(self) -> int:
-        """Answers on their way."""
-        return len(self._dispatching.answers)
+        """Attempts on their way."""
+        return len(self._dispatching.attempts)
 
     def queued_count(self, model_id: ModelId) -> int:
         """Requests waiting for a slot of the model."""
@@ -119,22 +138,55 @@ class RequestService:
         """
         entry = self._entry(request)
         self._quarantine.check(request)
-        began_at = self._clock.monotonic_seconds()
-        excluded: frozenset[NodeId] = frozenset()
-        while True:
-            answer = await self._queues.slot(request, entry, excluded, self._clock.monotonic_seconds() - began_at)
-            try:
-                await answer.open()
-            except PotluckError as error:
-                await answer.close()
-                excluded |= {answer.node_id}
-                if error.code is not ErrorCode.NO_CAPACITY or len(excluded) == PLACEMENTS_MAX:
-                    raise
-            except BaseException:
-                await answer.close()
-                raise
-            else:
-                return answer
+        arrived_at = self._clock.monotonic_seconds()
+        self._decisions.arrived(request)
+        try:
+            visit = self._gate.enter(request, entry)
+        except PotluckError as error:
+            self._decisions.note(request, StepKind.REFUSED, error.message)
+            raise
+
+        async def begin(asked: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
+            return await self._queues.slot(asked, entry, excluded, self._clock.monotonic_seconds() - arrived_at)
+
+        note = partial(self._decisions.note, visit.request)
+        answer = Answer(visit.request, begin, self._clock, partial(self._end_visit, visit, arrived_at), note)
+        try:
+            await answer.open()
+        except BaseException as error:
+            if isinstance(error, PotluckError):
+                visit.refuse(error)
+            await answer.close()
+            raise
+        return answer
+
+    def _end_visit(self, visit: Visit, arrived_at: float, answer: Answer) -> None:
+        first = answer.first_token_at_seconds
+        first_token_seconds = None if first is None else first - arrived_at
+        waited_seconds = self._clock.monotonic_seconds() - arrived_at
+        visit.end(answer.usage, answer.charge_micro_credits, first_token_seconds, waited_seconds=waited_seconds)
+        if answer.node_ids:
+            kind = StepKind.BROKE_OFF if answer.usage is None else StepKind.ANSWERED
+            words = f"charged {answer.charge_micro_credits} micro-credits"
+            self._decisions.note(visit.request, kind, words, node_id=answer.node_id)
+
+    def allowance(self, account_id: AccountId) -> Allowance:
+        """What the account has left of the default tier."""
+        return self._gate.allowance(account_id)
+
+    @property
+    def gate(self) -> Gate:
+        """Whose counts are shown and kept."""
+        return self._gate
+
+    @property
+    def decisions(self) -> Decisions:
+        """What was decided over the requests of the last minutes."""
+        return self._decisions
+
+    def waiting(self, account_id: AccountId, request_id: RequestId) -> Waiting | None:
+        """Where an account's waiting request of that name stands; None: none waits."""
+        return self._queues.waiting(account_id, request_id)
 
     def _entry(self, request: InferenceRequest) -> CatalogueEntry:
         """The request's model, which serves what is asked; raises PotluckError otherwise."""

@@ -14,8 +14,8 @@ import msgspec
 
 from potluck_protocol.values import Usage
 
-_EVENT_END: Final = b"\n\n"
-_DONE: Final = b"[DONE]"
+EVENT_END: Final = b"\n\n"
+DONE: Final = b"[DONE]"
 _NO_TEXT: Final = frozenset({b"null", b'""', b"[]", b"{}"})
 
 
@@ -73,7 +73,7 @@ class UsageWatcher:
             and b'"finish_reason":"' not in data
             and b'"usage": {' not in data
             and b'"finish_reason": "' not in data
-            and _DONE not in data
+            and DONE not in data
         ):
             # Only events that carry data: pings and bare newlines are no tokens. Inside a JSON string a newline is escaped.
             self.token_count += data.count(b"\ndata:") + data.startswith(b"data:")
@@ -84,19 +84,19 @@ class UsageWatcher:
         """The few chunks with a mark in them, and those before the first token: event by event."""
         kept: list[bytes] = []
         dropped = False
-        for event in data.split(_EVENT_END):
+        for event in data.split(EVENT_END):
             if self._take(event):
                 kept.append(event)
             else:
                 dropped = True
-        return _EVENT_END.join(kept) if dropped else data
+        return EVENT_END.join(kept) if dropped else data
 
     def _take(self, event: bytes) -> bool:
         """Notes what one event says; False if the client is not to get it."""
-        payload = _payload(event)
+        payload = payload_of(event)
         if payload is None:
             return True
-        if payload == _DONE:
+        if payload == DONE:
             self.done = True
             return True
         try:
@@ -121,7 +121,7 @@ def usage_of_document(body: bytes) -> Usage | None:
     return None if record is None else _usage(record)
 
 
-def _payload(event: bytes) -> bytes | None:
+def payload_of(event: bytes) -> bytes | None:
     """The event's data; None where it has none. Other fields, as its name, and comments may stand before and after."""
     lines = [line[5:] for line in event.split(b"\n") if line.startswith(b"data:")]
     return b"\n".join(lines).strip() if lines else None

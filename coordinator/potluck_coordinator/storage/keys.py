@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sqlmodel import Session, col, select, update
 
 from potluck_coordinator.desks import KeyRecord
+from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_coordinator.storage.tables import AccountRow, ApiKeyRow
 from potluck_protocol.values import AccountId, KeyPrefix
 
@@ -38,6 +39,10 @@ class KeyRepository:
                 created_at_unix_ms=record.created_at_unix_ms,
                 expires_at_unix_ms=record.expires_at_unix_ms,
                 revoked=record.revoked,
+                requests_per_day=record.quotas.requests_per_day,
+                tokens_per_day=record.quotas.tokens_per_day,
+                concurrent_max=record.quotas.concurrent_max,
+                spend_per_day=record.quotas.spend_micro_credits_per_day,
             )
         )
         self._session.flush()
@@ -58,6 +63,19 @@ class KeyRepository:
         )
         return tuple(_record(row, operator=operator) for row, operator in found)
 
+    def set_quotas(self, key_prefix: KeyPrefix, quotas: KeyQuotas) -> None:
+        """Replaces all four."""
+        self._session.exec(
+            update(ApiKeyRow)
+            .where(col(ApiKeyRow.key_prefix) == key_prefix)
+            .values(
+                requests_per_day=quotas.requests_per_day,
+                tokens_per_day=quotas.tokens_per_day,
+                concurrent_max=quotas.concurrent_max,
+                spend_per_day=quotas.spend_micro_credits_per_day,
+            )
+        )
+
     def revoke(self, key_prefix: KeyPrefix) -> bool:
         """False where it was revoked before, or never was."""
         statement = update(ApiKeyRow).where(col(ApiKeyRow.key_prefix) == key_prefix, ~col(ApiKeyRow.revoked)).values(revoked=True)
@@ -73,4 +91,5 @@ def _record(row: ApiKeyRow, *, operator: bool) -> KeyRecord:
         expires_at_unix_ms=row.expires_at_unix_ms,
         revoked=row.revoked,
         operator=operator,
+        quotas=KeyQuotas(row.requests_per_day, row.tokens_per_day, row.concurrent_max, row.spend_per_day),
     )

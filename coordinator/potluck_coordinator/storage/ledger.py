@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import bindparam
+from sqlalchemy import bindparam, func
 from sqlmodel import Session, col, insert, select, update
 
 from potluck_coordinator.desks import StatementLine
@@ -120,6 +120,18 @@ class LedgerRepository:
             )
             for posting, transaction_kind in found
         ]
+
+    def earned_since(self, account_id: AccountId, since_unix_ms: int) -> int:
+        """What a person's nodes earned since then, claimed or not."""
+        row = PostingRow
+        found = self._session.exec(
+            select(func.sum(row.amount)).where(
+                row.ledger_account_id == ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id),
+                col(row.created_at_unix_ms) >= since_unix_ms,
+                col(row.amount) > 0,
+            )
+        ).first()
+        return int(found or 0)
 
     def claimed(self, account_id: AccountId, claim_id: str) -> int | None:
         """What that claim moved; None for a claim never made."""

@@ -41,6 +41,12 @@ class ApiKeyRow(SQLModel, table=True):
     created_at_unix_ms: int = _big()
     expires_at_unix_ms: int = _big()
     revoked: bool
+    requests_per_day: int = _big()
+    """0: no bound, as with the next three."""
+    tokens_per_day: int = _big()
+    concurrent_max: int = _big()
+    spend_per_day: int = _big()
+    """Micro-credits."""
 
 
 class JoinTokenRow(SQLModel, table=True):
@@ -234,6 +240,37 @@ class LethalRequestRow(SQLModel, table=True):
     refused_at_unix_ms: int | None = _big(nullable=True)
 
 
+class IdempotencyKeyRow(SQLModel, table=True):
+    """A key under which a request was begun, so that it is not run again. Of key and body only keyed hashes; of the answer nothing."""
+
+    __tablename__ = "idempotency_key"
+    __table_args__ = (
+        CheckConstraint("state IN ('claimed', 'spent')", name="idempotency_key_state"),
+        CheckConstraint("charge >= 0", name="idempotency_key_charge"),
+    )
+
+    account_id: str = Field(primary_key=True, foreign_key="account.account_id")
+    key_hash: str = Field(primary_key=True)
+    body_hash: str
+    request_id: str
+    claim_id: str
+    gateway_epoch: int = _big()
+    state: str
+    charge: int = _big()
+    claimed_at_unix_ms: int = Field(sa_type=BigInteger, index=True)
+
+
+class PromiseHourRow(SQLModel, table=True):
+    """Requests of the default tier in one hour of unix time, and how many had their first token in time."""
+
+    __tablename__ = "promise_hour"
+    __table_args__ = (CheckConstraint("kept_count BETWEEN 0 AND request_count", name="promise_hour_kept_count"),)
+
+    hour: int = _big(primary_key=True)
+    request_count: int = _big()
+    kept_count: int = _big()
+
+
 class NodeUptimeHourRow(SQLModel, table=True):
     """A node's judged minutes in one hour of unix time."""
 
@@ -246,6 +283,18 @@ class NodeUptimeHourRow(SQLModel, table=True):
     hour: int = _big(primary_key=True)
     up_minutes: int
     down_minutes: int
+
+
+class ReplicaPaceRow(SQLModel, table=True):
+    """How fast a replica wrote answers, on the median of one day of unix time's minutes."""
+
+    __tablename__ = "replica_pace"
+    __table_args__ = (CheckConstraint("tokens_per_second > 0", name="replica_pace_tokens_per_second"),)
+
+    node_id: str = Field(primary_key=True, foreign_key="node.node_id")
+    model_id: str = Field(primary_key=True)
+    day: int = _big(primary_key=True)
+    tokens_per_second: float
 
 
 class CoordinatorStateRow(SQLModel, table=True):

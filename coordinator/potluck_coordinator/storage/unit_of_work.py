@@ -12,12 +12,15 @@ from potluck_coordinator.storage.audit import Audit
 from potluck_coordinator.storage.catalogue import CatalogueRepository
 from potluck_coordinator.storage.groups import GroupRepository
 from potluck_coordinator.storage.holds import HoldRepository
+from potluck_coordinator.storage.idempotency import IdempotencyRepository
 from potluck_coordinator.storage.join_tokens import JoinTokenRepository
 from potluck_coordinator.storage.keys import KeyRepository
 from potluck_coordinator.storage.ledger import LedgerRepository
 from potluck_coordinator.storage.lethal_requests import LethalRequestRepository
 from potluck_coordinator.storage.nodes import NodeRepository
+from potluck_coordinator.storage.paces import PaceRepository
 from potluck_coordinator.storage.plan import PlanRepository
+from potluck_coordinator.storage.promise import PromiseRepository
 from potluck_coordinator.storage.state import StateRepository
 from potluck_coordinator.storage.uptime import UptimeRepository
 
@@ -37,5 +40,8 @@ class UnitOfWork:
         self.plan = PlanRepository(session)
         self.groups = GroupRepository(session)
         self.lethal_requests = LethalRequestRepository(session)
+        self.idempotency = IdempotencyRepository(session)
         self.uptime = UptimeRepository(session)
+        self.promise = PromiseRepository(session)
+        self.paces = PaceRepository(session)
         self.state = StateRepository(session)

@@ -5,11 +5,12 @@ Decides that an hour holds 60 minutes at most. It must not know how a minute was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from sqlalchemy import func
+from sqlalchemy import and_, case, func
 from sqlmodel import Session, col, select, update
 
+from potluck_coordinator.domain.survival import WEEK_HOURS, History
 from potluck_coordinator.storage.tables import NodeUptimeHourRow
 from potluck_protocol.values import NodeId
 
@@ -45,3 +46,16 @@ class UptimeRepository:
             .group_by(col(row.node_id))
         )
         return {NodeId(node_id): (int(up), int(down)) for node_id, up, down in found}
+
+    def histories(self, since_hour: int, week_hours: Collection[int]) -> Mapping[NodeId, tuple[History, History]]:
+        """Every node's minutes from that hour on, and those of them in these hours of the week, with the hours that saw both kinds."""
+        row = NodeUptimeHourRow
+        is_mixed = case((and_(col(row.up_minutes) > 0, col(row.down_minutes) > 0), 1), else_=0)
+        is_theirs = case(((col(row.hour) % WEEK_HOURS).in_(week_hours), 1), else_=0)
+        counts = (col(row.up_minutes), col(row.down_minutes), is_mixed)
+        found = self._session.execute(
+            select(col(row.node_id), *(func.sum(count * share) for share in (1, is_theirs) for count in counts))
+            .where(col(row.hour) >= since_hour)
+            .group_by(col(row.node_id))
+        )
+        return {NodeId(node_id): (History(*map(int, sums[:3])), History(*map(int, sums[3:]))) for node_id, *sums in found}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from potluck_node.domain import doctor_cards, doctor_host, doctor_line, doctor_links, doctor_pool, doctor_power
+from potluck_node.domain import doctor_caps, doctor_cards, doctor_host, doctor_line, doctor_links, doctor_pool, doctor_power
 from potluck_node.domain.findings import Check, Examination, Finding
 
 CHECKS: Final[Mapping[str, Check]] = {
@@ -23,6 +23,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "heat": doctor_cards.check_heat,
     "clocks": doctor_cards.check_clocks,
     "power": doctor_power.check_power_supply,
+    "caps": doctor_caps.check_caps,
     "vram": doctor_cards.check_foreign_memory,
     "faults": doctor_cards.check_faults,
     "memory": doctor_host.check_memory,

@@ -23,10 +23,10 @@ from potluck_node.domain.findings import (
     watts,
 )
 from potluck_node.domain.hardware import Card, CardProcess, ThrottleReason, foreign_bytes
+from potluck_node.domain.thermal import HEADROOM_CELSIUS
+from potluck_node.domain.thermal_ladder import CAP_SHARES
 from potluck_node.domain.xid import meaning
 
-HEADROOM_CELSIUS: Final = 10
-"""To the card's own slowdown threshold, 95 °C on most 3090s: at 85 °C the pool that this one learns from had lost 40 % of its clocks."""
 FOREIGN_BYTES: Final = GIB
 """Held by others before it is worth a word; a desktop alone holds about half of it."""
 PROCESSES_NAMED: Final = 3
@@ -40,9 +40,6 @@ _SLOWED: Final = {
     ThrottleReason.HARDWARE_SLOWDOWN: (Level.FAIL, "by its own protection"),
 }
 """The gravest that applies is told; the last says only that one of the others does, or none that has a name."""
-COOLER_SHARES: Final = (0.8, 0.71, 0.63)
-"""Caps to try, by what a card is made for: 280, 250 and 220 W of a 3090's 350. 280 W cost it less than 1 % of its decoding speed, and 220 W
-is the last before it falls off (research of the design, peers §2.11, ecosystem §3.4)."""
 CAP_STEP_WATTS: Final = 10
 _SLOWED_FIXES: Final = {
     ThrottleReason.POWER_BRAKE: "check its power cables, one for each socket, and the power supply",
@@ -173,7 +170,7 @@ def _cooling(card: Card) -> str:
         card.identity.power_limit_default_milliwatts or USUAL_LIMIT_MILLIWATTS,
         card.identity.power_limit_min_milliwatts or 0,
     )
-    for share in COOLER_SHARES:
+    for share in CAP_SHARES:
         cap_watts = round(made_for * share / 1000 / CAP_STEP_WATTS) * CAP_STEP_WATTS
         if lowest <= cap_watts * 1000 and (limit is None or cap_watts * 1000 < limit):
             return f"clean fans and filters, give it air, or cap it: sudo nvidia-smi -i {card.index} -pl {cap_watts}"

@@ -25,6 +25,17 @@ class Level(StrEnum):
     """Something that the pool would use does not work."""
 
 
+class CapRight(StrEnum):
+    """By what this user may cap the power of cards."""
+
+    ROOT = "root"
+    PROGRAM = "program"
+    """The owner's, which sudo starts as root without a word."""
+    UNSAFE = "unsafe"
+    """The same, but others than root may put something else in its place."""
+    NONE = "none"
+
+
 _EXIT_CODES: Final = {Level.OK: 0, Level.WARN: 1, Level.FAIL: 2}
 
 
@@ -62,6 +73,11 @@ class OwnerWord:
     group_ports: tuple[int, ...] = ()
     group_failure: str = ""
     """Why an agent with these settings would refuse to start: what they say of groups is half said, or names a public address."""
+    power_limit_watts: int | None = None
+    cap_right: CapRight | None = None
+    """None: not looked at."""
+    cap_right_command: str = ""
+    """What gives the right, or gives it anew."""
 
 
 @dataclass(frozen=True, slots=True)

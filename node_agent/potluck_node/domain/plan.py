@@ -13,7 +13,7 @@ least that is worth starting. Of what is FAILED or REFUSED nothing lives: → (a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -87,6 +87,10 @@ class LocalLimits:
     """For engines without cards together; None: as the coordinator plans."""
     group_offer: GroupOffer | None = None
     """None: in no group."""
+    card_memory_bytes_max: int | None = None
+    """Of one card, for engines; None: all that others leave."""
+    card_percents_max: Mapping[str, int] = field(default_factory=dict)
+    """The same as a share of each card, by its uuid; empty: no limit."""
     lines_folder: Path | None = None
     """Where the last lines of engines that had served may be kept, which may quote requests; None: nowhere."""
     paused: bool = False
@@ -160,6 +164,20 @@ def plan(desired: DesiredState, observed: Mapping[ReplicaId, ObservedReplica], l
         if action is not None:
             actions.append(action)
     return Plan(tuple(actions), wake_at_seconds)
+
+
+def under_card_limit(desired: DesiredState, limits: LocalLimits) -> DesiredState:
+    """The wish with no engine's share of a card above the owner's: a coordinator may know less of the card than its node does."""
+    return replace(desired, engines=tuple(_under_card_limit(engine, limits.card_percents_max) for engine in desired.engines))
+
+
+def _under_card_limit(engine: DesiredEngine, percents_max: Mapping[str, int]) -> DesiredEngine:
+    shares = [percents_max[uuid] for uuid in engine.shape.card_uuids if uuid in percents_max]
+    wished_percent = engine.shape.card_facts.memory_utilization_percent
+    if not shares or 0 < wished_percent <= min(shares):
+        return engine
+    facts = replace(engine.shape.card_facts, memory_utilization_percent=min(shares))
+    return replace(engine, shape=replace(engine.shape, card_facts=facts))
 
 
 def failed_fetch(replica: ObservedReplica, now_seconds: float, *, costly: bool) -> ObservedReplica:
@@ -260,6 +278,13 @@ def _memory_bytes(engine: DesiredEngine) -> int:
     return 0 if engine.shape.card_uuids else max(engine.shape.memory_bytes, engine.shape.kv_cache_bytes)
 
 
+def _card_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
+    left_bytes, needed_bytes = limits.card_memory_bytes_max, engine.shape.memory_bytes
+    if left_bytes is None or not engine.shape.card_uuids or needed_bytes <= left_bytes:
+        return ""
+    return f"{engine.model.model_id} is given {needed_bytes} bytes of a card; this node's card_memory_bytes_max is {left_bytes}"
+
+
 def _own_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
     if limits.models_allowed and engine.model.model_id not in limits.models_allowed:
         return f"this node's settings do not allow the model {engine.model.model_id}"
@@ -275,4 +300,4 @@ def _own_refusal(engine: DesiredEngine, limits: LocalLimits) -> str:
         return f"the engine {engine.engine_kind!r} does not go with the source {engine.model.source!r}"
     if engine.group is not None and engine.shape.stage_layer_counts:
         return "the coordinator would have a group's stage be stages of its own"
-    return shape_refusal(engine.shape) or place_refusal(engine.group, limits.group_offer)
+    return shape_refusal(engine.shape) or place_refusal(engine.group, limits.group_offer) or _card_refusal(engine, limits)

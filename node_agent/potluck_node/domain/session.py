@@ -13,8 +13,14 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+QUICK_DIAL_COUNT: Final = 10
+QUICK_DIAL_SECONDS: Final = 0.1
+"""A line that was cut is mostly back at once, and the coordinator keeps a broken link's answers for less than a second: so the first dials
+come within that time, each after the last one's end."""
 RECONNECT_DELAY_FIRST_SECONDS: Final = 0.5
 RECONNECT_DELAY_MAX_SECONDS: Final = 2.0
+ASK_AFTER_DIALS: Final = 3
+"""In vain, beyond the quick ones."""
 STABLE_SECONDS: Final = 5.0
 """A connection that lived this long proves that dialling works."""
 
@@ -93,6 +99,11 @@ def after_lapse(session: Session) -> Session:
     return replace(session, phase=Phase.FENCED, lease_ends_at_seconds=None, unanswered_since_seconds=None)
 
 
+def may_order(session: Session, epoch: int) -> bool:
+    """Whether a frame that was sent under this epoch (0: it does not say) is to be carried out: not one of another, nor any once fenced."""
+    return session.phase is not Phase.FENCED and epoch in {0, session.epoch}
+
+
 def lease_lapsed(session: Session, now_seconds: float) -> bool:
     """Whether a lease was held and has run out."""
     return session.lease_ends_at_seconds is not None and now_seconds >= session.lease_ends_at_seconds
@@ -114,7 +125,7 @@ def beat_due(session: Session, *, busy: bool, now_seconds: float) -> bool:
 
 
 def reconnect_delay_seconds(failure_count: int, jitter: float) -> float:
-    """How long to wait before the next dial: nothing up to the first failure, then full jitter under a ceiling that doubles.
+    """How long to wait before the next dial: nothing up to the first failure, then little, then full jitter under a ceiling that doubles.
 
     Args:
         failure_count: see `Session.failure_count`.
@@ -122,6 +133,13 @@ def reconnect_delay_seconds(failure_count: int, jitter: float) -> float:
     """
     if failure_count <= 1:
         return 0.0
+    if failure_count <= QUICK_DIAL_COUNT:
+        return QUICK_DIAL_SECONDS * (0.5 + jitter / 2)
     # The exponent is bounded because an agent may fail to reach its coordinator for months.
-    ceiling_seconds = min(RECONNECT_DELAY_MAX_SECONDS, RECONNECT_DELAY_FIRST_SECONDS * 2.0 ** min(failure_count - 2, 8))
+    ceiling_seconds = min(RECONNECT_DELAY_MAX_SECONDS, RECONNECT_DELAY_FIRST_SECONDS * 2.0 ** min(failure_count - QUICK_DIAL_COUNT - 1, 8))
     return ceiling_seconds * jitter
+
+
+def should_ask_the_way(failure_count: int) -> bool:
+    """Whether the coordinator's HTTP port is to be asked where its ports are: not by the quick dials, for the answer takes its time."""
+    return failure_count > QUICK_DIAL_COUNT and (failure_count - QUICK_DIAL_COUNT) % ASK_AFTER_DIALS == 0

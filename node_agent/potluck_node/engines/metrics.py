@@ -146,6 +146,8 @@ _DIALECTS: Final[Mapping[str, _Dialect]] = MappingProxyType(
         "tabbyapi": _Dialect(json_pages=(JsonPage("/v1/model", from_model_card),)),
         # Told by `attach_server`, which reads the server's own by the row of what it is.
         ATTACHED_KIND: _Dialect(path="/metrics"),
+        # In our words, where its script has a cost.
+        "scripted": _Dialect(path="/metrics"),
     }
 )
 

@@ -1,6 +1,6 @@
-"""What the scripted engine says and how it misbehaves: the model file of the engine kind `scripted`.
+"""What the scripted engine says, how it misbehaves, and what its work costs: the model file of the engine kind `scripted`.
 
-Decides nothing; a script is data. A request may override any of it in its own body under "scripted".
+Decides nothing; a script is data. A request may override any of it in its own body under "scripted", but the cost.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+from potluck_node.engines.batch_model import CostModel
 from potluck_protocol.private_files import read_json
 
 _DEFAULT_TOKENS: Final = ("Every", "one", " brings", " a", " GPU", ",", " every", "one", " eats", ".")
@@ -22,6 +23,8 @@ class Script:
     """Said from the start again until `token_count` are out."""
     token_count: int | None = None
     """None: each token once."""
+    count_in_prompt: bool = False
+    """A number at the prompt's end is the answer's count of tokens, as far as `token_count` goes: nobody before the engine can know it."""
     ttft_ms: float = 0.0
     inter_token_ms: float = 0.0
     load_ms: float = 0.0
@@ -35,6 +38,8 @@ class Script:
     fail_status: int | None = None
     """Answers with this HTTP status and an OpenAI error body."""
     embedding_dimension_count: int = 8
+    cost: CostModel | None = None
+    """With one the engine batches, has a finite cache, and dies of too much; slots, and the script's times, mean nothing then."""
 
     @property
     def answer_token_count(self) -> int:
@@ -43,14 +48,14 @@ class Script:
 
     def overridden(self, values: dict[str, Any]) -> Script:
         """This script with some of its fields replaced; raises ValueError for a name or a type it does not know."""
-        unknown = sorted(set(values) - {field.name for field in fields(self)})
+        unknown = sorted(set(values) - {field.name for field in fields(self) if field.name != "cost"})
         if unknown:
             raise ValueError(f"a script has no field {unknown[0]!r}")
         values = {**values, "tokens": tuple(values["tokens"])} if "tokens" in values else values
         script = replace(self, **values)
         if not script.tokens or not all(isinstance(token, str) for token in script.tokens):
             raise ValueError("a script's tokens are a list of strings, at least one")
-        numbers = [getattr(script, field.name) for field in fields(script) if field.name != "tokens"]
+        numbers = [getattr(script, field.name) for field in fields(script) if field.name not in {"tokens", "cost"}]
         if not all(number is None or (isinstance(number, int | float) and number >= 0) for number in numbers):
             raise ValueError("a script's times and counts are numbers, not below zero")
         return script
@@ -61,4 +66,5 @@ def read_script(path: Path) -> Script:
     values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} holds no JSON object")  # noqa: TRY004 - a wrong file, not a wrong call
-    return Script().overridden(values)
+    cost = CostModel.from_values(values.pop("cost")) if "cost" in values else None
+    return replace(Script().overridden(values), cost=cost)

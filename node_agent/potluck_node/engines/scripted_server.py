@@ -4,7 +4,9 @@
 with its URL and serves on loopback. It is the engine of tests and benchmarks, so a token costs it little: the event of each token is made
 once for an answer, and sending it is one write.
 
-Decides how tokens are counted: a prompt's words are its tokens. What is said, when, and with which fault is for `script` to say.
+Decides how tokens are counted: a prompt's words are its tokens, and that it goes on behind a last message of the assistant's that is the
+beginning of what the script says, as llama.cpp does. What is said, when, and with which fault is for `script` to say; where
+the script has a cost, `batch_runner` says when.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +26,7 @@ from typing import Any, Final
 import uvloop
 from aiohttp import web
 
+from potluck_node.engines.batch_runner import BatchRunner
 from potluck_node.engines.script import Script, read_script
 from potluck_node.lifeline import exit_with_parent
 
@@ -51,6 +55,8 @@ class Ask:
     finish_reason: str
     chat: bool
     answer_id: str
+    first_token: int = 0
+    """Its number in the script's answer: those before it are in the prompt."""
 
 
 def _decoded(body: bytes) -> dict[str, Any]:
@@ -82,14 +88,40 @@ def _prompt_text(body: dict[str, Any], *, chat: bool) -> str:
     return " ".join(str(message.get("content", "")) for message in messages)
 
 
+def _said_before(body: dict[str, Any], script: Script) -> tuple[int, dict[str, Any]]:
+    """How many of the script's tokens a last message of the assistant's already has, and the body without it."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return 0, body
+    last = messages[-1]
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return 0, body
+    said, text = str(last.get("content", "")), ""
+    for count in range(script.answer_token_count + 1):
+        if text == said:
+            return count, {**body, "messages": messages[:-1]}
+        text += script.tokens[count % len(script.tokens)]
+    return 0, body
+
+
+def _answer_token_count(script: Script, words: list[str]) -> int:
+    if script.count_in_prompt and words and words[-1].isdecimal():
+        return min(int(words[-1]), script.answer_token_count)
+    return script.answer_token_count
+
+
 class ScriptedServer:
     """One running engine: its script, its slots and its counts."""
 
     def __init__(self, script: Script, alias: str, context_length_tokens: int, slot_count: int) -> None:
+        if script.cost is not None and script.cost.kv_capacity_tokens <= context_length_tokens:
+            raise ValueError("the script's cost.kv_capacity_tokens holds no request of the whole context")
         self._script = script
+        self.batching = BatchRunner(script.cost) if script.cost is not None else None
+        """Its loop is whoever starts the server's to run."""
         self._alias = alias
         self._context_length_tokens = context_length_tokens
-        self._slots = asyncio.Semaphore(slot_count)
+        self._slots = asyncio.Semaphore(slot_count) if script.cost is None else nullcontext()
         self._created = int(time.time())
         self.counts = {"requests": 0, "running": 0, "finished": 0, "cancelled": 0, "tokens": 0}
 
@@ -102,6 +134,8 @@ class ScriptedServer:
         application.router.add_get("/v1/models", self._models)
         application.router.add_get("/health", self._health)
         application.router.add_get("/scripted/counts", self._show_counts)
+        if self.batching is not None:
+            application.router.add_get("/metrics", self._metrics)
         return application
 
     def _guarded(self, handler: Any) -> Any:
@@ -132,13 +166,15 @@ class ScriptedServer:
             script = self._script.overridden(override) if override else self._script
         except (TypeError, ValueError) as error:
             raise RequestRefusedError(400, str(error)) from error
-        prompt_token_count = len(_prompt_text(body, chat=chat).split())
+        first_token, asked = _said_before(body, script)
+        words = _prompt_text(asked, chat=chat).split()
+        prompt_token_count = len(words) + first_token
         if prompt_token_count >= self._context_length_tokens:
             message = f"request ({prompt_token_count} tokens) exceeds the available context size ({self._context_length_tokens} tokens)"
             raise RequestRefusedError(400, message, "exceed_context_size_error")
-        wanted = _number(body, "max_completion_tokens") or _number(body, "max_tokens") or script.answer_token_count
-        room = min(wanted, self._context_length_tokens - prompt_token_count)
-        count = min(room, script.answer_token_count)
+        answer_token_count = max(0, _answer_token_count(script, words) - first_token)
+        wanted = _number(body, "max_completion_tokens") or _number(body, "max_tokens") or answer_token_count
+        count = min(wanted, self._context_length_tokens - prompt_token_count, answer_token_count)
         options = body.get("stream_options") or {}
         return Ask(
             script=script,
@@ -146,9 +182,10 @@ class ScriptedServer:
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,
             prompt_token_count=prompt_token_count,
             completion_token_count=count,
-            finish_reason="length" if count < script.answer_token_count else "stop",
+            finish_reason="length" if count < answer_token_count else "stop",
             chat=chat,
             answer_id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            first_token=first_token,
         )
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -185,21 +222,29 @@ class ScriptedServer:
         return response
 
     async def _tokens(self, request: web.Request, ask: Ask) -> AsyncIterator[str]:
-        """The answer at the script's pace, with its faults."""
+        """The answer at the script's pace, or its engine's, with the script's faults."""
+        paced = self._paced(ask) if self.batching is None else self.batching.tokens(ask.prompt_token_count, ask.completion_token_count)
+        async with aclosing(paced) as ticks:
+            index = 0
+            await self._misbehave(request, ask.script, index)
+            async for _ in ticks:
+                self.counts["tokens"] += 1
+                yield ask.script.tokens[(ask.first_token + index) % len(ask.script.tokens)]
+                index += 1
+                await self._misbehave(request, ask.script, index)
+
+    async def _paced(self, ask: Ask) -> AsyncGenerator[None, None]:
+        """Once for each token, when the script has it."""
         script, loop = ask.script, asyncio.get_running_loop()
         pace_seconds = script.inter_token_ms / 1000
         due_at = loop.time() + script.ttft_ms / 1000
-        for index in range(ask.completion_token_count + 1):
-            await self._misbehave(request, script, index)
-            if index == ask.completion_token_count:
-                return
+        for index in range(ask.completion_token_count):
             delay_seconds = due_at - loop.time()
             # Without a pace the loop still turns now and then, so that a client that hung up is noticed.
             if delay_seconds > 0 or index % 64 == 0:
                 await asyncio.sleep(max(0.0, delay_seconds))
             due_at += pace_seconds
-            self.counts["tokens"] += 1
-            yield script.tokens[index % len(script.tokens)]
+            yield
 
     async def _misbehave(self, request: web.Request, script: Script, token_count: int) -> None:
         if token_count == script.exit_after_tokens:
@@ -232,6 +277,10 @@ class ScriptedServer:
     async def _health(self, _request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        assert self.batching is not None, "there is no such route without it"
+        return web.Response(text=self.batching.metrics())
+
     async def _show_counts(self, _request: web.Request) -> web.Response:
         return web.json_response(self.counts)
 
@@ -257,6 +306,8 @@ def _error(refused: RequestRefusedError) -> web.Response:
 async def serve(server: ScriptedServer, port: int = 0) -> tuple[web.AppRunner, str]:
     """Starts serving on loopback; the runner to clean up, and the URL."""
     runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None)
+    if server.batching is not None:
+        runner.app.cleanup_ctx.append(server.batching.running)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"

@@ -93,6 +93,19 @@ IDENTITY: Final[Mapping[str, Probe]] = {
 }
 """By field of `CardIdentity`."""
 
+HEAT: Final[Mapping[str, Probe]] = {
+    name: IDENTITY[name]
+    for name in (
+        "slowdown_celsius",
+        "operating_max_celsius",
+        "target_celsius",
+        "power_limit_default_milliwatts",
+        "power_limit_min_milliwatts",
+        "power_limit_max_milliwatts",
+    )
+}
+"""What a card's heat is judged by, beside its `READING`."""
+
 READING: Final[Mapping[str, Probe]] = {
     "temperature_celsius": _first_of(int, Call("nvmlDeviceGetTemperatureV", (0,)), Call("nvmlDeviceGetTemperature", (0,))),
     "thermal_margin_celsius": _of("nvmlDeviceGetMarginTemperature"),

@@ -88,6 +88,11 @@ def read_identity(library: NvmlLibrary, handle: Any) -> CardIdentity:
     return CardIdentity(**_facts(library, card_table.IDENTITY, handle))
 
 
+def read_heat_limits(library: NvmlLibrary, handle: Any) -> CardIdentity:
+    """Of what a card is, what its heat is judged by; raises CardLostError, DriverUnavailableError."""
+    return CardIdentity(**_facts(library, card_table.HEAT, handle))
+
+
 def read_processes(library: NvmlLibrary, handle: Any, own_process_ids: Collection[int]) -> tuple[CardProcess, ...] | None:
     """Who holds memory of a card, each process once; None where the driver does not say. Raises CardLostError, DriverUnavailableError."""
     lists = _facts(library, card_table.PROCESSES, handle)
@@ -131,7 +136,7 @@ def _card(library: NvmlLibrary, index: int, own_process_ids: Collection[int], sy
             read_reading(library, handle),
             pci.read_slot(identity.bus_id, sysfs),
             _nvlinks(library, handle),
-            _named(read_processes(library, handle, own_process_ids)),
+            named(read_processes(library, handle, own_process_ids)),
         )
     except CardLostError:
         return Card(index, identity, lost=True)
@@ -147,7 +152,8 @@ def _nvlinks(library: NvmlLibrary, handle: Any) -> tuple[NvLink, ...]:
     return tuple(links)
 
 
-def _named(processes: tuple[CardProcess, ...] | None) -> tuple[CardProcess, ...] | None:
+def named(processes: tuple[CardProcess, ...] | None) -> tuple[CardProcess, ...] | None:
+    """With the names of their programs, where the system tells them."""
     return None if processes is None else tuple(replace(process, name=_process_name(process.pid)) for process in processes)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from potluck_node.domain.hardware import CardReading, foreign_bytes, held_bytes
+from potluck_node.domain.hardware import CardIdentity, CardReading, foreign_bytes, held_bytes
+from potluck_node.domain.thermal import throttle_point_celsius
 from potluck_node.probe import card_table
-from potluck_node.probe.nvidia import card_count, card_handle, read_processes, read_reading
+from potluck_node.probe.nvidia import card_count, card_handle, read_heat_limits, read_processes, read_reading
 from potluck_node.probe.nvml import CardLostError, DriverUnavailableError, NvmlLibrary, process_library
 from potluck_node.probe.xid import XidCount
-from potluck_protocol.values import CardTelemetry
+from potluck_protocol.cards import CardTelemetry
 
 
 def card_telemetry(
@@ -84,9 +85,9 @@ def _card(library: NvmlLibrary, index: int, own_process_ids: Collection[int], ow
         if uuid is None:
             return None
         library.uuids[index] = uuid
-        reading = read_reading(library, handle)
+        reading, limits = read_reading(library, handle), read_heat_limits(library, handle)
         processes = read_processes(library, handle, own_process_ids)
-        return _telemetry(uuid, reading, foreign_bytes(reading.memory_used_bytes, processes, engine_here=uuid in own_card_uuids))
+        return _telemetry(uuid, reading, limits, foreign_bytes(reading.memory_used_bytes, processes, engine_here=uuid in own_card_uuids))
     except CardLostError:
         return _lost(library, index)
 
@@ -97,7 +98,7 @@ def _lost(library: NvmlLibrary, index: int) -> CardTelemetry | None:
     return None if uuid is None else CardTelemetry(uuid, lost=True)
 
 
-def _telemetry(uuid: str, reading: CardReading, held_by_others_bytes: int | None) -> CardTelemetry:
+def _telemetry(uuid: str, reading: CardReading, limits: CardIdentity, held_by_others_bytes: int | None) -> CardTelemetry:
     return CardTelemetry(
         uuid=uuid,
         temperature_celsius=reading.temperature_celsius,
@@ -107,4 +108,8 @@ def _telemetry(uuid: str, reading: CardReading, held_by_others_bytes: int | None
         memory_foreign_bytes=held_by_others_bytes,
         utilization_percent=reading.utilization_percent,
         throttle_reasons=tuple(reason.value for reason in reading.throttle_reasons or ()),
+        throttle_point_celsius=throttle_point_celsius(limits, reading),
+        power_limit_min_milliwatts=limits.power_limit_min_milliwatts,
+        power_limit_default_milliwatts=limits.power_limit_default_milliwatts,
+        power_limit_max_milliwatts=limits.power_limit_max_milliwatts,
     )

@@ -25,6 +25,7 @@ from google.protobuf.message import (
 from typing import (
     Literal,
     final,
+    overload,
 )
 
 DESCRIPTOR: FileDescriptor
@@ -166,6 +167,7 @@ class ApiKey(Message):
     EXPIRES_AT_UNIX_MS_FIELD_NUMBER: int
     REVOKED_FIELD_NUMBER: int
     OPERATOR_FIELD_NUMBER: int
+    QUOTAS_FIELD_NUMBER: int
     key_prefix: str
     account_id: str
     name: str
@@ -174,6 +176,8 @@ class ApiKey(Message):
     """0: it does not expire."""
     revoked: bool
     operator: bool
+    @property
+    def quotas(self) -> KeyQuotas: ...
     def __init__(
         self,
         *,
@@ -184,8 +188,34 @@ class ApiKey(Message):
         expires_at_unix_ms: int = ...,
         revoked: bool = ...,
         operator: bool = ...,
+        quotas: KeyQuotas | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["account_id", b"account_id", "created_at_unix_ms", b"created_at_unix_ms", "expires_at_unix_ms", b"expires_at_unix_ms", "key_prefix", b"key_prefix", "name", b"name", "operator", b"operator", "revoked", b"revoked"]) -> None: ...
+    def HasField(self, field_name: Literal["quotas", b"quotas"]) -> bool: ...
+    def ClearField(self, field_name: Literal["account_id", b"account_id", "created_at_unix_ms", b"created_at_unix_ms", "expires_at_unix_ms", b"expires_at_unix_ms", "key_prefix", b"key_prefix", "name", b"name", "operator", b"operator", "quotas", b"quotas", "revoked", b"revoked"]) -> None: ...
+
+@final
+class KeyQuotas(Message):
+    """What one key may use; 0: no bound. A day is one of UTC."""
+
+    DESCRIPTOR: Descriptor
+
+    REQUESTS_PER_DAY_FIELD_NUMBER: int
+    TOKENS_PER_DAY_FIELD_NUMBER: int
+    CONCURRENT_MAX_FIELD_NUMBER: int
+    SPEND_MICRO_CREDITS_PER_DAY_FIELD_NUMBER: int
+    requests_per_day: int
+    tokens_per_day: int
+    concurrent_max: int
+    spend_micro_credits_per_day: int
+    def __init__(
+        self,
+        *,
+        requests_per_day: int = ...,
+        tokens_per_day: int = ...,
+        concurrent_max: int = ...,
+        spend_micro_credits_per_day: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["concurrent_max", b"concurrent_max", "requests_per_day", b"requests_per_day", "spend_micro_credits_per_day", b"spend_micro_credits_per_day", "tokens_per_day", b"tokens_per_day"]) -> None: ...
 
 @final
 class CreateKeyRequest(Message):
@@ -194,17 +224,22 @@ class CreateKeyRequest(Message):
     ACCOUNT_ID_FIELD_NUMBER: int
     NAME_FIELD_NUMBER: int
     LIFETIME_SECONDS_FIELD_NUMBER: int
+    QUOTAS_FIELD_NUMBER: int
     account_id: str
     name: str
     lifetime_seconds: int
+    @property
+    def quotas(self) -> KeyQuotas: ...
     def __init__(
         self,
         *,
         account_id: str = ...,
         name: str = ...,
         lifetime_seconds: int = ...,
+        quotas: KeyQuotas | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["account_id", b"account_id", "lifetime_seconds", b"lifetime_seconds", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: Literal["quotas", b"quotas"]) -> bool: ...
+    def ClearField(self, field_name: Literal["account_id", b"account_id", "lifetime_seconds", b"lifetime_seconds", "name", b"name", "quotas", b"quotas"]) -> None: ...
 
 @final
 class CreateKeyResponse(Message):
@@ -251,6 +286,56 @@ class ListKeysResponse(Message):
         keys: Iterable[ApiKey] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: Literal["keys", b"keys"]) -> None: ...
+
+@final
+class SetKeyQuotasRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    KEY_PREFIX_FIELD_NUMBER: int
+    REQUESTS_PER_DAY_FIELD_NUMBER: int
+    TOKENS_PER_DAY_FIELD_NUMBER: int
+    CONCURRENT_MAX_FIELD_NUMBER: int
+    SPEND_MICRO_CREDITS_PER_DAY_FIELD_NUMBER: int
+    key_prefix: str
+    requests_per_day: int
+    """What is not set stays as it is."""
+    tokens_per_day: int
+    concurrent_max: int
+    spend_micro_credits_per_day: int
+    def __init__(
+        self,
+        *,
+        key_prefix: str = ...,
+        requests_per_day: int | None = ...,
+        tokens_per_day: int | None = ...,
+        concurrent_max: int | None = ...,
+        spend_micro_credits_per_day: int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["_concurrent_max", b"_concurrent_max", "_requests_per_day", b"_requests_per_day", "_spend_micro_credits_per_day", b"_spend_micro_credits_per_day", "_tokens_per_day", b"_tokens_per_day", "concurrent_max", b"concurrent_max", "requests_per_day", b"requests_per_day", "spend_micro_credits_per_day", b"spend_micro_credits_per_day", "tokens_per_day", b"tokens_per_day"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_concurrent_max", b"_concurrent_max", "_requests_per_day", b"_requests_per_day", "_spend_micro_credits_per_day", b"_spend_micro_credits_per_day", "_tokens_per_day", b"_tokens_per_day", "concurrent_max", b"concurrent_max", "key_prefix", b"key_prefix", "requests_per_day", b"requests_per_day", "spend_micro_credits_per_day", b"spend_micro_credits_per_day", "tokens_per_day", b"tokens_per_day"]) -> None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_concurrent_max", b"_concurrent_max"]) -> Literal["concurrent_max"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_requests_per_day", b"_requests_per_day"]) -> Literal["requests_per_day"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_spend_micro_credits_per_day", b"_spend_micro_credits_per_day"]) -> Literal["spend_micro_credits_per_day"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_tokens_per_day", b"_tokens_per_day"]) -> Literal["tokens_per_day"] | None: ...
+
+@final
+class SetKeyQuotasResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    KEY_FIELD_NUMBER: int
+    @property
+    def key(self) -> ApiKey: ...
+    def __init__(
+        self,
+        *,
+        key: ApiKey | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["key", b"key"]) -> bool: ...
+    def ClearField(self, field_name: Literal["key", b"key"]) -> None: ...
 
 @final
 class RevokeKeyRequest(Message):

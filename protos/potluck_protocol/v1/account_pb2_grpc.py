@@ -64,6 +64,11 @@ class AccountServiceStub(object):
                 request_serializer=potluck__protocol_dot_v1_dot_account__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=potluck__protocol_dot_v1_dot_account__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.SetKeyQuotas = channel.unary_unary(
+                '/potluck_protocol.v1.AccountService/SetKeyQuotas',
+                request_serializer=potluck__protocol_dot_v1_dot_account__pb2.SetKeyQuotasRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_account__pb2.SetKeyQuotasResponse.FromString,
+                _registered_method=True)
         self.CreateJoinToken = channel.unary_unary(
                 '/potluck_protocol.v1.AccountService/CreateJoinToken',
                 request_serializer=potluck__protocol_dot_v1_dot_account__pb2.CreateJoinTokenRequest.SerializeToString,
@@ -132,6 +137,13 @@ class AccountServiceServicer(object):
 
     def RevokeKey(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetKeyQuotas(self, request, context):
+        """Changes what one key may use.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -205,6 +217,11 @@ def add_AccountServiceServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=potluck__protocol_dot_v1_dot_account__pb2.RevokeKeyRequest.FromString,
                     response_serializer=potluck__protocol_dot_v1_dot_account__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'SetKeyQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetKeyQuotas,
+                    request_deserializer=potluck__protocol_dot_v1_dot_account__pb2.SetKeyQuotasRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_account__pb2.SetKeyQuotasResponse.SerializeToString,
             ),
             'CreateJoinToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateJoinToken,
@@ -399,6 +416,33 @@ class AccountService(object):
             '/potluck_protocol.v1.AccountService/RevokeKey',
             potluck__protocol_dot_v1_dot_account__pb2.RevokeKeyRequest.SerializeToString,
             potluck__protocol_dot_v1_dot_account__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetKeyQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.AccountService/SetKeyQuotas',
+            potluck__protocol_dot_v1_dot_account__pb2.SetKeyQuotasRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_account__pb2.SetKeyQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -121,6 +121,22 @@ _AccountServiceRevokeKeyType = typing_extensions.TypeVar(
     ],
 )
 
+_AccountServiceSetKeyQuotasType = typing_extensions.TypeVar(
+    '_AccountServiceSetKeyQuotasType',
+    grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+        potluck_protocol.v1.account_pb2.SetKeyQuotasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+        potluck_protocol.v1.account_pb2.SetKeyQuotasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+        potluck_protocol.v1.account_pb2.SetKeyQuotasResponse,
+    ],
+)
+
 _AccountServiceCreateJoinTokenType = typing_extensions.TypeVar(
     '_AccountServiceCreateJoinTokenType',
     grpc.UnaryUnaryMultiCallable[
@@ -217,7 +233,7 @@ _AccountServiceAuditLedgerType = typing_extensions.TypeVar(
     ],
 )
 
-class AccountServiceStub(typing.Generic[_AccountServiceGetBalanceType, _AccountServiceListStatementType, _AccountServiceClaimEarningsType, _AccountServiceCreateKeyType, _AccountServiceListKeysType, _AccountServiceRevokeKeyType, _AccountServiceCreateJoinTokenType, _AccountServiceListJoinTokensType, _AccountServiceRevokeJoinTokenType, _AccountServiceCreateAccountType, _AccountServiceListAccountsType, _AccountServiceAuditLedgerType]):
+class AccountServiceStub(typing.Generic[_AccountServiceGetBalanceType, _AccountServiceListStatementType, _AccountServiceClaimEarningsType, _AccountServiceCreateKeyType, _AccountServiceListKeysType, _AccountServiceRevokeKeyType, _AccountServiceSetKeyQuotasType, _AccountServiceCreateJoinTokenType, _AccountServiceListJoinTokensType, _AccountServiceRevokeJoinTokenType, _AccountServiceCreateAccountType, _AccountServiceListAccountsType, _AccountServiceAuditLedgerType]):
     @typing.overload
     def __init__(self: AccountServiceStub[
         grpc.UnaryUnaryMultiCallable[
@@ -243,6 +259,10 @@ class AccountServiceStub(typing.Generic[_AccountServiceGetBalanceType, _AccountS
         grpc.UnaryUnaryMultiCallable[
             potluck_protocol.v1.account_pb2.RevokeKeyRequest,
             potluck_protocol.v1.account_pb2.RevokeKeyResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+            potluck_protocol.v1.account_pb2.SetKeyQuotasResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             potluck_protocol.v1.account_pb2.CreateJoinTokenRequest,
@@ -297,6 +317,10 @@ class AccountServiceStub(typing.Generic[_AccountServiceGetBalanceType, _AccountS
             potluck_protocol.v1.account_pb2.RevokeKeyResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+            potluck_protocol.v1.account_pb2.SetKeyQuotasResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             potluck_protocol.v1.account_pb2.CreateJoinTokenRequest,
             potluck_protocol.v1.account_pb2.CreateJoinTokenResponse,
         ],
@@ -335,6 +359,9 @@ class AccountServiceStub(typing.Generic[_AccountServiceGetBalanceType, _AccountS
 
     RevokeKey: _AccountServiceRevokeKeyType
 
+    SetKeyQuotas: _AccountServiceSetKeyQuotasType
+    """Changes what one key may use."""
+
     CreateJoinToken: _AccountServiceCreateJoinTokenType
 
     ListJoinTokens: _AccountServiceListJoinTokensType
@@ -372,6 +399,10 @@ AccountServiceAsyncStub: typing_extensions.TypeAlias = AccountServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         potluck_protocol.v1.account_pb2.RevokeKeyRequest,
         potluck_protocol.v1.account_pb2.RevokeKeyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+        potluck_protocol.v1.account_pb2.SetKeyQuotasResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         potluck_protocol.v1.account_pb2.CreateJoinTokenRequest,
@@ -442,6 +473,14 @@ class AccountServiceServicer(metaclass=abc.ABCMeta):
         request: potluck_protocol.v1.account_pb2.RevokeKeyRequest,
         context: _ServicerContext,
     ) -> typing.Union[potluck_protocol.v1.account_pb2.RevokeKeyResponse, collections.abc.Awaitable[potluck_protocol.v1.account_pb2.RevokeKeyResponse]]: ...
+
+    @abc.abstractmethod
+    def SetKeyQuotas(
+        self,
+        request: potluck_protocol.v1.account_pb2.SetKeyQuotasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.account_pb2.SetKeyQuotasResponse, collections.abc.Awaitable[potluck_protocol.v1.account_pb2.SetKeyQuotasResponse]]:
+        """Changes what one key may use."""
 
     @abc.abstractmethod
     def CreateJoinToken(

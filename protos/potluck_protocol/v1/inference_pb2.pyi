@@ -61,7 +61,7 @@ class GenerateResponse(Message):
     """The engine's bytes: server-sent events when the body asked for a stream, else pieces of one JSON document."""
     @property
     def placed(self) -> Placed:
-        """First: where the request runs."""
+        """First: where the request runs. Again, whenever another node goes on with it."""
 
     @property
     def finished(self) -> Finished:
@@ -85,17 +85,21 @@ class Placed(Message):
     REQUEST_ID_FIELD_NUMBER: int
     NODE_ID_FIELD_NUMBER: int
     MODEL_ID_FIELD_NUMBER: int
+    SERVICE_TIER_FIELD_NUMBER: int
     request_id: str
     node_id: str
     model_id: str
+    service_tier: str
+    """"default" or "flex": the tier it is served in."""
     def __init__(
         self,
         *,
         request_id: str = ...,
         node_id: str = ...,
         model_id: str = ...,
+        service_tier: str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["model_id", b"model_id", "node_id", b"node_id", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: Literal["model_id", b"model_id", "node_id", b"node_id", "request_id", b"request_id", "service_tier", b"service_tier"]) -> None: ...
 
 @final
 class Finished(Message):

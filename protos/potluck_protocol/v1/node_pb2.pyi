@@ -56,18 +56,18 @@ class _NodeStateEnumTypeWrapper(_EnumTypeWrapper[_NodeState.ValueType], type):
     NODE_STATE_UNSPECIFIED: _NodeState.ValueType  # 0
     NODE_STATE_SERVING: _NodeState.ValueType  # 1
     NODE_STATE_PAUSED: _NodeState.ValueType  # 2
-    """The owner asked for rest: no new attempts."""
+    """At rest, as its owner wants it: no new attempts, no engine runs, and what engines held of cards and memory is free again."""
     NODE_STATE_DRAINING: _NodeState.ValueType  # 3
-    """Finishing what is in flight before going away."""
+    """No new attempts; on the way to PAUSED, or away: what is in flight is finished or handed back, and engines are stopped."""
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper): ...
 
 NODE_STATE_UNSPECIFIED: NodeState.ValueType  # 0
 NODE_STATE_SERVING: NodeState.ValueType  # 1
 NODE_STATE_PAUSED: NodeState.ValueType  # 2
-"""The owner asked for rest: no new attempts."""
+"""At rest, as its owner wants it: no new attempts, no engine runs, and what engines held of cards and memory is free again."""
 NODE_STATE_DRAINING: NodeState.ValueType  # 3
-"""Finishing what is in flight before going away."""
+"""No new attempts; on the way to PAUSED, or away: what is in flight is finished or handed back, and engines are stopped."""
 
 class _EngineState:
     ValueType = NewType("ValueType", int)
@@ -176,6 +176,8 @@ class _EndReasonEnumTypeWrapper(_EnumTypeWrapper[_EndReason.ValueType], type):
     """The engine broke the answer off, or could not be reached."""
     END_REASON_REFUSED: _EndReason.ValueType  # 4
     """Nothing was sent to the engine: no such replica, no free slot, paused."""
+    END_REASON_HANDED_BACK: _EndReason.ValueType  # 5
+    """The owner wants the machine back: what came before this end is good, the rest is to be made elsewhere, and it is nobody's failure."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper): ...
 
@@ -186,6 +188,8 @@ END_REASON_ENGINE_FAILED: EndReason.ValueType  # 3
 """The engine broke the answer off, or could not be reached."""
 END_REASON_REFUSED: EndReason.ValueType  # 4
 """Nothing was sent to the engine: no such replica, no free slot, paused."""
+END_REASON_HANDED_BACK: EndReason.ValueType  # 5
+"""The owner wants the machine back: what came before this end is good, the rest is to be made elsewhere, and it is nobody's failure."""
 
 class _GoodbyeReason:
     ValueType = NewType("ValueType", int)
@@ -422,6 +426,12 @@ class CoordinatorFrame(Message):
     ACKNOWLEDGEMENTS_FIELD_NUMBER: int
     CERTIFICATE_FIELD_NUMBER: int
     GOODBYE_FIELD_NUMBER: int
+    EPOCH_FIELD_NUMBER: int
+    BEAT_NOW_FIELD_NUMBER: int
+    epoch: int
+    """The lease epoch under which the frame was sent; an agent drops frames of another one, but for their goodbye. 0: not said."""
+    beat_now: bool
+    """Asks for a heartbeat at once: no token came for longer than usual."""
     @property
     def welcome(self) -> Welcome: ...
     @property
@@ -449,9 +459,11 @@ class CoordinatorFrame(Message):
         acknowledgements: Iterable[ChunkAcknowledgement] | None = ...,
         certificate: Certificate | None = ...,
         goodbye: Goodbye | None = ...,
+        epoch: int = ...,
+        beat_now: bool = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["certificate", b"certificate", "desired", b"desired", "goodbye", b"goodbye", "lease", b"lease", "welcome", b"welcome"]) -> bool: ...
-    def ClearField(self, field_name: Literal["acknowledgements", b"acknowledgements", "cancels", b"cancels", "certificate", b"certificate", "desired", b"desired", "goodbye", b"goodbye", "lease", b"lease", "starts", b"starts", "welcome", b"welcome"]) -> None: ...
+    def ClearField(self, field_name: Literal["acknowledgements", b"acknowledgements", "beat_now", b"beat_now", "cancels", b"cancels", "certificate", b"certificate", "desired", b"desired", "epoch", b"epoch", "goodbye", b"goodbye", "lease", b"lease", "starts", b"starts", "welcome", b"welcome"]) -> None: ...
 
 @final
 class Hello(Message):
@@ -555,15 +567,23 @@ class ResumePoint(Message):
 
     ATTEMPT_ID_FIELD_NUMBER: int
     NEXT_SEQUENCE_FIELD_NUMBER: int
+    ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: int
     attempt_id: str
     next_sequence: int
+    acknowledged_sequence: int
+    """Chunks before this one have left the coordinator; those from here to `next_sequence` arrived and still count against the window.
+    Not set: all that arrived has left.
+    """
     def __init__(
         self,
         *,
         attempt_id: str = ...,
         next_sequence: int = ...,
+        acknowledged_sequence: int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["attempt_id", b"attempt_id", "next_sequence", b"next_sequence"]) -> None: ...
+    def HasField(self, field_name: Literal["_acknowledged_sequence", b"_acknowledged_sequence", "acknowledged_sequence", b"acknowledged_sequence"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_acknowledged_sequence", b"_acknowledged_sequence", "acknowledged_sequence", b"acknowledged_sequence", "attempt_id", b"attempt_id", "next_sequence", b"next_sequence"]) -> None: ...
+    def WhichOneof(self, oneof_group: Literal["_acknowledged_sequence", b"_acknowledged_sequence"]) -> Literal["acknowledged_sequence"] | None: ...
 
 @final
 class LeaseRenewal(Message):
@@ -592,10 +612,13 @@ class Heartbeat(Message):
     CARDS_FIELD_NUMBER: int
     PEER_MEASUREMENTS_FIELD_NUMBER: int
     LINE_FIELD_NUMBER: int
+    NUMBER_FIELD_NUMBER: int
     progress_count: int
     """Grows with every chunk any engine of the node produced. For people: the coordinator judges by the chunks that it gets."""
     state: NodeState.ValueType
     disk_free_bytes: int
+    number: int
+    """Grows with every heartbeat of one agent process: one that comes again says nothing. 0: not said."""
     @property
     def engines(self) -> RepeatedCompositeFieldContainer[EngineStatus]: ...
     @property
@@ -618,9 +641,10 @@ class Heartbeat(Message):
         cards: Iterable[CardTelemetry] | None = ...,
         peer_measurements: Iterable[PeerMeasurement] | None = ...,
         line: LineMeasurement | None = ...,
+        number: int = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["line", b"line"]) -> bool: ...
-    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "number", b"number", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
 
 @final
 class CardTelemetry(Message):
@@ -639,6 +663,12 @@ class CardTelemetry(Message):
     LOST_FIELD_NUMBER: int
     NEWEST_XID_FIELD_NUMBER: int
     XID_COUNT_FIELD_NUMBER: int
+    THROTTLE_POINT_CELSIUS_FIELD_NUMBER: int
+    THERMAL_RUNG_FIELD_NUMBER: int
+    THROTTLE_SECONDS_FIELD_NUMBER: int
+    POWER_LIMIT_MIN_MILLIWATTS_FIELD_NUMBER: int
+    POWER_LIMIT_DEFAULT_MILLIWATTS_FIELD_NUMBER: int
+    POWER_LIMIT_MAX_MILLIWATTS_FIELD_NUMBER: int
     uuid: str
     temperature_celsius: int
     power_milliwatts: int
@@ -653,6 +683,18 @@ class CardTelemetry(Message):
     """The number of the newest fault (Xid) that the driver told of since the agent started; not set where there was none."""
     xid_count: int
     """Faults since then."""
+    throttle_point_celsius: int
+    """Where it would slow down by itself; not set where it has no thermometer."""
+    thermal_rung: int
+    """What the agent took from it for its heat, and gives back in the reverse order, one after the other. 0: nothing. 1 to 3: ever lower power
+    caps; 4: half of the slots, 5: all but a quarter of them, 6: all but one, 7: all, 8: its engine.
+    """
+    throttle_seconds: float
+    """How long it was slowed down by heat since the agent started."""
+    power_limit_min_milliwatts: int
+    """Which caps the driver takes, and the one it was made with."""
+    power_limit_default_milliwatts: int
+    power_limit_max_milliwatts: int
     @property
     def throttle_reasons(self) -> RepeatedScalarFieldContainer[str]:
         """"power_cap", "software_thermal", "hardware_thermal", "hardware_slowdown", "power_brake", "sync_boost"."""
@@ -671,9 +713,15 @@ class CardTelemetry(Message):
         lost: bool = ...,
         newest_xid: int | None = ...,
         xid_count: int = ...,
+        throttle_point_celsius: int | None = ...,
+        thermal_rung: int = ...,
+        throttle_seconds: float = ...,
+        power_limit_min_milliwatts: int | None = ...,
+        power_limit_default_milliwatts: int | None = ...,
+        power_limit_max_milliwatts: int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_newest_xid", b"_newest_xid", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "newest_xid", b"newest_xid", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "utilization_percent", b"utilization_percent"]) -> bool: ...
-    def ClearField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_newest_xid", b"_newest_xid", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_utilization_percent", b"_utilization_percent", "lost", b"lost", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "newest_xid", b"newest_xid", "power_limit_milliwatts", b"power_limit_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "utilization_percent", b"utilization_percent", "uuid", b"uuid", "xid_count", b"xid_count"]) -> None: ...
+    def HasField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_newest_xid", b"_newest_xid", "_power_limit_default_milliwatts", b"_power_limit_default_milliwatts", "_power_limit_max_milliwatts", b"_power_limit_max_milliwatts", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_limit_min_milliwatts", b"_power_limit_min_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_throttle_point_celsius", b"_throttle_point_celsius", "_utilization_percent", b"_utilization_percent", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "newest_xid", b"newest_xid", "power_limit_default_milliwatts", b"power_limit_default_milliwatts", "power_limit_max_milliwatts", b"power_limit_max_milliwatts", "power_limit_milliwatts", b"power_limit_milliwatts", "power_limit_min_milliwatts", b"power_limit_min_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "throttle_point_celsius", b"throttle_point_celsius", "utilization_percent", b"utilization_percent"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_newest_xid", b"_newest_xid", "_power_limit_default_milliwatts", b"_power_limit_default_milliwatts", "_power_limit_max_milliwatts", b"_power_limit_max_milliwatts", "_power_limit_milliwatts", b"_power_limit_milliwatts", "_power_limit_min_milliwatts", b"_power_limit_min_milliwatts", "_power_milliwatts", b"_power_milliwatts", "_temperature_celsius", b"_temperature_celsius", "_throttle_point_celsius", b"_throttle_point_celsius", "_utilization_percent", b"_utilization_percent", "lost", b"lost", "memory_foreign_bytes", b"memory_foreign_bytes", "memory_used_bytes", b"memory_used_bytes", "newest_xid", b"newest_xid", "power_limit_default_milliwatts", b"power_limit_default_milliwatts", "power_limit_max_milliwatts", b"power_limit_max_milliwatts", "power_limit_milliwatts", b"power_limit_milliwatts", "power_limit_min_milliwatts", b"power_limit_min_milliwatts", "power_milliwatts", b"power_milliwatts", "temperature_celsius", b"temperature_celsius", "thermal_rung", b"thermal_rung", "throttle_point_celsius", b"throttle_point_celsius", "throttle_reasons", b"throttle_reasons", "throttle_seconds", b"throttle_seconds", "utilization_percent", b"utilization_percent", "uuid", b"uuid", "xid_count", b"xid_count"]) -> None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_memory_foreign_bytes", b"_memory_foreign_bytes"]) -> Literal["memory_foreign_bytes"] | None: ...
     @overload
@@ -681,11 +729,19 @@ class CardTelemetry(Message):
     @overload
     def WhichOneof(self, oneof_group: Literal["_newest_xid", b"_newest_xid"]) -> Literal["newest_xid"] | None: ...
     @overload
+    def WhichOneof(self, oneof_group: Literal["_power_limit_default_milliwatts", b"_power_limit_default_milliwatts"]) -> Literal["power_limit_default_milliwatts"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_power_limit_max_milliwatts", b"_power_limit_max_milliwatts"]) -> Literal["power_limit_max_milliwatts"] | None: ...
+    @overload
     def WhichOneof(self, oneof_group: Literal["_power_limit_milliwatts", b"_power_limit_milliwatts"]) -> Literal["power_limit_milliwatts"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_power_limit_min_milliwatts", b"_power_limit_min_milliwatts"]) -> Literal["power_limit_min_milliwatts"] | None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_power_milliwatts", b"_power_milliwatts"]) -> Literal["power_milliwatts"] | None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_temperature_celsius", b"_temperature_celsius"]) -> Literal["temperature_celsius"] | None: ...
+    @overload
+    def WhichOneof(self, oneof_group: Literal["_throttle_point_celsius", b"_throttle_point_celsius"]) -> Literal["throttle_point_celsius"] | None: ...
     @overload
     def WhichOneof(self, oneof_group: Literal["_utilization_percent", b"_utilization_percent"]) -> Literal["utilization_percent"] | None: ...
 

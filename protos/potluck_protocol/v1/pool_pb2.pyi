@@ -38,6 +38,7 @@ from potluck_protocol.v1.common_pb2 import (
     Endpoint,
 )
 from potluck_protocol.v1.node_pb2 import (
+    CardTelemetry,
     EngineStatus,
     Inventory,
     NodeState,
@@ -106,6 +107,7 @@ class Node(Message):
     DOWN_MINUTES_FIELD_NUMBER: int
     UNKNOWN_MINUTES_FIELD_NUMBER: int
     LAST_SEEN_AT_UNIX_MS_FIELD_NUMBER: int
+    CARDS_FIELD_NUMBER: int
     node_id: str
     display_name: str
     owner_account_id: str
@@ -122,6 +124,10 @@ class Node(Message):
     def engines(self) -> RepeatedCompositeFieldContainer[EngineStatus]: ...
     @property
     def inventory(self) -> Inventory: ...
+    @property
+    def cards(self) -> RepeatedCompositeFieldContainer[CardTelemetry]:
+        """As the node last told of them; only shown to the owner and the operator."""
+
     def __init__(
         self,
         *,
@@ -137,9 +143,10 @@ class Node(Message):
         down_minutes: int = ...,
         unknown_minutes: int = ...,
         last_seen_at_unix_ms: int = ...,
+        cards: Iterable[CardTelemetry] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["inventory", b"inventory"]) -> bool: ...
-    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "connection", b"connection", "display_name", b"display_name", "down_minutes", b"down_minutes", "engines", b"engines", "inventory", b"inventory", "last_seen_at_unix_ms", b"last_seen_at_unix_ms", "node_id", b"node_id", "owner_account_id", b"owner_account_id", "state", b"state", "unknown_minutes", b"unknown_minutes", "up_minutes", b"up_minutes"]) -> None: ...
+    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "connection", b"connection", "display_name", b"display_name", "down_minutes", b"down_minutes", "engines", b"engines", "inventory", b"inventory", "last_seen_at_unix_ms", b"last_seen_at_unix_ms", "node_id", b"node_id", "owner_account_id", b"owner_account_id", "state", b"state", "unknown_minutes", b"unknown_minutes", "up_minutes", b"up_minutes"]) -> None: ...
 
 @final
 class RevokeNodeRequest(Message):
@@ -561,3 +568,353 @@ class NodeVerdict(Message):
         reason: str = ...,
     ) -> None: ...
     def ClearField(self, field_name: Literal["display_name", b"display_name", "node_id", b"node_id", "reason", b"reason", "verdict", b"verdict"]) -> None: ...
+
+@final
+class ExplainRequestRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: int
+    request_id: str
+    def __init__(
+        self,
+        *,
+        request_id: str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["request_id", b"request_id"]) -> None: ...
+
+@final
+class ExplainRequestResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: int
+    ACCOUNT_ID_FIELD_NUMBER: int
+    MODEL_ID_FIELD_NUMBER: int
+    ARRIVED_AT_UNIX_MS_FIELD_NUMBER: int
+    STEPS_FIELD_NUMBER: int
+    request_id: str
+    account_id: str
+    model_id: str
+    arrived_at_unix_ms: int
+    @property
+    def steps(self) -> RepeatedCompositeFieldContainer[RequestStep]:
+        """In the order of their coming."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str = ...,
+        account_id: str = ...,
+        model_id: str = ...,
+        arrived_at_unix_ms: int = ...,
+        steps: Iterable[RequestStep] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["account_id", b"account_id", "arrived_at_unix_ms", b"arrived_at_unix_ms", "model_id", b"model_id", "request_id", b"request_id", "steps", b"steps"]) -> None: ...
+
+@final
+class RequestStep(Message):
+    """One thing that was decided over a request, or that happened to it."""
+
+    DESCRIPTOR: Descriptor
+
+    ELAPSED_MS_FIELD_NUMBER: int
+    KIND_FIELD_NUMBER: int
+    NODE_ID_FIELD_NUMBER: int
+    ATTEMPT_ID_FIELD_NUMBER: int
+    WORDS_FIELD_NUMBER: int
+    CANDIDATES_FIELD_NUMBER: int
+    elapsed_ms: int
+    """Since it arrived."""
+    kind: str
+    """One word, such as "waits", "placed", "failed", "refused" or "answered"."""
+    node_id: str
+    attempt_id: str
+    words: str
+    @property
+    def candidates(self) -> RepeatedCompositeFieldContainer[PlacementCandidate]:
+        """With "placed" and "refused": what there was to choose from."""
+
+    def __init__(
+        self,
+        *,
+        elapsed_ms: int = ...,
+        kind: str = ...,
+        node_id: str = ...,
+        attempt_id: str = ...,
+        words: str = ...,
+        candidates: Iterable[PlacementCandidate] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["attempt_id", b"attempt_id", "candidates", b"candidates", "elapsed_ms", b"elapsed_ms", "kind", b"kind", "node_id", b"node_id", "words", b"words"]) -> None: ...
+
+@final
+class PlacementCandidate(Message):
+    """One replica of a placement, or several that lost for the same reason."""
+
+    DESCRIPTOR: Descriptor
+
+    NODE_ID_FIELD_NUMBER: int
+    REPLICA_ID_FIELD_NUMBER: int
+    REPLICA_COUNT_FIELD_NUMBER: int
+    CHOSEN_FIELD_NUMBER: int
+    REASON_FIELD_NUMBER: int
+    COST_SECONDS_FIELD_NUMBER: int
+    TERMS_FIELD_NUMBER: int
+    node_id: str
+    """Empty where several are meant."""
+    replica_id: str
+    replica_count: int
+    chosen: bool
+    reason: str
+    """Why it lost, or that it was chosen."""
+    cost_seconds: float
+    """Not set where it could not be chosen at all."""
+    @property
+    def terms(self) -> RepeatedCompositeFieldContainer[CostTerm]:
+        """The parts of the cost."""
+
+    def __init__(
+        self,
+        *,
+        node_id: str = ...,
+        replica_id: str = ...,
+        replica_count: int = ...,
+        chosen: bool = ...,
+        reason: str = ...,
+        cost_seconds: float | None = ...,
+        terms: Iterable[CostTerm] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["_cost_seconds", b"_cost_seconds", "cost_seconds", b"cost_seconds"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_cost_seconds", b"_cost_seconds", "chosen", b"chosen", "cost_seconds", b"cost_seconds", "node_id", b"node_id", "reason", b"reason", "replica_count", b"replica_count", "replica_id", b"replica_id", "terms", b"terms"]) -> None: ...
+    def WhichOneof(self, oneof_group: Literal["_cost_seconds", b"_cost_seconds"]) -> Literal["cost_seconds"] | None: ...
+
+@final
+class CostTerm(Message):
+    DESCRIPTOR: Descriptor
+
+    NAME_FIELD_NUMBER: int
+    SECONDS_FIELD_NUMBER: int
+    name: str
+    """Such as "wait", "prefill", "decode", "round_trip", "memory" or "churn"."""
+    seconds: float
+    def __init__(
+        self,
+        *,
+        name: str = ...,
+        seconds: float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["name", b"name", "seconds", b"seconds"]) -> None: ...
+
+@final
+class ExplainWaitingRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: int
+    request_id: str
+    def __init__(
+        self,
+        *,
+        request_id: str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["request_id", b"request_id"]) -> None: ...
+
+@final
+class ExplainWaitingResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    WAITING_FIELD_NUMBER: int
+    WORDS_FIELD_NUMBER: int
+    POSITION_FIELD_NUMBER: int
+    WAITING_COUNT_FIELD_NUMBER: int
+    WAITED_MS_FIELD_NUMBER: int
+    PREDICTED_WAIT_MS_FIELD_NUMBER: int
+    DEADLINE_MS_FIELD_NUMBER: int
+    CANDIDATES_FIELD_NUMBER: int
+    waiting: bool
+    words: str
+    """In words: what it waits for, or that it does not."""
+    position: int
+    """1 comes next."""
+    waiting_count: int
+    waited_ms: int
+    predicted_wait_ms: int
+    """Until its turn, as predicted; not set where there is no prediction."""
+    deadline_ms: int
+    """After which it is refused."""
+    @property
+    def candidates(self) -> RepeatedCompositeFieldContainer[PlacementCandidate]: ...
+    def __init__(
+        self,
+        *,
+        waiting: bool = ...,
+        words: str = ...,
+        position: int = ...,
+        waiting_count: int = ...,
+        waited_ms: int = ...,
+        predicted_wait_ms: int | None = ...,
+        deadline_ms: int = ...,
+        candidates: Iterable[PlacementCandidate] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["_predicted_wait_ms", b"_predicted_wait_ms", "predicted_wait_ms", b"predicted_wait_ms"]) -> bool: ...
+    def ClearField(self, field_name: Literal["_predicted_wait_ms", b"_predicted_wait_ms", "candidates", b"candidates", "deadline_ms", b"deadline_ms", "position", b"position", "predicted_wait_ms", b"predicted_wait_ms", "waited_ms", b"waited_ms", "waiting", b"waiting", "waiting_count", b"waiting_count", "words", b"words"]) -> None: ...
+    def WhichOneof(self, oneof_group: Literal["_predicted_wait_ms", b"_predicted_wait_ms"]) -> Literal["predicted_wait_ms"] | None: ...
+
+@final
+class ExplainNodeRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    NODE_ID_FIELD_NUMBER: int
+    node_id: str
+    def __init__(
+        self,
+        *,
+        node_id: str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["node_id", b"node_id"]) -> None: ...
+
+@final
+class ExplainNodeResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    REPLICAS_FIELD_NUMBER: int
+    WATCHED_SECONDS_FIELD_NUMBER: int
+    PLACEMENT_COUNT_FIELD_NUMBER: int
+    watched_seconds: int
+    """What placements of the last minutes looked back on."""
+    placement_count: int
+    @property
+    def replicas(self) -> RepeatedCompositeFieldContainer[ReplicaVerdict]: ...
+    def __init__(
+        self,
+        *,
+        replicas: Iterable[ReplicaVerdict] | None = ...,
+        watched_seconds: int = ...,
+        placement_count: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["placement_count", b"placement_count", "replicas", b"replicas", "watched_seconds", b"watched_seconds"]) -> None: ...
+
+@final
+class ReplicaVerdict(Message):
+    """One replica of a node, now and lately."""
+
+    DESCRIPTOR: Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: int
+    MODEL_ID_FIELD_NUMBER: int
+    HURDLE_FIELD_NUMBER: int
+    SLOT_COUNT_FIELD_NUMBER: int
+    RUNNING_COUNT_FIELD_NUMBER: int
+    CONSIDERED_COUNT_FIELD_NUMBER: int
+    CHOSEN_COUNT_FIELD_NUMBER: int
+    LOSSES_FIELD_NUMBER: int
+    replica_id: str
+    model_id: str
+    hurdle: str
+    """Why it takes no request now; empty where it does."""
+    slot_count: int
+    running_count: int
+    considered_count: int
+    """Placements of its model that it was looked at for, and won."""
+    chosen_count: int
+    @property
+    def losses(self) -> RepeatedCompositeFieldContainer[LossReason]:
+        """Why it lost the others."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: str = ...,
+        model_id: str = ...,
+        hurdle: str = ...,
+        slot_count: int = ...,
+        running_count: int = ...,
+        considered_count: int = ...,
+        chosen_count: int = ...,
+        losses: Iterable[LossReason] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["chosen_count", b"chosen_count", "considered_count", b"considered_count", "hurdle", b"hurdle", "losses", b"losses", "model_id", b"model_id", "replica_id", b"replica_id", "running_count", b"running_count", "slot_count", b"slot_count"]) -> None: ...
+
+@final
+class LossReason(Message):
+    DESCRIPTOR: Descriptor
+
+    REASON_FIELD_NUMBER: int
+    COUNT_FIELD_NUMBER: int
+    reason: str
+    count: int
+    def __init__(
+        self,
+        *,
+        reason: str = ...,
+        count: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["count", b"count", "reason", b"reason"]) -> None: ...
+
+@final
+class GetTiersRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+@final
+class GetTiersResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    DEFAULT_REQUEST_COUNT_MAX_FIELD_NUMBER: int
+    WINDOW_SECONDS_FIELD_NUMBER: int
+    REMAINING_REQUEST_COUNT_FIELD_NUMBER: int
+    RESET_MS_FIELD_NUMBER: int
+    RESERVE_PERCENT_FIELD_NUMBER: int
+    FIRST_TOKEN_MS_FIELD_NUMBER: int
+    HOUR_FIELD_NUMBER: int
+    DAY_FIELD_NUMBER: int
+    THIRTY_DAYS_FIELD_NUMBER: int
+    default_request_count_max: int
+    """Requests of one account in the default tier, and the seconds that they count for."""
+    window_seconds: int
+    remaining_request_count: int
+    """What the caller's account has left of them, and when there is room for one more than that."""
+    reset_ms: int
+    reserve_percent: int
+    """Of each model's room, what flex leaves to the default tier."""
+    first_token_ms: int
+    """The promise: the first token of a request in the default tier comes within this time."""
+    @property
+    def hour(self) -> PromiseKept: ...
+    @property
+    def day(self) -> PromiseKept: ...
+    @property
+    def thirty_days(self) -> PromiseKept: ...
+    def __init__(
+        self,
+        *,
+        default_request_count_max: int = ...,
+        window_seconds: int = ...,
+        remaining_request_count: int = ...,
+        reset_ms: int = ...,
+        reserve_percent: int = ...,
+        first_token_ms: int = ...,
+        hour: PromiseKept | None = ...,
+        day: PromiseKept | None = ...,
+        thirty_days: PromiseKept | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: Literal["day", b"day", "hour", b"hour", "thirty_days", b"thirty_days"]) -> bool: ...
+    def ClearField(self, field_name: Literal["day", b"day", "default_request_count_max", b"default_request_count_max", "first_token_ms", b"first_token_ms", "hour", b"hour", "remaining_request_count", b"remaining_request_count", "reserve_percent", b"reserve_percent", "reset_ms", b"reset_ms", "thirty_days", b"thirty_days", "window_seconds", b"window_seconds"]) -> None: ...
+
+@final
+class PromiseKept(Message):
+    """Requests of the default tier in some time, and those whose promise was kept."""
+
+    DESCRIPTOR: Descriptor
+
+    REQUEST_COUNT_FIELD_NUMBER: int
+    KEPT_COUNT_FIELD_NUMBER: int
+    request_count: int
+    kept_count: int
+    def __init__(
+        self,
+        *,
+        request_count: int = ...,
+        kept_count: int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["kept_count", b"kept_count", "request_count", b"request_count"]) -> None: ...

@@ -79,6 +79,26 @@ class PoolServiceStub(object):
                 request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentRequest.SerializeToString,
                 response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentResponse.FromString,
                 _registered_method=True)
+        self.GetTiers = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/GetTiers',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.GetTiersRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.GetTiersResponse.FromString,
+                _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/ExplainRequest',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
+        self.ExplainWaiting = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/ExplainWaiting',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainWaitingRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainWaitingResponse.FromString,
+                _registered_method=True)
+        self.ExplainNode = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/ExplainNode',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainNodeRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainNodeResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServiceServicer(object):
@@ -143,6 +163,35 @@ class PoolServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTiers(self, request, context):
+        """What the tiers are here, what the caller has left of the default one, and how its promise was kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRequest(self, request, context):
+        """What was decided over one request of the last minutes: whether it waited, where it ran, what each candidate would have cost. One's own;
+        the operator's key shows anyone's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainWaiting(self, request, context):
+        """What a request that waits is waiting for. One's own; the operator's key shows anyone's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainNode(self, request, context):
+        """Why a node gets the requests it gets, and not more. One's own; the operator's key shows anyone's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -190,6 +239,26 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.ExplainDeployment,
                     request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentRequest.FromString,
                     response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentResponse.SerializeToString,
+            ),
+            'GetTiers': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTiers,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.GetTiersRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.GetTiersResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'ExplainWaiting': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainWaiting,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainWaitingRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainWaitingResponse.SerializeToString,
+            ),
+            'ExplainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainNode,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainNodeRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.ExplainNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -435,6 +504,114 @@ class PoolService(object):
             '/potluck_protocol.v1.PoolService/ExplainDeployment',
             potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentRequest.SerializeToString,
             potluck__protocol_dot_v1_dot_pool__pb2.ExplainDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTiers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/GetTiers',
+            potluck__protocol_dot_v1_dot_pool__pb2.GetTiersRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.GetTiersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/ExplainRequest',
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainRequestRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainWaiting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/ExplainWaiting',
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainWaitingRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainWaitingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/ExplainNode',
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainNodeRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.ExplainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -169,7 +169,71 @@ _PoolServiceExplainDeploymentType = typing_extensions.TypeVar(
     ],
 )
 
-class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevokeNodeType, _PoolServiceAddModelType, _PoolServiceRemoveModelType, _PoolServiceGetModelType, _PoolServiceDeployType, _PoolServiceUndeployType, _PoolServiceListDeploymentsType, _PoolServiceExplainDeploymentType]):
+_PoolServiceGetTiersType = typing_extensions.TypeVar(
+    '_PoolServiceGetTiersType',
+    grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.GetTiersRequest,
+        potluck_protocol.v1.pool_pb2.GetTiersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.GetTiersRequest,
+        potluck_protocol.v1.pool_pb2.GetTiersResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.GetTiersRequest,
+        potluck_protocol.v1.pool_pb2.GetTiersResponse,
+    ],
+)
+
+_PoolServiceExplainRequestType = typing_extensions.TypeVar(
+    '_PoolServiceExplainRequestType',
+    grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+        potluck_protocol.v1.pool_pb2.ExplainRequestResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+        potluck_protocol.v1.pool_pb2.ExplainRequestResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+        potluck_protocol.v1.pool_pb2.ExplainRequestResponse,
+    ],
+)
+
+_PoolServiceExplainWaitingType = typing_extensions.TypeVar(
+    '_PoolServiceExplainWaitingType',
+    grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+        potluck_protocol.v1.pool_pb2.ExplainWaitingResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+        potluck_protocol.v1.pool_pb2.ExplainWaitingResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+        potluck_protocol.v1.pool_pb2.ExplainWaitingResponse,
+    ],
+)
+
+_PoolServiceExplainNodeType = typing_extensions.TypeVar(
+    '_PoolServiceExplainNodeType',
+    grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+        potluck_protocol.v1.pool_pb2.ExplainNodeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+        potluck_protocol.v1.pool_pb2.ExplainNodeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+        potluck_protocol.v1.pool_pb2.ExplainNodeResponse,
+    ],
+)
+
+class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevokeNodeType, _PoolServiceAddModelType, _PoolServiceRemoveModelType, _PoolServiceGetModelType, _PoolServiceDeployType, _PoolServiceUndeployType, _PoolServiceListDeploymentsType, _PoolServiceExplainDeploymentType, _PoolServiceGetTiersType, _PoolServiceExplainRequestType, _PoolServiceExplainWaitingType, _PoolServiceExplainNodeType]):
     @typing.overload
     def __init__(self: PoolServiceStub[
         grpc.UnaryUnaryMultiCallable[
@@ -207,6 +271,22 @@ class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevo
         grpc.UnaryUnaryMultiCallable[
             potluck_protocol.v1.pool_pb2.ExplainDeploymentRequest,
             potluck_protocol.v1.pool_pb2.ExplainDeploymentResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.GetTiersRequest,
+            potluck_protocol.v1.pool_pb2.GetTiersResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+            potluck_protocol.v1.pool_pb2.ExplainRequestResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+            potluck_protocol.v1.pool_pb2.ExplainWaitingResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+            potluck_protocol.v1.pool_pb2.ExplainNodeResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -248,6 +328,22 @@ class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevo
             potluck_protocol.v1.pool_pb2.ExplainDeploymentRequest,
             potluck_protocol.v1.pool_pb2.ExplainDeploymentResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.GetTiersRequest,
+            potluck_protocol.v1.pool_pb2.GetTiersResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+            potluck_protocol.v1.pool_pb2.ExplainRequestResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+            potluck_protocol.v1.pool_pb2.ExplainWaitingResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+            potluck_protocol.v1.pool_pb2.ExplainNodeResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     ListNodes: _PoolServiceListNodesType
@@ -273,6 +369,20 @@ class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevo
 
     ExplainDeployment: _PoolServiceExplainDeploymentType
     """What each node of the pool has to do with one deployment, and why."""
+
+    GetTiers: _PoolServiceGetTiersType
+    """What the tiers are here, what the caller has left of the default one, and how its promise was kept."""
+
+    ExplainRequest: _PoolServiceExplainRequestType
+    """What was decided over one request of the last minutes: whether it waited, where it ran, what each candidate would have cost. One's own;
+    the operator's key shows anyone's.
+    """
+
+    ExplainWaiting: _PoolServiceExplainWaitingType
+    """What a request that waits is waiting for. One's own; the operator's key shows anyone's."""
+
+    ExplainNode: _PoolServiceExplainNodeType
+    """Why a node gets the requests it gets, and not more. One's own; the operator's key shows anyone's."""
 
 PoolServiceAsyncStub: typing_extensions.TypeAlias = PoolServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -310,6 +420,22 @@ PoolServiceAsyncStub: typing_extensions.TypeAlias = PoolServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         potluck_protocol.v1.pool_pb2.ExplainDeploymentRequest,
         potluck_protocol.v1.pool_pb2.ExplainDeploymentResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.GetTiersRequest,
+        potluck_protocol.v1.pool_pb2.GetTiersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+        potluck_protocol.v1.pool_pb2.ExplainRequestResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+        potluck_protocol.v1.pool_pb2.ExplainWaitingResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+        potluck_protocol.v1.pool_pb2.ExplainNodeResponse,
     ],
 ]
 
@@ -382,5 +508,39 @@ class PoolServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[potluck_protocol.v1.pool_pb2.ExplainDeploymentResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.ExplainDeploymentResponse]]:
         """What each node of the pool has to do with one deployment, and why."""
+
+    @abc.abstractmethod
+    def GetTiers(
+        self,
+        request: potluck_protocol.v1.pool_pb2.GetTiersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.pool_pb2.GetTiersResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.GetTiersResponse]]:
+        """What the tiers are here, what the caller has left of the default one, and how its promise was kept."""
+
+    @abc.abstractmethod
+    def ExplainRequest(
+        self,
+        request: potluck_protocol.v1.pool_pb2.ExplainRequestRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.pool_pb2.ExplainRequestResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.ExplainRequestResponse]]:
+        """What was decided over one request of the last minutes: whether it waited, where it ran, what each candidate would have cost. One's own;
+        the operator's key shows anyone's.
+        """
+
+    @abc.abstractmethod
+    def ExplainWaiting(
+        self,
+        request: potluck_protocol.v1.pool_pb2.ExplainWaitingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.pool_pb2.ExplainWaitingResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.ExplainWaitingResponse]]:
+        """What a request that waits is waiting for. One's own; the operator's key shows anyone's."""
+
+    @abc.abstractmethod
+    def ExplainNode(
+        self,
+        request: potluck_protocol.v1.pool_pb2.ExplainNodeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.pool_pb2.ExplainNodeResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.ExplainNodeResponse]]:
+        """Why a node gets the requests it gets, and not more. One's own; the operator's key shows anyone's."""
 
 def add_PoolServiceServicer_to_server(servicer: PoolServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

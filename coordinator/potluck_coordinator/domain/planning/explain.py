@@ -193,7 +193,7 @@ def _of_absent(draft: Draft, node_id: NodeId) -> NodeVerdict:
         return NodeVerdict(node_id, Verdict.OFFLINE, f"not connected for {seconds:.0f} s")
     if node.state is NodeState.PAUSED:
         return NodeVerdict(node_id, Verdict.PAUSED, f"paused by its owner for {seconds:.0f} s")
-    return NodeVerdict(node_id, Verdict.OFFLINE, "its agent is stopping")
+    return NodeVerdict(node_id, Verdict.OFFLINE, "it ends its work, to rest or to stop")
 
 
 def _of_free(draft: Draft, deployment: Deployment, site: Site, slowest: float | None) -> NodeVerdict:

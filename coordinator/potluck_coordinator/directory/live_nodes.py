@@ -1,0 +1,75 @@
+"""One node as the directory knows it while it is connected, and what planning and people see of it.
+
+Decides which of a node's words may change a plan at once, and what counts for a node that says nothing. It must not know who keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from potluck_coordinator.desks import NodeReport
+from potluck_coordinator.domain.node_view import NodeView
+from potluck_coordinator.domain.planning.node_kinds import cards_of
+from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
+from potluck_protocol.values import NodeState
+
+
+@dataclass(frozen=True, slots=True)
+class LiveNode:
+    """A connected node: its last report, or what its hello said, and when that was."""
+
+    report: NodeReport
+    reported_at_seconds: float
+    card_foreign_bytes: Mapping[str, int]
+
+    def planned_by(self) -> object:
+        """What of it may change a plan at once."""
+        said = self.report
+        engines = [
+            (status.replica_id, status.state, status.group_generation, status.weight_bytes, status.failure) for status in said.engines
+        ]
+        return said.epoch, said.state, engines, said.peer_measurements, said.attached_model_names, self.lost_cards
+
+    @property
+    def lost_cards(self) -> frozenset[str]:
+        """The uuids of cards that its driver no longer reaches."""
+        return frozenset(card.uuid for card in self.report.cards if card.lost)
+
+
+def node_view(node: EnrolledNode, live: LiveNode | None) -> NodeView:
+    """An active node for planning; `live` is None while it is not connected."""
+    away = NodeView(
+        node_id=node.node_id,
+        owner_account_id=node.owner_account_id,
+        inventory=node.inventory,
+        connected=False,
+        state=NodeState.DRAINING,
+        engines=(),
+        peer_measurements={},
+        epoch=node.epoch,
+    )
+    if live is None:
+        return away
+    said, lost_cards = live.report, live.lost_cards
+    cards = tuple(card for card in node.inventory.accelerators if card.uuid not in lost_cards)
+    return replace(
+        away,
+        inventory=replace(node.inventory, accelerators=cards, attached_model_names=said.attached_model_names, line=said.line),
+        connected=True,
+        state=said.state,
+        engines=said.engines,
+        peer_measurements={measured.node_id: measured for measured in said.peer_measurements},
+        disk_free_bytes=said.disk_free_bytes,
+        card_foreign_bytes=live.card_foreign_bytes,
+        cards_lost=bool(cards_of(node.inventory)) and not cards_of(replace(node.inventory, accelerators=cards)),
+    )
+
+
+def connection_word(status: NodeStatus, live: LiveNode | None) -> str:
+    """How a node is connected, in a word for people."""
+    if status is not NodeStatus.ACTIVE:
+        return str(status)
+    if live is None:
+        return "offline"
+    return "suspect" if live.report.suspect else "connected"

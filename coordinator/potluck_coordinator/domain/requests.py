@@ -1,0 +1,195 @@
+"""What becomes of a request when an attempt at it fails: it goes on elsewhere, begins anew, is finished here, or ends.
+
+Decides over one request as a state machine: events in, effects out. At most one attempt runs at a time, every attempt is settled once, a
+node that failed is not asked again, and after `ATTEMPTS_MAX` attempts or the deadline it is over. Whether an answer may be continued at
+all is `continuing`'s to say; it comes here as a fact. It must not know links, holds, queues or what was asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from potluck_protocol.errors import ErrorCode
+
+if TYPE_CHECKING:
+    from potluck_protocol.values import NodeId
+
+ATTEMPTS_MAX: Final = 3
+"""Of one request, those included that a node would not take."""
+
+
+class Stage(StrEnum):
+    """Where a request stands."""
+
+    PLACING = "placing"
+    RUNNING = "running"
+    OVER = "over"
+
+
+class Failure(StrEnum):
+    """What an attempt's end says about trying elsewhere."""
+
+    REFUSED = "refused"
+    """Its node would not take it; nothing was done."""
+    LOST = "lost"
+    """Its node is gone, silent, or wants its machine back, or its engine failed: another may do better."""
+    UNFIT = "unfit"
+    """Its engine says that the body is at fault: the client's, or the one that we made of it to go on."""
+    FATAL = "fatal"
+    """No node would do better: the request kills engines, cannot be paid, or the coordinator itself stops."""
+
+
+_FAILURES: Final = {
+    ErrorCode.NO_CAPACITY: Failure.REFUSED,
+    ErrorCode.NODE_LOST: Failure.LOST,
+    ErrorCode.ENGINE_FAILED: Failure.LOST,
+    ErrorCode.INVALID_REQUEST: Failure.UNFIT,
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: Failure.UNFIT,
+}
+
+
+def failure_of(code: ErrorCode, *, for_good: bool) -> Failure:
+    """What an attempt's error means; `for_good` where this side broke it off, as at its deadline."""
+    return Failure.FATAL if for_good else _FAILURES.get(code, Failure.FATAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What has reached the client."""
+
+    anything: bool = False
+    """More than the head of an answer: text, or whatever else a model says."""
+    whole: bool = False
+    """Nothing of the answer itself is missing: only the usage record, or the end."""
+    why_not: str | None = None
+    """Why what was said cannot be continued elsewhere; None: it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One request's way so far."""
+
+    stage: Stage = Stage.PLACING
+    attempt_count: int = 0
+    node_id: NodeId | None = None
+    """Whose attempt runs."""
+    excluded: frozenset[NodeId] = frozenset()
+    was_lost: bool = False
+    """An attempt that had begun failed: the client is told of that, not of what came after."""
+    continuing: bool = False
+    """What is placed or runs goes on behind text that has reached the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """An attempt runs."""
+
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """There is no replica for it, or no slot came free in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broke:
+    """The attempt that runs has failed."""
+
+    failure: Failure
+    said: Said
+    seconds_left: float
+    """Until the request's deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The attempt that runs has come to its good end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Nobody waits for the answer any more."""
+
+
+Event = Dispatched | Unplaced | Broke | Completed | Abandoned
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Pay the attempt that ran for what came of it, and free its slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Start the next attempt, elsewhere."""
+
+    excluded: frozenset[NodeId]
+    continuing: bool
+    """From the text so far; otherwise from the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Say what is missing at the end of a whole answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The client is told of a failure."""
+
+    tells_loss: bool
+    """Of the first attempt that was lost; otherwise of what just happened."""
+    why: str | None = None
+    """Why nobody goes on with the answer, where its text is the reason."""
+
+
+Effect = Settle | Place | Finish | End
+
+
+def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
+    """The request after an event, and what is to be done, in this order. Once it is over, nothing is.
+
+    Raises:
+        ValueError: the event cannot happen at this stage.
+    """
+    match course.stage, event:
+        case Stage.OVER, Completed() | Abandoned():
+            return course, ()
+        case Stage.PLACING, Dispatched(node_id):
+            running = replace(course, stage=Stage.RUNNING, node_id=node_id, attempt_count=course.attempt_count + 1)
+            return running, ()
+        case Stage.PLACING, Unplaced():
+            return _over(course), (End(tells_loss=course.was_lost),)
+        case Stage.PLACING, Abandoned():
+            return _over(course), ()
+        case Stage.RUNNING, Completed() | Abandoned():
+            return _over(course), (Settle(),)
+        case Stage.RUNNING, Broke():
+            return _after_break(course, event)
+        case _:
+            raise ValueError(f"{type(event).__name__} at the stage {course.stage}")
+
+
+def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ...]]:
+    assert course.node_id is not None, "an attempt runs somewhere"
+    failure, said = broke.failure, broke.said
+    excluded = course.excluded | {course.node_id}
+    # Whoever has said something cannot refuse any more.
+    was_lost = course.was_lost or failure is Failure.LOST or said.anything
+    if said.whole and failure is not Failure.FATAL:
+        return _over(course), (Settle(), Finish())
+    # Of a body that was made here to go on, the client knows nothing.
+    tells_loss = course.was_lost and (failure in {Failure.REFUSED, Failure.LOST} or (failure is Failure.UNFIT and course.continuing))
+    if failure in {Failure.FATAL, Failure.UNFIT} or course.attempt_count >= ATTEMPTS_MAX or broke.seconds_left <= 0:
+        return _over(course), (Settle(), End(tells_loss))
+    if said.anything and said.why_not is not None:
+        return _over(course), (Settle(), End(tells_loss, said.why_not))
+    on = replace(course, stage=Stage.PLACING, node_id=None, excluded=excluded, was_lost=was_lost, continuing=said.anything)
+    return on, (Settle(), Place(excluded, continuing=said.anything))
+
+
+def _over(course: Course) -> Course:
+    return replace(course, stage=Stage.OVER, node_id=None)

@@ -1,0 +1,217 @@
+"""Who is let in before anything waits, and what became of the promise to those in the default tier.
+
+Decides nothing of its own: which tier a request gets, and the promise, are `domain.tiers`, its key's day is `domain.quotas`, its account's
+hour `rate_windows`. Counts are this process's: one that starts anew begins with none, but for the promise, which the books keep. It must
+not know queues or nodes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from limits import RateLimitItem
+
+from potluck_coordinator.domain import quotas as key_quotas
+from potluck_coordinator.domain.catalogue import ServiceTier
+from potluck_coordinator.domain.fairness import weight_of
+from potluck_coordinator.domain.quotas import KeyUse
+from potluck_coordinator.domain.tiers import NONE, Compliance, PromiseCount, PromiseRecord, choose, is_kept
+from potluck_coordinator.gateway.inference_request import Caller
+from potluck_coordinator.gateway.rate_windows import RateWindows
+from potluck_coordinator.rate_text import rate_limit
+from potluck_protocol.errors import ErrorCode, PotluckError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from potluck_coordinator.desks import KeyIdentity
+    from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.gateway.expectations import Expectations
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
+    from potluck_coordinator.gateway.rate_windows import Allowance
+    from potluck_protocol.clock import Clock
+    from potluck_protocol.values import AccountId, KeyPrefix, ModelId, Usage
+
+KEYS_MAX: Final = 10_000
+"""With quotas, whose use is remembered; of those with nothing under way that goes first which asked longest ago."""
+HOUR_MS: Final = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class TierLimits:
+    """What the operator set for the tiers."""
+
+    default_rate: RateLimitItem = rate_limit("100/hour")  # noqa: RUF009 - a value that nobody changes
+    """Requests of one account in the default tier."""
+    reserve_percent: int = 10
+    """Of a model's room, what flex leaves to the default tier."""
+    first_token_seconds: float = 5.0
+    """What the default tier promises."""
+
+
+def caller_of(identity: KeyIdentity) -> Caller:
+    """Who asks, by whose key it is."""
+    return Caller(identity.key_prefix, identity.quotas, weight_of(identity.earned_micro_credits))
+
+
+TIER_LIMITS_DEFAULT: Final = TierLimits()
+
+
+class Visit:
+    """One request that was let in, until it is over.
+
+    Args:
+        gate: where it is counted.
+        request: with its tier and its work.
+        counted: whether it counts against its account's hour.
+        micro_credits: expected of it.
+    """
+
+    def __init__(self, gate: Gate, request: InferenceRequest, *, counted: bool, micro_credits: int) -> None:
+        self._gate = gate
+        self._counted = counted
+        self._micro_credits = micro_credits
+        self._over = False
+        self.request = request
+
+    def end(self, usage: Usage | None, charge_micro_credits: int, first_token_seconds: float | None, *, waited_seconds: float) -> None:
+        """It was answered, in whole or in part, or its client went. Again is harmless.
+
+        Args:
+            usage: as its engines counted; None: they did not say.
+            charge_micro_credits: for all of it.
+            first_token_seconds: from its coming; None: there was none.
+            waited_seconds: from its coming until now.
+        """
+        if self._over:
+            return
+        self._over = True
+        tokens = 0.0 if usage is None else float(usage.prompt_token_count + usage.completion_token_count)
+        self._gate.use(self.request, lambda use: key_quotas.ended(use, self._tokens, self._micro_credits, tokens, charge_micro_credits))
+        # Whoever goes before his time was up says nothing of the promise.
+        if first_token_seconds is not None or waited_seconds > self._gate.first_token_seconds:
+            self._gate.judge(self.request, first_token_seconds)
+
+    def refuse(self, error: PotluckError) -> None:
+        """It got no answer, by no fault of its own or by its own: it does not count against hour and day."""
+        if self._over:
+            return
+        self._over = True
+        if self._counted:
+            self._gate.windows.take_back(self.request.account_id)
+        self._gate.use(self.request, lambda use: key_quotas.taken_back(use, self._tokens, self._micro_credits))
+        if error.spec.http_status >= 500 or error.code is ErrorCode.QUEUE_FULL:
+            self._gate.judge(self.request, None)
+
+    @property
+    def _tokens(self) -> float:
+        return self.request.work.tokens if self.request.work is not None else 0.0
+
+
+class Gate:
+    """The gate of one gateway.
+
+    Args:
+        limits: the operator's.
+        flex_models: those that are deployed in the flex tier.
+        expectations: what requests are expected to be.
+        clock: for windows and days.
+    """
+
+    def __init__(self, limits: TierLimits, flex_models: Callable[[], frozenset[ModelId]], expectations: Expectations, clock: Clock) -> None:
+        self.limits = limits
+        self._flex_models = flex_models
+        self._expectations = expectations
+        self._clock = clock
+        self.windows = RateWindows(limits.default_rate, clock.monotonic_seconds)
+        self._uses: OrderedDict[KeyPrefix, KeyUse] = OrderedDict()
+        self._record = PromiseRecord()
+        self._untold: dict[int, PromiseCount] = {}
+
+    @property
+    def first_token_seconds(self) -> float:
+        """What the default tier promises."""
+        return self.limits.first_token_seconds
+
+    def enter(self, request: InferenceRequest, entry: CatalogueEntry) -> Visit:
+        """Lets a request in, with its tier and its work.
+
+        Raises:
+            PotluckError: RATE_LIMITED, QUOTA_EXCEEDED, or INVALID_REQUEST for a tier that the model is not offered in.
+        """
+        choice = choose(request.asked_tier, self._offered(request.model_id), allowance_left=self.windows.has_room(request.account_id))
+        if choice.tier is None:
+            raise self._no_tier(request)
+        work = self._expectations.work(request)
+        price = work.prompt_tokens * entry.prompt_price_micro_credits + work.answer_tokens * entry.completion_price_micro_credits
+        self._check_quotas(request, work.tokens, round(price))
+        if choice.counts:
+            self.windows.count(request.account_id)
+        self.use(request, lambda use: key_quotas.begun(use, work.tokens, round(price)))
+        return Visit(self, replace(request, tier=choice.tier, work=work), counted=choice.counts, micro_credits=round(price))
+
+    def allowance(self, account_id: AccountId) -> Allowance:
+        """What the account has left of its window in the default tier."""
+        return self.windows.allowance(account_id)
+
+    def use(self, request: InferenceRequest, change: Callable[[KeyUse], KeyUse]) -> None:
+        """Counts for the request's key, if that has bounds."""
+        if not request.caller.quotas.any:
+            return
+        known = self._uses.pop(request.caller.key_prefix, KeyUse())
+        self._uses[request.caller.key_prefix] = change(key_quotas.today(known, self._clock.unix_ms()))
+        if len(self._uses) > KEYS_MAX:
+            idle = next((key for key, use in self._uses.items() if not use.running_count), None)
+            if idle is not None:
+                del self._uses[idle]
+
+    def judge(self, request: InferenceRequest, first_token_seconds: float | None) -> None:
+        """Counts what became of the promise; to a flex request there was none."""
+        if request.tier is not ServiceTier.DEFAULT:
+            return
+        count = PromiseCount(1, int(is_kept(first_token_seconds, self.limits.first_token_seconds)))
+        now_ms = self._clock.unix_ms()
+        self._record.add(now_ms / 1000, count)
+        self._untold[now_ms // HOUR_MS] = self._untold.get(now_ms // HOUR_MS, NONE) + count
+
+    def remember(self, hours: Mapping[int, PromiseCount]) -> None:
+        """What the books have of earlier hours."""
+        for hour in sorted(hours):
+            self._record.add_hour(hour, hours[hour])
+
+    def take_untold(self) -> dict[int, PromiseCount]:
+        """What the books do not have yet, by hour; told once."""
+        untold, self._untold = self._untold, {}
+        return untold
+
+    def put_back(self, untold: Mapping[int, PromiseCount]) -> None:
+        """The books could not be told."""
+        for hour, count in untold.items():
+            self._untold[hour] = self._untold.get(hour, PromiseCount()) + count
+
+    def compliance(self) -> Compliance:
+        """How the promise was kept."""
+        return self._record.compliance(self._clock.unix_ms() / 1000)
+
+    def _check_quotas(self, request: InferenceRequest, tokens: float, micro_credits: int) -> None:
+        caller, now_ms = request.caller, self._clock.unix_ms()
+        use = key_quotas.today(self._uses.get(caller.key_prefix, KeyUse()), now_ms)
+        refusal = key_quotas.refusal(caller.quotas, use, tokens, micro_credits, now_ms)
+        if refusal is not None:
+            raise PotluckError(ErrorCode.QUOTA_EXCEEDED, refusal.words, retry_after_seconds=refusal.retry_after_seconds)
+
+    def _offered(self, model_id: ModelId) -> ServiceTier:
+        return ServiceTier.FLEX if model_id in self._flex_models() else ServiceTier.DEFAULT
+
+    def _no_tier(self, request: InferenceRequest) -> PotluckError:
+        if self._offered(request.model_id) is ServiceTier.FLEX:
+            words = f"The model {request.model_id!r} is served in the flex tier only: ask with service_tier auto or flex."
+            return PotluckError(ErrorCode.INVALID_REQUEST, words, param="service_tier")
+        allowance = self.allowance(request.account_id)
+        words = (
+            f"The default tier gives an account {self.windows.words}, and this one has had them; there is room for one more in"
+            f" {allowance.reset_seconds:.0f} s. With service_tier flex, or without the field, requests are answered meanwhile."
+        )
+        return PotluckError(ErrorCode.RATE_LIMITED, words, retry_after_seconds=allowance.reset_seconds)

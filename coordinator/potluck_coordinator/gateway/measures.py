@@ -1,0 +1,265 @@
+"""What this gateway measured of replicas and requests, kept for the next placement: the shell around what `domain` learns.
+
+Decides nothing of its own: `domain.speeds` says what an attempt teaches, `domain.prefixes` what a cache may hold. It
+counts what is under way at each replica, notes when an attempt began and got its first token, and learns once at its end; a token costs
+nothing here. It must not know links, queues or money.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from potluck_coordinator.domain import speeds as speeds_module
+from potluck_coordinator.domain.forecast import Forecast, Work
+from potluck_coordinator.domain.prefixes import CacheState, cached_tokens
+from potluck_coordinator.domain.speeds import AttemptTimes, Speeds
+from potluck_coordinator.gateway.prefix_map import PrefixMap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
+    from potluck_coordinator.gateway.relay import Relay
+    from potluck_protocol.values import AttemptId, EngineStatus, ReplicaId, Usage
+
+_GUESS: Final = Work(Forecast().prompt_tokens, Forecast().answer_tokens)
+"""Of a request that nobody has looked at."""
+REPLICAS_KEPT_MAX: Final = 10_000
+"""Whose speeds are remembered beyond their sessions; above that those go that were asked for longest ago and have nothing under way."""
+WARM_MAX: Final = 4
+"""Holders of a prompt's beginning that a placement looks at."""
+DISTANCE_HELD_FACTOR: Final = 1.25
+"""One that still knew after so many tokens holds somewhat more, maybe: else what was once believed too small would stay so."""
+READ_FACTOR: Final = 2.0
+"""So many times as long as foreseen, and a prompt whose answer shows nothing before its end is taken for read."""
+DISTANCE_MISSED_SHARE: Final = 0.8
+"""A cache that had forgotten after so many tokens holds so much of them at most."""
+
+
+class Load(NamedTuple):
+    """What is under way at one replica."""
+
+    committed_tokens: float
+    dispatched_tokens: float
+    prefill_backlog_tokens: float
+    prefill_since_seconds: float
+
+
+class _Attempt:
+    """One under way."""
+
+    __slots__ = (
+        "ahead_tokens",
+        "area",
+        "began_at",
+        "cached_tokens",
+        "distance_tokens",
+        "names",
+        "prompt_bytes",
+        "read_by",
+        "relay",
+        "request",
+        "usage",
+        "work",
+    )
+
+    def __init__(self, request: InferenceRequest, relay: Relay, work: Work, began_at: float) -> None:
+        self.request = request
+        self.relay = relay
+        self.work = work
+        self.began_at = began_at
+        self.names, self.prompt_bytes = request.prompt_blocks()
+        self.cached_tokens = 0.0
+        """As believed when it was dispatched."""
+        self.distance_tokens = 0.0
+        """What the replica had read since it read that."""
+        self.ahead_tokens = 0.0
+        """To be read there before it."""
+        self.read_by = began_at
+        """Of an answer in one piece nothing is seen before its end: then it has been read for certain."""
+        self.area = 0.0
+        self.usage: tuple[Usage | None, int] | None = None
+
+    def unread_tokens(self, now: float) -> float:
+        """What it adds to the replica's reading; nothing once it has begun to answer."""
+        if self.relay.first_chunk_at is not None or (not self.request.stream and now >= self.read_by):
+            return 0.0
+        return max(1.0, self.work.prompt_tokens - self.cached_tokens)
+
+
+class _Replica:
+    """One replica, as long as it is remembered."""
+
+    __slots__ = ("area", "area_at", "attempts", "cache", "speeds", "told")
+
+    def __init__(self, now: float) -> None:
+        self.attempts: dict[AttemptId, _Attempt] = {}
+        self.cache = CacheState()
+        self.speeds = speeds_module.prior(None, None)
+        self.told: tuple[float | None, float | None] = (None, None)
+        """The rates by its node's word, from which learning began."""
+        self.area = 0.0
+        """Attempts under way times seconds, ever."""
+        self.area_at = now
+
+    def pass_time(self, now: float) -> None:
+        self.area += len(self.attempts) * (now - self.area_at)
+        self.area_at = now
+
+    def waiting(self, now: float) -> list[_Attempt]:
+        """Those that are not read yet."""
+        return [attempt for attempt in self.attempts.values() if attempt.unread_tokens(now)]
+
+
+class Measures:
+    """One gateway's.
+
+    Args:
+        now: monotonic seconds.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._replicas: OrderedDict[ReplicaId, _Replica] = OrderedDict()
+        self._where: dict[AttemptId, ReplicaId] = {}
+        self.prefixes = PrefixMap(self._cache)
+
+    def warm(self, request: InferenceRequest, work: Work) -> dict[ReplicaId, float]:
+        """Who holds how many tokens of the request's prompt, the most first."""
+        names, prompt_bytes = request.prompt_blocks()
+        if not names:
+            return {}
+        depths = self.prefixes.holders(names, self._now(), WARM_MAX)
+        return {replica_id: cached_tokens(depth, prompt_bytes, work.prompt_tokens) for replica_id, depth in depths.items()}
+
+    def hear(self, replica_id: ReplicaId, status: EngineStatus, capacity_tokens: int) -> Speeds:
+        """A replica's own word of its rates, where learning begins, and how much its cache holds; its speeds."""
+        replica = self._replica(replica_id)
+        told = (status.prefill_tokens_per_second, status.decode_tokens_per_second)
+        if told != replica.told:
+            replica.told, known = told, replica.speeds
+            prior = speeds_module.prior(*told)
+            if not known.prefill_sample_count:
+                replica.speeds = known = known._replace(prefill_tokens_per_second=prior.prefill_tokens_per_second)
+            if not known.decode_sample_count:
+                base, each = prior.decode_base_seconds, prior.decode_each_seconds
+                replica.speeds = known._replace(decode_base_seconds=base, decode_each_seconds=each)
+        if not replica.cache.capacity_tokens:
+            replica.cache = replica.cache._replace(capacity_tokens=float(capacity_tokens))
+        return replica.speeds
+
+    def tokens_per_second_since(self, replica_id: ReplicaId, since: float) -> float | None:
+        """How fast it writes a lone answer; None where nothing was learned of it since then."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or not replica.speeds.decode_sample_count or replica.speeds.learned_at_seconds < since:
+            return None
+        return 1 / replica.speeds.decode_seconds(1.0)
+
+    def load(self, replica_id: ReplicaId, heard_at: float) -> Load:
+        """What is under way there; its node's last word is of `heard_at`."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or not replica.attempts:
+            return Load(0.0, 0.0, 0.0, 0.0)
+        committed = sum(attempt.work.tokens for attempt in replica.attempts.values())
+        dispatched = sum(attempt.work.tokens for attempt in replica.attempts.values() if attempt.began_at >= heard_at)
+        now = self._now()
+        waiting = replica.waiting(now)
+        since = min((attempt.began_at for attempt in waiting), default=0.0)
+        return Load(committed, dispatched, sum(attempt.unread_tokens(now) for attempt in waiting), since)
+
+    def began_anew(self, replica_id: ReplicaId) -> None:
+        """Its engine did: nothing is cached there, and its cache may hold another number of tokens."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None:
+            replica.cache = CacheState(beginning=replica.cache.beginning + 1)
+
+    def begin(self, replica_id: ReplicaId, attempt_id: AttemptId, request: InferenceRequest, relay: Relay) -> None:
+        """An attempt is dispatched."""
+        now, replica = self._now(), self._replica(replica_id)
+        attempt = _Attempt(request, relay, request.work or _GUESS, now)
+        replica.pass_time(now)
+        attempt.area = replica.area
+        rate = replica.speeds.prefill_tokens_per_second
+        if waiting := replica.waiting(now):
+            read = rate * (now - min(other.began_at for other in waiting))
+            attempt.ahead_tokens = max(0.0, sum(other.unread_tokens(now) for other in waiting) - read)
+        if attempt.names:
+            depth, attempt.distance_tokens = self.prefixes.depth(replica_id, attempt.names, now)
+            attempt.cached_tokens = cached_tokens(depth, attempt.prompt_bytes, attempt.work.prompt_tokens)
+            self.prefixes.read(replica_id, attempt.names, now)
+        attempt.read_by = now + READ_FACTOR * (attempt.ahead_tokens + attempt.work.prompt_tokens) / rate
+        replica.attempts[attempt_id] = attempt
+        self._where[attempt_id] = replica_id
+
+    def count(self, attempt_id: AttemptId, usage: Usage | None, token_count: int) -> None:
+        """What an attempt came to, told before it is over: its engine's count, if there is one, and the tokens that were relayed."""
+        replica_id = self._where.get(attempt_id)
+        if replica_id is not None:
+            self._replicas[replica_id].attempts[attempt_id].usage = (usage, token_count)
+
+    def end(self, attempt_id: AttemptId) -> None:
+        """Nobody waits for an attempt any more. One that was counted teaches."""
+        replica_id = self._where.pop(attempt_id, None)
+        if replica_id is None:
+            return
+        replica, now = self._replicas[replica_id], self._now()
+        replica.pass_time(now)
+        attempt = replica.attempts.pop(attempt_id)
+        if attempt.relay.first_chunk_at is None:
+            self.prefixes.unread(replica_id, attempt.names)
+        elif attempt.usage is not None:
+            usage, token_count = attempt.usage
+            self._learn(replica, attempt, usage, token_count, now)
+
+    def _learn(self, replica: _Replica, attempt: _Attempt, usage: Usage | None, token_count: int, now: float) -> None:
+        relay, request, expected = attempt.relay, attempt.request, attempt.work.prompt_tokens
+        assert relay.first_chunk_at is not None, "checked by the caller"
+        cached, prompt_tokens, answer_tokens = attempt.cached_tokens, expected, token_count
+        if usage is not None and usage.prompt_token_count:
+            # No prompt has more tokens than its body has bytes, whatever a node says.
+            prompt_tokens = min(usage.prompt_token_count, request.prompt_bytes)
+            cached = min(usage.cached_prompt_token_count, prompt_tokens)
+            answer_tokens = usage.completion_token_count
+            self._confirm(replica, attempt, cached, prompt_tokens)
+        seconds = max(now - attempt.began_at, 1e-6)
+        times = AttemptTimes(
+            read_tokens=attempt.ahead_tokens + max(0.0, prompt_tokens - cached),
+            first_token_seconds=relay.first_chunk_at - attempt.began_at,
+            # Of several answers at once the times are nobody's in particular; of one in a piece there is only its end.
+            answer_tokens=answer_tokens if request.stream and request.answer_count == 1 else 0,
+            answer_seconds=relay.last_chunk_at - relay.first_chunk_at,
+            batch_mean=max(1.0, (replica.area - attempt.area) / seconds),
+        )
+        if request.stream:
+            replica.speeds = speeds_module.learned(replica.speeds, times, now)
+        read = max(0.0, prompt_tokens - cached) + answer_tokens
+        replica.cache = replica.cache._replace(read_tokens=replica.cache.read_tokens + read)
+
+    def _confirm(self, replica: _Replica, attempt: _Attempt, cached: int, prompt_tokens: int) -> None:
+        """Where less was cached than was believed, the cache forgets sooner than was believed; where as much was, later."""
+        if not attempt.cached_tokens or not attempt.names:
+            return
+        cache, distance = replica.cache, attempt.distance_tokens
+        if 2 * cached / prompt_tokens < attempt.cached_tokens / attempt.work.prompt_tokens:
+            capacity = min(cache.capacity_tokens or distance, distance * DISTANCE_MISSED_SHARE)
+            replica.cache = cache._replace(capacity_tokens=max(1.0, capacity))
+        elif cache.capacity_tokens:
+            replica.cache = cache._replace(capacity_tokens=max(cache.capacity_tokens, distance * DISTANCE_HELD_FACTOR))
+
+    def _cache(self, replica_id: ReplicaId) -> CacheState:
+        replica = self._replicas.get(replica_id)
+        return CacheState(beginning=-1) if replica is None else replica.cache
+
+    def _replica(self, replica_id: ReplicaId) -> _Replica:
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            replica = self._replicas[replica_id] = _Replica(self._now())
+            self._forget()
+        return replica
+
+    def _forget(self) -> None:
+        if len(self._replicas) > REPLICAS_KEPT_MAX:
+            idle = next((replica_id for replica_id, replica in self._replicas.items() if not replica.attempts), None)
+            if idle is not None:
+                del self._replicas[idle]

@@ -1,0 +1,164 @@
+"""All that waits for one model and all that runs there, by tier: who comes next, what room each tier has, and how fast it becomes free.
+
+Decides nothing: order is `waiting` and `domain.fairness`, room is `domain.tiers`. It must not know nodes, tasks or answers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from potluck_coordinator.domain.admission import NOBODY, Capacity, Pace, Queued
+from potluck_coordinator.domain.catalogue import ServiceTier
+from potluck_coordinator.domain.tiers import left_to_flex
+from potluck_coordinator.gateway.appointments import Appointments
+from potluck_coordinator.gateway.waiting import TierQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from potluck_coordinator.domain.forecast import Work
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
+    from potluck_coordinator.gateway.waiting import WaitingRequest
+
+HOLD_SECONDS_GUESS: Final = 8.0
+"""Of a request's stay, at a model that has not answered yet: 256 tokens at thirty a second. Whoever is let in by too rosy a guess is sent
+away later, which is worse than at once."""
+GAIN_MIN: Final = 0.02
+"""Of the newest request in how long they stay: they differ much, and predictions must not. The first ones count for more."""
+AGE_SHARE: Final = 0.5
+"""Of the mean age of those that run. While they stay as long as ever this says less than what is known; where nothing ends, it grows."""
+
+
+@dataclass(slots=True)
+class _Use:
+    """What one tier has of the model's room."""
+
+    count: int = 0
+    tokens: float = 0.0
+    began_sum: float = 0.0
+    """Of the moments when those that run began: their mean age by one subtraction."""
+
+
+class ModelLine:
+    """One model's."""
+
+    def __init__(self) -> None:
+        self.queues = {tier: TierQueue() for tier in ServiceTier}
+        self.appointments = {tier: Appointments() for tier in ServiceTier}
+        self.continued: deque[WaitingRequest] = deque()
+        """Whose clients have a part of their answer already: they come before everybody."""
+        self.reviewed_at_seconds = 0.0
+        self.is_held = False
+        """One that needs much of a cache was passed by long enough: what becomes free is its own."""
+        self._uses = {tier: _Use() for tier in ServiceTier}
+        self._ended_count = 0
+        self._hold_seconds = HOLD_SECONDS_GUESS
+        self._held_tokens = 1.0
+        self._held_token_seconds = HOLD_SECONDS_GUESS
+        self._default_seen_at: float | None = None
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that wait."""
+        return len(self.continued) + sum(len(queue) for queue in self.queues.values())
+
+    def __iter__(self) -> Iterator[WaitingRequest]:
+        yield from tuple(self.continued)
+        for queue in self.queues.values():
+            yield from queue
+
+    def join(self, waiting: WaitingRequest) -> None:
+        """At its place."""
+        if waiting.request.continued is not None:
+            self.continued.append(waiting)
+        else:
+            self.queues[waiting.request.tier].join(waiting)
+
+    def leave(self, waiting: WaitingRequest) -> None:
+        """Whatever became of it; again is harmless."""
+        if waiting.request.continued is None:
+            self.queues[waiting.request.tier].leave(waiting)
+        elif waiting in self.continued:
+            self.continued.remove(waiting)
+
+    def ahead_of(self, request: InferenceRequest, *, counts_expected: bool) -> Queued:
+        """What comes before one more request: the better tier, and in its own what is served before its account's turn.
+
+        Args:
+            request: the one more.
+            counts_expected: those that were told to come back count like those that wait.
+        """
+        expected = self.appointments[request.tier].expected if counts_expected else {}
+        ahead = self.queues[request.tier].ahead_of(request, expected) + Queued(len(self.continued))
+        return ahead + self.queues[ServiceTier.DEFAULT].waiting if request.tier is ServiceTier.FLEX else ahead
+
+    def gives_way(self, request: InferenceRequest) -> WaitingRequest | None:
+        """Whose place in a full queue is the request's: first of the flex tier's, then of its own; None: nobody's."""
+        flex = self.queues[ServiceTier.FLEX]
+        if request.tier is ServiceTier.DEFAULT and len(flex):
+            return flex.newest_of_most()
+        return self.queues[request.tier].newest_to_give_way(request.account_id)
+
+    def position_of(self, waiting: WaitingRequest) -> tuple[int, int, Queued]:
+        """One that waits: its place in its tier and among its account's own, 1 for the next, and what comes before it."""
+        if waiting.request.continued is not None:
+            return 1, 1, NOBODY
+        queue = self.queues[waiting.request.tier]
+        position, own_position = queue.place_of(waiting)
+        ahead = Queued(len(self.continued))
+        if waiting.request.tier is ServiceTier.FLEX:
+            ahead += self.queues[ServiceTier.DEFAULT].waiting
+        return position, own_position, sum((one.queued for one in queue.in_foreseen_turn()[: position - 1]), ahead)
+
+    def seen(self, request: InferenceRequest, now: float) -> None:
+        """Somebody asks: capacity is kept for the default tier while anybody uses it."""
+        if request.tier is ServiceTier.DEFAULT:
+            self._default_seen_at = now
+
+    def began(self, request: InferenceRequest, work: Work, now: float) -> None:
+        """A request runs."""
+        use = self._uses[request.tier]
+        use.count += 1
+        use.tokens += work.tokens
+        use.began_sum += now
+
+    def ended(self, request: InferenceRequest, work: Work, now: float, seconds: float) -> None:
+        """It does no more; it has held its room for so long."""
+        use = self._uses[request.tier]
+        use.count -= 1
+        use.tokens -= work.tokens
+        use.began_sum -= now - seconds
+        if use.count == 0:
+            # Sums of fractions do not come back to nothing by themselves.
+            self._uses[request.tier] = _Use()
+        self._ended_count += 1
+        gain = max(GAIN_MIN, 1 / (self._ended_count + 1))
+        self._hold_seconds += gain * (seconds - self._hold_seconds)
+        self._held_tokens += gain * (work.tokens - self._held_tokens)
+        self._held_token_seconds += gain * (seconds * work.tokens - self._held_token_seconds)
+
+    def pace(self, now: float) -> Pace:
+        """How long a request stays: as long as they did lately, or as those have that are still there, if that is longer."""
+        count = sum(use.count for use in self._uses.values())
+        age = AGE_SHARE * (now - sum(use.began_sum for use in self._uses.values()) / count) if count else 0.0
+        by_tokens = self._held_token_seconds / max(1.0, self._held_tokens)
+        return Pace(max(self._hold_seconds, age), max(by_tokens, age))
+
+    def capacity(self, whole: Capacity, tier: ServiceTier, reserve_percent: int, now: float) -> Capacity:
+        """The model's room as a tier may fill it, and what is in use of it.
+
+        Args:
+            whole: its slots and cache.
+            tier: whose.
+            reserve_percent: what is kept for the default tier.
+            now: monotonic.
+        """
+        uses = self._uses.values()
+        whole = replace(whole, in_flight_count=sum(use.count for use in uses), committed_tokens=sum(use.tokens for use in uses))
+        if tier is ServiceTier.DEFAULT or self._default_seen_at is None:
+            return whole
+        default = self._uses[ServiceTier.DEFAULT]
+        default_use = Capacity(in_flight_count=default.count, committed_tokens=default.tokens)
+        return left_to_flex(whole, default_use, reserve_percent, now - self._default_seen_at)

@@ -1,0 +1,1 @@
+"""A pool in a virtual hour: modelled nodes, homes and users around the deciding functions that the live pool runs."""

@@ -1,0 +1,67 @@
+"""What an agent carries out of the frames that reach it: those of its own epoch, each start once, and a heartbeat when asked for one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from potluck_protocol.v1 import node_pb2
+from tests.support.link_coordinator import LinkCoordinator, link_coordinator
+from tests.support.node_engine import DirectedEngine, directed_engine, wired_node
+
+
+@pytest.fixture
+async def coordinator(tmp_path: Path) -> AsyncIterator[LinkCoordinator]:
+    async with link_coordinator(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[DirectedEngine]:
+    async with directed_engine() as running:
+        yield running
+
+
+async def test_frames_of_another_epoch_and_starts_that_come_again_are_dropped(coordinator, engine, tmp_path) -> None:
+    async with wired_node(coordinator, tmp_path, engine.url) as node:
+        link = await coordinator.next_link()
+        await link.welcome(epoch=3)
+        start = node_pb2.StartAttempt(attempt_id="a1", replica_id="r1", endpoint=1, body=b"{}", stream=True, window_bytes=65_536)
+        for epoch in (2, 4):
+            await link.send(epoch=epoch, starts=[start])
+        await link.send(epoch=3, beat_now=True)
+        await link.until(lambda: sum(frame.HasField("heartbeat") for frame in link.frames) > 1)
+        assert node.attempts.in_flight == ()
+        await link.send(epoch=3, starts=[start])
+        talk = await engine.next_conversation()
+        for epoch in (2, 4):
+            await link.send(epoch=epoch, cancels=[node_pb2.CancelAttempt(attempt_id="a1")])
+        talk.say(b'data: {"n":1}\n\n')
+        talk.finish()
+        end = await link.until_end("a1")
+        assert end.reason == node_pb2.END_REASON_COMPLETED
+        await link.acknowledge("a1", end.sequence + 1)
+        await link.until(lambda: node.attempts.in_flight == () or None) if node.attempts.in_flight else None
+        for _ in range(3):
+            await link.send(epoch=3, starts=[start])
+        await link.start("a2")
+        await engine.next_conversation()
+        assert node.attempts.in_flight == ("a2",)
+        assert engine.conversations.empty()
+
+
+async def test_a_heartbeat_that_is_asked_for_comes_at_once_and_each_has_a_number_of_its_own(coordinator, tmp_path) -> None:
+    async with wired_node(coordinator, tmp_path, None):
+        link = await coordinator.next_link()
+        await link.welcome(heartbeat_busy_ms=60_000, heartbeat_idle_ms=60_000)
+
+        def numbers() -> list[int]:
+            return [frame.heartbeat.number for frame in link.frames if frame.HasField("heartbeat")]
+
+        for count in (1, 2, 3):
+            await link.send(beat_now=True)
+            await link.until(lambda count=count: len(numbers()) >= count, 2)
+        assert numbers() == sorted(set(numbers()))
+        assert numbers()[0] > 0

@@ -1,0 +1,55 @@
+"""Books of before keys had quotas: their keys are still good, and have no bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
+
+from potluck_coordinator.desks import KeyRecord
+from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
+from potluck_coordinator.domain.tiers import PromiseCount
+from potluck_coordinator.storage import schema
+from potluck_coordinator.storage.keys import StoredKey
+from potluck_protocol.values import AccountId, KeyPrefix
+from tests.support.books import Books
+
+OLD = KeyRecord(KeyPrefix("abcdefgh"), AccountId("ann"), "laptop", 10, 20, revoked=True, operator=False)
+
+
+def old_books(path: Path) -> str:
+    """A database as the version before wrote it, with one key."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
+    url = f"sqlite:///{path}"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0006")
+        connection.execute(text("INSERT INTO account VALUES ('ann', 'Ann', 0, 1)"))
+        connection.execute(text("INSERT INTO api_key VALUES ('abcdefgh', 'ann', 'laptop', 'hash', 10, 20, 1)"))
+    engine.dispose()
+    return url
+
+
+def test_keys_are_kept_and_have_no_bound_until_they_get_one(tmp_path):
+    books = Books(old_books(tmp_path / "old.db"))
+    try:
+        assert books.run_now(lambda work: work.keys.get(OLD.key_prefix)) == StoredKey(OLD, "hash")
+        assert OLD.quotas == NO_QUOTAS
+        books.run_now(lambda work: work.keys.set_quotas(OLD.key_prefix, KeyQuotas(1, 2, 3, 4)))
+        assert books.run_now(lambda work: work.keys.list_of(OLD.account_id))[0].quotas == KeyQuotas(1, 2, 3, 4)
+    finally:
+        books.store.close()
+
+
+def test_hours_of_the_promise_add_up_and_old_ones_go(tmp_path):
+    books = Books(old_books(tmp_path / "old.db"))
+    try:
+        for hour, count in ((1000, 1), (1000, 2), (1001, 4), (1000 + 720, 8)):
+            books.run_now(lambda work, hour=hour, count=count: work.promise.add(hour, PromiseCount(count, 1)))
+        assert books.run_now(lambda work: work.promise.hours()) == {1001: PromiseCount(4, 1), 1720: PromiseCount(8, 1)}
+    finally:
+        books.store.close()

@@ -1,0 +1,71 @@
+"""Speeds that gateways measure become days in the books, and a replica that has become slow gets less: over a real database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from potluck_coordinator.directory.paces import Paces
+from potluck_coordinator.domain.slowness import SLOW_WEIGHT
+from potluck_protocol.values import EngineState, EngineStatus, ModelId, NodeId, ReplicaId
+from tests.integration.test_node_desk import node_desk, report
+
+REPLICA = ReplicaId("a/tiny")
+STATUS = EngineStatus(REPLICA, ModelId("tiny"), EngineState.READY, "llamacpp")
+
+
+async def passes(books, nodes, paces, minutes, tokens_per_second):
+    """So many minutes with an answer each at that speed."""
+    for _ in range(minutes):
+        said = report("a", engines=(STATUS,), decode_tokens_per_second={REPLICA: tokens_per_second} if tokens_per_second else {})
+        await nodes.report([said], {})
+        books.clock.advance(60)
+        await paces.judge_minute()
+
+
+def paces_of(books, board, nodes):
+    paces = Paces(books.store, board, books.clock)
+    nodes.on_reports = paces.take
+    return paces
+
+
+async def test_a_replica_under_half_of_its_usual_speed_gets_less_and_under_a_fifth_nothing_for_a_while(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        paces = paces_of(books, board, nodes)
+        await passes(books, nodes, paces, 30, 80.0)
+        books.clock.advance(24 * 3600)
+        await passes(books, nodes, paces, 5, 80.0)
+        assert (board.snapshot.slow_replicas, board.snapshot.drained_replicas) == ({}, {})
+        await passes(books, nodes, paces, 3, 30.0)
+        assert (board.snapshot.slow_replicas, board.snapshot.drained_replicas) == ({REPLICA: SLOW_WEIGHT}, {})
+        await passes(books, nodes, paces, 3, 12.0)
+        assert board.snapshot.drained_replicas == {REPLICA: "slow: 12.0 tokens/s, where 80.0 are usual of it"}
+        await passes(books, nodes, paces, 10, None)
+        assert (board.snapshot.slow_replicas, board.snapshot.drained_replicas) == ({REPLICA: SLOW_WEIGHT}, {})
+        await passes(books, nodes, paces, 1, 75.0)
+        assert (board.snapshot.slow_replicas, board.snapshot.drained_replicas) == ({}, {})
+
+
+@pytest.mark.parametrize("away_days", [1, 9])
+async def test_what_is_usual_outlives_a_restart_and_no_more_than_seven_days(tmp_path, away_days):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        paces = paces_of(books, board, nodes)
+        await passes(books, nodes, paces, 30, 80.0)
+        books.clock.advance(24 * 3600 * away_days)
+        again = paces_of(books, board, nodes)
+        await passes(books, nodes, again, 3, 12.0)
+        assert bool(board.snapshot.drained_replicas) is (away_days == 1)
+        await passes(books, nodes, again, 10, 12.0)
+        days = books.run_now(lambda work: work.paces.since(0))
+        assert len(days[NodeId("a"), ModelId("tiny")]) == (2 if away_days == 1 else 1)
+
+
+async def test_a_nodes_word_about_another_ones_replica_or_nonsense_is_dropped(tmp_path):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        paces = paces_of(books, board, nodes)
+        said = report(
+            "a", engines=(replace(STATUS, replica_id=ReplicaId("other")),), decode_tokens_per_second={REPLICA: 80.0, "other": -1.0}
+        )
+        await nodes.report([said], {})
+        assert paces._samples == {}

@@ -1,0 +1,156 @@
+"""`potluck simulate` as it is typed: the table, the JSON, the plots, the exit codes, and runs that are spread over processors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from potluck_coordinator.simulate_command import EXIT_USAGE, app
+from potluck_coordinator.simulation import world
+from potluck_coordinator.simulation.invariants import Invariant
+
+SMALL = """
+about = "Two nodes for three minutes."
+hours = 0.05
+policies = ["least-connections", "ours"]
+
+[[nodes]]
+name = "home"
+count = 2
+[nodes.engine]
+prefill_tokens_per_second = 2500
+step_seconds = 0.02
+step_seconds_per_answer = 0.001
+kv_tokens = 20000
+
+[[users]]
+name = "people"
+account_count = 3
+requests_per_second = 1
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_one_run_prints_a_line_for_its_policy(scenario: Path) -> None:
+    result = run(scenario, "--policy", "ours")
+
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0] == "small: Two nodes for three minutes."
+    assert lines[3].split()[:4] == ["POLICY", "ASKED", "SERVED", "REFUSED"]
+    assert lines[4].startswith("ours ")
+    assert lines[4].split()[-1] == "0"
+
+
+def test_json_holds_every_figure(scenario: Path) -> None:
+    (found,) = json.loads(run(scenario, "--policy", "ours", "--seed", 7, "--json").output)
+
+    assert (found["policy"], found["seed"], found["changes"]) == ("ours", 7, {})
+    assert found["asked_count"] >= found["served_count"] > 100
+    assert found["users"]["people"]["first_token_seconds"]["p50"] > 0
+    assert found["break_counts"] == {}
+
+
+def test_plots_are_written_as_png_and_svg(scenario: Path, tmp_path: Path) -> None:
+    result = run(scenario, "--policy", "ours", "--plot", tmp_path / "plots")
+
+    assert result.exit_code == 0
+    assert (tmp_path / "plots/small.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "plots/small.svg").read_text()
+    assert f"wrote {tmp_path / 'plots/small.svg'}" in result.output
+
+
+def test_several_runs_are_spread_and_come_back_in_their_order(scenario: Path) -> None:
+    result = run(scenario, "--seeds", 2, "--sweep", "users.people.requests_per_second=1,2", "--json")
+
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert [(each["changes"]["users.people.requests_per_second"], each["policy"], each["seed"]) for each in found] == [
+        (rate, policy, seed) for rate in ("1", "2") for policy in ("least-connections", "ours") for seed in (1, 2)
+    ]
+    # What ran elsewhere is what runs here.
+    (here,) = json.loads(run(scenario, "--policy", "ours", "--seed", 2, "--json").output)
+    there = next(each for each in found if (each["policy"], each["seed"]) == ("ours", 2))
+    assert (there["served_count"], there["answer_tokens"]) == (here["served_count"], here["answer_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["no-such"], "There is no scenario 'no-such', and no such file. Those that come with Potluck: evening-peak"),
+        (["flood", "--policy", "best"], "--policy is of round-robin"),
+        (["flood", "--sweep", "hours"], "--sweep is KEY=VALUE,VALUE"),
+        (["flood", "--sweep", "houres=1"], "houres: there is no 'houres'; do you mean hours?"),
+        (["flood", "--seeds", "0"], "--seeds is from 1 to"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_is_wrong(words: list[str], said: str) -> None:
+    result = run(*words)
+    assert result.exit_code == EXIT_USAGE
+    assert said in result.output
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("hours = = 1")
+    result = run(tmp_path / "bad.toml")
+    assert result.exit_code == EXIT_USAGE
+    assert "bad.toml is not TOML" in result.output
+
+
+def test_the_list_names_every_scenario() -> None:
+    assert [each["name"] for each in json.loads(run("--list", "--json").output)][:2] == ["evening-peak", "five-thousand-nodes"]
+    assert run().exit_code == EXIT_USAGE
+
+
+def test_a_broken_invariant_is_exit_code_1_and_in_the_output(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = world.World.run
+
+    def broken(self, progress=None):
+        self.invariants.break_of(Invariant.TOKEN_LOST, "planted", 0.0)
+        return begin(self, progress)
+
+    monkeypatch.setattr(world.World, "run", broken)
+    result = run(scenario, "--policy", "ours")
+    assert result.exit_code == 1
+    assert "not so: no token is lost: planted" in result.output
+
+
+def test_ctrl_c_ends_a_spread_run_and_leaves_nothing(scenario: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.toml"
+    long.write_text(SMALL.replace("hours = 0.05", "hours = 20"))
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="pls-", dir="/tmp") as home:
+        interrupt_and_look(long, Path(home))
+
+
+def interrupt_and_look(long: Path, home: Path) -> None:
+    command = [sys.executable, "-c", "from potluck.command import main; main()", "simulate", str(long), "--seeds", "4"]
+    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(home)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(home.glob("potluck-simulate-*/r/session_*/logs/raylet.out")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
+
+    assert process.returncode in {130, -signal.SIGINT, 1}, words
+    assert not list(home.glob("potluck-simulate-*"))

@@ -1,0 +1,171 @@
+"""A replica that failed twice gets a probe instead of requests, through real links: what counts, what is asked, how it comes back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from potluck_coordinator.domain.suspicion import Standing
+from potluck_coordinator.gateway.link_servicer import LinkServicer
+from potluck_coordinator.gateway.relay import AnswerHead
+from potluck_protocol import codec
+from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import EndReason, GoodbyeReason
+from tests.support.judged_pool import JudgedPool
+
+
+@pytest.fixture
+async def pool():
+    pool = JudgedPool()
+    yield pool
+    await pool.links._probing.stop()
+
+
+def ends(pool, node, relay, reason, *, blamed=False):
+    """The node's word, as it comes off the link."""
+    end = node_pb2.AttemptEnd(
+        attempt_id=relay.attempt_id, sequence=relay.next_sequence, reason=codec.END_REASON_NUMBER[reason], blamed=blamed
+    )
+    LinkServicer(pool.links, pool.desk, pool.clock)._take_ends(node_pb2.NodeFrame(ends=[end]), node.session)
+    pool.links.finish(node.session, relay.attempt_id, node.replica_id)
+
+
+def standing(pool, node):
+    return pool.links.suspicions.standing(node.replica_id)
+
+
+async def suspected(pool, node):
+    for _ in range(2):
+        ends(pool, node, pool.start(node), EndReason.ENGINE_FAILED)
+    await pool.wait(0.5)
+    return node.starts[-1]
+
+
+def answer_probe(pool, node, probe, *, status=200, reason=EndReason.COMPLETED):
+    relay = node.session.attempts[probe.attempt_id]
+    relay.head = AnswerHead(status, "text/event-stream")
+    pool.give(node, relay)
+    relay.end(1, reason, "")
+
+
+async def test_two_broken_answers_stop_requests_and_bring_a_probe_of_one_token(pool):
+    node = await pool.add("node")
+    node.talks = False
+    probe = await suspected(pool, node)
+    assert node.view.node_suspect
+    body = json.loads(probe.body)
+    assert (body["model"], body["max_tokens"], body["stream"]) == ("tiny", 1, True)
+    assert probe.attempt_id.startswith("probe_")
+    assert len(node.starts) == 3, "one probe at a time"
+    again = await pool.add("again")
+    again.talks = False
+    assert (await suspected(pool, again)).body != probe.body, "no cache answers it"
+
+
+async def test_a_good_probe_opens_it_to_one_request_and_a_good_answer_to_all(pool):
+    node, other = await pool.add("node"), await pool.add("other")
+    node.talks = False
+    answer_probe(pool, node, await suspected(pool, node))
+    await pool.wait(0.5)
+    assert standing(pool, node) is Standing.HALF_OPEN
+    assert not node.view.node_suspect
+    assert node.view.half_open
+    # While nobody else answers, it gets what there is.
+    pool.links.disconnect(other.session, other.session.outbox, None)
+    await pool.wait(0.25)
+    assert not node.view.half_open
+    await pool.links.connect(other.hello)
+    await pool.wait(0.25)
+    assert node.view.half_open
+    pool.end(node, pool.start(node))
+    assert standing(pool, node) is Standing.TRUSTED
+    assert not node.view.half_open
+
+
+@pytest.mark.parametrize(("status", "reason"), [(500, EndReason.COMPLETED), (200, EndReason.ENGINE_FAILED), (200, EndReason.REFUSED)])
+async def test_a_bad_probe_is_followed_by_another_after_two_seconds(pool, status, reason):
+    node = await pool.add("node")
+    node.talks = False
+    answer_probe(pool, node, await suspected(pool, node), status=status, reason=reason)
+    await pool.wait(1.5)
+    assert standing(pool, node) is Standing.SUSPECTED
+    assert len(node.starts) == 3
+    await pool.wait(1)
+    assert len(node.starts) == 4
+
+
+@pytest.mark.parametrize(
+    ("reason", "blamed"),
+    [
+        (EndReason.ENGINE_FAILED, True),
+        (EndReason.REFUSED, False),
+        (EndReason.HANDED_BACK, False),
+        (EndReason.CANCELLED, False),
+        (EndReason.COMPLETED, False),
+    ],
+)
+async def test_what_requests_and_owners_do_is_held_against_no_replica(pool, reason, blamed):
+    node = await pool.add("node")
+    for _ in range(5):
+        ends(pool, node, pool.start(node), reason, blamed=blamed)
+    assert standing(pool, node) is Standing.TRUSTED
+
+
+async def test_a_client_that_goes_away_is_held_against_no_replica(pool):
+    node = await pool.add("node")
+    for _ in range(5):
+        relay = pool.start(node)
+        pool.links.finish(node.session, relay.attempt_id, node.replica_id)
+    assert standing(pool, node) is Standing.TRUSTED
+
+
+@pytest.mark.parametrize(
+    ("goodbye", "expected"),
+    [(None, Standing.SUSPECTED), (GoodbyeReason.STOPPING, Standing.TRUSTED), (GoodbyeReason.REVOKED, Standing.TRUSTED)],
+)
+async def test_a_node_that_is_lost_from_two_answers_is_suspected_when_it_comes_back(pool, goodbye, expected):
+    node = await pool.add("node")
+    for _ in range(2):
+        pool.start(node)
+    pool.links.close(node.session, goodbye)
+    back = await pool.add("node")
+    assert back.session is not node.session
+    assert standing(pool, back) is expected
+    assert back.view.node_suspect is (expected is Standing.SUSPECTED)
+    await pool.wait(0.5)
+    assert len(back.starts) == (expected is Standing.SUSPECTED), "it is probed at once"
+
+
+async def test_two_stalls_on_a_frozen_node_are_two_failures(pool):
+    node = await pool.add("node")
+    await pool.add("other")
+    relays = [pool.start(node) for _ in range(2)]
+    node.lively = False
+    await pool.wait(4)
+    assert all(relay.over for relay in relays)
+    assert standing(pool, node) is Standing.SUSPECTED
+    assert len(node.starts) == 2, "a node that says nothing is not probed"
+
+
+async def test_an_engine_that_dies_of_a_probe_makes_no_request_lethal(pool):
+    node = await pool.add("node")
+    node.talks = False
+    probe = await suspected(pool, node)
+    relay = node.session.attempts[probe.attempt_id]
+    end = node_pb2.AttemptEnd(attempt_id=probe.attempt_id, sequence=0, reason=node_pb2.END_REASON_ENGINE_FAILED, blamed=True)
+    LinkServicer(pool.links, pool.desk, pool.clock)._take_ends(node_pb2.NodeFrame(ends=[end]), node.session)
+    await pool.wait(0.5)
+    assert relay.over
+    assert pool.desk.deaths == []
+    assert not pool.links.culprits.has_any
+    assert standing(pool, node) is Standing.SUSPECTED
+
+
+async def test_what_is_no_longer_wished_anywhere_is_forgotten(pool):
+    node = await pool.add("node")
+    await suspected(pool, node)
+    pool.links.suspicions.retain([node.replica_id])
+    assert standing(pool, node) is Standing.SUSPECTED
+    pool.links.suspicions.retain([])
+    assert standing(pool, node) is Standing.TRUSTED
