@@ -102,7 +102,8 @@ def lose(pool: Pool, fault: str, order: signal.Signals) -> Outcome:
     if known_seconds > KNOWN_SECONDS_MAX[fault]:
         broken.append(f"the client knew after {known_seconds:.1f} s")
     if stream.done or error.get("code") != "engine_failed" or "the engine ended" not in error.get("message", ""):
-        broken.append(f"the answer did not end with a clear error: {error}")
+        ending = "whole" if stream.done else "cut off"
+        broken.append(f"the answer did not end with a clear error but {ending} after {stream.token_count} tokens: {error}")
     if came_back_seconds > BACK_SECONDS_MAX:
         broken.append(f"it served again after {came_back_seconds:.1f} s")
     if psutil.pid_exists(pid):

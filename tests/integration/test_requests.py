@@ -87,9 +87,10 @@ async def test_a_lost_node_is_paid_for_what_was_relayed_and_the_client_is_told(t
             await node.hello()
             answer, start = await begin(coordinator, node)
             await node.chunk(start.attempt_id, 1, token("two") + token("three"))
-            received = await answer.next_data()
-            while received.count(b"\n\n") < 3:
-                received += await answer.next_data()
+            received = b""
+            async with asyncio.timeout(5):
+                while received.count(b"\n\n") < 3:
+                    received += await answer.next_data()
         loop = asyncio.get_running_loop()
         cut_at = loop.time()
         with pytest.raises(PotluckError) as failure:

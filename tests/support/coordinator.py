@@ -61,11 +61,22 @@ async def running_coordinator(folder: Path, clock: Clock | None = None, **change
     directory = await Directory.open(settings, clock)
     gateway = Gateway(settings, directory, clock)
     background = asyncio.ensure_future(directory.run_background())
+    test, parts = asyncio.current_task(), None
     try:
         endpoints = await gateway.start()
         operator_key = json.loads(settings.operator_file.read_text())["api_key"]
+        parts = asyncio.ensure_future(gateway.run())
+        # A part that dies would leave the test waiting for what never comes: its failure is the test's.
+        parts.add_done_callback(lambda done: None if done.cancelled() or test is None else test.cancel(f"{done.exception()!r}"))
         yield Coordinator(directory, gateway, endpoints, settings, operator_key)
+    except asyncio.CancelledError:
+        if parts is not None and parts.done() and not parts.cancelled():
+            parts.result()
+        raise
     finally:
+        if parts is not None:
+            parts.cancel()
+            await asyncio.gather(parts, return_exceptions=True)
         await gateway.stop()
         background.cancel()
         await asyncio.gather(background, return_exceptions=True)

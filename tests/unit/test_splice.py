@@ -181,3 +181,9 @@ def test_a_completion_goes_on_behind_its_prompt():
     body = asked("vllm", COMPLETIONS, prompt="Tell: ", max_tokens=10)
     assert (body["prompt"], body["max_tokens"]) == ("Tell: Once", 7)
     assert "continue_final_message" not in body
+
+
+def test_bytes_that_are_no_text_are_nothing_to_go_on_behind_and_end_nobodys_answer():
+    so_far = SoFar()
+    so_far.add(chunk({"content": "one"}) + chunk({"content": "two"}).replace(b"two", b"\xff\xfe") + chunk({"content": "three"}))
+    assert so_far.delivered(3).extras == {"what cannot be read"}

@@ -23,6 +23,7 @@ _HEAD_FIELDS: Final = ("id", "created", "model", "system_fingerprint")
 _PLAIN_FIELDS: Final = frozenset({"index", "text", "finish_reason", "stop_reason"})
 """Of a choice, beside its delta: what says nothing but text and its end."""
 _EMPTY: Final[tuple[object, ...]] = (None, "", [], {})
+_UNREADABLE: Final = "what cannot be read"
 _TEXT_MARKS: Final = (b'"content":"', b'"content": "', b'"text":"', b'"text": "')
 
 
@@ -85,14 +86,20 @@ class SoFar:
                 if b'"' not in text and b"\\" not in text:
                     alike.append(text)
                     continue
-            if alike:
-                self._add_text(b"".join(alike).decode())
-                alike.clear()
+            self._add_alike(alike)
             payload = payload_of(event)
             if payload is not None and payload != DONE:
                 self._read(payload)
                 self._learn(event)
-        self._add_text(b"".join(alike).decode())
+        self._add_alike(alike)
+
+    def _add_alike(self, alike: list[bytes]) -> None:
+        """What stood in events that were alike in all but their text, which is taken out of the list."""
+        try:
+            self._add_text(b"".join(alike).decode())
+        except UnicodeDecodeError:
+            self._extras.add(_UNREADABLE)
+        alike.clear()
 
     def delivered(self, token_count: int) -> Delivered:
         """All of it; the tokens are counted by whoever meters the attempts."""
@@ -107,7 +114,7 @@ class SoFar:
                 self.head = {name: fields[name] for name in (*_HEAD_FIELDS, "object") if name in fields}
             event = _event_decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._extras.add("what cannot be read")
+            self._extras.add(_UNREADABLE)
             return
         if event.error is not None:
             self._extras.add("error")
