@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -34,10 +33,10 @@ from potluck_coordinator.domain.fit.hardware import (
 )
 from potluck_coordinator.domain.fit.quantizations import quantization_named
 from potluck_coordinator.domain.fit.report import FitReport, ShapeFit
+from potluck_coordinator.offline_command import application, option, refuse
 from potluck_protocol.vllm_words import UTILIZATION_PERCENT_MAX
 
 EXIT_DOES_NOT_FIT: Final = 1
-EXIT_USAGE: Final = 2
 CONTEXT_DEFAULT_TOKENS: Final = 4096
 SEQUENCES_DEFAULT: Final = 2
 """Two, so that one long answer does not keep everyone else waiting."""
@@ -61,39 +60,28 @@ _CARDS: Final = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9 _-]*?)(?::(?P<count>
 _PAIR: Final = re.compile(r"(\d{1,2})-(\d{1,2})")
 _CPU: Final = re.compile(r"(?P<gib>\d+(?:\.\d+)?)(?::(?P<bandwidth>\d+(?:\.\d+)?))?")
 
-app = typer.Typer(
-    name="fit",
-    invoke_without_command=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"allow_interspersed_args": True},
-    subcommand_metavar="",
-)
-
-
-def _option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, show_default=False)
+app = application("fit")
 
 
 Model = Annotated[str, typer.Argument(help="A model id, a repository's name on the hub, or the path of a config.json.", show_default=False)]
-Gpu = Annotated[str | None, _option("Cards of the box: rtx3090, rtx3090:4, or rtx3090:2@250W where their power is capped.")]
-Nvlink = Annotated[str, _option("Pairs with a bridge, counted from 0: 0-1,2-3.")]
-Box = Annotated[list[str] | None, _option("A further box for a pipeline, written as for --gpu. May be given again.")]
-Cpu = Annotated[str | None, _option("Instead of cards: memory for engines in GiB, and GB/s of bandwidth: 16:40.")]
-Context = Annotated[int, _option(f"Tokens of one sequence, prompt and answer together. [{CONTEXT_DEFAULT_TOKENS}]")]
-Sequences = Annotated[int, _option(f"Sequences at a time. [{SEQUENCES_DEFAULT}]")]
-Engine = Annotated[str | None, _option(f"{' or '.join(ENGINES)}. [llamacpp for GGUF files and without a card, else vllm]")]
-Weights = Annotated[float | None, _option("What the weights' files hold, in GiB, where it is known. [by the model's shape]")]
-KvBits = Annotated[int, _option("Bits of a key or value in the cache: 16 or 8. [16]")]
-BatchTokens = Annotated[int | None, _option("Prompt tokens that go through the model at a time. [2048; 64 with llama.cpp without a card]")]
-Utilization = Annotated[int | None, _option("How much of each card vLLM may take, in percent. [95]")]
-Quant = Annotated[str | None, _option("Weights in another form than the model's own: none, awq, gptq, fp8, int8, Q4_K_M …")]
-PcieWidth = Annotated[int, _option("PCIe lanes of every card. [16]")]
-PcieGeneration = Annotated[int, _option("PCIe generation of every slot. [4]")]
+Gpu = Annotated[str | None, option("Cards of the box: rtx3090, rtx3090:4, or rtx3090:2@250W where their power is capped.")]
+Nvlink = Annotated[str, option("Pairs with a bridge, counted from 0: 0-1,2-3.")]
+Box = Annotated[list[str] | None, option("A further box for a pipeline, written as for --gpu. May be given again.")]
+Cpu = Annotated[str | None, option("Instead of cards: memory for engines in GiB, and GB/s of bandwidth: 16:40.")]
+Context = Annotated[int, option(f"Tokens of one sequence, prompt and answer together. [{CONTEXT_DEFAULT_TOKENS}]")]
+Sequences = Annotated[int, option(f"Sequences at a time. [{SEQUENCES_DEFAULT}]")]
+Engine = Annotated[str | None, option(f"{' or '.join(ENGINES)}. [llamacpp for GGUF files and without a card, else vllm]")]
+Weights = Annotated[float | None, option("What the weights' files hold, in GiB, where it is known. [by the model's shape]")]
+KvBits = Annotated[int, option("Bits of a key or value in the cache: 16 or 8. [16]")]
+BatchTokens = Annotated[int | None, option("Prompt tokens that go through the model at a time. [2048; 64 with llama.cpp without a card]")]
+Utilization = Annotated[int | None, option("How much of each card vLLM may take, in percent. [95]")]
+Quant = Annotated[str | None, option("Weights in another form than the model's own: none, awq, gptq, fp8, int8, Q4_K_M …")]
+PcieWidth = Annotated[int, option("PCIe lanes of every card. [16]")]
+PcieGeneration = Annotated[int, option("PCIe generation of every slot. [4]")]
 PeerToPeer = Annotated[bool, typer.Option("--p2p", help="The driver lets cards reach each other over PCIe; GeForce's own does not.")]
-CardGib = Annotated[float | None, _option("GiB of each card, where others leave less of it or it has more than usual. [the card's own]")]
-RoundTrip = Annotated[float, _option("Between boxes, in ms. [0.5]")]
-Lan = Annotated[float, _option("Between boxes, in Gbit/s. [1]")]
+CardGib = Annotated[float | None, option("GiB of each card, where others leave less of it or it has more than usual. [the card's own]")]
+RoundTrip = Annotated[float, option("Between boxes, in ms. [0.5]")]
+Lan = Annotated[float, option("Between boxes, in Gbit/s. [1]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -160,7 +148,7 @@ def answer(  # noqa: PLR0917 - a command's parameters are its flags
             batch_tokens=batch_tokens,
         )
     except ValueError as error:
-        _fail(str(error))
+        refuse(str(error))
     typer.echo(json.dumps(_plain(report), indent=2) if as_json else _text(report))
     if report.best is None:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
@@ -351,8 +339,3 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [tuple(headers), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    raise typer.Exit(EXIT_USAGE)

@@ -16,8 +16,10 @@ import io
 import itertools
 import os
 import secrets
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -322,7 +324,7 @@ def spread(function: Callable[[Any], Any], inputs: Sequence[Any], address: str |
     Raises:
         PotluckError: COORDINATOR_UNAVAILABLE if Ray does not come up, or a worker dies.
     """
-    with tempfile.TemporaryDirectory(prefix="potluck-simulate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="potluck-simulate-") as folder, _interrupts_in_turn() as interrupt:
         if address is None:
             os.environ.update(_private_ray(Path(folder) / "token"))
         import ray  # noqa: PLC0415 - reads its environment when it is imported
@@ -334,12 +336,31 @@ def spread(function: Callable[[Any], Any], inputs: Sequence[Any], address: str |
             where = address or "on this machine"
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"Ray {where} did not come up: {error}") from error
         try:
-            yield from _results(ray, function, inputs)
+            yield from _results(ray, function, inputs, interrupt)
         finally:
             ray.shutdown()
 
 
-def _results(ray: Any, function: Callable[[Any], Any], inputs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+@contextlib.contextmanager
+def _interrupts_in_turn() -> Iterator[Callable[[], None]]:
+    """Ctrl-C counts when the given function is called: in the middle of its start or its end Ray leaves processes, or crashes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # signals are the main thread's
+        return
+    asked = threading.Event()
+
+    def interrupt() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _results(ray: Any, function: Callable[[Any], Any], inputs: Sequence[Any], interrupt: Callable[[], None]) -> Iterator[tuple[int, Any]]:
     task = ray.remote(max_retries=0)(function)
     bound = max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(enumerate(inputs))
@@ -349,7 +370,10 @@ def _results(ray: Any, function: Callable[[Any], Any], inputs: Sequence[Any]) ->
             running[task.remote(value)] = number
         if not running:
             return
-        ready, _ = ray.wait(list(running), num_returns=1)
+        ready: list[Any] = []
+        while not ready:
+            interrupt()
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=CANCEL_CHECK_SECONDS)
         try:
             yield running.pop(ready[0]), ray.get(ready[0])
         except ray.exceptions.RayError as error:

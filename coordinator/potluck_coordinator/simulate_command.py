@@ -12,39 +12,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 
 import typer
 
+from potluck_coordinator.offline_command import application, option, refuse
 from potluck_protocol.errors import PotluckError
 
 EXIT_BROKEN: Final = 1
 """An invariant did not hold."""
-EXIT_USAGE: Final = 2
 SEEDS_MAX: Final = 10_000
 BAR_STEPS: Final = 1000
 
-app = typer.Typer(
-    name="simulate",
-    invoke_without_command=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"allow_interspersed_args": True},
-    subcommand_metavar="",
-)
-
-
-def _option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, show_default=False)
+app = application("simulate")
 
 
 ScenarioName = Annotated[str | None, typer.Argument(help="A scenario of Potluck's own, or a TOML file.", show_default=False)]
-Policies = Annotated[list[str] | None, _option("Policies, with commas between them or one an option. [those of the scenario]", "--policy")]
-Seed = Annotated[int, _option("The first seed. [1]")]
-Seeds = Annotated[int, _option("How many seeds, one after the other from --seed. [1]")]
-Sweeps = Annotated[list[str] | None, _option("KEY=VALUE,VALUE,…: run it with each value. May be given again.", "--sweep")]
-Plots = Annotated[Path | None, _option("Folder for the plots, PNG and SVG.", "--plot")]
-RayAddress = Annotated[str | None, _option("Spread several runs over this Ray cluster. [a Ray of their own on this machine]")]
+Policies = Annotated[list[str] | None, option("Policies, with commas between them or one an option. [those of the scenario]", "--policy")]
+Seed = Annotated[int, option("The first seed. [1]")]
+Seeds = Annotated[int, option("How many seeds, one after the other from --seed. [1]")]
+Sweeps = Annotated[list[str] | None, option("KEY=VALUE,VALUE,…: run it with each value. May be given again.", "--sweep")]
+Plots = Annotated[Path | None, option("Folder for the plots, PNG and SVG.", "--plot")]
+RayAddress = Annotated[str | None, option("Spread several runs over this Ray cluster. [a Ray of their own on this machine]")]
 Listing = Annotated[bool, typer.Option("--list", help="List the scenarios that come with Potluck.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -84,7 +73,7 @@ def simulate(  # noqa: PLR0917 - a command's parameters are its flags
             _list(scenario_file, as_json=as_json, asked=listing)
             return
         if not 1 <= seeds <= SEEDS_MAX:
-            _fail(f"--seeds is from 1 to {SEEDS_MAX}.")
+            refuse(f"--seeds is from 1 to {SEEDS_MAX}.")
         found = scenario_file.load_scenario(scenario)
         names = _policies(policies or found.policies)
         wanted = runs.runs_of(found, names, range(seed, seed + seeds), sweeps or (), looks=plot is not None)
@@ -92,7 +81,7 @@ def simulate(  # noqa: PLR0917 - a command's parameters are its flags
             results = runs.carry_out(wanted, partial(_spread, ray_address), progress)
         pictures = plots.draw(results, plot) if plot is not None else []
     except PotluckError as error:
-        _fail(error.message)
+        refuse(error.message)
     if as_json:
         typer.echo(json.dumps([{"changes": dict(each.run.changes)} | each.figures.as_json() for each in results], indent=2))
     else:
@@ -111,7 +100,7 @@ def _policies(words: Sequence[str]) -> list[str]:
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
-        _fail(f"--policy is of {', '.join(NAMES)}, not {', '.join(unknown) or 'nothing'}.")
+        refuse(f"--policy is of {', '.join(NAMES)}, not {', '.join(unknown) or 'nothing'}.")
     return list(dict.fromkeys(names))
 
 
@@ -123,7 +112,7 @@ def _list(scenario_file: Any, *, as_json: bool, asked: bool) -> None:
     width = max(len(name) for name, _ in known)
     typer.echo("\n".join(f"{name.ljust(width)}  {about}" for name, about in known))
     if not asked:
-        _fail("say which scenario, or give the path of a TOML file.")
+        refuse("say which scenario, or give the path of a TOML file.")
 
 
 def _spread(ray_address: str | None, function: Callable[[Any], Any], inputs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -151,8 +140,3 @@ def _bar(label: str, run_count: int) -> Iterator[Callable[[float], None]]:
                 bar.update(steps)
 
         yield progress
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(EXIT_USAGE)

@@ -247,15 +247,7 @@ class OpenClient:
 
     def run(self, load: OpenLoad, target: OpenTarget) -> OpenResult:
         """One run against one target."""
-        stdin, stdout = self._child.process.stdin, self._child.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(encode_command(load, target).encode() + b"\n")
-        stdin.flush()
-        line = stdout.readline()
-        if not line:
-            raise RuntimeError(f"the load client ended:\n{self._child.log_tail()}")
-        return decode_result(line.decode())
+        return decode_result(self._child.ask(encode_command(load, target)))
 
     def stop(self) -> None:
         self._child.stop()

@@ -144,6 +144,17 @@ class Child:
         """The last lines that it printed."""
         return "\n".join(self._log_file.read_text(errors="replace").splitlines()[-line_count:])
 
+    def ask(self, line: str) -> str:
+        """The line with which a child with a pipe answers this one; raises RuntimeError, with what it said last, once it has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.process.args!r} ended:\n{self.log_tail()}")
+        return answer.decode()
+
     def check_alive(self) -> None:
         """Raises RuntimeError, with what it said last, once it has ended."""
         if self.process.poll() is not None:

@@ -52,7 +52,7 @@ class Pool:
         for _ in range(full_count * SLOTS + WAITING_COUNT):
             self.ask()
         await self.turn()
-        assert self.front.requests.queued_count(MODEL) == WAITING_COUNT, self.front.requests.queued_count(MODEL)
+        assert self.front.requests.queues.queued_count(MODEL) == WAITING_COUNT, self.front.requests.queues.queued_count(MODEL)
 
     def ask(self) -> asyncio.Task[Any]:
         return self.front.ask(prompt_tokens_min=CONTEXT_TOKENS // 2, completion_tokens_max=100)

@@ -83,7 +83,7 @@ async def test_a_request_that_waits_tells_its_place_and_one_that_was_refused_why
     async with pool(tmp_path, queue_deadline_seconds=20) as (coordinator, node), asking(coordinator) as ask:
         answers = [await begin(coordinator, node, number) for number in range(2)]
         waits = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
-        while not coordinator.gateway.requests.queued_count(answers[0][0]._request.model_id):
+        while not coordinator.gateway.requests.queues.queued_count(answers[0][0]._request.model_id):
             await asyncio.sleep(0.01)
         found = await ask(explain_waiting(NAME))
         assert (found.waiting, found.position, found.waiting_count) == (True, 1, 1)

@@ -86,7 +86,7 @@ async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch)
     async with pool(tmp_path) as (coordinator, node):
         first, _ = await begin(coordinator, node)
         second = asyncio.ensure_future(begin(coordinator, node, number=1))
-        while not coordinator.gateway.requests.queued_count(TINY):
+        while not coordinator.gateway.requests.queues.queued_count(TINY):
             await asyncio.sleep(0.01)
         assert len(node.starts()) == 1
         await first.close()

@@ -61,7 +61,7 @@ async def test_a_turn_that_comes_with_the_deadline_leaves_no_slot_taken(tmp_path
         answers = [(await begin(coordinator, node, number))[0] for number in range(2)]
         queued = asyncio.ensure_future(requests.begin(await request_of(coordinator)))
         async with asyncio.timeout(5):
-            while requests.queued_count(TINY) == 0:
+            while requests.queues.queued_count(TINY) == 0:
                 await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
         loop.call_later(0.75, lambda: list(answers[0].close().__await__()))  # closes at once: nothing in it waits

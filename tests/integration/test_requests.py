@@ -148,7 +148,7 @@ async def test_a_full_model_queues_in_order_and_refuses_beyond_its_bound(tmp_pat
         first, first_start = await begin(coordinator, node, 0)
         second, _ = await begin(coordinator, node, 1)
         queued = asyncio.ensure_future(coordinator.gateway.requests.begin(await request_of(coordinator)))
-        while coordinator.gateway.requests.queued_count(TINY) == 0:
+        while coordinator.gateway.requests.queues.queued_count(TINY) == 0:
             await asyncio.sleep(0)
         with pytest.raises(PotluckError) as failure:
             await coordinator.gateway.requests.begin(await request_of(coordinator))

@@ -93,4 +93,4 @@ async def test_a_refused_request_does_not_count_and_a_broken_promise_does(tmp_pa
             await finish(node, answer, start)
         assert coordinator.gateway.requests.gate.compliance().hour == PromiseCount(2, 2)
         account_id = request.account_id
-        assert coordinator.gateway.requests.allowance(account_id).remaining_count == 0
+        assert coordinator.gateway.requests.gate.windows.allowance(account_id).remaining_count == 0

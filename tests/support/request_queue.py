@@ -109,7 +109,7 @@ class Front:
 
     def look_at_queues(self) -> None:
         """As the gateway's tick does."""
-        self.requests.serve_queues()
+        self.requests.queues.serve_all()
 
     async def joined(self, name: str, **changes: Any) -> NodeSession:
         """A node with one ready replica, which has `changes`."""

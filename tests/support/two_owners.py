@@ -63,7 +63,7 @@ class TwoOwners:
 
     @property
     def queued_count(self) -> int:
-        return self.coordinator.gateway.requests.queued_count(TINY)
+        return self.coordinator.gateway.requests.queues.queued_count(TINY)
 
     async def started(self, besides: tuple[RawNode, ...] = ()) -> tuple[RawNode, Any]:
         """The node that the request's next attempt comes to, and the attempt."""

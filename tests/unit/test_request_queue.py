@@ -59,7 +59,7 @@ async def test_whoever_waits_longest_has_the_next_slot_and_nobody_overtakes(fron
     session = await front.joined("a")
     asked = [front.ask() for _ in range(SLOTS + 3)]
     await settle()
-    assert front.requests.queued_count(MODEL) == 3
+    assert front.requests.queues.queued_count(MODEL) == 3
     for done in range(3):
         asked[done].cancel()
         await settle()
@@ -80,7 +80,7 @@ async def test_one_that_no_free_replica_suits_does_not_hold_up_those_behind_it(f
     await settle()
     short_one = await front.joined("short", context_length_tokens=1000)
     await settle()
-    assert (bodies_at(short_one), front.requests.queued_count(MODEL)) == ([b"3"], 1)
+    assert (bodies_at(short_one), front.requests.queues.queued_count(MODEL)) == ([b"3"], 1)
     front.asked[0].cancel()
     await settle()
     assert bodies_at(long_one) == [b"1", b"2"]
@@ -92,7 +92,7 @@ async def test_long_prompts_that_fill_the_queue_keep_nobody_from_slots_that_are_
     for _ in range(SLOTS + 64):
         front.ask(prompt_tokens_min=1500)
     await settle()
-    assert (front.requests.queued_count(MODEL), bodies_at(short_one)) == (64, [])
+    assert (front.requests.queues.queued_count(MODEL), bodies_at(short_one)) == (64, [])
     for _ in range(SLOTS):
         front.ask(prompt_tokens_min=10)
     await settle()
@@ -115,7 +115,7 @@ async def test_a_slot_that_came_free_between_two_looks_is_the_first_waiters_and_
     beat(front, away, slot_count=1, context_length_tokens=1000)
     front.ask()
     await settle()
-    assert (bodies_at(away), front.requests.queued_count(MODEL)) == ([b"3"], 2), "the first of those that it suits"
+    assert (bodies_at(away), front.requests.queues.queued_count(MODEL)) == ([b"3"], 2), "the first of those that it suits"
 
 
 async def test_a_suspect_that_may_have_no_free_slot_does_not_make_the_queue_longer_than_it_may_be():
@@ -127,7 +127,7 @@ async def test_a_suspect_that_may_have_no_free_slot_does_not_make_the_queue_long
     await settle()
     again = [front.ask(body=b"0") for _ in range(2)]
     await settle()
-    assert (front.requests.queued_count(MODEL), suspect.done(), [one.done() for one in again]) == (1, False, [False, True])
+    assert (front.requests.queues.queued_count(MODEL), suspect.done(), [one.done() for one in again]) == (1, False, [False, True])
     with pytest.raises(PotluckError) as refused:
         await again[1]
     assert refused.value.code is ErrorCode.QUEUE_FULL
@@ -144,9 +144,11 @@ async def test_a_request_that_a_node_gave_back_waits_for_another_node(front):
     given_back = session.requests[attempt_id].body
     session.attempts[attempt_id].end(0, EndReason.REFUSED, "")
     await settle()
-    assert front.requests.queued_count(MODEL) == 1
-    front.requests.serve_queues()
-    assert (given_back in bodies_at(session), front.requests.queued_count(MODEL)) == (False, 1), "its slot there is free, and it was tried"
+    assert front.requests.queues.queued_count(MODEL) == 1
+    front.requests.queues.serve_all()
+    assert (given_back in bodies_at(session), front.requests.queues.queued_count(MODEL)) == (False, 1), (
+        "its slot there is free, and it was tried"
+    )
     first_of_other = next(task for number, task in enumerate(front.asked) if b"%d" % number == bodies_at(other)[0])
     first_of_other.cancel()
     await settle()
@@ -163,7 +165,7 @@ async def test_who_asks_now_and_then_does_not_wait_behind_who_floods(front):
     polite = front.ask(account_id=AccountId("polite"))
     await settle()
     newest = front.asked[SLOTS + 63]
-    assert (front.requests.queued_count(MODEL), newest.done()) == (64, True)
+    assert (front.requests.queues.queued_count(MODEL), newest.done()) == (64, True)
     with pytest.raises(PotluckError) as refused:
         await newest
     assert (refused.value.code, refused.value.retry_after_seconds > 0) == (ErrorCode.QUEUE_FULL, True)
@@ -180,7 +182,7 @@ async def test_an_answer_that_is_given_up_is_charged_its_prompt_and_what_was_rel
     await front.joined("a")
     asked = front.ask(account_id=AccountId("a"), prompt_bytes=400)
     await settle()
-    account = front.requests._queues.line(MODEL).queues[ServiceTier.DEFAULT]._accounts[AccountId("a")]
+    account = front.requests.queues.line(MODEL).queues[ServiceTier.DEFAULT]._accounts[AccountId("a")]
     assert (account.given, account.pending) == (0, 100 + 2 * 100)
     asked.cancel()
     await settle()
@@ -196,9 +198,9 @@ async def test_what_a_heartbeat_makes_free_is_given_when_the_queues_are_looked_a
     await settle()
     assert (len(bodies_at(full)), len(bodies_at(away))) == (SLOTS, 0)
     beat(front, away)
-    front.requests.serve_queues()
+    front.requests.queues.serve_all()
     await settle()
-    assert (bodies_at(away), front.requests.queued_count(MODEL)) == ([b"2", b"3"], 0)
+    assert (bodies_at(away), front.requests.queues.queued_count(MODEL)) == ([b"2", b"3"], 0)
 
 
 async def test_a_pool_of_full_nodes_costs_no_more_than_one(front, monkeypatch):
@@ -213,11 +215,11 @@ async def test_a_pool_of_full_nodes_costs_no_more_than_one(front, monkeypatch):
     for _ in range(300 * SLOTS + 64):
         front.ask()
     await settle()
-    assert front.requests.queued_count(MODEL) == 64
+    assert front.requests.queues.queued_count(MODEL) == 64
     monkeypatch.setattr(placing_module, "place", counted)
     for session in sessions:
         beat(front, session)
-    front.requests.serve_queues()
+    front.requests.queues.serve_all()
     assert looked_at == [], "nobody has a slot free, so nobody's request is looked at"
     with pytest.raises(PotluckError) as refused:
         await front.ask()
@@ -225,7 +227,7 @@ async def test_a_pool_of_full_nodes_costs_no_more_than_one(front, monkeypatch):
     assert "Replicas: 300 busy." in refused.value.message
     front.asked[0].cancel()
     await settle()
-    assert front.requests.queued_count(MODEL) == 63
+    assert front.requests.queues.queued_count(MODEL) == 63
     assert 0 < len(looked_at) < FEW
 
 
@@ -276,7 +278,7 @@ async def wait(front, node_id, number):
     for _ in range((1, 2, 4, 7, 9)[number]):
         front.clock.seconds += 1.9
         front.links.tick()
-    front.requests.serve_queues()
+    front.requests.queues.serve_all()
 
 
 async def hear_of_an_end(front, node_id, number):
@@ -347,13 +349,13 @@ async def test_one_whose_client_goes_in_the_moment_in_which_it_is_sent_away_harm
     for _ in range(SLOTS + 3):
         front.ask()
     await settle()
-    line = front.requests._queues.line(MODEL)
+    line = front.requests.queues.line(MODEL)
     gone = next(iter(line))
     gone.turn.cancel()  # its task has not run since, so that it still stands in the line
     monkeypatch.setattr(queues_module, "is_hopeless", lambda *_: True)
     front.clock.seconds += 1.0
-    front.requests.serve_queues()
+    front.requests.queues.serve_all()
     await settle()
-    assert front.requests.queued_count(MODEL) == 0
+    assert front.requests.queues.queued_count(MODEL) == 0
     refused = [task for task in front.asked[SLOTS:] if task.done() and not task.cancelled() and isinstance(task.exception(), PotluckError)]
     assert len(refused) == 2

@@ -245,7 +245,7 @@ def test_the_gate_counts_what_is_answered_and_takes_back_what_is_not():
     visits[0].refuse(PotluckError(ErrorCode.QUEUE_FULL))
     visits[0].refuse(PotluckError(ErrorCode.QUEUE_FULL))
     visits[1].end(Usage(10, 20), 90, 1.0, waited_seconds=2.0)
-    assert gate.allowance(AccountId("ann")).remaining_count == 1
+    assert gate.windows.allowance(AccountId("ann")).remaining_count == 1
     assert gate.compliance().hour == PromiseCount(2, 1), "a request that was refused for want of room is a promise that was not kept"
     assert gate.take_untold() == {int(clock.unix_ms() // 3_600_000): PromiseCount(2, 1)}
     assert gate.take_untold() == {}
@@ -267,7 +267,7 @@ def test_a_model_that_is_deployed_as_flex_has_no_default_tier():
         gate.enter(asking(AskedTier.DEFAULT), ENTRY)
     assert (refused.value.code, refused.value.param) == (ErrorCode.INVALID_REQUEST, "service_tier")
     assert gate.enter(asking(AskedTier.AUTO), ENTRY).request.tier is FLEX
-    assert gate.allowance(AccountId("ann")).remaining_count == 3
+    assert gate.windows.allowance(AccountId("ann")).remaining_count == 3
 
 
 def test_the_gate_holds_a_key_to_its_quotas():

@@ -64,7 +64,7 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
         """What one request waits for."""
         del context
         story = self._story(request.request_id)
-        waiting = self._requests.waiting(story.account_id, story.request_id)
+        waiting = self._requests.queues.waiting(story.account_id, story.request_id)
         if waiting is None:
             last = f": {story.steps[-1].kind}" if story.steps else ""
             return pool_pb2.ExplainWaitingResponse(words=f"{story.request_id} does not wait{last}. `potluck explain` has its whole story.")

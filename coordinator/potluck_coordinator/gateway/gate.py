@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.gateway.expectations import Expectations
     from potluck_coordinator.gateway.inference_request import InferenceRequest
-    from potluck_coordinator.gateway.rate_windows import Allowance
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import AccountId, KeyPrefix, ModelId, Usage
+    from potluck_protocol.values import KeyPrefix, ModelId, Usage
 
 KEYS_MAX: Final = 10_000
 """With quotas, whose use is remembered; of those with nothing under way that goes first which asked longest ago."""
@@ -91,7 +90,7 @@ class Visit:
         tokens = 0.0 if usage is None else float(usage.prompt_token_count + usage.completion_token_count)
         self._gate.use(self.request, lambda use: key_quotas.ended(use, self._tokens, self._micro_credits, tokens, charge_micro_credits))
         # Whoever goes before his time was up says nothing of the promise.
-        if first_token_seconds is not None or waited_seconds > self._gate.first_token_seconds:
+        if first_token_seconds is not None or waited_seconds > self._gate.limits.first_token_seconds:
             self._gate.judge(self.request, first_token_seconds)
 
     def refuse(self, error: PotluckError) -> None:
@@ -130,11 +129,6 @@ class Gate:
         self._record = PromiseRecord()
         self._untold: dict[int, PromiseCount] = {}
 
-    @property
-    def first_token_seconds(self) -> float:
-        """What the default tier promises."""
-        return self.limits.first_token_seconds
-
     def enter(self, request: InferenceRequest, entry: CatalogueEntry) -> Visit:
         """Lets a request in, with its tier and its work.
 
@@ -151,10 +145,6 @@ class Gate:
             self.windows.count(request.account_id)
         self.use(request, lambda use: key_quotas.begun(use, work.tokens, round(price)))
         return Visit(self, replace(request, tier=choice.tier, work=work), counted=choice.counts, micro_credits=round(price))
-
-    def allowance(self, account_id: AccountId) -> Allowance:
-        """What the account has left of its window in the default tier."""
-        return self.windows.allowance(account_id)
 
     def use(self, request: InferenceRequest, change: Callable[[KeyUse], KeyUse]) -> None:
         """Counts for the request's key, if that has bounds."""
@@ -209,7 +199,7 @@ class Gate:
         if self._offered(request.model_id) is ServiceTier.FLEX:
             words = f"The model {request.model_id!r} is served in the flex tier only: ask with service_tier auto or flex."
             return PotluckError(ErrorCode.INVALID_REQUEST, words, param="service_tier")
-        allowance = self.allowance(request.account_id)
+        allowance = self.windows.allowance(request.account_id)
         words = (
             f"The default tier gives an account {self.windows.words}, and this one has had them; there is room for one more in"
             f" {allowance.reset_seconds:.0f} s. With service_tier flex, or without the field, requests are answered meanwhile."

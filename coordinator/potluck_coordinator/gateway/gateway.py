@@ -222,7 +222,7 @@ class Gateway:
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _reading(self, requests: RequestService) -> PoolReading:
-        queued = {model_id: requests.queued_count(model_id) for model_id in self._snapshot.models}
+        queued = {model_id: requests.queues.queued_count(model_id) for model_id in self._snapshot.models}
         return PoolReading(
             queued, len(self._links), requests.in_flight_count, len(self._links.refused_requests), requests.gate.compliance()
         )
@@ -233,14 +233,14 @@ class Gateway:
 
     def _serve_queues(self) -> None:
         if self._requests is not None:
-            self._requests.serve_queues()
+            self._requests.queues.serve_all()
 
     async def _tick(self) -> None:
         self._links.tick()
         self._serve_queues()
 
     async def _report(self) -> None:
-        self.requests.mark_delivered()
+        self.requests.dispatching.mark_delivered()
         await self._links.report(self.requests.waiting_counts)
         await self._note_promise()
 

@@ -6,12 +6,14 @@ engines that their owners use, too. It must not know sessions; `node_session` sa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
 from potluck_coordinator.domain.placement import ROUND_TRIP_SECONDS_GUESS
 
 if TYPE_CHECKING:
+    from potluck_coordinator.domain.placement import ReplicaView
     from potluck_coordinator.gateway.measures import Measures
     from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import EngineStatus
@@ -23,39 +25,38 @@ _KEEPS_WHAT_IS_IDLE: Final = "llamacpp"
 """Its slots' caches count while they are idle, too; each has one of its own, so nothing is short for it."""
 
 
-def measured(  # noqa: PLR0917 - one call
-    measures: Measures, status: EngineStatus, line: LineMeasurement | None, heard_at: float, slot_count: int, in_flight_count: int
-) -> dict[str, Any]:
-    """Fields of a `ReplicaView`.
+def measured(view: ReplicaView, status: EngineStatus, measures: Measures, line: LineMeasurement | None) -> ReplicaView:
+    """The view with everything in it that was measured.
 
     Args:
-        measures: of this gateway.
+        view: what was wished and said of the replica; its slots and the age of its node's word are final.
         status: the replica's newest word.
+        measures: of this gateway.
         line: as its node measured it.
-        heard_at: when the node last said anything of its engines.
-        slot_count: as the view has it.
-        in_flight_count: the same.
     """
-    kv_capacity_tokens = _kv_capacity_tokens(status, slot_count)
-    load = measures.load(status.replica_id, heard_at)
-    fields: dict[str, Any] = {
-        "kv_capacity_tokens": kv_capacity_tokens,
-        "committed_tokens": load.committed_tokens,
-        "dispatched_tokens": load.dispatched_tokens,
-        "prefill_backlog_tokens": load.prefill_backlog_tokens,
-        "prefill_since_seconds": load.prefill_since_seconds,
-        "speeds": measures.hear(status.replica_id, status, kv_capacity_tokens),
-        "heard_at_seconds": heard_at,
-    }
-    if status.engine_kind != _KEEPS_WHAT_IS_IDLE:
-        fields["kv_used_tokens"] = max(0, min(status.kv_used_tokens or 0, kv_capacity_tokens))
-    if status.engine_kind == ATTACH_KIND:
-        fields["foreign_waiting_count"] = max(0, status.waiting_count or 0)
-        fields["foreign_running_count"] = max(0, status.running_count - in_flight_count)
-    microseconds = None if line is None else line.round_trip_microseconds
-    seconds = ROUND_TRIP_SECONDS_GUESS if microseconds is None else microseconds / 1e6
-    fields["round_trip_seconds"] = min(max(0.0, seconds), ROUND_TRIP_SECONDS_MAX)
-    return fields
+    kv_capacity_tokens = _kv_capacity_tokens(status, view.slot_count)
+    load = measures.load(status.replica_id, view.heard_at_seconds)
+    counts_only_work = status.engine_kind != _KEEPS_WHAT_IS_IDLE
+    is_owners_too = status.engine_kind == ATTACH_KIND
+    return replace(
+        view,
+        kv_capacity_tokens=kv_capacity_tokens,
+        kv_used_tokens=max(0, min(status.kv_used_tokens or 0, kv_capacity_tokens)) if counts_only_work else 0,
+        committed_tokens=load.committed_tokens,
+        dispatched_tokens=load.dispatched_tokens,
+        prefill_backlog_tokens=load.prefill_backlog_tokens,
+        prefill_since_seconds=load.prefill_since_seconds,
+        foreign_waiting_count=max(0, status.waiting_count or 0) if is_owners_too else 0,
+        foreign_running_count=max(0, status.running_count - view.in_flight_count) if is_owners_too else 0,
+        speeds=measures.hear(status.replica_id, status, kv_capacity_tokens),
+        round_trip_seconds=_round_trip_seconds(line),
+    )
+
+
+def _round_trip_seconds(line: LineMeasurement | None) -> float:
+    if line is None or line.round_trip_microseconds is None:
+        return ROUND_TRIP_SECONDS_GUESS
+    return min(max(0.0, line.round_trip_microseconds / 1e6), ROUND_TRIP_SECONDS_MAX)
 
 
 def _kv_capacity_tokens(status: EngineStatus, slot_count: int) -> int:

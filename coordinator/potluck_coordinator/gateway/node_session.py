@@ -8,7 +8,7 @@ and what it says goes into the link's `outbox`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from potluck_protocol.cards import CardTelemetry
     from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
+        DesiredEngine,
         DesiredState,
         EngineStatus,
         Heartbeat,
@@ -342,44 +343,41 @@ class NodeSession:
             if group is not None and status is not None and status.group_generation != group.generation:
                 # Of an earlier generation, on its way out.
                 status = None
-            in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
-            # A node at its bound of attempts has no slot left, whatever its replicas offer.
-            room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
-            judged = self._judged(wish.replica_id, wish.model.model_id)
-            if judged["half_open"]:
-                room_count = min(room_count, 1)
-            if wish.engine_kind == ATTACH_KIND and status is not None:
-                room_count = slots_beside_owner(room_count, in_flight_count, status.waiting_count)
-            slot_count = min(status.slot_count, wish.slot_count, room_count) if status is not None else 0
-            seen = {}
-            if self.measures is not None and status is not None:
-                seen = measured(self.measures, status, self._line, self.heartbeat_at, slot_count, in_flight_count)
-            yield ReplicaView(
-                replica_id=wish.replica_id,
-                node_id=self.node_id,
-                model_id=wish.model.model_id,
-                ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
-                slot_count=slot_count,
-                in_flight_count=in_flight_count,
-                node_paused=self.state is not NodeState.SERVING,
-                link_up=self.outbox is not None and not self.outbox.closed,
-                endpoints=status.endpoints if status is not None else (),
-                leaving=wish.replica_id in self.leaving,
-                context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
-                owner_account_id=self.owner_account_id,
-                engine_kind=wish.engine_kind,
-                losses_per_second=self.losses_per_second,
-                **judged,
-                **seen,
-            )
+            yield self._view(wish, status)
 
-    def _judged(self, replica_id: ReplicaId, model_id: ModelId) -> dict[str, Any]:
-        """Fields of a view: what the pool's own judgement lets the replica have."""
-        standing = Standing.TRUSTED if self.suspicions is None else self.suspicions.standing(replica_id)
-        is_unrivalled = model_id in self.unrivalled_models
-        return {
-            "node_suspect": standing is Standing.SUSPECTED or (self.suspect and model_id not in self.vouched_models),
-            "half_open": standing is Standing.HALF_OPEN and not is_unrivalled,
-            "drained": "" if is_unrivalled else self.drained_replicas.get(replica_id, ""),
-            "weight": self.slow_replicas.get(replica_id, 1.0),
-        }
+    def _view(self, wish: DesiredEngine, status: EngineStatus | None) -> ReplicaView:
+        in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
+        # A node at its bound of attempts has no slot left, whatever its replicas offer.
+        room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
+        standing = Standing.TRUSTED if self.suspicions is None else self.suspicions.standing(wish.replica_id)
+        is_unrivalled = wish.model.model_id in self.unrivalled_models
+        half_open = standing is Standing.HALF_OPEN and not is_unrivalled
+        if half_open:
+            room_count = min(room_count, 1)
+        if wish.engine_kind == ATTACH_KIND and status is not None:
+            room_count = slots_beside_owner(room_count, in_flight_count, status.waiting_count)
+        slot_count = min(status.slot_count, wish.slot_count, room_count) if status is not None else 0
+        view = ReplicaView(
+            replica_id=wish.replica_id,
+            node_id=self.node_id,
+            model_id=wish.model.model_id,
+            ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
+            slot_count=slot_count,
+            in_flight_count=in_flight_count,
+            node_paused=self.state is not NodeState.SERVING,
+            node_suspect=standing is Standing.SUSPECTED or (self.suspect and wish.model.model_id not in self.vouched_models),
+            link_up=self.outbox is not None and not self.outbox.closed,
+            endpoints=status.endpoints if status is not None else (),
+            leaving=wish.replica_id in self.leaving,
+            context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
+            owner_account_id=self.owner_account_id,
+            engine_kind=wish.engine_kind,
+            losses_per_second=self.losses_per_second,
+            half_open=half_open,
+            drained="" if is_unrivalled else self.drained_replicas.get(wish.replica_id, ""),
+            weight=self.slow_replicas.get(wish.replica_id, 1.0),
+            heard_at_seconds=self.heartbeat_at,
+        )
+        if self.measures is None or status is None:
+            return view
+        return measured(view, status, self.measures, self._line)

@@ -60,14 +60,14 @@ class PoolServicer(ExplainServicer):
         """What the tiers are, what the caller has left, and how the promise was kept, as this gateway and the books know."""
         del request, context
         gate = self._requests.gate
-        allowance, compliance = gate.allowance(caller().account_id), gate.compliance()
+        allowance, compliance = gate.windows.allowance(caller().account_id), gate.compliance()
         return pool_pb2.GetTiersResponse(
             default_request_count_max=allowance.limit_count,
             window_seconds=allowance.window_seconds,
             remaining_request_count=allowance.remaining_count,
             reset_ms=round(allowance.reset_seconds * 1000),
             reserve_percent=gate.limits.reserve_percent,
-            first_token_ms=round(gate.first_token_seconds * 1000),
+            first_token_ms=round(gate.limits.first_token_seconds * 1000),
             hour=_promise_message(compliance.hour),
             day=_promise_message(compliance.day),
             thirty_days=_promise_message(compliance.month),

@@ -26,7 +26,7 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from potluck_coordinator.domain.admission import AdmissionLimits, Waiting
+    from potluck_coordinator.domain.admission import AdmissionLimits
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.gateway.attempt import Attempt
     from potluck_coordinator.gateway.dispatching import Books
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.gateway.links import Links
     from potluck_coordinator.gateway.rate_windows import Allowance
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import AccountId, ModelId, NodeId, RequestId
+    from potluck_protocol.values import AccountId, ModelId, NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +86,37 @@ class RequestService:
         self._placing = Placing(links, self._quarantine, clock, draw)
         expectations = Expectations()
         links.usual = expectations.usual
-        self._gate = Gate(limits.tiers, flex_models, expectations, clock)
-        self._decisions = Decisions(clock)
-        self._queues = Queues(
+        self.gate = Gate(limits.tiers, flex_models, expectations, clock)
+        self.decisions = Decisions(clock)
+        self.queues = Queues(
             placing=self._placing,
             expectations=expectations,
             limits=limits.admission,
             clock=clock,
             reserve_percent=limits.tiers.reserve_percent,
-            decisions=self._decisions,
+            decisions=self.decisions,
         )
-        self._dispatching = Dispatching(
+        self.dispatching = Dispatching(
             links=links,
             quarantine=self._quarantine,
             books=books,
             window_bytes=limits.window_bytes,
             clock=clock,
-            on_start=self._queues.charge,
-            on_over=self._queues.over,
-            on_slot=self._queues.serve_all,
+            on_start=self.queues.charge,
+            on_over=self.queues.over,
+            on_slot=self.queues.serve_all,
         )
-        self._queues.dispatch = self._dispatching.dispatch
+        self.queues.dispatch = self.dispatching.dispatch
 
     @property
     def in_flight_count(self) -> int:
         """Attempts on their way."""
-        return len(self._dispatching.attempts)
-
-    def queued_count(self, model_id: ModelId) -> int:
-        """Requests waiting for a slot of the model."""
-        return self._queues.queued_count(model_id)
+        return len(self.dispatching.attempts)
 
     @property
     def waiting_counts(self) -> Mapping[ModelId, int]:
         """How much every model is asked for that has no slot free: its queue, and the people who were refused lately."""
-        return self._queues.waiting_counts(self._catalogue())
+        return self.queues.waiting_counts(self._catalogue())
 
     def models(self, *, with_offers: bool = False) -> tuple[ModelView, ...]:
         """The catalogue with what is ready now; the entries that are offers, with nothing to serve yet, only if they are asked for."""
@@ -139,17 +135,17 @@ class RequestService:
         entry = self._entry(request)
         self._quarantine.check(request)
         arrived_at = self._clock.monotonic_seconds()
-        self._decisions.arrived(request)
+        self.decisions.arrived(request)
         try:
-            visit = self._gate.enter(request, entry)
+            visit = self.gate.enter(request, entry)
         except PotluckError as error:
-            self._decisions.note(request, StepKind.REFUSED, error.message)
+            self.decisions.note(request, StepKind.REFUSED, error.message)
             raise
 
         async def begin(asked: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
-            return await self._queues.slot(asked, entry, excluded, self._clock.monotonic_seconds() - arrived_at)
+            return await self.queues.slot(asked, entry, excluded, self._clock.monotonic_seconds() - arrived_at)
 
-        note = partial(self._decisions.note, visit.request)
+        note = partial(self.decisions.note, visit.request)
         answer = Answer(visit.request, begin, self._clock, partial(self._end_visit, visit, arrived_at), note)
         try:
             await answer.open()
@@ -168,25 +164,11 @@ class RequestService:
         if answer.node_ids:
             kind = StepKind.BROKE_OFF if answer.usage is None else StepKind.ANSWERED
             words = f"charged {answer.charge_micro_credits} micro-credits"
-            self._decisions.note(visit.request, kind, words, node_id=answer.node_id)
+            self.decisions.note(visit.request, kind, words, node_id=answer.node_id)
 
     def allowance(self, account_id: AccountId) -> Allowance:
-        """What the account has left of the default tier."""
-        return self._gate.allowance(account_id)
-
-    @property
-    def gate(self) -> Gate:
-        """Whose counts are shown and kept."""
-        return self._gate
-
-    @property
-    def decisions(self) -> Decisions:
-        """What was decided over the requests of the last minutes."""
-        return self._decisions
-
-    def waiting(self, account_id: AccountId, request_id: RequestId) -> Waiting | None:
-        """Where an account's waiting request of that name stands; None: none waits."""
-        return self._queues.waiting(account_id, request_id)
+        """What the account has left of the default tier: the edges put it into headers."""
+        return self.gate.windows.allowance(account_id)
 
     def _entry(self, request: InferenceRequest) -> CatalogueEntry:
         """The request's model, which serves what is asked; raises PotluckError otherwise."""
@@ -202,15 +184,7 @@ class RequestService:
             raise PotluckError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param=INPUT_PARAM[request.endpoint])
         return entry
 
-    def serve_queues(self) -> None:
-        """Gives free slots to those whose turn it is: called whenever an answer ends, and a few times a second for all other reasons."""
-        self._queues.serve_all()
-
-    def mark_delivered(self) -> None:
-        """Writes down what each unfinished answer has earned, for the case that this gateway dies before it settles."""
-        self._dispatching.mark_delivered()
-
     async def stop(self) -> None:
         """Ends every answer and everyone's waiting, as a coordinator that goes away does."""
-        self._queues.fail_all(PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2))
-        await self._dispatching.stop()
+        self.queues.fail_all(PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=2))
+        await self.dispatching.stop()
