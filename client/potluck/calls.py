@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from potluck.errors import error_of_protocol, pool_error
 from potluck.results import AccountInfo, Audit, Credits, JoinTokenInfo, KeyInfo, KeyQuotas, ModelInfo, NodeInfo, Secret, StatementEntry
-from potluck_protocol.codec import node_state_from_number
+from potluck_protocol.codec import node_state_from_number, rest_causes_from_numbers
 from potluck_protocol.engine_codec import ENDPOINT_NUMBER, endpoint_from_number, engine_status_value
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.hardware_codec import card_telemetries_value, inventory_value
@@ -266,6 +266,7 @@ def _node(message: pool_pb2.Node) -> NodeInfo:
         unknown_minutes=message.unknown_minutes,
         last_seen_at_unix_ms=message.last_seen_at_unix_ms,
         cards=card_telemetries_value(message.cards),
+        rest_causes=rest_causes_from_numbers(message.rest_causes),
     )
 
 

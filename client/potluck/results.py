@@ -21,6 +21,7 @@ from potluck_protocol.values import (
     NodeState,
     PinnedFile,
     RequestId,
+    RestCause,
     TokenId,
     Usage,
 )
@@ -155,6 +156,8 @@ class NodeInfo:
     """0: never."""
     cards: tuple[CardTelemetry, ...]
     """As the node last told of them; none unless the caller owns the node or is the operator."""
+    rest_causes: tuple[RestCause, ...]
+    """Why it does not serve, as it last said; shown to the same people."""
 
 
 @dataclass(frozen=True, slots=True)

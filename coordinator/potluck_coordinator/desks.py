@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         NodeState,
         PeerMeasurement,
         ReplicaId,
+        RestCause,
         TokenId,
     )
 
@@ -131,6 +132,8 @@ class NodeRecord:
     last_seen_at_unix_ms: int
     cards: tuple[CardTelemetry, ...] = ()
     """As it last told of them; none while it is not connected."""
+    rest_causes: tuple[RestCause, ...] = ()
+    """Why it does not serve, as it last said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +263,8 @@ class NodeReport:
     """Of its latest heartbeat that had one, or its hello."""
     decode_tokens_per_second: Mapping[ReplicaId, float] = field(default_factory=dict)
     """Of a lone answer, as the gateway measured it; of replicas of which it learned something since the last report."""
+    rest_causes: tuple[RestCause, ...] = ()
+    """Why it does not serve, as it says."""
 
 
 class Accounts(Protocol):

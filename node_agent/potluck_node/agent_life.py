@@ -88,7 +88,7 @@ class Agent:
 
     def take_note(self) -> None:
         """The node's stage has changed: coordinator and owner see it at once."""
-        self._report.state = self._resting.state
+        self._report.state, self._report.rest_causes = self._resting.state, self._resting.causes
         self._link.report_now()
         self._news.set()
 

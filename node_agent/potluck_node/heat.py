@@ -16,7 +16,7 @@ import structlog
 
 from potluck_node.control import CardLine
 from potluck_node.domain.model_source import ATTACHED_KIND
-from potluck_node.domain.rest import Cause, Posture, Reason
+from potluck_node.domain.rest import Posture, Reason
 from potluck_node.domain.thermal import CardLook, HeatLimits, ThermalState, limit_celsius, next_state
 from potluck_node.domain.thermal_ladder import PowerRange, ThermalRung, cap_at, slots_at
 from potluck_node.power_caps import FILE_NAME, PROGRAM, PowerCaps
@@ -25,7 +25,7 @@ from potluck_node.replicas import Replicas
 from potluck_node.settings import Settings
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import ReplicaId
+from potluck_protocol.values import ReplicaId, RestCause
 
 _log = structlog.get_logger()
 
@@ -105,7 +105,7 @@ class Heat:
         live = [card.uuid for card in self._readings.cards if not card.lost]
         if not live or any(self._rung(uuid) < ThermalRung.PAUSE for uuid in live):
             return ()
-        return (Reason(Cause.HEAT, Posture.HAND_OVER, "lets its cards cool, which stayed too hot without work"),)
+        return (Reason(RestCause.HEAT, Posture.HAND_OVER, "lets its cards cool, which stayed too hot without work"),)
 
     @property
     def cap_refusal(self) -> str:

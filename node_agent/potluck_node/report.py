@@ -24,7 +24,7 @@ from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.readings import Readings
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, SessionId
+from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, RestCause, SessionId
 from potluck_protocol.version import PROTOCOL_VERSION, package_version
 
 ENGINES_MAX: Final = 64
@@ -81,6 +81,7 @@ class NodeReport:
         self._slot_count_max = slot_count_max
         self._clock = clock
         self.state = NodeState.SERVING
+        self.rest_causes: tuple[RestCause, ...] = ()
         self._beat_count = 0
 
     def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello:
@@ -99,6 +100,7 @@ class NodeReport:
             in_flight=in_flight,
             engines=self.engines(),
             cards=self._heat.cards(),
+            rest_causes=self.rest_causes,
         )
 
     def heartbeat(self) -> Heartbeat:
@@ -112,6 +114,7 @@ class NodeReport:
             cards=self._heat.cards(),
             peer_measurements=self._peers.measurements(),
             line=self._line.found,
+            rest_causes=self.rest_causes,
         )
 
     def engines(self) -> tuple[EngineStatus, ...]:

@@ -9,7 +9,8 @@ from datetime import datetime
 from typing import Final
 
 from potluck_node.control import AgentStatus, Stage
-from potluck_node.domain.rest import Cause, Reason
+from potluck_node.domain.rest import Reason
+from potluck_protocol.values import RestCause
 
 _STAGE_WORDS: Final = {Stage.SERVING: "serving", Stage.FREEING: "stopping engines", Stage.FREE: "paused, memory free"}
 
@@ -40,4 +41,4 @@ def date_words(unix_ms: int) -> str:
 
 def is_said_by_owner(reason: Reason) -> bool:
     """Whether `resume` ends it."""
-    return reason.cause in {Cause.OWNER, Cause.FIRST_RUN}
+    return reason.cause in {RestCause.OWNER, RestCause.FIRST_RUN}

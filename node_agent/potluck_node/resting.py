@@ -20,7 +20,7 @@ from potluck_node.domain.rest import SERVING, Facts, Memory, Moment, Posture, Re
 from potluck_node.probe.engine_remains import remains_of
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import NodeState
+from potluck_protocol.values import NodeState, RestCause
 
 LOOK_SECONDS: Final = 0.05
 SLOW_SECONDS: Final = 20.0
@@ -89,6 +89,11 @@ class Resting:
         if self._leaving_off:
             return NodeState.DRAINING
         return {Stage.SERVING: NodeState.SERVING, Stage.FREE: NodeState.PAUSED}.get(self._stage, NodeState.DRAINING)
+
+    @property
+    def causes(self) -> tuple[RestCause, ...]:
+        """The same: why it does not serve."""
+        return () if self.state is NodeState.SERVING else tuple(dict.fromkeys(reason.cause for reason in self._rest.reasons))
 
     def heed(self, control: Control) -> Rest:
         """Decides anew, and begins what follows; called every second."""

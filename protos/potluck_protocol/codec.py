@@ -7,6 +7,7 @@ are read straight from the frame, and of them only an end's reason comes here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from potluck_protocol.bounds import items, printable, text, word
@@ -40,6 +41,7 @@ from potluck_protocol.values import (
     NodeId,
     NodeState,
     ReplicaId,
+    RestCause,
     ResumePoint,
     SessionId,
     StartAttempt,
@@ -58,6 +60,14 @@ END_REASON_NUMBER: Final = {
     EndReason.ENGINE_FAILED: node_pb2.END_REASON_ENGINE_FAILED,
     EndReason.REFUSED: node_pb2.END_REASON_REFUSED,
     EndReason.HANDED_BACK: node_pb2.END_REASON_HANDED_BACK,
+}
+REST_CAUSE_NUMBER: Final = {
+    RestCause.FIRST_RUN: node_pb2.REST_CAUSE_FIRST_RUN,
+    RestCause.OWNER: node_pb2.REST_CAUSE_OWNER,
+    RestCause.HOURS: node_pb2.REST_CAUSE_HOURS,
+    RestCause.IN_USE: node_pb2.REST_CAUSE_IN_USE,
+    RestCause.OTHER_PROGRAM: node_pb2.REST_CAUSE_OTHER_PROGRAM,
+    RestCause.HEAT: node_pb2.REST_CAUSE_HEAT,
 }
 GOODBYE_NUMBER: Final = {
     GoodbyeReason.STOPPING: node_pb2.GOODBYE_REASON_STOPPING,
@@ -87,6 +97,16 @@ def goodbye_reason_from_number(number: int) -> GoodbyeReason:
 def node_state_from_number(number: int) -> NodeState:
     """The node state of an enum number; raises PotluckError(INVALID_REQUEST) for an unknown one."""
     return word(NODE_STATE_NUMBER, number, "state")
+
+
+def rest_cause_numbers(causes: Iterable[RestCause]) -> list[node_pb2.RestCause.ValueType]:
+    return [REST_CAUSE_NUMBER[cause] for cause in causes]
+
+
+def rest_causes_from_numbers(numbers: Iterable[int]) -> tuple[RestCause, ...]:
+    """Each once, in the order of the enum; numbers that are not known here are passed over."""
+    said = set(numbers)
+    return tuple(cause for cause, number in REST_CAUSE_NUMBER.items() if number in said)
 
 
 def goodbye_message(reason: GoodbyeReason, message: str = "") -> node_pb2.Goodbye:
@@ -121,6 +141,7 @@ def hello_message(hello: Hello) -> node_pb2.Hello:
         state=NODE_STATE_NUMBER[hello.state],
         engines=[engine_status_message(status) for status in hello.engines],
         cards=[card_telemetry_message(card) for card in hello.cards],
+        rest_causes=rest_cause_numbers(hello.rest_causes),
     )
 
 
@@ -137,6 +158,7 @@ def hello_value(message: node_pb2.Hello) -> Hello:
         ),
         engines=engine_statuses_value(message.engines),
         cards=card_telemetries_value(message.cards),
+        rest_causes=rest_causes_from_numbers(message.rest_causes),
     )
 
 
@@ -184,6 +206,7 @@ def heartbeat_message(heartbeat: Heartbeat) -> node_pb2.Heartbeat:
         peer_measurements=[peer_measurement_message(measurement) for measurement in heartbeat.peer_measurements],
         line=line_measurement_message(heartbeat.line),
         number=heartbeat.number,
+        rest_causes=rest_cause_numbers(heartbeat.rest_causes),
     )
 
 
@@ -199,6 +222,7 @@ def heartbeat_value(message: node_pb2.Heartbeat) -> Heartbeat:
         ),
         line=line_measurement_value(message),
         number=message.number,
+        rest_causes=rest_causes_from_numbers(message.rest_causes),
     )
 
 

@@ -44,6 +44,18 @@ class NodeState(StrEnum):
     DRAINING = "draining"
 
 
+class RestCause(StrEnum):
+    """Why a node does not serve."""
+
+    FIRST_RUN = "first_run"
+    """It joined, and its owner has not said `resume` yet."""
+    OWNER = "owner"
+    HOURS = "hours"
+    IN_USE = "in_use"
+    OTHER_PROGRAM = "other_program"
+    HEAT = "heat"
+
+
 class EngineState(StrEnum):
     """Where an engine stands between wish and service."""
 
@@ -336,6 +348,7 @@ class Hello:
     in_flight: tuple[AttemptId, ...] = ()
     engines: tuple[EngineStatus, ...] = ()
     cards: tuple[CardTelemetry, ...] = ()
+    rest_causes: tuple[RestCause, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +389,8 @@ class Heartbeat:
     line: LineMeasurement | None = None
     number: int = 0
     """Grows with every heartbeat of one agent process; 0: not said."""
+    rest_causes: tuple[RestCause, ...] = ()
+    """Why it does not serve; empty while it does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import pytest
 from potluck_coordinator.desks import NodeRecord
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
+from potluck_protocol import codec
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc
@@ -21,6 +22,7 @@ from potluck_protocol.values import (
     NodeId,
     NodeState,
     ReplicaId,
+    RestCause,
 )
 from tests.support.grpc_edge import CLOCK, OPERATOR_KEY, OTHER_KEY, USER_KEY, GrpcEdge, authorization
 
@@ -48,6 +50,7 @@ RECORD = NodeRecord(
     unknown_minutes=1,
     last_seen_at_unix_ms=5,
     cards=(CardTelemetry(UUID, temperature_celsius=81, thermal_rung=2, throttle_seconds=7.5),),
+    rest_causes=(RestCause.IN_USE, RestCause.HEAT),
 )
 
 
@@ -79,6 +82,7 @@ async def test_its_owner_and_the_operator_see_everything(authority: CertificateA
     assert list(node.inventory.accelerators[0].nvlink_peer_uuids) == [PEER_UUID]
     assert list(node.inventory.accelerators[0].pcie_peer_uuids) == [PEER_UUID]
     assert [(card.uuid, card.temperature_celsius, card.thermal_rung, card.throttle_seconds) for card in node.cards] == [(UUID, 81, 2, 7.5)]
+    assert codec.rest_causes_from_numbers(node.rest_causes) == RECORD.rest_causes
     assert (node.inventory.group_offer.site, list(node.inventory.attached_model_names)) == ("cellar", ["grandmas-letters"])
 
 
@@ -91,6 +95,7 @@ async def test_a_stranger_sees_neither_whose_it_is_nor_what_tells_its_cards_apar
         assert hidden.encode() not in text
     assert not node.inventory.HasField("group_offer")
     assert not node.cards
+    assert not node.rest_causes, "when its owner sits there is nobody else's business"
     # The rest is what strangers choose a pool by.
     assert (node.display_name, node.connection, node.up_minutes) == ("den", "connected", 7)
     assert [(card.name, card.memory_bytes) for card in node.inventory.accelerators] == [("RTX 3090", 24 << 30)]

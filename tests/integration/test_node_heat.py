@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from potluck_node.attempts import Attempts
-from potluck_node.domain.rest import Cause, Posture
+from potluck_node.domain.rest import Posture
 from potluck_node.domain.thermal import DRAIN_SECONDS, DWELL_SECONDS, PATIENCE_SECONDS, HeatLimits
 from potluck_node.domain.thermal_ladder import ThermalRung
 from potluck_node.engine_session import engine_session
@@ -21,7 +21,7 @@ from potluck_node.power_caps import REFUSED_SECONDS, PowerCaps
 from potluck_node.probe.nvml import NvmlLibrary
 from potluck_node.readings import Readings
 from potluck_node.replicas import Residence
-from potluck_protocol.values import NodeState
+from potluck_protocol.values import NodeState, RestCause
 from tests.support.node_engine import REPLICA, FixedReplicas
 from tests.support.nvml_dump import DumpedDriver, load_dump
 
@@ -141,7 +141,7 @@ async def test_a_card_that_stays_too_hot_without_work_puts_the_node_to_rest_unti
         assert (node.rung, node.heat.slots(REPLICA, 1), node.heat.reasons()) == (R.DRAIN, 0, ())
         await node.look_for(DRAIN_SECONDS)
         (reason,) = node.heat.reasons()
-        assert (reason.cause, reason.posture) == (Cause.HEAT, Posture.HAND_OVER)
+        assert (reason.cause, reason.posture) == (RestCause.HEAT, Posture.HAND_OVER)
         # The engine is stopped, and the card's cap is its owner's again at once.
         node.replicas.lives_at = None
         await node.look_for(10)

@@ -98,6 +98,10 @@ async def test_pause_hands_answers_back_behind_what_they_said_and_returns_when_m
         await link.until(lambda: states(link)[-1] == node_pb2.NODE_STATE_PAUSED, 10)
         seen = [state for state, before in zip(states(link), [0, *states(link)], strict=False) if state != before]
         assert seen == [node_pb2.NODE_STATE_SERVING, node_pb2.NODE_STATE_DRAINING, node_pb2.NODE_STATE_PAUSED]
+        beats = [frame.heartbeat for frame in link.frames if frame.HasField("heartbeat")]
+        causes = {beat.state: list(beat.rest_causes) for beat in beats}
+        said = [node_pb2.REST_CAUSE_OWNER]
+        assert [causes[state] for state in seen] == [[], said, said]
         shown = (await box.node("status")).stdout
         assert "rest         paused, memory free" in shown
         assert "it was told to pause, until `potluck node resume`" in shown
@@ -197,7 +201,7 @@ async def test_a_pause_with_an_end_outlives_the_agent_and_ends_by_itself(box: Bo
         await asyncio.wait_for(process.wait(), 10)
     async with box.agent() as process:
         link = await box.linked()
-        assert link.hello.state == node_pb2.NODE_STATE_PAUSED
+        assert (link.hello.state, list(link.hello.rest_causes)) == (node_pb2.NODE_STATE_PAUSED, [node_pb2.REST_CAUSE_OWNER])
         await link.send(desired=desired_state_message(DesiredState(1, (wished(pinned(box.folder / "script.json")),))))
         async with asyncio.timeout(30):
             while node_pb2.NODE_STATE_SERVING not in states(link):

@@ -14,7 +14,6 @@ from potluck_node.domain.rest import (
     STRICTNESS,
     TAKEN_BYTES,
     CardUse,
-    Cause,
     Facts,
     Memory,
     Moment,
@@ -26,6 +25,7 @@ from potluck_node.domain.rest import (
     decide,
 )
 from potluck_node.domain.upload_pace import BURST_SECONDS, filled, full, spent, wait_seconds
+from potluck_protocol.values import RestCause
 
 ZONES = [ZoneInfo(name) for name in ("UTC", "Europe/Berlin", "America/St_Johns", "Australia/Lord_Howe", "Asia/Kathmandu", "America/Havana")]
 MOMENTS_MS = st.integers(1_600_000_000, 2_000_000_000).map(lambda seconds: seconds * 1000)
@@ -73,7 +73,7 @@ def test_where_clocks_are_never_set_the_clock_on_the_wall_says_it(words: str, no
     assert opening([window], now_ms, zone).is_open is (today or since_yesterday)
 
 
-REASONS = st.builds(Reason, st.just(Cause.HEAT), st.sampled_from(Posture), st.just("is hot"), st.none() | MOMENTS_MS)
+REASONS = st.builds(Reason, st.just(RestCause.HEAT), st.sampled_from(Posture), st.just("is hot"), st.none() | MOMENTS_MS)
 WORDS = st.builds(Word, st.sampled_from(Posture), st.none() | MOMENTS_MS)
 USES = st.builds(Use, st.none() | st.floats(0, 1e6))
 CARDS = st.lists(st.builds(CardUse, st.sampled_from(["a", "b"]), st.none() | st.integers(0, 4 * TAKEN_BYTES), st.booleans()), max_size=2)
@@ -102,7 +102,7 @@ def test_a_rest_is_as_strict_as_its_strictest_reason_and_serving_has_none(
         assert 0 not in strictness
         assert all(reason.words for reason in rest.reasons)
         if rest.until_unix_ms is not None:
-            assert rest.until_unix_ms > now.unix_ms or any(reason.cause is Cause.HEAT for reason in rest.reasons)
+            assert rest.until_unix_ms > now.unix_ms or any(reason.cause is RestCause.HEAT for reason in rest.reasons)
 
 
 @given(RULES, FACTS, WORDS, MOMENTS_MS)

@@ -37,6 +37,7 @@ from potluck_protocol.values import (
     PeerMeasurement,
     PinnedFile,
     ReplicaId,
+    RestCause,
     SessionId,
 )
 
@@ -72,6 +73,7 @@ def hello(**changes: Any) -> Hello:
         "in_flight": (LONGEST,) * codec.IN_FLIGHT_MAX,
         "engines": (engine(),) * engine_codec.ENGINES_MAX,
         "cards": (CardTelemetry(LONGEST, memory_foreign_bytes=5),) * hardware_codec.ACCELERATORS_MAX,
+        "rest_causes": tuple(RestCause),
     }
     return Hello(**{**fields, **changes})
 
@@ -80,8 +82,14 @@ def test_as_much_as_a_node_can_have_is_taken() -> None:
     assert codec.hello_value(codec.hello_message(hello())) == hello()
     cards = (CardTelemetry("a", 70, 300_000, 350_000, 1 << 34, 0, 99, ("power_cap",)), CardTelemetry("b", lost=True))
     peers = (PeerMeasurement(NodeId("c"), 200, 10**8, "slow"),)
-    heartbeat = Heartbeat(1, NodeState.SERVING, hello().engines, 2, cards, peers, LineMeasurement(7, 8, None, 9))
+    heartbeat = Heartbeat(1, NodeState.SERVING, hello().engines, 2, cards, peers, LineMeasurement(7, 8, None, 9), 3, tuple(RestCause))
     assert codec.heartbeat_value(codec.heartbeat_message(heartbeat)) == heartbeat
+
+
+def test_a_cause_of_rest_that_is_not_known_here_is_passed_over_and_none_counts_twice() -> None:
+    heat, hours = node_pb2.REST_CAUSE_HEAT, node_pb2.REST_CAUSE_HOURS
+    message = node_pb2.Heartbeat(state=node_pb2.NODE_STATE_PAUSED, rest_causes=[heat, 4711, hours, heat, 0])
+    assert codec.heartbeat_value(message).rest_causes == (RestCause.HOURS, RestCause.HEAT)
 
 
 @pytest.mark.parametrize(

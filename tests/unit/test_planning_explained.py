@@ -9,7 +9,7 @@ from potluck_coordinator.domain.planning.plan import drafted, plan
 from potluck_coordinator.domain.planning.words import (
     Trouble,
 )
-from potluck_protocol.values import ModelId, NodeId, NodeState
+from potluck_protocol.values import ModelId, NodeId, NodeState, RestCause
 from tests.support.planning import GIB, card_entry, cards, machine_entry, node, status, view, wish
 
 TINY, OTHER = machine_entry("tiny"), machine_entry("other")
@@ -41,7 +41,7 @@ def test_every_node_has_the_reason_that_ruled_it_out():
     nodes = [
         node("serves", cards=1),
         node("offline", cards=1, connected=False),
-        node("paused", cards=1, state=NodeState.PAUSED),
+        node("paused", cards=1, state=NodeState.PAUSED, rest_causes=(RestCause.HOURS, RestCause.HEAT)),
         node("llama", cards=1, kinds=("llamacpp",)),
         node("small", cards=cards(1, "NVIDIA GeForce RTX 3080", 10 * GIB, "small")),
         node("full", cards=1),
@@ -85,6 +85,7 @@ def test_every_node_has_the_reason_that_ruled_it_out():
     assert found["llama"].reason == "it needs the engine vllm, and the node has llamacpp"
     assert found["offline"].reason == "not connected for 30 s"
     assert found["refuses"].reason == "not allowed here"
+    assert found["paused"].reason == "at rest for 30 s: it is outside its owner's hours, its cards stayed too hot"
     here, there = (float(word) for word in found["slower"].reason.replace(",", "").split() if word.replace(".", "").isdigit())
     assert 0 < here < there
 

@@ -16,7 +16,6 @@ from potluck_node.domain.rest import (
     SERVING,
     TAKEN_BYTES,
     CardUse,
-    Cause,
     Facts,
     Memory,
     Moment,
@@ -27,12 +26,13 @@ from potluck_node.domain.rest import (
     Word,
     decide,
 )
+from potluck_protocol.values import RestCause
 
 NOW = Moment(round(datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp() * 1000), 1000.0)
 HOUR_MS = 3_600_000
 NIGHTS = Rules(hours=(parse_window("22:00-07:00"),))
 WHEN_IDLE = Rules(idle_minutes=10)
-HOT = Reason(Cause.HEAT, Posture.FINISH, "is too hot")
+HOT = Reason(RestCause.HEAT, Posture.FINISH, "is too hot")
 
 
 def later(seconds: float) -> Moment:
@@ -47,25 +47,31 @@ def card(foreign_bytes: int | None, *, ours: bool = True, uuid: str = "GPU-a") -
     ("rules", "facts", "posture", "causes", "until_in_ms"),
     [
         (Rules(), Facts(), Posture.SERVE, [], None),
-        (Rules(), Facts(Word(Posture.HAND_OVER)), Posture.HAND_OVER, [Cause.OWNER], None),
-        (Rules(), Facts(FIRST_WORD), Posture.HAND_OVER, [Cause.FIRST_RUN], None),
-        (Rules(), Facts(Word(Posture.FINISH)), Posture.FINISH, [Cause.OWNER], None),
-        (Rules(), Facts(Word(Posture.HAND_OVER, NOW.unix_ms + 5)), Posture.HAND_OVER, [Cause.OWNER], 5),
+        (Rules(), Facts(Word(Posture.HAND_OVER)), Posture.HAND_OVER, [RestCause.OWNER], None),
+        (Rules(), Facts(FIRST_WORD), Posture.HAND_OVER, [RestCause.FIRST_RUN], None),
+        (Rules(), Facts(Word(Posture.FINISH)), Posture.FINISH, [RestCause.OWNER], None),
+        (Rules(), Facts(Word(Posture.HAND_OVER, NOW.unix_ms + 5)), Posture.HAND_OVER, [RestCause.OWNER], 5),
         (Rules(), Facts(Word(Posture.HAND_OVER, NOW.unix_ms)), Posture.SERVE, [], None),
-        (NIGHTS, Facts(), Posture.FINISH, [Cause.HOURS], 10 * HOUR_MS),
-        (NIGHTS, Facts(Word(Posture.HAND_OVER)), Posture.HAND_OVER, [Cause.OWNER, Cause.HOURS], None),
-        (NIGHTS, Facts(Word(Posture.HAND_OVER, NOW.unix_ms + 5)), Posture.HAND_OVER, [Cause.OWNER, Cause.HOURS], 10 * HOUR_MS),
+        (NIGHTS, Facts(), Posture.FINISH, [RestCause.HOURS], 10 * HOUR_MS),
+        (NIGHTS, Facts(Word(Posture.HAND_OVER)), Posture.HAND_OVER, [RestCause.OWNER, RestCause.HOURS], None),
+        (NIGHTS, Facts(Word(Posture.HAND_OVER, NOW.unix_ms + 5)), Posture.HAND_OVER, [RestCause.OWNER, RestCause.HOURS], 10 * HOUR_MS),
         (WHEN_IDLE, Facts(use=Use(600.0)), Posture.SERVE, [], None),
-        (WHEN_IDLE, Facts(use=Use(599.0)), Posture.HAND_OVER, [Cause.IN_USE], 1000),
-        (WHEN_IDLE, Facts(use=Use(None, "no logind")), Posture.FINISH, [Cause.IN_USE], None),
+        (WHEN_IDLE, Facts(use=Use(599.0)), Posture.HAND_OVER, [RestCause.IN_USE], 1000),
+        (WHEN_IDLE, Facts(use=Use(None, "no logind")), Posture.FINISH, [RestCause.IN_USE], None),
         (Rules(), Facts(use=Use(0.0)), Posture.SERVE, [], None),
-        (Rules(), Facts(cards=(card(TAKEN_BYTES),)), Posture.HAND_OVER, [Cause.OTHER_PROGRAM], None),
+        (Rules(), Facts(cards=(card(TAKEN_BYTES),)), Posture.HAND_OVER, [RestCause.OTHER_PROGRAM], None),
         (Rules(), Facts(cards=(card(TAKEN_BYTES - 1),)), Posture.SERVE, [], None),
         (Rules(), Facts(cards=(card(TAKEN_BYTES, ours=False),)), Posture.SERVE, [], None),
         (Rules(), Facts(cards=(card(None),)), Posture.SERVE, [], None),
-        (Rules(), Facts(others=(HOT,)), Posture.FINISH, [Cause.HEAT], None),
+        (Rules(), Facts(others=(HOT,)), Posture.FINISH, [RestCause.HEAT], None),
         (Rules(), Facts(others=(replace(HOT, posture=Posture.SERVE),)), Posture.SERVE, [], None),
-        (NIGHTS, Facts(cards=(card(9 * GIB),), others=(HOT,)), Posture.HAND_OVER, [Cause.OTHER_PROGRAM, Cause.HOURS, Cause.HEAT], None),
+        (
+            NIGHTS,
+            Facts(cards=(card(9 * GIB),), others=(HOT,)),
+            Posture.HAND_OVER,
+            [RestCause.OTHER_PROGRAM, RestCause.HOURS, RestCause.HEAT],
+            None,
+        ),
     ],
 )
 def test_the_strictest_reason_wins_and_all_are_told(rules, facts, posture, causes, until_in_ms):
@@ -79,11 +85,11 @@ def test_every_reason_says_what_ends_it_where_no_date_does():
     facts = Facts(FIRST_WORD, Use(None, "no logind"), (replace(card(8 * GIB), program_names=("blender",)),))
     rest, _ = decide(WHEN_IDLE, facts, Memory(), NOW)
     words = {reason.cause: reason.words for reason in rest.reasons}
-    assert "`potluck node resume`" in words[Cause.FIRST_RUN]
-    assert "idle_minutes" in words[Cause.IN_USE]
-    assert "no logind" in words[Cause.IN_USE]
-    assert "blender" in words[Cause.OTHER_PROGRAM]
-    assert "8.0 GiB of card GPU-a" in words[Cause.OTHER_PROGRAM]
+    assert "`potluck node resume`" in words[RestCause.FIRST_RUN]
+    assert "idle_minutes" in words[RestCause.IN_USE]
+    assert "no logind" in words[RestCause.IN_USE]
+    assert "blender" in words[RestCause.OTHER_PROGRAM]
+    assert "8.0 GiB of card GPU-a" in words[RestCause.OTHER_PROGRAM]
     (paused,) = decide(Rules(), Facts(Word(Posture.HAND_OVER)), Memory(), NOW)[0].reasons
     assert "`potluck node resume`" in paused.words
 

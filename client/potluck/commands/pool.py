@@ -39,7 +39,7 @@ def list_nodes(as_json: JsonOption = False, url: UrlOption = None, api_key_file:
             node.display_name,
             node.owner_account_id or "-",
             node.connection,
-            node.state if node.connection == "connected" else "-",
+            _state(node),
             _engines(node),
             _uptime(node),
             node.agent_version,
@@ -67,6 +67,13 @@ def revoke_node(
     if as_json:
         show_json({"node_id": node_id})
     say(f"Node {node_id} is revoked.")
+
+
+def _state(node: NodeInfo) -> str:
+    if node.connection != "connected":
+        return "-"
+    causes = ", ".join(cause.replace("_", " ") for cause in node.rest_causes)
+    return f"{node.state} ({causes})" if causes else str(node.state)
 
 
 def _engines(node: NodeInfo) -> str:

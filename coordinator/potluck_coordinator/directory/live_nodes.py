@@ -58,6 +58,7 @@ def node_view(node: EnrolledNode, live: LiveNode | None) -> NodeView:
         inventory=replace(node.inventory, accelerators=cards, attached_model_names=said.attached_model_names, line=said.line),
         connected=True,
         state=said.state,
+        rest_causes=said.rest_causes,
         engines=said.engines,
         peer_measurements={measured.node_id: measured for measured in said.peer_measurements},
         disk_free_bytes=said.disk_free_bytes,

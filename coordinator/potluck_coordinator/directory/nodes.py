@@ -181,6 +181,7 @@ class Nodes:
             cards=hello.cards,
             attached_model_names=hello.inventory.attached_model_names,
             line=hello.inventory.line,
+            rest_causes=hello.rest_causes,
         )
         self._live[node.node_id] = self._heard(said, self._now())
         await self.refresh()
@@ -314,6 +315,7 @@ class Nodes:
             unknown_minutes=uptime.unknown_minutes(node.enrolled_at_unix_ms, now_ms, up_minutes, down_minutes),
             last_seen_at_unix_ms=now_ms if live is not None else node.last_seen_at_unix_ms,
             cards=live.report.cards if live is not None else (),
+            rest_causes=live.report.rest_causes if live is not None else (),
         )
 
     def _forget(self, node_ids: Sequence[NodeId]) -> None:

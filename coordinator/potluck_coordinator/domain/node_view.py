@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from potluck_protocol.cards import CardTelemetry
-    from potluck_protocol.values import AccountId, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement
+    from potluck_protocol.values import AccountId, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement, RestCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class NodeView:
     """As it last said; 0: not known."""
     card_foreign_bytes: Mapping[str, int] = field(default_factory=dict)
     """By card uuid: memory that programs of its owner's hold there, as was last known; of a card that is not here nothing ever was."""
+    rest_causes: tuple[RestCause, ...] = ()
+    """Why it does not serve, as it says."""
     cards_lost: bool = False
     """It has cards, and its driver reaches none of them: no machine without cards, whose engines for cards run on its processor."""
 

@@ -68,6 +68,7 @@ class NodeSession:
         self.owner_account_id = grant.owner_account_id
         self.desired = grant.desired
         self.state = hello.state
+        self._rest_causes = hello.rest_causes
         self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
         self.attempts: dict[AttemptId, Relay] = {}
         self.requests: dict[AttemptId, InferenceRequest] = {}
@@ -122,7 +123,7 @@ class NodeSession:
         self.outbox, self.link_lost_at = outbox, None
         self.heartbeat_at = self.heard_at = now
         self.suspect = False
-        self.state = hello.state
+        self.state, self._rest_causes = hello.state, hello.rest_causes
         self.engines = {status.replica_id: status for status in hello.engines}
         self._attached_model_names = hello.inventory.attached_model_names
         self._cards = hello.cards or self._cards
@@ -138,7 +139,7 @@ class NodeSession:
             self.busy_since = None
         self.heartbeat_at = now
         self.suspect = False
-        self.state = heartbeat.state
+        self.state, self._rest_causes = heartbeat.state, heartbeat.rest_causes
         self.engines = {status.replica_id: status for status in heartbeat.engines}
         self._disk_free_bytes = heartbeat.disk_free_bytes
         self._cards, self._peer_measurements = heartbeat.cards, heartbeat.peer_measurements
@@ -321,6 +322,7 @@ class NodeSession:
             attached_model_names=self._attached_model_names,
             line=self._line,
             decode_tokens_per_second=self._speeds_learned(),
+            rest_causes=self._rest_causes,
         )
         self._used_replica_ids = {replica_id for replica_id, count in self.attempts_by_replica.items() if count}
         self._reported_at = now

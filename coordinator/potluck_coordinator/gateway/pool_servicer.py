@@ -158,6 +158,7 @@ def _as_seen_by(identity: KeyIdentity, record: NodeRecord) -> NodeRecord:
         record,
         owner_account_id=AccountId(""),
         cards=(),
+        rest_causes=(),
         engines=tuple(replace(status, failure="") for status in record.engines),
         inventory=replace(record.inventory, accelerators=cards, group_offer=None, attached_model_names=()),
     )
@@ -178,6 +179,7 @@ def _node_message(record: NodeRecord) -> pool_pb2.Node:
         unknown_minutes=record.unknown_minutes,
         last_seen_at_unix_ms=record.last_seen_at_unix_ms,
         cards=[hardware_codec.card_telemetry_message(card) for card in record.cards],
+        rest_causes=codec.rest_cause_numbers(record.rest_causes),
     )
 
 

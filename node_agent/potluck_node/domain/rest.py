@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Final
 
 from potluck_node.domain.hours import Window, opening
+from potluck_protocol.values import RestCause
 
 GIB: Final = 1 << 30
 TAKEN_BYTES: Final = 2 * GIB
@@ -42,22 +43,11 @@ class Posture(StrEnum):
 STRICTNESS: Final = {Posture.SERVE: 0, Posture.FINISH: 1, Posture.HAND_OVER: 2}
 
 
-class Cause(StrEnum):
-    """What a reason is about."""
-
-    FIRST_RUN = "first_run"
-    OWNER = "owner"
-    HOURS = "hours"
-    IN_USE = "in_use"
-    OTHER_PROGRAM = "other_program"
-    HEAT = "heat"
-
-
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why the node does not serve, or not fully."""
 
-    cause: Cause
+    cause: RestCause
     posture: Posture
     words: str
     """For the owner, as the rest of a sentence that begins with the node."""
@@ -191,10 +181,10 @@ def reasons_of_word(word: Word, now_unix_ms: int) -> tuple[Reason, ...]:
     if word.posture is Posture.SERVE or (word.until_unix_ms is not None and now_unix_ms >= word.until_unix_ms):
         return ()
     if word.first_run:
-        return (Reason(Cause.FIRST_RUN, word.posture, f"has not served yet, and begins with `{RESUME_COMMAND}`"),)
+        return (Reason(RestCause.FIRST_RUN, word.posture, f"has not served yet, and begins with `{RESUME_COMMAND}`"),)
     said = "pause" if word.posture is Posture.HAND_OVER else "finish"
     words = f"was told to {said}" + ("" if word.until_unix_ms is not None else f", until `{RESUME_COMMAND}`")
-    return (Reason(Cause.OWNER, word.posture, words, word.until_unix_ms),)
+    return (Reason(RestCause.OWNER, word.posture, words, word.until_unix_ms),)
 
 
 def _by_hours(rules: Rules, now_unix_ms: int) -> tuple[Reason, ...]:
@@ -202,7 +192,7 @@ def _by_hours(rules: Rules, now_unix_ms: int) -> tuple[Reason, ...]:
     if found.is_open:
         return ()
     # Nobody waits for the machine at that second, as they do who sit before it.
-    return (Reason(Cause.HOURS, Posture.FINISH, "is outside its hours", found.until_unix_ms),)
+    return (Reason(RestCause.HOURS, Posture.FINISH, "is outside its hours", found.until_unix_ms),)
 
 
 def _by_use(rules: Rules, use: Use, now_unix_ms: int) -> tuple[Reason, ...]:
@@ -210,13 +200,13 @@ def _by_use(rules: Rules, use: Use, now_unix_ms: int) -> tuple[Reason, ...]:
         return ()
     if use.idle_seconds is None:
         words = f"cannot tell whether somebody uses the machine ({use.words or 'nothing says so'}), and serves only while nobody does"
-        return (Reason(Cause.IN_USE, Posture.FINISH, f"{words}: take idle_minutes out of its settings to serve all the same"),)
+        return (Reason(RestCause.IN_USE, Posture.FINISH, f"{words}: take idle_minutes out of its settings to serve all the same"),)
     left_seconds = rules.idle_minutes * 60 - use.idle_seconds
     if left_seconds <= 0:
         return ()
     by = f" ({use.words})" if use.words else ""
     words = f"was used by its owner less than {rules.idle_minutes} min ago{by}"
-    return (Reason(Cause.IN_USE, Posture.HAND_OVER, words, now_unix_ms + round(left_seconds * 1000)),)
+    return (Reason(RestCause.IN_USE, Posture.HAND_OVER, words, now_unix_ms + round(left_seconds * 1000)),)
 
 
 def _by_programs(cards: tuple[CardUse, ...], memory: Memory, now: Moment) -> tuple[Reason, ...]:
@@ -228,10 +218,10 @@ def _taken_words(uuid: str, card: CardUse | None, taken: TakenCard, now: Moment)
     if taken.left_since_seconds is not None:
         left_seconds = LEFT_SECONDS - (now.monotonic_seconds - taken.left_since_seconds)
         words = f"waits {LEFT_SECONDS:.0f} s for another program that left card {uuid} to stay away"
-        return Reason(Cause.OTHER_PROGRAM, Posture.HAND_OVER, words, now.unix_ms + round(left_seconds * 1000))
+        return Reason(RestCause.OTHER_PROGRAM, Posture.HAND_OVER, words, now.unix_ms + round(left_seconds * 1000))
     held = "" if card is None or card.foreign_bytes is None else f" {card.foreign_bytes / GIB:.1f} GiB of"
     names = f" ({', '.join(card.program_names)})" if card is not None and card.program_names else ""
-    return Reason(Cause.OTHER_PROGRAM, Posture.HAND_OVER, f"gives way to another program{names}, which holds{held} card {uuid}")
+    return Reason(RestCause.OTHER_PROGRAM, Posture.HAND_OVER, f"gives way to another program{names}, which holds{held} card {uuid}")
 
 
 def _after_look(rules: Rules, cards: tuple[CardUse, ...], memory: Memory, now_seconds: float) -> Memory:

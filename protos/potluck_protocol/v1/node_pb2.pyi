@@ -69,6 +69,43 @@ NODE_STATE_PAUSED: NodeState.ValueType  # 2
 NODE_STATE_DRAINING: NodeState.ValueType  # 3
 """No new attempts; on the way to PAUSED, or away: what is in flight is finished or handed back, and engines are stopped."""
 
+class _RestCause:
+    ValueType = NewType("ValueType", int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RestCauseEnumTypeWrapper(_EnumTypeWrapper[_RestCause.ValueType], type):
+    DESCRIPTOR: EnumDescriptor
+    REST_CAUSE_UNSPECIFIED: _RestCause.ValueType  # 0
+    REST_CAUSE_FIRST_RUN: _RestCause.ValueType  # 1
+    """It joined, and its owner has not said `resume` yet."""
+    REST_CAUSE_OWNER: _RestCause.ValueType  # 2
+    """Its owner said so."""
+    REST_CAUSE_HOURS: _RestCause.ValueType  # 3
+    """Outside its owner's hours."""
+    REST_CAUSE_IN_USE: _RestCause.ValueType  # 4
+    """Its owner uses the machine."""
+    REST_CAUSE_OTHER_PROGRAM: _RestCause.ValueType  # 5
+    """Another program has a card."""
+    REST_CAUSE_HEAT: _RestCause.ValueType  # 6
+    """Its cards stayed too hot."""
+
+class RestCause(_RestCause, metaclass=_RestCauseEnumTypeWrapper):
+    """Why a node rests. A number that is not known here is passed over: a newer agent may have one cause more."""
+
+REST_CAUSE_UNSPECIFIED: RestCause.ValueType  # 0
+REST_CAUSE_FIRST_RUN: RestCause.ValueType  # 1
+"""It joined, and its owner has not said `resume` yet."""
+REST_CAUSE_OWNER: RestCause.ValueType  # 2
+"""Its owner said so."""
+REST_CAUSE_HOURS: RestCause.ValueType  # 3
+"""Outside its owner's hours."""
+REST_CAUSE_IN_USE: RestCause.ValueType  # 4
+"""Its owner uses the machine."""
+REST_CAUSE_OTHER_PROGRAM: RestCause.ValueType  # 5
+"""Another program has a card."""
+REST_CAUSE_HEAT: RestCause.ValueType  # 6
+"""Its cards stayed too hot."""
+
 class _EngineState:
     ValueType = NewType("ValueType", int)
     V: typing_extensions.TypeAlias = ValueType
@@ -478,6 +515,7 @@ class Hello(Message):
     STATE_FIELD_NUMBER: int
     ENGINES_FIELD_NUMBER: int
     CARDS_FIELD_NUMBER: int
+    REST_CAUSES_FIELD_NUMBER: int
     protocol_version: int
     node_id: str
     session_id: str
@@ -496,6 +534,8 @@ class Hello(Message):
     def cards(self) -> RepeatedCompositeFieldContainer[CardTelemetry]:
         """As in the heartbeat, where they are known by then: a coordinator that begins anew plans from the first hello on."""
 
+    @property
+    def rest_causes(self) -> RepeatedScalarFieldContainer[RestCause.ValueType]: ...
     def __init__(
         self,
         *,
@@ -508,9 +548,10 @@ class Hello(Message):
         state: NodeState.ValueType = ...,
         engines: Iterable[EngineStatus] | None = ...,
         cards: Iterable[CardTelemetry] | None = ...,
+        rest_causes: Iterable[RestCause.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["inventory", b"inventory"]) -> bool: ...
-    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "engines", b"engines", "in_flight", b"in_flight", "inventory", b"inventory", "node_id", b"node_id", "protocol_version", b"protocol_version", "session_id", b"session_id", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "engines", b"engines", "in_flight", b"in_flight", "inventory", b"inventory", "node_id", b"node_id", "protocol_version", b"protocol_version", "rest_causes", b"rest_causes", "session_id", b"session_id", "state", b"state"]) -> None: ...
 
 @final
 class InFlightAttempt(Message):
@@ -613,6 +654,7 @@ class Heartbeat(Message):
     PEER_MEASUREMENTS_FIELD_NUMBER: int
     LINE_FIELD_NUMBER: int
     NUMBER_FIELD_NUMBER: int
+    REST_CAUSES_FIELD_NUMBER: int
     progress_count: int
     """Grows with every chunk any engine of the node produced. For people: the coordinator judges by the chunks that it gets."""
     state: NodeState.ValueType
@@ -631,6 +673,10 @@ class Heartbeat(Message):
     def line(self) -> LineMeasurement:
         """What the node measured towards the coordinator, in this run or an earlier one; not set before the first measurement."""
 
+    @property
+    def rest_causes(self) -> RepeatedScalarFieldContainer[RestCause.ValueType]:
+        """Why it does not serve; empty while it does, or where that is not said."""
+
     def __init__(
         self,
         *,
@@ -642,9 +688,10 @@ class Heartbeat(Message):
         peer_measurements: Iterable[PeerMeasurement] | None = ...,
         line: LineMeasurement | None = ...,
         number: int = ...,
+        rest_causes: Iterable[RestCause.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["line", b"line"]) -> bool: ...
-    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "number", b"number", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "number", b"number", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "rest_causes", b"rest_causes", "state", b"state"]) -> None: ...
 
 @final
 class CardTelemetry(Message):

@@ -43,6 +43,7 @@ from potluck_protocol.v1.node_pb2 import (
     Inventory,
     NodeState,
     PinnedFile,
+    RestCause,
 )
 from typing import (
     Literal,
@@ -108,6 +109,7 @@ class Node(Message):
     UNKNOWN_MINUTES_FIELD_NUMBER: int
     LAST_SEEN_AT_UNIX_MS_FIELD_NUMBER: int
     CARDS_FIELD_NUMBER: int
+    REST_CAUSES_FIELD_NUMBER: int
     node_id: str
     display_name: str
     owner_account_id: str
@@ -128,6 +130,10 @@ class Node(Message):
     def cards(self) -> RepeatedCompositeFieldContainer[CardTelemetry]:
         """As the node last told of them; only shown to the owner and the operator."""
 
+    @property
+    def rest_causes(self) -> RepeatedScalarFieldContainer[RestCause.ValueType]:
+        """Why it does not serve, as it last said; only shown to the owner and the operator."""
+
     def __init__(
         self,
         *,
@@ -144,9 +150,10 @@ class Node(Message):
         unknown_minutes: int = ...,
         last_seen_at_unix_ms: int = ...,
         cards: Iterable[CardTelemetry] | None = ...,
+        rest_causes: Iterable[RestCause.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["inventory", b"inventory"]) -> bool: ...
-    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "connection", b"connection", "display_name", b"display_name", "down_minutes", b"down_minutes", "engines", b"engines", "inventory", b"inventory", "last_seen_at_unix_ms", b"last_seen_at_unix_ms", "node_id", b"node_id", "owner_account_id", b"owner_account_id", "state", b"state", "unknown_minutes", b"unknown_minutes", "up_minutes", b"up_minutes"]) -> None: ...
+    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "connection", b"connection", "display_name", b"display_name", "down_minutes", b"down_minutes", "engines", b"engines", "inventory", b"inventory", "last_seen_at_unix_ms", b"last_seen_at_unix_ms", "node_id", b"node_id", "owner_account_id", b"owner_account_id", "rest_causes", b"rest_causes", "state", b"state", "unknown_minutes", b"unknown_minutes", "up_minutes", b"up_minutes"]) -> None: ...
 
 @final
 class RevokeNodeRequest(Message):

@@ -19,7 +19,7 @@ from potluck_coordinator.domain.planning.placing import site_on
 from potluck_coordinator.domain.planning.sizing import Misfit, architecture_of
 from potluck_coordinator.domain.planning.sticking import is_worth_moving
 from potluck_coordinator.domain.planning.words import GAIN_MIN, Phase
-from potluck_protocol.values import EngineState, NodeState
+from potluck_protocol.values import EngineState, NodeState, RestCause
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.planning.state import Draft
     from potluck_coordinator.domain.planning.words import PlannedReplica, Sizing
     from potluck_protocol.values import EngineStatus, ModelId, NodeId
+
+
+REST_WORDS: Final = {
+    RestCause.FIRST_RUN: "its owner has not resumed it since it joined",
+    RestCause.OWNER: "its owner paused it",
+    RestCause.HOURS: "it is outside its owner's hours",
+    RestCause.IN_USE: "its owner uses the machine",
+    RestCause.OTHER_PROGRAM: "another program has a card of it",
+    RestCause.HEAT: "its cards stayed too hot",
+}
 
 
 class Verdict(StrEnum):
@@ -192,7 +202,8 @@ def _of_absent(draft: Draft, node_id: NodeId) -> NodeVerdict:
     if not node.connected:
         return NodeVerdict(node_id, Verdict.OFFLINE, f"not connected for {seconds:.0f} s")
     if node.state is NodeState.PAUSED:
-        return NodeVerdict(node_id, Verdict.PAUSED, f"paused by its owner for {seconds:.0f} s")
+        causes = ", ".join(REST_WORDS[cause] for cause in node.rest_causes) or "it does not say why"
+        return NodeVerdict(node_id, Verdict.PAUSED, f"at rest for {seconds:.0f} s: {causes}")
     return NodeVerdict(node_id, Verdict.OFFLINE, "it ends its work, to rest or to stop")
 
 
