@@ -40,6 +40,13 @@ def text(value: str, field: str) -> str:
     return printable(value)
 
 
+def count(value: int, field: str) -> int:
+    """How many of something there are: not less than none."""
+    if value < 0:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{field} is {value}, and cannot be negative", param=field)
+    return value
+
+
 def printable(value: str, kept: str = "") -> str:
     """A peer's words are shown on other people's terminals: what would act there becomes a blank."""
     return value if value.isprintable() else "".join(letter if letter.isprintable() or letter in kept else " " for letter in value)

@@ -5,9 +5,10 @@ Decides how many engines one node may name, and that of a failure's text the end
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
-from potluck_protocol.bounds import items, printable, text, word
+from potluck_protocol.bounds import count, items, printable, text, word
 from potluck_protocol.card_facts import CardFacts, PeerAccess
 from potluck_protocol.hardware_codec import set_field
 from potluck_protocol.v1 import common_pb2, node_pb2
@@ -115,30 +116,41 @@ def engine_status_value(message: node_pb2.EngineStatus) -> EngineStatus:
         state=word(ENGINE_STATE_NUMBER, message.state, "engines.state"),
         engine_kind=text(message.engine_kind, "engines.engine_kind"),
         engine_version=text(message.engine_version, "engines.engine_version"),
-        slot_count=message.slot_count,
-        running_count=message.running_count,
-        context_length_tokens=message.context_length_tokens,
-        fetched_bytes=message.fetched_bytes,
-        fetch_total_bytes=message.fetch_total_bytes,
+        slot_count=count(message.slot_count, "engines.slot_count"),
+        running_count=count(message.running_count, "engines.running_count"),
+        context_length_tokens=count(message.context_length_tokens, "engines.context_length_tokens"),
+        fetched_bytes=count(message.fetched_bytes, "engines.fetched_bytes"),
+        fetch_total_bytes=count(message.fetch_total_bytes, "engines.fetch_total_bytes"),
         failure=printable(message.failure[-FAILURE_CHARACTERS_MAX:], kept="\n"),
         endpoints=tuple(endpoint_from_number(number) for number in items(message.endpoints, len(Endpoint), "engines.endpoints")),
         failure_kind=word(FAILURE_KIND_NUMBER, message.failure_kind, "engines.failure_kind") if message.failure_kind else None,
-        kv_capacity_tokens=set_field(message, "kv_capacity_tokens"),
-        kv_used_tokens=set_field(message, "kv_used_tokens"),
-        waiting_count=set_field(message, "waiting_count"),
-        memory_bytes=set_field(message, "memory_bytes"),
-        memory_utilization_percent=message.memory_utilization_percent,
-        prefill_tokens_per_second=set_field(message, "prefill_tokens_per_second"),
-        decode_tokens_per_second=set_field(message, "decode_tokens_per_second"),
+        kv_capacity_tokens=_count_if_set(message, "kv_capacity_tokens"),
+        kv_used_tokens=_count_if_set(message, "kv_used_tokens"),
+        waiting_count=_count_if_set(message, "waiting_count"),
+        memory_bytes=_count_if_set(message, "memory_bytes"),
+        memory_utilization_percent=count(message.memory_utilization_percent, "engines.memory_utilization_percent"),
+        prefill_tokens_per_second=_rate_if_set(message, "prefill_tokens_per_second"),
+        decode_tokens_per_second=_rate_if_set(message, "decode_tokens_per_second"),
         group_id=text(message.group_id, "engines.group_id"),
-        group_rank=message.group_rank,
-        group_generation=message.group_generation,
-        prefill_past_tokens=message.prefill_past_tokens,
-        decode_past_tokens=message.decode_past_tokens,
-        prefix_queried_tokens=set_field(message, "prefix_queried_tokens"),
-        prefix_hit_tokens=set_field(message, "prefix_hit_tokens"),
-        weight_bytes=set_field(message, "weight_bytes"),
+        group_rank=count(message.group_rank, "engines.group_rank"),
+        group_generation=count(message.group_generation, "engines.group_generation"),
+        prefill_past_tokens=count(message.prefill_past_tokens, "engines.prefill_past_tokens"),
+        decode_past_tokens=count(message.decode_past_tokens, "engines.decode_past_tokens"),
+        prefix_queried_tokens=_count_if_set(message, "prefix_queried_tokens"),
+        prefix_hit_tokens=_count_if_set(message, "prefix_hit_tokens"),
+        weight_bytes=_count_if_set(message, "weight_bytes"),
     )
+
+
+def _count_if_set(message: node_pb2.EngineStatus, name: str) -> int | None:
+    value = set_field(message, name)
+    return None if value is None else count(value, f"engines.{name}")
+
+
+def _rate_if_set(message: node_pb2.EngineStatus, name: str) -> float | None:
+    """Not a number, endless, or less than nothing a second is no rate: the node does not know it. What is reckoned by it would go wrong."""
+    value = set_field(message, name)
+    return value if value is not None and 0 <= value < math.inf else None
 
 
 def _failure_kind_number(kind: FailureKind | None) -> node_pb2.FailureKind.ValueType:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from potluck_protocol.bounds import items, printable, text
+from potluck_protocol.bounds import count, items, printable, text
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.line import LineMeasurement
 from potluck_protocol.v1 import node_pb2
@@ -54,13 +54,13 @@ def inventory_value(message: node_pb2.Inventory) -> Inventory:
     """What a node has; raises PotluckError(INVALID_REQUEST) for more than a node can have."""
     return Inventory(
         operating_system=text(message.operating_system, "inventory.operating_system"),
-        cpu_count=message.cpu_count,
-        memory_bytes=message.memory_bytes,
-        disk_free_bytes=message.disk_free_bytes,
+        cpu_count=count(message.cpu_count, "inventory.cpu_count"),
+        memory_bytes=count(message.memory_bytes, "inventory.memory_bytes"),
+        disk_free_bytes=count(message.disk_free_bytes, "inventory.disk_free_bytes"),
         accelerators=tuple(_accelerator_value(card) for card in items(message.accelerators, ACCELERATORS_MAX, "inventory.accelerators")),
         driver_version=text(message.driver_version, "inventory.driver_version"),
         cuda_version=text(message.cuda_version, "inventory.cuda_version"),
-        memory_budget_bytes=message.memory_budget_bytes,
+        memory_budget_bytes=count(message.memory_budget_bytes, "inventory.memory_budget_bytes"),
         engine_kinds=tuple(
             text(kind, "inventory.engine_kinds") for kind in items(message.engine_kinds, ENGINE_KINDS_MAX, "inventory.engine_kinds")
         ),

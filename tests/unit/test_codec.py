@@ -43,6 +43,10 @@ from potluck_protocol.values import (
 
 LONGEST = "x" * TEXT_CHARACTERS_MAX
 TOO_LONG = LONGEST + "x"
+ENGINE_COUNTS = (
+    *("slot_count", "running_count", "waiting_count", "context_length_tokens", "kv_capacity_tokens", "kv_used_tokens"),
+    *("fetched_bytes", "fetch_total_bytes", "memory_bytes", "weight_bytes", "prefix_queried_tokens", "prefix_hit_tokens"),
+)
 
 
 def engine(**changes: Any) -> EngineStatus:
@@ -103,18 +107,27 @@ def test_a_cause_of_rest_that_is_not_known_here_is_passed_over_and_none_counts_t
         {"cards": (CardTelemetry(TOO_LONG),)},
         *({"engines": (engine(**{name: TOO_LONG}),)} for name in ("replica_id", "model_id", "engine_kind", "engine_version")),
         {"engines": (engine(endpoints=(Endpoint.EMBEDDINGS,) * 4),)},
+        *({"engines": (engine(**{name: -1}),)} for name in ENGINE_COUNTS),
+        *({"inventory": inventory(**{name: -1})} for name in ("cpu_count", "memory_bytes", "disk_free_bytes", "memory_budget_bytes")),
         {"inventory": inventory(operating_system=TOO_LONG)},
         {"inventory": inventory(accelerators=(Accelerator("a", "b", 1),) * (hardware_codec.ACCELERATORS_MAX + 1))},
         {"inventory": inventory(accelerators=(Accelerator(TOO_LONG, "b", 1),))},
         {"inventory": inventory(accelerators=(Accelerator("a", TOO_LONG, 1),))},
     ],
 )
-def test_more_is_refused(changes: dict[str, Any]) -> None:
+def test_more_is_refused_and_less_than_nothing(changes: dict[str, Any]) -> None:
     with pytest.raises(PotluckError) as refused:
         codec.hello_value(codec.hello_message(hello(**changes)))
     assert refused.value.code is ErrorCode.INVALID_REQUEST
     assert refused.value.param
     assert TOO_LONG not in refused.value.message
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -3.0])
+@pytest.mark.parametrize("name", ["prefill_tokens_per_second", "decode_tokens_per_second"])
+def test_a_rate_that_is_none_is_not_known(name: str, rate: float) -> None:
+    message = engine_codec.engine_status_message(engine(**{name: rate}))
+    assert engine_codec.engine_status_value(message) == engine()
 
 
 HEAT = (
