@@ -52,7 +52,9 @@ def read_reply(call: Call[Reply, Result], reply: Reply) -> Result:
         raise error_of_protocol(error) from error
 
 
-def generate_request(endpoint: Endpoint, model: ModelId, fields: Mapping[str, Any], *, stream: bool) -> inference_pb2.GenerateRequest:
+def generate_request(
+    endpoint: Endpoint, model: ModelId, fields: Mapping[str, Any], *, stream: bool, trusted_only: bool = False
+) -> inference_pb2.GenerateRequest:
     """The request of one inference; fields whose value is None are left out.
 
     Raises:
@@ -65,7 +67,7 @@ def generate_request(endpoint: Endpoint, model: ModelId, fields: Mapping[str, An
         body_json = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise pool_error(ErrorCode.INVALID_REQUEST, f"A field of the request cannot be written as JSON: {error}") from error
-    return inference_pb2.GenerateRequest(endpoint=ENDPOINT_NUMBER[endpoint], body_json=body_json)
+    return inference_pb2.GenerateRequest(endpoint=ENDPOINT_NUMBER[endpoint], body_json=body_json, trusted_only=trusted_only)
 
 
 def choose_model(models: Sequence[ModelInfo], endpoint: Endpoint) -> ModelId:
@@ -102,6 +104,12 @@ def list_nodes() -> Call[pool_pb2.ListNodesResponse, tuple[NodeInfo, ...]]:
 def revoke_node(node_id: NodeId, reason: str) -> Call[pool_pb2.RevokeNodeResponse, None]:
     request = pool_pb2.RevokeNodeRequest(node_id=node_id, reason=reason)
     return Call(POOL_SERVICE + "RevokeNode", request, pool_pb2.RevokeNodeResponse, read_nothing)
+
+
+def set_node_trust(node_id: NodeId, *, trusted: bool) -> Call[pool_pb2.SetNodeTrustResponse, None]:
+    """The operator's word; said again it changes nothing."""
+    request = pool_pb2.SetNodeTrustRequest(node_id=node_id, trusted=trusted)
+    return Call(POOL_SERVICE + "SetNodeTrust", request, pool_pb2.SetNodeTrustResponse, read_nothing)
 
 
 def get_balance(account_id: AccountId | None = None) -> Call[account_pb2.GetBalanceResponse, Credits]:
@@ -267,6 +275,7 @@ def _node(message: pool_pb2.Node) -> NodeInfo:
         last_seen_at_unix_ms=message.last_seen_at_unix_ms,
         cards=card_telemetries_value(message.cards),
         rest_causes=rest_causes_from_numbers(message.rest_causes),
+        trusted=message.trusted,
     )
 
 

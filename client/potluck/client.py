@@ -43,6 +43,7 @@ class Client:
         model: str | None = None,
         stream: Literal[False] = False,
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
@@ -53,6 +54,7 @@ class Client:
         model: str | None = None,
         stream: Literal[True],
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatStream: ...
     def chat(
@@ -62,6 +64,7 @@ class Client:
         model: str | None = None,
         stream: bool = False,
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatResult | ChatStream:
         """A model's answer to a conversation.
@@ -73,9 +76,13 @@ class Client:
             idempotency_key: a name of your own for this request, such as an order's number. Whoever sends the same request with the same
                 key within a day gets the first answer again, which is made and paid for once, also if you have gone meanwhile. None: the
                 tries of this one call share a key, and leaving a stream takes the request back.
+            trusted_only: True keeps the request, wherever it goes on after a loss, to nodes that the pool's operator trusts
+                (`NodeInfo.trusted`). Where none of them serves the model it is refused, with NoCapacityError, and runs nowhere else.
             openai_fields: any other field of OpenAI's request, passed on to the engine as it is.
         """
-        return self._answer(_CHAT, model, stream, idempotency_key, {"messages": chat_messages(messages), **openai_fields})
+        return self._answer(
+            _CHAT, model, stream, idempotency_key, {"messages": chat_messages(messages), **openai_fields}, trusted_only=trusted_only
+        )
 
     @overload
     def complete(
@@ -85,17 +92,34 @@ class Client:
         model: str | None = None,
         stream: Literal[False] = False,
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
     def complete(
-        self, prompt: str, *, model: str | None = None, stream: Literal[True], idempotency_key: str | None = None, **openai_fields: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        idempotency_key: str | None = None,
+        trusted_only: bool = False,
+        **openai_fields: Any,
     ) -> ChatStream: ...
     def complete(
-        self, prompt: str, *, model: str | None = None, stream: bool = False, idempotency_key: str | None = None, **openai_fields: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: bool = False,
+        idempotency_key: str | None = None,
+        trusted_only: bool = False,
+        **openai_fields: Any,
     ) -> ChatResult | ChatStream:
         """How a model goes on from a plain text; arguments as in `chat`."""
-        return self._answer(_PROMPT, model, stream, idempotency_key, {"prompt": plain_prompt(prompt), **openai_fields})
+        return self._answer(
+            _PROMPT, model, stream, idempotency_key, {"prompt": plain_prompt(prompt), **openai_fields}, trusted_only=trusted_only
+        )
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The pool's catalogue."""
@@ -120,10 +144,17 @@ class Client:
         self.close()
 
     def _answer(
-        self, endpoint: Endpoint, model: str | None, stream: bool, idempotency_key: str | None, fields: Mapping[str, Any]
+        self,
+        endpoint: Endpoint,
+        model: str | None,
+        stream: bool,
+        idempotency_key: str | None,
+        fields: Mapping[str, Any],
+        *,
+        trusted_only: bool,
     ) -> ChatResult | ChatStream:
         chosen = ModelId(model) if model else calls.choose_model(self.models(), endpoint)
-        request = calls.generate_request(endpoint, chosen, fields, stream=stream)
+        request = calls.generate_request(endpoint, chosen, fields, stream=stream, trusted_only=trusted_only)
         opened = self._transport.open_answer(request, stream=stream, idempotency_key=idempotency_key)
         if stream:
             return opened
@@ -145,6 +176,7 @@ class AsyncClient:
         model: str | None = None,
         stream: Literal[False] = False,
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
@@ -155,6 +187,7 @@ class AsyncClient:
         model: str | None = None,
         stream: Literal[True],
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> AsyncChatStream: ...
     async def chat(
@@ -164,10 +197,13 @@ class AsyncClient:
         model: str | None = None,
         stream: bool = False,
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatResult | AsyncChatStream:
         """As `Client.chat`; streamed, the `AsyncChatStream` is awaited too."""
-        return await self._answer(_CHAT, model, stream, idempotency_key, {"messages": chat_messages(messages), **openai_fields})
+        return await self._answer(
+            _CHAT, model, stream, idempotency_key, {"messages": chat_messages(messages), **openai_fields}, trusted_only=trusted_only
+        )
 
     @overload
     async def complete(
@@ -177,17 +213,34 @@ class AsyncClient:
         model: str | None = None,
         stream: Literal[False] = False,
         idempotency_key: str | None = None,
+        trusted_only: bool = False,
         **openai_fields: Any,
     ) -> ChatResult: ...
     @overload
     async def complete(
-        self, prompt: str, *, model: str | None = None, stream: Literal[True], idempotency_key: str | None = None, **openai_fields: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        idempotency_key: str | None = None,
+        trusted_only: bool = False,
+        **openai_fields: Any,
     ) -> AsyncChatStream: ...
     async def complete(
-        self, prompt: str, *, model: str | None = None, stream: bool = False, idempotency_key: str | None = None, **openai_fields: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        stream: bool = False,
+        idempotency_key: str | None = None,
+        trusted_only: bool = False,
+        **openai_fields: Any,
     ) -> ChatResult | AsyncChatStream:
         """As `Client.complete`."""
-        return await self._answer(_PROMPT, model, stream, idempotency_key, {"prompt": plain_prompt(prompt), **openai_fields})
+        return await self._answer(
+            _PROMPT, model, stream, idempotency_key, {"prompt": plain_prompt(prompt), **openai_fields}, trusted_only=trusted_only
+        )
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """The pool's catalogue."""
@@ -212,10 +265,17 @@ class AsyncClient:
         await self.close()
 
     async def _answer(
-        self, endpoint: Endpoint, model: str | None, stream: bool, idempotency_key: str | None, fields: Mapping[str, Any]
+        self,
+        endpoint: Endpoint,
+        model: str | None,
+        stream: bool,
+        idempotency_key: str | None,
+        fields: Mapping[str, Any],
+        *,
+        trusted_only: bool,
     ) -> ChatResult | AsyncChatStream:
         chosen = ModelId(model) if model else calls.choose_model(await self.models(), endpoint)
-        request = calls.generate_request(endpoint, chosen, fields, stream=stream)
+        request = calls.generate_request(endpoint, chosen, fields, stream=stream, trusted_only=trusted_only)
         opened = await self._transport.open_answer(request, stream=stream, idempotency_key=idempotency_key)
         if stream:
             return opened

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from potluck_protocol.cards import CardTelemetry
+from potluck_protocol.rest import RestCause
 from potluck_protocol.values import (
     AccountId,
     Endpoint,
@@ -21,7 +22,6 @@ from potluck_protocol.values import (
     NodeState,
     PinnedFile,
     RequestId,
-    RestCause,
     TokenId,
     Usage,
 )
@@ -158,6 +158,8 @@ class NodeInfo:
     """As the node last told of them; none unless the caller owns the node or is the operator."""
     rest_causes: tuple[RestCause, ...]
     """Why it does not serve, as it last said; shown to the same people."""
+    trusted: bool = False
+    """By the operator's word: requests with `trusted_only` may run there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from potluck_protocol.cards import CardTelemetry
     from potluck_protocol.culprits import Fingerprint
     from potluck_protocol.line import LineMeasurement
+    from potluck_protocol.rest import RestCause
     from potluck_protocol.values import (
         AccountId,
         DesiredState,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
         NodeState,
         PeerMeasurement,
         ReplicaId,
-        RestCause,
         TokenId,
     )
 
@@ -134,6 +134,7 @@ class NodeRecord:
     """As it last told of them; none while it is not connected."""
     rest_causes: tuple[RestCause, ...] = ()
     """Why it does not serve, as it last said."""
+    trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,8 @@ class PoolSnapshot:
     """Replicas of several nodes of which one is lost, and why: answers of theirs that are under way end with these words."""
     leaving: frozenset[ReplicaId] = frozenset()
     """Replicas on their way out: they finish what they are answering, and get no new requests."""
+    trusted_replicas: frozenset[ReplicaId] = frozenset()
+    """Where requests may run that demand trusted nodes."""
     slow_replicas: Mapping[ReplicaId, float] = field(default_factory=dict)
     """Those that are far slower than they used to be, and how much of their speed is to be believed."""
     drained_replicas: Mapping[ReplicaId, str] = field(default_factory=dict)
@@ -335,6 +338,7 @@ class NodeDesk(Protocol):
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]: ...
     async def revoke_node(self, node_id: NodeId, reason: str) -> None: ...
+    async def set_node_trust(self, node_id: NodeId, *, trusted: bool) -> None: ...
     async def open_session(self, hello: Hello) -> SessionGrant:
         """A new epoch for an active node; raises INVALID_CERTIFICATE for one that is revoked, left or unknown."""
         ...

@@ -13,6 +13,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from potluck_coordinator.domain.hedging import HedgeEnd
 from potluck_coordinator.domain.tiers import NO_COMPLIANCE, Compliance
 from potluck_protocol.values import ModelId, Usage
 from potluck_protocol.version import package_version
@@ -64,6 +65,8 @@ class Metrics:
             registry=registry,
             buckets=_COMMIT_SECONDS,
         )
+        self._hedges = Counter("potluck_hedges", "Second attempts where a first token was late.", ("end", "model"), registry=registry)
+        self._wasted = Counter("potluck_hedge_wasted_tokens", "Of the attempts that lost to another.", ("end", "model"), registry=registry)
         self._queue_depth = Gauge("potluck_queue_depth", "Requests waiting for a slot.", ("model",), registry=registry)
         self._nodes = Gauge("potluck_nodes_connected", "Nodes with a link.", registry=registry)
         self._in_flight = Gauge("potluck_requests_in_flight", "Answers on their way.", registry=registry)
@@ -97,6 +100,11 @@ class Metrics:
             self._tokens.labels("cached_prompt", model_id).inc(usage.cached_prompt_token_count)
         if first_token_seconds is not None:
             self._first_token.labels(model_id).observe(first_token_seconds)
+
+    def observe_hedge(self, model_id: ModelId, end: HedgeEnd, wasted_tokens: float) -> None:
+        """Counts one second attempt whose request is over."""
+        self._hedges.labels(end, model_id).inc()
+        self._wasted.labels(end, model_id).inc(wasted_tokens)
 
     def observe_ledger_commit_seconds(self, seconds: float) -> None:
         """Counts one commit of ledger commands."""

@@ -67,8 +67,12 @@ class Settings(BaseModel):
 
     queue_length_max: int = Field(default=1024, ge=0, le=100_000)
     """Requests that may wait for one model, whatever the prediction is."""
-    queue_deadline_seconds: float = Field(default=10.0, gt=0, le=3600)
+    queue_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
     """How long one may wait; who would wait longer is refused at once."""
+
+    answer_token_seconds_max: float = Field(default=0.2, gt=0, le=60)
+    """Between two tokens of an answer: a replica gets no more requests at a time than leave it this pace. Five tokens a second are read as
+    fast as they come."""
 
     default_tier_rate: str = "100/hour"
     """What an account may ask for in the default tier: a count and a time, such as 20/minute or 5 per 10 seconds."""

@@ -11,13 +11,13 @@ import pwd
 import re
 import shlex
 import stat
-import subprocess
 from pathlib import Path
 from typing import Final
 
 from potluck_node import power_cap_program
 from potluck_node.domain.findings import CapRight
-from potluck_node.power_caps import PROGRAM, SAFE_PATH, program_is_usable
+from potluck_node.power_caps import PROGRAM, program_is_usable
+from potluck_node.root_programs import UnendedError, run_as_root
 
 ANY_CARD: Final = "GPU-00000000-0000-0000-0000-000000000000"
 ANY_MILLIWATTS: Final = "100000"
@@ -36,15 +36,11 @@ def cap_right(program: Path = PROGRAM) -> CapRight:
         return CapRight.NONE
     if not only_root_writes(program):
         return CapRight.UNSAFE
-    command = ("sudo", "-n", "-l", "--", str(program), ANY_CARD, ANY_MILLIWATTS)
-    environment = {"PATH": os.environ.get("PATH", SAFE_PATH), "LC_ALL": "C"}
     try:
-        asked = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=ASK_SECONDS_MAX, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        exit_code, _ = run_as_root(("-l", "--", str(program), ANY_CARD, ANY_MILLIWATTS), ASK_SECONDS_MAX)
+    except (OSError, UnendedError):
         return CapRight.NONE
-    return CapRight.PROGRAM if asked.returncode == 0 else CapRight.NONE
+    return CapRight.PROGRAM if exit_code == 0 else CapRight.NONE
 
 
 def only_root_writes(program: Path) -> bool:

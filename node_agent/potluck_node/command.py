@@ -34,6 +34,7 @@ from potluck_node.engines import last_lines
 from potluck_node.engines_command import engines_app, missing_engine_hint
 from potluck_node.heat_words import heat_lines
 from potluck_node.identity_store import StateFolder
+from potluck_node.node_meant import settings_of_node_meant, settings_of_node_named
 from potluck_node.probe.inventory import take_inventory
 from potluck_node.progress import ProgressLine, attached_words, engine_words, link_words
 from potluck_node.rest_command import finish, pause, resume
@@ -202,7 +203,7 @@ def status(
 ) -> None:
     """Show this node, its link and its engines, with an engine's last words when it failed."""
     with _explained():
-        settings = load_settings(state_dir=state_dir)
+        settings = settings_of_node_meant(state_dir)
         folder = StateFolder(settings.state_dir)
         identity = folder.identity()
         running = folder.locked
@@ -233,7 +234,7 @@ def leave(
 
     with _explained():
         configure_logging(json=False, level="warning")
-        settings = load_settings(state_dir=state_dir)
+        settings = settings_of_node_named(state_dir)
         folder = StateFolder(settings.state_dir)
         identity = folder.identity()
         try:

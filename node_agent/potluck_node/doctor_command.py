@@ -35,11 +35,12 @@ from potluck_node.engines.registry import available_engines
 from potluck_node.group_offer import group_offer, own_addresses
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_node.line_watch import measure_and_keep
+from potluck_node.node_meant import settings_of_node_meant
 from potluck_node.probe.engine_cuda import cuda_of
 from potluck_node.probe.host import process_tree
 from potluck_node.probe.inventory import examine
 from potluck_node.probe.network import listening_beyond_loopback, read_network
-from potluck_node.settings import Settings, load_settings
+from potluck_node.settings import Settings
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.observe import configure_logging
@@ -63,7 +64,7 @@ def doctor(
         raise typer.BadParameter("give --json or --report, not both")
     configure_logging(json=False, level="warning")
     try:
-        settings = load_settings(state_dir=state_dir)
+        settings = settings_of_node_meant(state_dir, only_joined=False)
     except PotluckError as error:
         # 1 would say that all works.
         typer.echo(f"error: {error.message}", err=True)

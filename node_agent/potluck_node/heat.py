@@ -25,7 +25,8 @@ from potluck_node.replicas import Replicas
 from potluck_node.settings import Settings
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import ReplicaId, RestCause
+from potluck_protocol.rest import RestCause
+from potluck_protocol.values import ReplicaId
 
 _log = structlog.get_logger()
 
@@ -70,6 +71,9 @@ class Heat:
         """Called after a card went to another rung: the coordinator hears of it at once. The agent puts itself here."""
         self._states: dict[str, ThermalState] = {}
         self._news = asyncio.Event()
+        self._setting: asyncio.Task[None] | None = None
+        """Caps on their way: a thread is not cut off with the task that waits for it."""
+        self._ending = False
 
     # What others ask.
 
@@ -126,14 +130,21 @@ class Heat:
                 self._news.clear()
                 await self.look()
         finally:
-            await asyncio.to_thread(self._set, dict.fromkeys(self._caps.changed))
+            self._ending = True
+            if self._setting is not None:
+                await asyncio.wait({self._setting})
+            await asyncio.to_thread(self._caps.give_back)
 
     async def look(self) -> None:
-        """Judges the newest readings once, and sets the caps that follow."""
-        wanted_milliwatts: dict[str, int] = {}
+        """Judges the newest readings once, and sets the caps that follow.
+
+        Of caps they are not believed: they were taken while our last one was on its way, or before it.
+        """
+        cards, wanted_milliwatts = self._readings.cards, dict[str, int]()
+        in_force = await asyncio.to_thread(self._caps.look, [card.uuid for card in cards if not card.lost]) if cards else {}
         moved = False
-        for card in self._readings.cards:
-            look = self._look_at(card)
+        for card in cards:
+            look = self._look_at(card, in_force.get(card.uuid))
             before, after = self._rung(card.uuid), next_state(self._state(card.uuid), look, self._limits, self._clock.monotonic_seconds())
             self._states[card.uuid] = after
             if after.rung is not before:
@@ -143,54 +154,50 @@ class Heat:
                 wanted_milliwatts[card.uuid] = cap_at(after.rung, look.power, self._limits.power_limit_milliwatts)
         if moved:
             self.changed()
-        due = self._due(wanted_milliwatts)
+        due = self._due(wanted_milliwatts, in_force)
         if due:
-            await asyncio.to_thread(self._set, due)
+            self._setting = asyncio.create_task(asyncio.to_thread(self._set, due), name="caps")
+            await asyncio.shield(self._setting)
 
-    def _look_at(self, card: CardTelemetry) -> CardLook:
-        given, power = card.uuid in self._replicas.cards_given(), self._power(card)
+    def _look_at(self, card: CardTelemetry, in_force_milliwatts: int | None) -> CardLook:
+        given, power = card.uuid in self._replicas.cards_given(), self._power(card, in_force_milliwatts)
         slot_counts = [status.slot_count for status in self._replicas.statuses() if card.uuid in self._cards_of(status.replica_id)]
         return CardLook(
             temperature_celsius=card.temperature_celsius,
             throttle_point_celsius=card.throttle_point_celsius,
             throttle_reasons=card.throttle_reasons,
             lost=card.lost,
-            # Asked in any case: what its owner sets is learnt while none of our engines is there.
             power=power if given and not card.lost else None,
             # One that has not said how many yet has one at least.
             slot_count=max(slot_counts, default=1 if given else 0),
         )
 
-    def _power(self, card: CardTelemetry) -> PowerRange | None:
+    def _power(self, card: CardTelemetry, in_force_milliwatts: int | None) -> PowerRange | None:
         lowest, usual, highest = card.power_limit_min_milliwatts, card.power_limit_default_milliwatts, card.power_limit_max_milliwatts
-        found_milliwatts = self._caps.found_milliwatts(card.uuid, card.power_limit_milliwatts)
+        found_milliwatts = self._caps.found_milliwatts(card.uuid)
         if lowest is None or usual is None or highest is None or found_milliwatts is None:
             return None
-        if not self._caps.may_set(card.uuid) and card.uuid not in self._caps.changed:
+        if not self._caps.may_set(card.uuid) and not self._caps.may_stand(card.uuid, in_force_milliwatts):
             return None
         return PowerRange(lowest, usual, highest, found_milliwatts)
 
-    def _due(self, wanted_milliwatts: dict[str, int]) -> dict[str, int | None]:
+    def _due(self, wanted_milliwatts: dict[str, int], in_force: dict[str, int]) -> dict[str, int | None]:
         """The caps to set: those that do not stand. None: as it was, of a card that has no engine of ours any more."""
-        now = self._caps_now()
         due: dict[str, int | None] = {
             uuid: milliwatts
             for uuid, milliwatts in wanted_milliwatts.items()
-            if uuid in now and self._caps.is_due(uuid, milliwatts, now[uuid])
+            if uuid in in_force and self._caps.is_due(uuid, milliwatts, in_force[uuid])
         }
-        return due | dict.fromkeys(self._caps.changed & now.keys() - wanted_milliwatts.keys())
+        return due | dict.fromkeys(self._caps.changed & in_force.keys() - wanted_milliwatts.keys())
 
     def _set(self, due: dict[str, int | None]) -> None:
         for uuid, milliwatts in due.items():
-            if not self._caps.may_set(uuid):
+            if self._ending or not self._caps.may_set(uuid):
                 continue
             if milliwatts is None:
-                self._caps.restore(uuid, self._caps_now().get(uuid))
+                self._caps.restore(uuid)
             else:
                 self._caps.set(uuid, milliwatts)
-
-    def _caps_now(self) -> dict[str, int]:
-        return {card.uuid: card.power_limit_milliwatts for card in self._readings.cards if card.power_limit_milliwatts is not None}
 
     def _cards_of(self, replica_id: ReplicaId) -> tuple[str, ...]:
         residence = self._replicas.residence(replica_id)

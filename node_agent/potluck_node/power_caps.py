@@ -2,27 +2,31 @@
 
 Decides by which way a cap is set: by the agent itself where it may, else by the small program that its owner installed for that
 (`power_cap_program`), and that whoever was refused is not asked again at once. What a card had before the agent changed anything is written
-down first, so that an agent which was killed gives it back at its next start. It must not know why a card gets another cap: `heat` does.
+down first, so that an agent which was killed gives it back at its next start. Which cap is in force the driver is asked each time: no
+reading of before our last change counts, nor what a call says of itself. It must not know why a card gets another cap: `heat` does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from pydantic import TypeAdapter
 
+from potluck_node.domain.changed_cap import ChangedCap, is_ours, same, seen, with_try
 from potluck_node.probe import card_table
 from potluck_node.probe.nvidia import card_count, card_handle
 from potluck_node.probe.nvml import CardLostError, DriverUnavailableError, NvmlLibrary, process_library
+from potluck_node.root_programs import SAFE_PATH, UnendedError, run_as_root
 from potluck_protocol.clock import Clock
 from potluck_protocol.private_files import read_json, write_private
 
@@ -30,36 +34,20 @@ FILE_NAME: Final = "power_caps.json"
 PROGRAM: Final = Path("/usr/local/sbin/potluck-power-cap")
 """Where the owner puts it: a folder that root alone writes."""
 PROGRAM_SECONDS_MAX: Final = 10.0
+"""How long one cap is waited for; and, at the agent's end, how long all of them together."""
 REFUSED_SECONDS: Final = 300.0
 """How long after a refusal the next try is made: its owner may have given the right meanwhile."""
-SAME_MILLIWATTS: Final = 1_000
-"""Drivers round."""
-SETTLED_SECONDS: Final = 30.0
-"""After a change, what is read of a card may still be of before it, and is not taken for its owner's wish."""
-SAFE_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 _log = structlog.get_logger()
-
-
-class CapRefusedError(Exception):
-    """The cap was not set; its text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChangedCap:
-    """Of a card that has another cap than its owner gave it."""
-
-    found_milliwatts: int
-    """Before."""
-    set_milliwatts: int
-    """By this agent, or the one before it."""
-
-
 _FORM: Final = TypeAdapter(dict[str, ChangedCap])
 
 
+class CapRefusedError(Exception):
+    """The cap was not set, as far as whoever was asked says; its text says why."""
+
+
 class PowerCaps:
-    """The caps of one node. Its methods may be called from any thread; `set` and `restore` block for as long as PROGRAM_SECONDS_MAX.
+    """The caps of one node. Its methods may be called from any thread; those that reach the driver block.
 
     Args:
         path: what is kept; its folder exists.
@@ -76,39 +64,35 @@ class PowerCaps:
         self._lock = threading.Lock()
         self._found: dict[str, int] = {}
         self._changed = _read(path)
-        self._inherited = set(self._changed)
-        """Changed by an agent before this one, as far as is known."""
-        self._set_at_seconds: dict[str, float] = {}
+        self._unended: dict[str, subprocess.Popen[str]] = {}
+        """Programs that took too long, by card: one at most for each, which may yet set what it was told."""
         self._refused_at_seconds: dict[str, float] = {}
         self.refusal = ""
         """Why the last cap was not set; empty where it was."""
 
     @property
     def changed(self) -> frozenset[str]:
-        """The cards that have another cap than they had."""
+        """The cards that have another cap than they had, or may have."""
         return frozenset(self._changed)
 
-    def found_milliwatts(self, uuid: str, now_milliwatts: int | None) -> int | None:
-        """What its owner set, or left; asked at every look.
-
-        Args:
-            uuid: the card.
-            now_milliwatts: the cap that is in force.
-        """
+    def look(self, uuids: Collection[str]) -> dict[str, int]:
+        """The caps in force, of cards whose driver says so. What somebody else has set since the last look is now the owner's. Blocks."""
         with self._lock:
-            changed = self._changed.get(uuid)
-            if changed is not None and uuid in self._inherited and now_milliwatts is not None:
-                self._inherited.discard(uuid)
-                if not _same(now_milliwatts, changed.set_milliwatts):
-                    # The machine was started anew, or its owner was here.
-                    changed = None
-                    self._keep({card: kept for card, kept in self._changed.items() if card != uuid})
-            if changed is not None:
-                return changed.found_milliwatts
-            settled = self._clock.monotonic_seconds() - self._set_at_seconds.get(uuid, -SETTLED_SECONDS) >= SETTLED_SECONDS
-            if now_milliwatts is not None and settled:
-                self._found[uuid] = now_milliwatts
-            return self._found.get(uuid)
+            in_force: dict[str, int] = {}
+            for uuid in uuids:
+                now_milliwatts = self._in_force(uuid)
+                if now_milliwatts is None:
+                    continue
+                in_force[uuid] = now_milliwatts
+                self._settle(uuid, now_milliwatts)
+                if uuid not in self._changed:
+                    self._found[uuid] = now_milliwatts
+            return in_force
+
+    def found_milliwatts(self, uuid: str) -> int | None:
+        """What its owner set, or left, by the looks so far."""
+        changed = self._changed.get(uuid)
+        return self._found.get(uuid) if changed is None else changed.found_milliwatts
 
     def may_set(self, uuid: str) -> bool:
         """Whether a try is worth it: some way is there, and it was not refused lately."""
@@ -124,77 +108,136 @@ class PowerCaps:
 
     def is_due(self, uuid: str, milliwatts: int, now_milliwatts: int) -> bool:
         """Whether a cap is to be set. What somebody else lowered is not raised."""
-        if _same(milliwatts, now_milliwatts):
+        if same(milliwatts, now_milliwatts):
             return False
-        return milliwatts < now_milliwatts or self._is_ours(uuid, now_milliwatts)
+        return milliwatts < now_milliwatts or is_ours(self._changed.get(uuid), now_milliwatts)
 
-    def set(self, uuid: str, milliwatts: int) -> bool:
-        """Sets a cap, of a card whose `found_milliwatts` was asked for before; whether it stands."""
+    def may_stand(self, uuid: str, now_milliwatts: int | None) -> bool:
+        """Whether a cap of ours may be in force; None where the driver does not say which is."""
+        return uuid in self._changed if now_milliwatts is None else is_ours(self._changed.get(uuid), now_milliwatts)
+
+    def set(self, uuid: str, milliwatts: int) -> None:
+        """Sets the cap of a card that was looked at before. Blocks for PROGRAM_SECONDS_MAX at most."""
         with self._lock:
-            changed = self._changed.get(uuid)
-            found_milliwatts = changed.found_milliwatts if changed is not None else self._found.get(uuid)
-            if found_milliwatts is None:
-                return False
-            # Before the card is changed, so that the successor of an agent which is killed now knows.
-            self._keep({**self._changed, uuid: ChangedCap(found_milliwatts, milliwatts)})
-            done = self._try(uuid, milliwatts)
-            if not done:
-                self._keep({**self._changed, uuid: changed} if changed is not None else self._without(uuid))
-            elif _same(milliwatts, found_milliwatts):
-                self._keep(self._without(uuid))
-            return done
+            self._set(uuid, milliwatts, PROGRAM_SECONDS_MAX)
 
-    def restore(self, uuid: str, now_milliwatts: int | None) -> None:
-        """Gives a card the cap that it had, unless somebody else has changed it meanwhile."""
+    def restore(self, uuid: str) -> None:
+        """Gives a card the cap that it had, unless somebody else has changed it meanwhile. Blocks for PROGRAM_SECONDS_MAX at most.
+
+        Of a card whose driver does not say what is in force nothing is set and nothing forgotten.
+        """
+        with self._lock:
+            self._restore(uuid, PROGRAM_SECONDS_MAX)
+
+    def give_back(self) -> None:
+        """At the agent's end: restores every card, also one that was refused lately. Blocks for PROGRAM_SECONDS_MAX at most.
+
+        What is still changed then is in the file, for the next agent.
+        """
+        with self._lock:
+            deadline_seconds = self._clock.monotonic_seconds() + PROGRAM_SECONDS_MAX
+            for uuid in tuple(self._changed):
+                self._wait_for_unended(uuid, deadline_seconds - self._clock.monotonic_seconds())
+                self._restore(uuid, deadline_seconds - self._clock.monotonic_seconds())
+            for uuid, changed in self._changed.items():
+                _log.warning("power_cap_not_given_back", card=uuid, found_milliwatts=changed.found_milliwatts, kept_in=str(self._path))
+
+    # With the lock held.
+
+    def _restore(self, uuid: str, seconds_max: float) -> None:
+        now_milliwatts = self._in_force(uuid)
+        self._settle(uuid, now_milliwatts)
         changed = self._changed.get(uuid)
-        if changed is None:
+        if changed is not None and now_milliwatts is not None:
+            self._set(uuid, changed.found_milliwatts, seconds_max)
+
+    def _set(self, uuid: str, milliwatts: int, seconds_max: float) -> None:
+        found_milliwatts = self.found_milliwatts(uuid)
+        if found_milliwatts is None:
             return
-        if now_milliwatts is not None and not self._is_ours(uuid, now_milliwatts):
-            with self._lock:
-                self._keep(self._without(uuid))
-            return
-        self.set(uuid, changed.found_milliwatts)
+        # Before the card is changed, so that the successor of an agent which is killed now knows.
+        self._remember(uuid, with_try(self._changed.get(uuid), found_milliwatts, milliwatts))
+        way, refusal = self._tried(uuid, milliwatts, seconds_max)
+        now_milliwatts = self._in_force(uuid)
+        stands = now_milliwatts is not None and same(now_milliwatts, milliwatts)
+        self._note_outcome(uuid, milliwatts, way, "" if stands else refusal)
+        if stands or refusal:
+            self._settle(uuid, now_milliwatts)
+        elif now_milliwatts is not None and not same(now_milliwatts, found_milliwatts):
+            # Done, the driver says, and gives another number for it: that one is of our making, too.
+            self._remember(uuid, with_try(self._changed.get(uuid), found_milliwatts, now_milliwatts))
 
-    def _is_ours(self, uuid: str, now_milliwatts: int) -> bool:
-        changed = self._changed.get(uuid)
-        return changed is not None and _same(now_milliwatts, changed.set_milliwatts)
-
-    def _without(self, uuid: str) -> dict[str, ChangedCap]:
-        return {card: changed for card, changed in self._changed.items() if card != uuid}
-
-    def _try(self, uuid: str, milliwatts: int) -> bool:
-        self._set_at_seconds[uuid] = self._clock.monotonic_seconds()
-        try:
-            way = self._set_by_some_way(uuid, milliwatts)
-        except CapRefusedError as refusal:
-            self._refused_at_seconds[uuid] = self._clock.monotonic_seconds()
-            if self.refusal != str(refusal):
-                _log.warning("power_cap_refused", card=uuid, milliwatts=milliwatts, reason=str(refusal))
-            self.refusal = str(refusal)
-            return False
-        self._refused_at_seconds.pop(uuid, None)
-        self.refusal = ""
-        _log.info("power_cap_set", card=uuid, milliwatts=milliwatts, by=way)
-        return True
-
-    def _set_by_some_way(self, uuid: str, milliwatts: int) -> str:
+    def _tried(self, uuid: str, milliwatts: int, seconds_max: float) -> tuple[str, str]:
+        """By whom, and why not."""
         try:
             self._set_directly(uuid, milliwatts)
-        except CapRefusedError:
+        except CapRefusedError as refusal:
             if not program_is_usable(self._program):
-                raise
-            run_program(self._program, uuid, milliwatts)
-            return "program"
-        return "agent"
+                return "agent", str(refusal)
+        else:
+            return "agent", ""
+        if self._is_unended(uuid):
+            return "program", f"{self._program.name} is still at work since the last time"
+        try:
+            run_program(self._program, uuid, milliwatts, seconds_max)
+        except UnendedError as unended:
+            self._unended[uuid] = unended.process
+            return "program", f"{self._program.name} has not ended within {seconds_max:.0f} s"
+        except CapRefusedError as refusal:
+            return "program", str(refusal)
+        return "program", ""
+
+    def _note_outcome(self, uuid: str, milliwatts: int, way: str, refusal: str) -> None:
+        if refusal:
+            self._refused_at_seconds[uuid] = self._clock.monotonic_seconds()
+            if self.refusal != refusal:
+                _log.warning("power_cap_refused", card=uuid, milliwatts=milliwatts, reason=refusal)
+        else:
+            self._refused_at_seconds.pop(uuid, None)
+            _log.info("power_cap_set", card=uuid, milliwatts=milliwatts, by=way)
+        self.refusal = refusal
+
+    def _is_unended(self, uuid: str) -> bool:
+        process = self._unended.get(uuid)
+        if process is not None and process.poll() is not None:
+            del self._unended[uuid]
+        return uuid in self._unended
+
+    def _wait_for_unended(self, uuid: str, seconds_max: float) -> None:
+        if self._is_unended(uuid):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._unended[uuid].wait(max(0.0, seconds_max))
+
+    def _settle(self, uuid: str, now_milliwatts: int | None) -> None:
+        self._remember(uuid, seen(self._changed.get(uuid), now_milliwatts, unended=self._is_unended(uuid)))
+
+    def _remember(self, uuid: str, changed: ChangedCap | None) -> None:
+        others = {card: kept for card, kept in self._changed.items() if card != uuid}
+        self._keep(others if changed is None else {**others, uuid: changed})
+
+    def _in_force(self, uuid: str) -> int | None:
+        """What the driver says now."""
+        try:
+            handle = self._handle(uuid)
+            in_force: int | None = None if handle is None else self._library.read(card_table.POWER_CAP, handle)
+        except (CardLostError, DriverUnavailableError):
+            return None
+        return in_force
+
+    def _handle(self, uuid: str) -> Any:
+        """What the driver calls the card, or None; raises CardLostError, DriverUnavailableError."""
+        for index in range(card_count(self._library)):
+            handle = card_handle(self._library, index)
+            if handle is not None and self._library.read(card_table.IDENTITY["uuid"], handle) == uuid:
+                return handle
+        return None
 
     def _set_directly(self, uuid: str, milliwatts: int) -> None:
         try:
-            binding = self._library.binding()
-            for index in range(card_count(self._library)):
-                handle = card_handle(self._library, index)
-                if handle is not None and self._library.read(card_table.IDENTITY["uuid"], handle) == uuid:
-                    binding.nvmlDeviceSetPowerManagementLimit(handle, milliwatts)
-                    return
+            handle = self._handle(uuid)
+            if handle is not None:
+                self._library.binding().nvmlDeviceSetPowerManagementLimit(handle, milliwatts)
+                return
         except CardLostError:
             raise CapRefusedError("the driver no longer reaches the card") from None
         except DriverUnavailableError as failure:
@@ -214,34 +257,19 @@ class PowerCaps:
             _log.warning("power_caps_not_written", reason=error.strerror or type(error).__name__)
 
 
-def _same(one_milliwatts: int, other_milliwatts: int) -> bool:
-    return abs(one_milliwatts - other_milliwatts) < SAME_MILLIWATTS
-
-
 def program_is_usable(program: Path = PROGRAM) -> bool:
     """Whether the owner's program is there, and a way to start it as root."""
     return program.is_file() and shutil.which("sudo", path=os.environ.get("PATH", SAFE_PATH)) is not None
 
 
-def run_program(program: Path, uuid: str, milliwatts: int) -> None:
-    """Starts it by `sudo -n`, which asks nobody anything; raises CapRefusedError."""
-    command = ("sudo", "-n", "--", str(program), uuid, str(milliwatts))
-    environment = {"PATH": os.environ.get("PATH", SAFE_PATH), "LC_ALL": "C"}
+def run_program(program: Path, uuid: str, milliwatts: int, seconds_max: float = PROGRAM_SECONDS_MAX) -> None:
+    """Has the owner's program set a cap; raises CapRefusedError, and UnendedError where nobody knows yet."""
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PROGRAM_SECONDS_MAX,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        exit_code, words = run_as_root(("--", str(program), uuid, str(milliwatts)), max(0.0, seconds_max))
+    except OSError as error:
         raise CapRefusedError(f"{program.name} could not be run: {type(error).__name__}") from None
-    if done.returncode != 0:
-        raise CapRefusedError(f"{program.name} was refused: {' '.join(done.stderr.split())[:200] or f'exit code {done.returncode}'}")
+    if exit_code != 0:
+        raise CapRefusedError(f"{program.name} was refused: {' '.join(words.split())[:200] or f'exit code {exit_code}'}")
 
 
 def _read(path: Path) -> dict[str, ChangedCap]:

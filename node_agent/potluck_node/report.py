@@ -24,7 +24,8 @@ from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.readings import Readings
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, RestCause, SessionId
+from potluck_protocol.rest import RestCause
+from potluck_protocol.values import AttemptId, EngineStatus, Heartbeat, Hello, Inventory, NodeState, SessionId
 from potluck_protocol.version import PROTOCOL_VERSION, package_version
 
 ENGINES_MAX: Final = 64

@@ -19,8 +19,9 @@ from rich.console import Console
 from potluck_node.control import STATUS_STALE_MS, AgentStatus, Control, Stage, read_control, read_status, write_control
 from potluck_node.domain.rest import NO_WORD, Posture, Word, reasons_of_word
 from potluck_node.identity_store import StateFolder
+from potluck_node.node_meant import settings_of_node_meant
 from potluck_node.rest_words import date_words, is_said_by_owner, reason_words, stage_words
-from potluck_node.settings import Settings, load_settings
+from potluck_node.settings import Settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -54,13 +55,14 @@ def finish(as_json: AsJson = False, state_dir: StateDir = None) -> None:
 
 def resume(as_json: AsJson = False, state_dir: StateDir = None) -> None:
     """Share this machine: after `pause` or `finish`, and once after joining."""
-    settings = load_settings(state_dir=state_dir)
+    settings = settings_of_node_meant(state_dir)
     folder = StateFolder(settings.state_dir)
     control = _say(folder, NO_WORD)
     status = _heard(folder, control) if folder.locked else None
     reasons = [reason_words(reason) for reason in status.rest.rest.reasons if not is_said_by_owner(reason)] if status else []
     if as_json:
-        typer.echo(json.dumps({"word": "resume", "running": status is not None, "resting_because": reasons}, indent=1))
+        facts = {"word": "resume", "state_dir": str(folder.path), "running": status is not None, "resting_because": reasons}
+        typer.echo(json.dumps(facts, indent=1))
     elif status is None:
         typer.echo("No agent is running; the node serves when it is started: potluck node run")
     elif reasons:
@@ -84,7 +86,7 @@ def _say(folder: StateFolder, word: Word) -> Control:
 
 
 def _rest(state_dir: Path | None, word: Word, name: str, *, as_json: bool) -> None:
-    settings = load_settings(state_dir=state_dir)
+    settings = settings_of_node_meant(state_dir)
     folder = StateFolder(settings.state_dir)
     control = _say(folder, word)
     began_at = time.monotonic()
@@ -96,6 +98,7 @@ def _rest(state_dir: Path | None, word: Word, name: str, *, as_json: bool) -> No
     facts: dict[str, Any] = {
         "word": name,
         "until_unix_ms": word.until_unix_ms,
+        "state_dir": str(folder.path),
         "running": running,
         "memory_free": True,
         "seconds": round(time.monotonic() - began_at, 2) if running else 0.0,

@@ -10,7 +10,7 @@ from typing import Final
 
 from potluck_node.control import AgentStatus, Stage
 from potluck_node.domain.rest import Reason
-from potluck_protocol.values import RestCause
+from potluck_protocol.rest import RestCause
 
 _STAGE_WORDS: Final = {Stage.SERVING: "serving", Stage.FREEING: "stopping engines", Stage.FREE: "paused, memory free"}
 

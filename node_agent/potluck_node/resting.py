@@ -20,7 +20,8 @@ from potluck_node.domain.rest import SERVING, Facts, Memory, Moment, Posture, Re
 from potluck_node.probe.engine_remains import remains_of
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
-from potluck_protocol.values import NodeState, RestCause
+from potluck_protocol.rest import RestCause
+from potluck_protocol.values import NodeState
 
 LOOK_SECONDS: Final = 0.05
 SLOW_SECONDS: Final = 20.0

@@ -31,6 +31,7 @@ from potluck_protocol.hardware_codec import (
     peer_measurement_message,
     peer_measurement_value,
 )
+from potluck_protocol.rest import RestCause
 from potluck_protocol.v1 import common_pb2, node_pb2
 from potluck_protocol.values import (
     AttemptId,
@@ -41,7 +42,6 @@ from potluck_protocol.values import (
     NodeId,
     NodeState,
     ReplicaId,
-    RestCause,
     ResumePoint,
     SessionId,
     StartAttempt,

@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from json import dumps
 from typing import Any, Final, TextIO, cast
 
 import structlog
@@ -56,19 +57,56 @@ _DEPTH_MAX: Final = 4
 
 
 class _UnfailingFile:
-    """A file whose failures end nobody: a process must outlive whoever read its log (`… 2>&1 | head`), at the price of lines."""
+    """A file whose failures end nobody: a process must outlive whoever read its log (`… 2>&1 | head`), at the price of lines.
 
-    def __init__(self, file: TextIO) -> None:
+    Also one that is closed, as in a process that ends, one that is written to again from within a write, as by a signal's handler, and
+    none at all, as where Python was started without a standard error.
+    """
+
+    def __init__(self, file: TextIO | None) -> None:
         self._file = file
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._file.write(text)
+        if self._file is not None:
+            with contextlib.suppress(Exception):
+                self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.flush()
+        if self._file is not None:
+            with contextlib.suppress(Exception):
+                self._file.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(Exception):
+            return self._file is not None and self._file.isatty()
+        return False
+
+
+class _UnfailingHandler(logging.StreamHandler[TextIO]):
+    """For libraries' lines: of one that cannot be formed it is told whose it was, and what it said is lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
+        self.stream.write(_lost_line(record.name))
+
+
+def _unfailing_logger(level_number: int) -> type[Any]:
+    """For our own lines: the same. Whoever logs has other things to do than to mend its log."""
+    base: Any = structlog.make_filtering_bound_logger(level_number)
+
+    class UnfailingLogger(base):  # type: ignore[misc]
+        def _proxy_to_logger(self, method_name: str, event: str | None = None, **fields: Any) -> Any:
+            with contextlib.suppress(Exception):
+                return super()._proxy_to_logger(method_name, event, **fields)
+            with contextlib.suppress(Exception):
+                self._logger.error(_lost_line(str(event)).rstrip())
+            return None
+
+    return UnfailingLogger
+
+
+def _lost_line(of: str) -> str:
+    return dumps({"event": "log_line_lost", "level": "error", "of": _SECRET_TEXT.sub(BLANK, of)}) + "\n"
 
 
 def configure_logging(*, json: bool, level: str = "info") -> None:
@@ -92,15 +130,15 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
         redact,
     ]
     renderer: Processor = (
-        structlog.processors.JSONRenderer(sort_keys=False) if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.processors.JSONRenderer(sort_keys=False) if json else structlog.dev.ConsoleRenderer(colors=file.isatty())
     )
     structlog.configure(
         processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level_number),
+        wrapper_class=_unfailing_logger(level_number),
         logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", file)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(cast("TextIO", file))
+    handler = _UnfailingHandler(cast("TextIO", file))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -12,6 +12,7 @@ from typing import NewType
 from potluck_protocol.card_facts import NOTHING_KNOWN, CardFacts
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.line import LineMeasurement
+from potluck_protocol.rest import RestCause
 
 NodeId = NewType("NodeId", str)
 """26 characters of base32: the hash of the node's public key."""
@@ -42,18 +43,6 @@ class NodeState(StrEnum):
     SERVING = "serving"
     PAUSED = "paused"
     DRAINING = "draining"
-
-
-class RestCause(StrEnum):
-    """Why a node does not serve."""
-
-    FIRST_RUN = "first_run"
-    """It joined, and its owner has not said `resume` yet."""
-    OWNER = "owner"
-    HOURS = "hours"
-    IN_USE = "in_use"
-    OTHER_PROGRAM = "other_program"
-    HEAT = "heat"
 
 
 class EngineState(StrEnum):

@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 
 import structlog
 
-from potluck_coordinator.gateway.gateway import TICK_SECONDS
+from potluck_coordinator.gateway.judging import LOOK_SECONDS
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_protocol import codec
@@ -28,7 +28,7 @@ from tests.support.request_queue import CONTEXT_TOKENS, MODEL, SLOTS, Front
 
 WAITING_COUNT: Final = 64
 TRIES: Final = 5
-LOOKS_EACH_SECOND: Final = round(1 / TICK_SECONDS)
+LOOKS_EACH_SECOND: Final = round(1 / LOOK_SECONDS)
 
 
 class Pool:

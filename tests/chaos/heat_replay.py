@@ -26,12 +26,14 @@ from typing import Any
 import aiohttp
 
 from potluck_node.domain.thermal import DWELL_SECONDS, PATIENCE_SECONDS
-from potluck_node.domain.thermal_ladder import ThermalRung
+from potluck_node.domain.thermal_ladder import PowerRange, ThermalRung, caps_milliwatts
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.heat_trace import Pace, Trace, load_trace
 from tests.support.pool_processes import MODEL, SLOT_COUNT, NodeProcess, Pool, new_invite, write_catalogue
 
 TRACE = "rtx_3090"
+MADE_FOR_MILLIWATTS = 350_000
+CAPS = tuple(caps_milliwatts(PowerRange(100_000, MADE_FOR_MILLIWATTS, 385_000), None).values())
 CLIENTS = 12
 """Six for each node's eight slots; when the hot one has four, they still find one, and when it has none, some wait."""
 ANSWER = {"tokens": [" word"], "token_count": 10, "inter_token_ms": 20}
@@ -211,7 +213,7 @@ def broken_promises(replay: Replay, trace: Trace, until_seconds: float) -> Itera
         yield f"it did not climb step by step: {climbs}"
     raised = next((number for number in range(1, len(caps)) if caps[number].value > caps[number - 1].value), len(caps))
     lowered = [step.value for step in caps[:raised] if step.at_seconds < trace.throttles_at()]
-    if len(lowered) < 2 or (lowered[0], lowered[-1]) != (280_000, 220_000):
+    if len(lowered) < 2 or (lowered[0], lowered[-1]) != (CAPS[0], CAPS[-1]):
         yield f"the cap was not stepped down before slots went: {caps}"
     if not 0 < shares["shed, before the throttle point"] <= SHED_SHARE_MAX * shares["before"]:
         yield f"the hot node's share did not fall before the throttle point: {shares}"
@@ -238,7 +240,7 @@ def broken_recovery(replay: Replay, trace: Trace, until_seconds: float) -> Itera
     if gaps and min(gaps) < DWELL_SECONDS - 1:
         yield f"two changes within {min(gaps)} s"
     last_caps = [step.value for step in replay.caps][-3:]
-    if until_seconds >= trace.phases[-1].ends_at - 1 and (values[-1:] != [0] or last_caps != [250_000, 280_000, 350_000]):
+    if until_seconds >= trace.phases[-1].ends_at - 1 and (values[-1:] != [0] or last_caps != [CAPS[1], CAPS[0], MADE_FOR_MILLIWATTS]):
         yield f"it is not back at full power: {values}, {replay.caps}"
     if "recovered" in replay.shares and replay.shares["recovered"] < RECOVERED_SHARE_MIN * replay.shares["before"]:
         yield f"its share did not come back: {replay.shares}"

@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from potluck_coordinator.settings import Settings
-from tests.chaos.stream_survival import (
+from tests.chaos.stream_survival import net
+from tests.chaos.survival_pool import (
     CONTEXT_TOKENS,
     MODEL,
     SLOT_COUNT,
@@ -34,8 +35,7 @@ from tests.chaos.stream_survival import (
     Seen,
     SurvivalNode,
     SurvivalPool,
-    ask,
-    net,
+    ask_afresh,
     undisturbed,
 )
 from tests.support.coordinator_process import CoordinatorProcess
@@ -165,7 +165,7 @@ class Outage:
 def outage(cut: CutPool, kind: str, draw: random.Random, whole: Seen, prompt_tokens: int) -> Outage:
     """One cut of the link that has a stream; all is well again when this returns."""
     before = cut.earned()
-    reader = Reader(ask(cut.pool))
+    reader = Reader(ask_afresh(cut.pool))
     serving = cut.number_of(reader.stream.node_id)
     agent_log, coordinator_log = len(cut.pool.nodes[serving].log()), len(cut.pool.coordinator.log())
     reader.start()

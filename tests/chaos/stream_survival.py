@@ -5,203 +5,49 @@
 First a greedy answer of 64 tokens, whose serving agent is killed (`kill -9`) right after the client got chunk k, for every k, until each
 boundary was really hit (the event before the first text travels with it): the stream must end with exactly the text of an undisturbed one
 and one `[DONE]`, and each node's owner must have earned by the tokens that came from it, and by no other. Then so many random kills, every
-fifth of them a freeze (SIGSTOP), under 16 streams at a time: no client sees a failure, and the longest pause is bounded. Prints a line of
-JSON for each, and a summary; exits 1 on any breach.
+fifth of them a freeze (SIGSTOP), under 16 streams at a time: no client sees a failure, and the longest pause is bounded. The clients of
+that half ask as clients do, with an engine that remembers prompts. Prints a line of JSON for each, and a summary; exits 1 on any breach.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+import urllib.error
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
-from potluck import Client
-from potluck_protocol.values import EngineState
-from tests.support.coordinator_process import CoordinatorProcess
-from tests.support.pool_processes import ChatStream, NodeProcess, Pool, audit, catalogue_entry, command, wait_until
-from tests.support.safetensors_model import built_in_gguf
+import psutil
 
-MODEL = "smollm2-135m-instruct"
-TOKEN_COUNT = 64
-PROMPT = "Tell me a short story about a lighthouse."
+from tests.chaos.survival_pool import TOKEN_COUNT, Seen, SurvivalPool, ask, ask_afresh, survival_pool, undisturbed
+from tests.support.pool_processes import audit, wait_until
+
 PROMPT_PRICE, COMPLETION_PRICE, FEE_BASIS_POINTS = 1, 4, 500
-STREAM_COUNT = SLOT_COUNT = 16
-"""As many slots for each replica: one of the two is to carry all streams while the other is away."""
-CONTEXT_TOKENS = 512
+STREAM_COUNT = 16
 FREEZE_EVERY = 5
 GAP_SECONDS_MAX: Mapping[str, float] = {"killed": 2.0, "frozen": 4.0}
 PAUSE_SECONDS_MIN = 0.5
 """Where another node goes on, at the least: half of a broken link's grace."""
 TRIES_MAX = 12
 """For one boundary: the bytes behind it may be on their way already."""
-BACK_SECONDS_MAX = 60.0
 THROUGH_SECONDS_MAX = 300.0
 """For all streams that were hit, on the one node that is left."""
-
-
-class SurvivalNode(NodeProcess):
-    """A node that serves the built-in model."""
-
-    def _environment(self) -> dict[str, str]:
-        return {**super()._environment(), "POTLUCK_NODE_MODELS_ALLOWED": MODEL, "POTLUCK_NODE_SCRIPTED_ENGINE": "false"}
-
-
-@dataclass
-class SurvivalPool:
-    """Two nodes of two owners; the operator asks."""
-
-    pool: Pool
-    owner_keys: list[str]
-
-    def earned(self) -> list[int]:
-        """By each node's owner, once nothing is held any more."""
-        with self.pool.client() as client, ExitStack() as stack:
-            wait_until(lambda: client.credits().held_micro_credits == 0, 10, "every hold is settled")
-            owners = [stack.enter_context(Client(self.pool.url, api_key=key)) for key in self.owner_keys]
-            return [owner.credits().earned_micro_credits for owner in owners]
-
-    def ready_nodes(self) -> set[str]:
-        with self.pool.client() as client:
-            placeable = sum(model.ready_replica_count for model in client.models() if model.model_id == MODEL)
-            ready = {
-                node.node_id
-                for node in client.nodes()
-                if node.connection == "connected" and any(engine.state is EngineState.READY for engine in node.engines)
-            }
-        return ready if placeable >= len(ready) else set()
-
-    def wait_ready(self, count: int = 2) -> None:
-        deadline = time.monotonic() + BACK_SECONDS_MAX
-        while len(self.ready_nodes()) < count:
-            assert time.monotonic() < deadline, f"fewer than {count} nodes serve\n{self.pool.coordinator.log()[-3000:]}"
-            # Looking costs what it looks at: two cores carry the engines, too.
-            time.sleep(0.3)
-
-    def number_of(self, node_id: str) -> int:
-        return [node.node_id for node in self.pool.nodes].index(node_id)
-
-
-@contextmanager
-def survival_pool(folder: Path) -> Iterator[SurvivalPool]:
-    """Starts it, waits until both nodes serve, and stops everything."""
-    folder.mkdir(parents=True, exist_ok=True)
-    catalogue = folder / "catalogue.toml"
-    catalogue.write_text(catalogue_entry(MODEL, built_in_gguf(), "llamacpp", CONTEXT_TOKENS, SLOT_COUNT))
-    with ExitStack() as stack:
-        coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", "--catalogue", str(catalogue)))
-        coordinator.wait_ready()
-        survival = SurvivalPool(Pool(folder, coordinator, []), [])
-        for number in range(2):
-            made = command(survival.pool, "accounts", "create", f"owner-{number}", "--json")
-            account_id = json.loads(made.stdout)["account_id"]
-            key = command(survival.pool, "keys", "create", "--account", account_id, "--json")
-            survival.owner_keys.append(json.loads(key.stdout)["api_key"])
-            token = command(survival.pool, "tokens", "create", "--account", account_id, "--json")
-            invite = json.loads(token.stdout)["invite"]
-            survival.pool.nodes.append(stack.enter_context(SurvivalNode(folder / f"node-{number}", invite, _own_core(number))))
-        survival.wait_ready()
-        yield survival
-
-
-def _own_core(number: int) -> tuple[str, ...]:
-    """Each node has a part of the machine to itself, as two machines would: engines that share cores wait for each other's threads."""
-    cores = sorted(os.sched_getaffinity(0))
-    return ("taskset", "-c", str(cores[number % len(cores)]))
-
-
-@dataclass
-class Seen:
-    """What one client saw of one stream."""
-
-    texts: list[str] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    ids: set[str] = field(default_factory=set)
-    roles: int = 0
-    done_count: int = 0
-    finish_reasons: list[str] = field(default_factory=list)
-    usages: list[dict[str, int]] = field(default_factory=list)
-    error: str | None = None
-
-    def take(self, payload: str) -> bool:
-        """Notes one event; whether it brought text."""
-        if payload == "[DONE]":
-            self.done_count += 1
-            return False
-        event: dict[str, Any] = json.loads(payload)
-        if "error" in event:
-            self.error = json.dumps(event["error"])
-            return False
-        self.ids.add(event["id"])
-        if event.get("usage"):
-            self.usages.append(event["usage"])
-        (choice,) = event["choices"] or [{}]
-        delta = choice.get("delta") or {}
-        self.roles += "role" in delta
-        if choice.get("finish_reason"):
-            self.finish_reasons.append(choice["finish_reason"])
-        if text := delta.get("content"):
-            self.texts.append(text)
-            self.times.append(time.monotonic())
-            return True
-        return False
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-    def longest_gap(self, since: float) -> float:
-        """The longest pause between two pieces of text that ends after a moment."""
-        return max((after - before for before, after in pairwise(self.times) if after > since), default=0.0)
-
-    def breaches(self, prompt_tokens: int) -> list[str]:
-        """What is wrong with it, whatever its text."""
-        found = [f"the client saw {self.error}"] if self.error else []
-        if self.done_count != 1:
-            found.append(f"{self.done_count} times [DONE]")
-        if len(self.ids) != 1 or self.roles != 1 or self.finish_reasons != ["length"]:
-            found.append(f"ids {len(self.ids)}, roles {self.roles}, ends {self.finish_reasons}")
-        if len(self.texts) != TOKEN_COUNT:
-            found.append(f"{len(self.texts)} pieces of text")
-        if len(self.usages) != 1 or self.usages[0]["completion_tokens"] != TOKEN_COUNT:
-            found.append(f"usage {self.usages}")
-        elif prompt_tokens and self.usages[0]["prompt_tokens"] not in {prompt_tokens, 0}:
-            found.append(f"usage {self.usages}, of {prompt_tokens} prompt tokens")
-        return found
-
-
-def ask(pool: Pool) -> ChatStream:
-    """Without the engine's memory of earlier prompts: what it reads with its help it rounds differently, also where nothing fails."""
-    return pool.stream(
-        model=MODEL,
-        max_tokens=TOKEN_COUNT,
-        temperature=0,
-        cache_prompt=False,
-        messages=[{"role": "user", "content": PROMPT}],
-        stream_options={"include_usage": True},
-    )
-
-
-def undisturbed(survival: SurvivalPool) -> tuple[Seen, int]:
-    """An answer that nothing happens to, and its prompt's tokens."""
-    seen = Seen()
-    for payload in ask(survival.pool).events():
-        seen.take(payload)
-    assert not seen.breaches(0), seen
-    return seen, seen.usages[0]["prompt_tokens"]
+SPREAD_SECONDS_MAX = 120.0
+PAUSE_SECONDS_MAX = 4.0
+"""Before a fault, by chance: half an answer under this load, so that answers are met wherever they are."""
+ORPHAN_SECONDS_MAX = 2.0
+"""For the engine of a killed agent to be gone: it would answer nobody, and keep a processor from those that do."""
 
 
 def net(gross_micro_credits: int) -> int:
@@ -223,7 +69,7 @@ class Cut:
 def cut(survival: SurvivalPool, boundary: int, whole: Seen, prompt_tokens: int) -> Cut:
     """Kills the serving agent right after the client got so many pieces of text; both nodes serve when this returns."""
     before = survival.earned()
-    stream = ask(survival.pool)
+    stream = ask_afresh(survival.pool)
     serving = survival.number_of(stream.node_id)
     victim = survival.pool.nodes[serving]
     agent, seen = victim.agent(), Seen()
@@ -313,6 +159,11 @@ class Crowd:
     def are_over(self, streams: list[tuple[str, Seen]]) -> bool:
         return not {id(seen) for _, seen in streams} & {id(seen) for _, seen in self.running()}
 
+    def is_spread(self) -> bool:
+        """Whether each node gives text to a quarter of all streams at the least."""
+        counts = Counter(node_id for node_id, seen in self.running() if seen.texts)
+        return all(4 * counts[node.node_id] >= len(self._threads) for node in self._survival.pool.nodes)
+
     def _run(self, number: int) -> None:
         while not self._stopping.is_set():
             seen = Seen()
@@ -324,13 +175,66 @@ class Crowd:
                     self._running[number] = (stream.node_id, seen)
                 for payload in stream.events():
                     seen.take(payload)
+            except urllib.error.HTTPError as error:
+                seen.error = f"{error.code}: {error.read().decode()}"
             except Exception as error:  # noqa: BLE001 - whatever it is, a client saw it
                 seen.error = f"{type(error).__name__}: {error}"
+            if not seen.done_count:
+                # Whoever asks again at once only takes a processor from those that answer.
+                self._stopping.wait(1.0)
             breaches = seen.breaches(self._prompt_tokens)
             with self._lock:
                 self._running.pop(number, None)
                 self.finished.append(seen)
                 self.breaches += breaches
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One, and the streams that its node was giving text to."""
+
+    fault: str
+    streams: int
+    texts: tuple[int, ...]
+    """How many each had got."""
+    gap_seconds: tuple[float, ...]
+    """From the shortest."""
+    seconds: float
+    """Until all streams that were under way were over."""
+
+
+def strike(survival: SurvivalPool, crowd: Crowd, fault: str, draw: random.Random) -> Fault:
+    """Kills or freezes a node that somebody's answer comes from, and returns when all streams that were under way are over.
+
+    A killed agent is started again at once, as a machine's service manager does. A frozen one goes on as soon as its streams have gone on
+    elsewhere, with an engine that is still at work on them.
+    """
+    node_id = draw.choice([node_id for node_id, seen in crowd.running() if seen.texts])
+    victim = survival.pool.nodes[survival.number_of(node_id)]
+    engines = victim.agent().children(recursive=True)
+    lost_at = time.monotonic()
+    everyone = crowd.running()
+    hit = [(seen, len(seen.texts)) for serving, seen in everyone if serving == node_id and seen.texts]
+    if fault == "killed":
+        victim.agent().kill()
+        wait_until(lambda: not any(alive(engine) for engine in engines), ORPHAN_SECONDS_MAX, "the killed agent's engine is gone, too")
+        victim.start_again()
+    else:
+        victim.agent().suspend()
+        wait_until(lambda: all(len(seen.texts) > count + 1 or seen.is_over for seen, count in hit), THROUGH_SECONDS_MAX, "they went on")
+        victim.agent().resume()
+    # With two nodes a stream that has lost both has nowhere to go: the next fault waits until all of these are through.
+    wait_until(partial(crowd.are_over, everyone), THROUGH_SECONDS_MAX, "the streams are over")
+    gaps = sorted(round(seen.longest_gap(lost_at), 3) for seen, _ in hit)
+    return Fault(fault, len(hit), tuple(count for _, count in hit), tuple(gaps), round(time.monotonic() - lost_at, 1))
+
+
+def alive(process: psutil.Process) -> bool:
+    """Not so one that is dead and was not reaped yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def under_load(
@@ -346,26 +250,19 @@ def under_load(
     with Crowd(survival, prompt_tokens, stream_count) as crowd:
         for number in range(kill_count):
             fault = "frozen" if number % FREEZE_EVERY == FREEZE_EVERY - 1 else "killed"
-            time.sleep(draw.uniform(0.0, 1.0))
-            wait_until(lambda: any(seen.texts for _, seen in crowd.running()), BACK_SECONDS_MAX, "a stream has begun")
-            node_id = draw.choice([node_id for node_id, seen in crowd.running() if seen.texts])
-            victim = survival.pool.nodes[survival.number_of(node_id)]
-            lost_at = time.monotonic()
-            everyone = crowd.running()
-            hit = [seen for serving, seen in everyone if serving == node_id and seen.texts]
-            victim.agent().send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-            # With two nodes a stream that has lost both has nowhere to go: the next fault waits until all of these are through.
-            wait_until(partial(crowd.are_over, everyone), THROUGH_SECONDS_MAX, "the streams are over")
-            victim.start_again() if fault == "killed" else victim.agent().send_signal(signal.SIGCONT)
             survival.wait_ready()
-            found = [seen.longest_gap(lost_at) for seen in hit]
-            gaps[fault] += found
-            print(json.dumps({"fault": fault, "streams": len(hit), "gap_seconds_max": round(max(found, default=0.0), 3)}), flush=True)
+            # A node that has just come back is on trial, and gets one request at a time.
+            wait_until(crowd.is_spread, SPREAD_SECONDS_MAX, "streams come from both nodes")
+            time.sleep(draw.uniform(0.0, PAUSE_SECONDS_MAX))
+            struck = strike(survival, crowd, fault, draw)
+            gaps[fault] += struck.gap_seconds
+            print(json.dumps(asdict(struck)), flush=True)
     breaches = crowd.breaches
     summary: dict[str, Any] = {"faults": kill_count, "streams": len(crowd.finished), "failures": len(breaches)}
     for fault, seconds in gaps.items():
         p99 = sorted(seconds)[ceil(0.99 * len(seconds)) - 1] if seconds else 0.0
-        summary[fault] = {"streams": len(seconds), "gap_p99_seconds": round(p99, 3)}
+        median = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+        summary[fault] = {"streams": len(seconds), "gap_median_seconds": round(median, 3), "gap_p99_seconds": round(p99, 3)}
         if p99 > gap_seconds_max[fault]:
             breaches.append(f"{fault}: the gap's p99 is {p99:.2f} s, and may be {gap_seconds_max[fault]} s")
     # Of answers in batches the last bits depend on what else is in the batch, also where nothing fails.

@@ -10,6 +10,7 @@ from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_protocol import codec
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.clock import SystemClock
+from potluck_protocol.rest import RestCause
 from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc
 from potluck_protocol.values import (
     Accelerator,
@@ -22,7 +23,6 @@ from potluck_protocol.values import (
     NodeId,
     NodeState,
     ReplicaId,
-    RestCause,
 )
 from tests.support.grpc_edge import CLOCK, OPERATOR_KEY, OTHER_KEY, USER_KEY, GrpcEdge, authorization
 
@@ -51,6 +51,7 @@ RECORD = NodeRecord(
     last_seen_at_unix_ms=5,
     cards=(CardTelemetry(UUID, temperature_celsius=81, thermal_rung=2, throttle_seconds=7.5),),
     rest_causes=(RestCause.IN_USE, RestCause.HEAT),
+    trusted=True,
 )
 
 
@@ -97,6 +98,6 @@ async def test_a_stranger_sees_neither_whose_it_is_nor_what_tells_its_cards_apar
     assert not node.cards
     assert not node.rest_causes, "when its owner sits there is nobody else's business"
     # The rest is what strangers choose a pool by.
-    assert (node.display_name, node.connection, node.up_minutes) == ("den", "connected", 7)
+    assert (node.display_name, node.connection, node.up_minutes, node.trusted) == ("den", "connected", 7, True)
     assert [(card.name, card.memory_bytes) for card in node.inventory.accelerators] == [("RTX 3090", 24 << 30)]
     assert [(engine.model_id, engine.replica_id) for engine in node.engines] == [("m", "r")]

@@ -42,11 +42,11 @@ NO_HANDSHAKE = "no handshake"
 
 
 # Written down here once more, so that a slip in the coordinator's own table is seen. Everything else is for users.
-PREFIX = "/potluck_protocol.v1."
+PREFIX, POOL = "/potluck_protocol.v1.", "/potluck_protocol.v1.PoolService/"
 JOINER_METHODS = [f"{PREFIX}EnrolmentService/Join", f"{PREFIX}EnrolmentService/Renew"]
 OPERATOR_METHODS = [
     *(f"{PREFIX}AccountService/{name}" for name in ("AuditLedger", "CreateAccount", "ListAccounts")),
-    *(f"{PREFIX}PoolService/{name}" for name in ("AddModel", "Deploy", "ExplainDeployment", "RemoveModel", "RevokeNode", "Undeploy")),
+    *(POOL + name for name in ("AddModel", "Deploy", "ExplainDeployment", "RemoveModel", "RevokeNode", "SetNodeTrust", "Undeploy")),
 ]
 KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, *NODE_METHODS})
 OPEN_ROUTES = [("GET", "/health"), ("GET", "/pool/v1/connection"), ("GET", "/ready")]

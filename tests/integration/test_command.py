@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -44,11 +45,25 @@ EVENTS = data(*(f'data: {{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}
 
 def test_chat_prints_the_answer_alone_and_says_the_rest_beside_it(pool: ScriptedPool, terminal: Terminal):
     pool.plays.append(answers(*EVENTS, finished(prompt=3, completion=2, charge=11)))
-    assert terminal.run("chat", "What is there?", "--max-tokens", "9") == 0
+    assert terminal.run("chat", "What is there?", "--max-tokens", "9", "--trusted-only") == 0
     assert terminal.out == "Good soup\n"
     assert f"node {NODE[:8]}" in terminal.err
     assert "0.000011 credits" in terminal.err
     assert json.loads(pool.bodies[0])["max_tokens"] == 9
+    assert "trusted_only" not in json.loads(pool.bodies[0]), "it is said beside the body"
+
+
+@pytest.mark.parametrize("typed", [(), ("--trusted-only",)])
+def test_chat_demands_trusted_nodes_where_it_is_told_to(pool: ScriptedPool, terminal: Terminal, typed: tuple[str, ...]):
+    asked: list[bool] = []
+
+    def play(request: Any, context: Any) -> Any:
+        asked.append(request.trusted_only)
+        return answers(*EVENTS, finished())(request, context)
+
+    pool.plays.append(play)
+    assert terminal.run("chat", "What is there?", *typed) == 0
+    assert asked == [bool(typed)]
 
 
 def test_chat_reads_the_question_from_a_pipe(pool: ScriptedPool, terminal: Terminal):
@@ -171,6 +186,16 @@ def test_only_a_connected_node_has_a_state(pool: ScriptedPool, terminal: Termina
     assert row[headers.index("STATE")] == state
 
 
+@pytest.mark.parametrize(("trusted", "shown"), [(True, "trusted"), (False, "-")])
+def test_who_lists_nodes_sees_which_are_trusted(pool: ScriptedPool, terminal: Terminal, trusted: bool, shown: str):
+    pool.node_trusted = trusted
+    assert terminal.run("nodes") == 0
+    headers, row = (line.split() for line in terminal.out.splitlines())
+    assert row[headers.index("TRUST")] == shown
+    assert terminal.run("nodes", "--json") == 0
+    assert json.loads(terminal.out)[0]["trusted"] is trusted
+
+
 def test_a_url_that_is_none_is_named_before_the_key(terminal: Terminal):
     assert terminal.run("models", "--url", "nonsense") == 1
     assert '"nonsense" is no URL' in terminal.err
@@ -219,6 +244,8 @@ def test_a_new_key_stands_alone_on_standard_output(pool: ScriptedPool, terminal:
         (("keys", "revoke", "abcdefgh"), {"key_prefix": "abcdefgh"}),
         (("tokens", "revoke", "t" * 12), {"token_id": "t" * 12}),
         (("nodes", "revoke", NODE), {"node_id": NODE}),
+        (("nodes", "trust", NODE), {"node_id": NODE, "trusted": True}),
+        (("nodes", "distrust", NODE), {"node_id": NODE, "trusted": False}),
     ],
 )
 def test_what_was_done_as_json(pool: ScriptedPool, terminal: Terminal, typed: tuple[str, ...], printed: dict[str, str]):
@@ -239,6 +266,7 @@ def test_what_was_done_as_json(pool: ScriptedPool, terminal: Terminal, typed: tu
         ("undeploy", "\udcff"),
         ("explain", "\udcff"),
         ("nodes", "revoke", "\udcff"),
+        ("nodes", "trust", "\udcff"),
         ("nodes", "revoke", NODE, "--reason", "\udcff"),
         ("keys", "create", "--name", "\udcff"),
         ("keys", "revoke", "\udcff"),

@@ -116,6 +116,16 @@ def test_a_nodes_share_has_a_line_for_each_replica(pool: ScriptedPool, terminal:
     assert [" ".join(row.split()) for row in rows] == ["den/m takes requests 1/4 8 2 5 slower; 1 busy", "den/n paused 0/2 0 0 -"]
 
 
+@pytest.mark.parametrize("code", [ErrorCode.PERMISSION_DENIED, ErrorCode.NOT_FOUND, ErrorCode.MODEL_NOT_FOUND])
+def test_whoever_asks_for_a_request_as_for_a_model_is_told_how_to_ask(pool: ScriptedPool, terminal: Terminal, code: ErrorCode):
+    pool.unary_refusals.append(PotluckError(code, "This is why not."))
+    assert terminal.run("explain", "hello-1") != 0
+    said = " ".join(terminal.err.split())
+    assert said.startswith("error: This is why not. 'hello-1' was taken for a model; of a request: `potluck explain hello-1 --request`.")
+    pool.operator_replies.append(story())
+    assert terminal.run("explain", "hello-1", "--request") == 0
+
+
 @pytest.mark.parametrize("arguments", [["explain", "req_1"], ["why-queued", "req_1"], ["why-not-my-node", "den"]])
 def test_a_refusal_is_said(pool: ScriptedPool, terminal: Terminal, arguments: list[str]):
     pool.unary_refusals.append(PotluckError(ErrorCode.NOT_FOUND, "what and how to fix it"))

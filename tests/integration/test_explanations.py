@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from potluck.address import pool_address
 from potluck.errors import NotFoundError, NotPermittedError
 from potluck.explain_calls import explain_node, explain_request, explain_waiting
 from potluck.transport import AsyncTransport
+from potluck_coordinator.gateway.decisions import REFUSED_MAX, STORIES_MAX
 from potluck_protocol.values import EndReason, NodeId, NodeState, RequestId
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link
@@ -93,6 +95,7 @@ async def test_a_request_that_waits_tells_its_place_and_one_that_was_refused_why
         found = await ask(explain_waiting(NAME))
         assert not found.waiting
         assert "does not wait" in found.words
+        assert f"`potluck explain {NAME} --request`" in found.words, "the name alone would be taken for a model's"
         await node.beat(NodeState.PAUSED)
         await asyncio.sleep(0.1)
         with pytest.raises(Exception, match="1 paused"):
@@ -115,6 +118,47 @@ async def test_a_node_tells_what_it_was_considered_for_and_what_keeps_it_from_re
                 await asyncio.sleep(0.02)
         assert replica.hurdle == "paused"
         await answer.close()
+
+
+async def test_what_a_node_costs_by_its_owners_habits_is_told_to_him_and_the_operator_alone(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator, AsyncExitStack() as links:
+        accounts = coordinator.directory.accounts
+        people = [await accounts.create_account(name) for name in ("client", "owner")]
+        keys = [(await accounts.create_key(person.account_id, "key", 0))[1] for person in people]
+        owners = (None, people[1].account_id)
+        nodes = [await links.enter_async_context(raw_link(coordinator, await enrol(coordinator, owner))) for owner in owners]
+        for node in nodes:
+            await node.hello()
+        told = {}
+        for person, key in zip((None, *people), (None, *keys), strict=True):
+            request = await request_of(coordinator)
+            if person is not None:
+                request = replace(request, account_id=person.account_id)
+            pending = asyncio.ensure_future(coordinator.gateway.requests.begin(request))
+            await asyncio.sleep(0.1)
+            async with asking(coordinator, key) as ask:
+                story = await ask(explain_request(NAME))
+            (placed,) = [step for step in story.steps if step.kind == "placed"]
+            told[person] = {candidate.node_id: candidate for candidate in placed.candidates if candidate.cost_seconds is not None}
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+        operators, others = nodes[0].credentials.node_id, nodes[1].credentials.node_id
+        every, few = {"line", "waiting", "reading", "writing", "cache", "loss"}, {"waiting", "reading", "rest"}
+        client, owner = people
+        shown = {person: {node_id: set(each.terms_seconds) for node_id, each in found.items()} for person, found in told.items()}
+        assert shown[None] == {operators: every, others: every}
+        assert shown[client] == {operators: few, others: few}
+        assert shown[owner] == {operators: few, others: every}
+        for found in told.values():
+            for candidate in found.values():
+                assert candidate.cost_seconds == pytest.approx(sum(candidate.terms_seconds.values()), abs=1e-12)
+                assert candidate.reason
+
+
+async def test_a_request_that_is_not_known_is_told_how_long_and_how_many_are_kept(tmp_path):
+    async with running_coordinator(tmp_path) as coordinator, asking(coordinator) as ask:
+        with pytest.raises(NotFoundError, match=f"15 minutes at most, and no more than {STORIES_MAX}, and {REFUSED_MAX} refused"):
+            await ask(explain_request(NAME))
 
 
 async def test_strangers_learn_nothing_not_even_that_a_request_exists(tmp_path):

@@ -97,8 +97,16 @@ def test_up_gives_three_things_that_work_and_keeps_its_key_over_a_restart(home: 
     assert home.shell(f"{export}\n{chat} --max-tokens 8").strip()
     assert json.loads(home.shell(f"{export}\n{curl}"))["usage"]["completion_tokens"] > 0
     assert home.shell(f"{export}\n{openai}").strip()
+    assert home.shell(f"{export}\n{chat} --max-tokens 8 --trusted-only").strip(), "its own node is trusted"
     node_id = json.loads(home.shell("potluck nodes --json"))[0]["node_id"]
+    home.shell(f"potluck nodes distrust {node_id}")
     home.shell("potluck audit")
+    shown = json.loads(home.shell("potluck node status --json"))
+    assert (shown["node_id"], shown["running"]) == (node_id, True)
+    # The key that is printed is of whoever the node earns for.
+    assert home.shell(f"{export}\npotluck why-not-my-node {node_id}").count("takes requests") == 1
+    assert json.loads(home.shell(f"{export}\npotluck credits --json"))["account_id"] == shown["owner_account_id"]
+    assert "Paused, memory free." in home.shell("potluck node pause 2>&1")
 
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(STOP_SECONDS_MAX) == 0
@@ -106,8 +114,11 @@ def test_up_gives_three_things_that_work_and_keeps_its_key_over_a_restart(home: 
     assert home.nothing_runs()
 
     again = home.start("up", *FREE_PORTS)
+    again.wait_for("The node is paused: `potluck node resume`")
+    assert "of `potluck up`" in home.shell("potluck node resume 2>&1")
     assert api_key in again.wait_for("With the openai package")
-    assert [node["node_id"] for node in json.loads(home.shell("potluck nodes --json"))] == [node_id]
+    kept = [(node["node_id"], node["trusted"]) for node in json.loads(home.shell("potluck nodes --json"))]
+    assert kept == [(node_id, False)], "and what its operator said since stands"
     again.process.send_signal(signal.SIGKILL)
     assert home.nothing_runs(), marked_processes(home.mark)
 

@@ -9,17 +9,19 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 
-from potluck_coordinator.domain import ledger
+from potluck_coordinator.domain import ledger, requests
 from potluck_coordinator.domain.pricing import hold_amount
-from potluck_coordinator.domain.requests import ATTEMPTS_MAX
+from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_coordinator.gateway import attempt as attempt_module
 from potluck_coordinator.gateway import dispatching, interceptors, ledger_writer, node_session
+from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
+from potluck_coordinator.gateway.sse import UNSEEN_TOKENS_MAX
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import EndReason, GoodbyeReason, Heartbeat, NodeState
+from potluck_protocol.values import EndReason, GoodbyeReason, Heartbeat, KeyPrefix, NodeState
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.open_pool import ShiftedClock
 from tests.support.raw_node import enrol, raw_link
@@ -35,6 +37,25 @@ async def test_no_claim_of_a_node_costs_more_than_was_held(tmp_path):
         await read_all(answer)
         held = 1000 * 1_000_000 - (await settled_balance(coordinator)).available_micro_credits
         assert answer.charge_micro_credits == held < 999_999_999
+
+
+@pytest.mark.parametrize("count", [999_999_999, int("9" * 400)], ids=["huge", "beyond all counting"])
+async def test_a_nodes_count_is_worth_no_more_than_what_came_of_it(tmp_path, count):
+    claim = b'data: {"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":' + str(count).encode() + b"}}\n\n"
+    async with pool(tmp_path) as (coordinator, node):
+        caller = Caller(KeyPrefix("key"), KeyQuotas(tokens_per_day=1_000_000))
+        answer, start = await begin(coordinator, node, completion_tokens_max=100, caller=caller)
+        await node.chunk(start.attempt_id, 1, token("two") + claim + DONE)
+        await node.end(start.attempt_id, 2)
+        await read_all(answer)
+        await answer.close()
+        tokens_max = len('"one""two"') + UNSEEN_TOKENS_MAX
+        assert 2 * 4 <= answer.charge_micro_credits <= 12 + 4 * tokens_max
+        (use,) = coordinator.gateway.requests.gate._uses.values()
+        assert (use.running_count, use.pending_tokens) == (0, 0.0)
+        assert use.token_count <= 12 + tokens_max
+        assert coordinator.gateway.requests.in_flight_count == 0
+        await settled_balance(coordinator)
 
 
 async def test_no_number_of_relayed_events_costs_more_than_was_held(tmp_path):
@@ -136,7 +157,9 @@ async def test_a_node_that_was_stepped_down_is_not_asked_what_it_has_no_room_for
         assert node.starts() == []
 
 
-async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path):
+async def test_a_request_that_every_node_refuses_is_offered_to_each_of_some_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(requests, "REFUSALS_MAX", 3)
+
     async def refuse(node):
         start = await node.next_start()
         await node.end(start.attempt_id, 0, EndReason.REFUSED)
@@ -152,7 +175,7 @@ async def test_a_request_that_every_node_refuses_is_placed_three_times(tmp_path)
         for refusal in refusals:
             refusal.cancel()
         assert failure.value.code is ErrorCode.NO_CAPACITY
-        assert sum(len(node.starts()) for node in nodes) == ATTEMPTS_MAX == 3
+        assert sum(len(node.starts()) for node in nodes) == 3
 
 
 async def test_a_request_that_its_node_gives_back_waits_only_for_the_rest_of_its_time(tmp_path, monkeypatch):

@@ -97,6 +97,16 @@ class Pool:
     def __init__(self) -> None:
         self.runs: list[Run] = []
         self.refuses = False
+        self.is_full = False
+        """What is announced is refused, before anything of it is in the books."""
+        self.announced_count = 0
+
+    def announce(self, request: Any) -> Any:
+        if self.is_full:
+            raise PotluckError(ErrorCode.RATE_LIMITED)
+        self.announced_count += 1
+        left = [1]
+        return lambda: setattr(self, "announced_count", self.announced_count - (left.pop() if left else 0))
 
     async def begin(self, request: Any) -> Run:
         await asyncio.sleep(0)
@@ -170,6 +180,7 @@ _STEPS = st.one_of(
     st.tuples(st.just("end"), st.integers(0, 9)),
     st.tuples(st.just("break"), st.integers(0, 9)),
     st.tuples(st.just("refuse"), st.booleans()),
+    st.tuples(st.just("full"), st.booleans()),
     st.tuples(st.just("die")),
 )
 _LIFE = st.lists(st.tuples(_STEPS, st.sampled_from([0, 1, TURNS])), min_size=3, max_size=40)
@@ -194,6 +205,8 @@ async def _carry_out(world: World, step: tuple[Any, ...]) -> None:
             runs[index % len(runs)].write(PotluckError(ErrorCode.NODE_LOST))
         case ("refuse", refuses):
             world.pool.refuses = refuses
+        case ("full", is_full):
+            world.pool.is_full = is_full
         case ("die",):
             await world.die()
 
@@ -233,6 +246,7 @@ SMALL = KeptBounds(answer_bytes_max=12, account_bytes_max=20, account_count_max=
 @given(life=_LIFE, bounds=st.sampled_from([KeptBounds(), SMALL]))
 def test_one_run_and_one_charge(books, life, bounds) -> None:
     world = asyncio.run(_live(books, life, bounds))
+    assert world.pool.announced_count == 0, "room stays taken for a request that is over"
     for key in "ab":
         seen_or_paid = [run for run in world.pool.runs if run.key == key and run.given]
         assert len(seen_or_paid) <= 1, "a key was run, and paid for, twice"
@@ -322,6 +336,41 @@ def test_a_key_whose_request_was_refused_is_free(books, turns) -> None:
 
     world = asyncio.run(live())
     assert [_outcome(task) for *_, task in world.clients] == ["queue_full", b"last"], "even for another request"
+
+
+async def test_what_is_refused_at_once_costs_the_books_nothing_and_leaves_its_key_as_it_was(books) -> None:
+    world = World(books, KeptBounds())
+    world.ask("kept", b"1", WhenGone.FINISH)
+    await world.turn()
+    world.pool.runs[0].end()
+    await world.turn()
+    calls: list[str] = []
+
+    class Counting:
+        def __init__(self, desk: Any) -> None:
+            self._desk = desk
+
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            return getattr(self._desk, name)
+
+    world.gateway._desk = Counting(world._desk)  # type: ignore[assignment]
+    world.pool.is_full = True
+    for number in range(20):
+        world.ask(f"new {number}", b"1", WhenGone.FINISH)
+    world.ask("kept", b"1", WhenGone.FINISH)
+    await world.turn()
+    outcomes = [_outcome(task) for *_, task in world.clients]
+    assert outcomes[1:-1] == ["rate_limited"] * 20
+    assert outcomes[-1] == outcomes[0] == b"last", "what is kept here is given before anybody looks whether there is room"
+    assert calls == []
+    world.pool.is_full = False
+    world.ask("new 7", b"another request", WhenGone.FINISH)
+    await world.turn()
+    world.pool.runs[1].end()
+    await world.turn()
+    assert _outcome(world.clients[-1][2]) == b"last"
+    assert calls == ["claim", "finish"]
 
 
 def test_after_a_death_a_spent_key_is_refused_and_named(books) -> None:

@@ -30,6 +30,9 @@ ENTRIES = {
 WISHES = (wish("8b", 2), wish("70b", 1), wish("tiny", None), wish("8b-gguf", 1))
 small = st.integers(-(2**31), 2**31 - 1)
 large = st.integers(-(2**63), 2**63 - 1) | st.sampled_from([0, 1, 24 << 30, 64 << 30])
+counts = st.integers(0, 2**31 - 1)
+"""Less is refused at the link (`tests/unit/test_codec.py`)."""
+sizes = st.integers(0, 2**63 - 1) | st.sampled_from([0, 1, 24 << 30, 64 << 30])
 words = st.text(max_size=12) | st.sampled_from(["NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090", "GPU-0", "GPU-1", "8.6", "8.", "x.y"])
 accelerators = st.builds(
     Accelerator,
@@ -48,18 +51,18 @@ accelerators = st.builds(
 inventories = st.builds(
     Inventory,
     operating_system=words,
-    cpu_count=small,
-    memory_bytes=large,
-    disk_free_bytes=large,
+    cpu_count=counts,
+    memory_bytes=sizes,
+    disk_free_bytes=sizes,
     accelerators=st.lists(accelerators, max_size=4).map(tuple),
     driver_version=words,
     cuda_version=words,
-    memory_budget_bytes=large,
+    memory_budget_bytes=sizes,
     engine_kinds=st.lists(st.sampled_from(["vllm", "llamacpp", "attach", "x"]), max_size=3).map(tuple),
     group_offer=st.none() | st.builds(GroupOffer, words, words | st.just("10.0.0.1"), small, st.lists(words.map(AccountId)).map(tuple)),
     attached_model_names=st.lists(words, max_size=2).map(tuple),
 )
-numbers = st.none() | st.integers(-(2**31), 2**31 - 1)
+numbers = st.none() | counts
 rates = st.none() | st.floats()
 statuses = st.builds(
     EngineStatus,
@@ -68,17 +71,17 @@ statuses = st.builds(
     state=st.sampled_from(EngineState),
     engine_kind=st.sampled_from(["vllm", "llamacpp", "x"]),
     engine_version=words,
-    slot_count=small,
+    slot_count=counts,
     failure=words,
     kv_capacity_tokens=numbers,
-    memory_utilization_percent=small,
+    memory_utilization_percent=counts,
     prefill_tokens_per_second=rates,
     decode_tokens_per_second=rates,
     memory_bytes=numbers,
-    prefill_past_tokens=small,
-    decode_past_tokens=small,
+    prefill_past_tokens=counts,
+    decode_past_tokens=counts,
     group_id=st.sampled_from(["", "group/70b/0"]),
-    group_generation=small,
+    group_generation=counts,
 )
 
 

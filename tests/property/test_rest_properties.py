@@ -25,7 +25,7 @@ from potluck_node.domain.rest import (
     decide,
 )
 from potluck_node.domain.upload_pace import BURST_SECONDS, filled, full, spent, wait_seconds
-from potluck_protocol.values import RestCause
+from potluck_protocol.rest import RestCause
 
 ZONES = [ZoneInfo(name) for name in ("UTC", "Europe/Berlin", "America/St_Johns", "Australia/Lord_Howe", "Asia/Kathmandu", "America/Havana")]
 MOMENTS_MS = st.integers(1_600_000_000, 2_000_000_000).map(lambda seconds: seconds * 1000)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from potluck_coordinator.domain.fairness import COMPLETION_WEIGHT, PROMPT_WEIGHT, service
-from potluck_coordinator.simulation.asking import Request
+from potluck_coordinator.simulation.asking import Outcome, Request
 from potluck_coordinator.simulation.engine_model import EngineModel
 from potluck_coordinator.simulation.figures import jain_index
 from potluck_coordinator.simulation.scenario import NodeClass, Scenario, Users
@@ -28,6 +28,8 @@ ENGINE = EngineModel(2500, 0.02, 0.001, kv_tokens=40_000)
 NODE_COUNT = 6
 SLOT_COUNT = 36
 PROMPT_TOKENS_MAX = 2000
+REFUSAL_SECONDS_MAX = 0.05
+"""Whoever is refused later than this had been let in to wait."""
 
 
 def goodput(seeds: range, hours: float) -> dict[str, float]:
@@ -83,6 +85,18 @@ def politeness(seed: int, hours: float) -> dict[str, float]:
     return found
 
 
+def late_refusals(seed: int, hours: float) -> dict[str, float]:
+    """Two engines whose requests share a cache, from cold on asked five times what they can do: who is refused after waiting."""
+    engine = EngineModel(2500, 0.03, 0.0015, kv_tokens=6000)
+    users = Users("burst", 4, requests_per_second=27, prompt_tokens=240, prompt_spread=1.0, answer_tokens=100, answer_spread=0.8)
+    users = replace(users, answer_tokens_max=400, retries_max=0)
+    nodes = (NodeClass("node", 2, engine, slot_count=64, context_tokens=2048),)
+    world = World(Scenario("burst", "", hours, nodes, (users,), queue_wait_seconds=2), "ours", seed)
+    world.run()
+    refused = [request.ended_at - request.arrived_at for request in world.requests if request.outcome is Outcome.REFUSED]
+    return {"refused": len(refused), "late": sum(seconds > REFUSAL_SECONDS_MAX for seconds in refused) / max(1, len(refused))}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -117,6 +131,8 @@ def measured(seeds: range, hours: float) -> list[tuple[str, float, str, bool]]:
     alone, flooded = fmean(each["alone"] for each in polite), fmean(each["flooded"] for each in polite)
     rows.append(("polite account's first token p99, alone, s", alone, "", True))
     rows.append(("the same while another floods at ten times, s", flooded, f"<= {1.5 * alone:.3f}", flooded <= 1.5 * alone))
+    late = fmean(late_refusals(seed, hours)["late"] for seed in seeds)
+    rows.append(("refusals after 50 ms, at five times the capacity, share", late, "<= 0.01", late <= 0.01))
     return rows
 
 

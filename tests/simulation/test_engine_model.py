@@ -114,19 +114,56 @@ def test_an_engine_without_paging_dies_of_a_full_cache() -> None:
     assert bench.happened[-1][1] is Happening.DIED
 
 
-def test_a_kept_prefix_is_not_read_again_and_the_longest_unused_gives_way() -> None:
+def own(key: str, tokens: int) -> Prefix:
+    """A session's, which has all that it said so far."""
+    return Prefix(key, tokens, grows=True)
+
+
+def test_a_kept_prefix_is_not_read_again_and_the_longest_unused_gives_way_from_its_end() -> None:
     bench = Bench(EngineModel(1000, 0.02, 0.001, kv_tokens=1000))
-    bench.submit(400, 10, Prefix("ana", 0), Prefix("all", 100))
+    bench.submit(400, 10, own("ana", 0), Prefix("all", 100))
     bench.run()
-    again = bench.submit(450, 10, Prefix("ana", 410), Prefix("all", 100))
+    again = bench.submit(450, 10, own("ana", 410), Prefix("all", 100))
     bench.run()
-    other = bench.submit(200, 10, Prefix("ben", 0), Prefix("all", 100))
+    other = bench.submit(200, 10, own("ben", 0), Prefix("all", 100))
     bench.run()
     assert (again.hit_tokens, other.hit_tokens) == (410, 100)
 
-    bench.submit(900, 10, Prefix("eve", 0), Prefix("all", 100))
+    # 460 of ana, 210 of ben and 100 of all are kept; 600 more take 370 of ana's.
+    bench.submit(590, 10, own("eve", 0))
     bench.run()
-    assert bench.engine.cached_tokens((Prefix("ana", 460),)) == 0
+    assert bench.engine.cached_tokens((own("ana", 460),)) == 460 - 370
+    assert bench.engine.cached_tokens((own("ben", 210),)) == 210
+
+    bench.submit(980, 10, own("eve", 0))
+    bench.run()
+    assert bench.engine.cached_tokens((own("ana", 460),)) == 0
+
+
+def test_a_sessions_past_is_held_once_while_it_is_answered() -> None:
+    bench = Bench(EngineModel(1000, 0.02, 0.001, kv_tokens=1000))
+    bench.submit(400, 10, own("ben", 0))
+    bench.run()
+    bench.submit(390, 10, own("ana", 0))
+    bench.run()
+    bench.submit(500, 50, own("ana", 400))
+    bench.run()
+
+    # 410 and 550 fit beside each other; with ana's first 400 held twice, ben's would have gone.
+    assert bench.engine.cached_tokens((own("ben", 410),)) == 410
+    assert bench.engine.cached_tokens((own("ana", 550),)) == 550
+
+
+@pytest.mark.parametrize(("until", "kept"), [(0.2, 200), (0.5 + 10 * 0.021, 511)])
+def test_what_was_read_and_answered_before_its_client_went_is_kept(until: float, kept: int) -> None:
+    bench = Bench()
+    sequence = bench.submit(500, 101, own("ana", 0))
+    bench.run(until)
+    bench.engine.cancel(sequence, bench.now)
+    bench.run()
+
+    assert bench.engine.cached_tokens((own("ana", 10_000),)) == kept
+    assert bench.engine.kv_tokens == 0
 
 
 def test_a_frozen_engine_makes_nothing_and_goes_on_where_it_was() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck_coordinator.directory.directory import Directory
+from potluck_coordinator.gateway import gateway as gateway_module
 from potluck_coordinator.gateway.gateway import Endpoints, Gateway
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import Clock, SystemClock
@@ -60,6 +61,8 @@ async def running_coordinator(folder: Path, clock: Clock | None = None, **change
     )
     directory = await Directory.open(settings, clock)
     gateway = Gateway(settings, directory, clock)
+    # In a test the first unforeseen failure is one too many.
+    gateway_module.FAILURES_IN_A_ROW_MAX = 0
     background = asyncio.ensure_future(directory.run_background())
     test, parts = asyncio.current_task(), None
     try:

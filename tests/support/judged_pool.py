@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from potluck_coordinator.desks import SessionGrant
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.domain.placement import ReplicaView
+from potluck_coordinator.gateway.judging import LOOK_SECONDS
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.relay import AnswerHead, Relay
@@ -35,8 +36,6 @@ from potluck_protocol.values import (
     StartAttempt,
 )
 from tests.support.request_path import request_by
-
-TICK_SECONDS = 0.25
 
 
 class HandClock:
@@ -151,8 +150,8 @@ class JudgedPool:
 
     async def wait(self, seconds: float) -> None:
         """Time passes, tick by tick, as the gateway's does."""
-        for _ in range(round(seconds / TICK_SECONDS)):
-            self.clock.seconds += TICK_SECONDS
+        for _ in range(round(seconds / LOOK_SECONDS)):
+            self.clock.seconds += LOOK_SECONDS
             for node in self.nodes.values():
                 await self._live(node)
             self.links.tick()

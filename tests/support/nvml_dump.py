@@ -52,6 +52,11 @@ def _lineage(name: str) -> list[dict[str, Any]]:
     return [*(_lineage(dump["based_on"]) if "based_on" in dump else ()), dump]
 
 
+def set_cap(device: dict[str, Any], milliwatts: int) -> None:
+    """As the driver has it from then on, whoever set it."""
+    device["nvmlDeviceGetPowerManagementLimit"] = device["nvmlDeviceGetEnforcedPowerLimit"] = milliwatts
+
+
 class DumpedDriver(ModuleType):
     """The library. Its `devices` may be changed while it is in use, as cards change."""
 
@@ -131,7 +136,7 @@ class DumpedDriver(ModuleType):
         lowest, highest = device["nvmlDeviceGetPowerManagementLimitConstraints"]
         if not lowest <= limit <= highest:
             raise pynvml.NVMLError(INVALID_ARGUMENT)
-        device["nvmlDeviceGetEnforcedPowerLimit"] = limit
+        set_cap(device, limit)
         self.caps_set.append(limit)
 
     def _nvmlEventSetCreate(self) -> list[dict[str, Any]]:  # noqa: N802

@@ -6,7 +6,7 @@ import asyncio
 import json
 from contextlib import asynccontextmanager
 
-from potluck_coordinator.gateway.inference_request import InferenceRequest
+from potluck_coordinator.gateway.inference_request import NO_CALLER, InferenceRequest
 from potluck_protocol.values import AccountId, Endpoint, RequestId
 from tests.support.coordinator import TINY, running_coordinator
 from tests.support.raw_node import enrol, raw_link
@@ -42,6 +42,7 @@ def request_by(
     prompt_tokens_min=1,
     body=b"{}",
     prompt_bytes=20,
+    caller=NO_CALLER,
 ):
     return InferenceRequest(
         request_id=RequestId("request"),
@@ -56,6 +57,7 @@ def request_by(
         answer_count=1,
         prompt_count=1,
         prompt_tokens_min=prompt_tokens_min,
+        caller=caller,
     )
 
 

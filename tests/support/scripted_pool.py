@@ -139,6 +139,7 @@ class ScriptedPool:
     unary_calls: list[str] = field(default_factory=list)
     models: list[inference_pb2.Model] = field(default_factory=list)
     node_connection: str = "connected"
+    node_trusted: bool = False
     operator_requests: list[Message] = field(default_factory=list)
     """What was asked about models and deployments."""
     operator_replies: deque[Message] = field(default_factory=deque)
@@ -221,12 +222,16 @@ class _Pool(pool_pb2_grpc.PoolServiceServicer):
             state=node_pb2.NODE_STATE_SERVING,
             engines=[engine],
             up_minutes=7,
+            trusted=self._pool.node_trusted,
         )
         return pool_pb2.ListNodesResponse(nodes=[node])
 
     def RevokeNode(self, request: Any, context: Any) -> pool_pb2.RevokeNodeResponse:
         self._pool.admit("RevokeNode", context)
         return pool_pb2.RevokeNodeResponse()
+
+    def SetNodeTrust(self, request: Any, context: Any) -> pool_pb2.SetNodeTrustResponse:
+        return self._pool.reply(request, pool_pb2.SetNodeTrustResponse(), context)
 
     def AddModel(self, request: Any, context: Any) -> pool_pb2.AddModelResponse:
         return self._pool.reply(request, pool_pb2.AddModelResponse(), context)
@@ -257,6 +262,9 @@ class _Pool(pool_pb2_grpc.PoolServiceServicer):
 
     def ExplainNode(self, request: Any, context: Any) -> pool_pb2.ExplainNodeResponse:
         return self._pool.reply(request, pool_pb2.ExplainNodeResponse(), context)
+
+    def GetTiers(self, request: Any, context: Any) -> pool_pb2.GetTiersResponse:
+        return self._pool.reply(request, pool_pb2.GetTiersResponse(), context)
 
 
 @contextmanager

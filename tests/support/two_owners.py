@@ -54,9 +54,9 @@ class TwoOwners:
     owners: list[AccountId]
     client: AccountId
 
-    def request(self, **fields: Any) -> InferenceRequest:
+    def request(self, *, trusted_only: bool = False, **fields: Any) -> InferenceRequest:
         body = {"model": TINY, "messages": [USER], "stream": True, "max_tokens": 10, **fields}
-        return parse_request(CHAT, json.dumps(body).encode(), RequestId("request"), self.client)
+        return parse_request(CHAT, json.dumps(body).encode(), RequestId("request"), self.client, trusted_only=trusted_only)
 
     def ask(self, **fields: Any) -> asyncio.Task[Answer]:
         return asyncio.ensure_future(self.coordinator.gateway.requests.begin(self.request(**fields)))

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.admission import (
+    AIM_SHARE,
     KEPT_MARGIN,
     NOBODY,
     PROMISED_SHARE,
     AdmissionLimits,
-    Admitted,
     Capacity,
     ModelLoad,
     Pace,
@@ -40,11 +40,9 @@ def load(capacity=FULL, ahead=NOBODY, seconds=1.0, **more):
     ("position", "expected"),
     [
         (load(Capacity()), Refuse(ErrorCode.NO_CAPACITY, 1.0)),
-        (load(fits_now=True), Admitted()),
-        (load(fits_now=True, is_full=True), Admitted()),  # however full the queue is: what is free, nobody in it could take
         (load(ahead=Queued(3), seconds=8.0), Wait(30, 8.0)),  # four requests of 8 s on four slots
-        (load(ahead=Queued(3), seconds=60.0), Refuse(ErrorCode.QUEUE_FULL, 45.0, 60.0)),  # in 45 s it would be half the deadline
-        (load(ahead=Queued(3), seconds=15.5), Refuse(ErrorCode.QUEUE_FULL, 1.0, 15.5)),
+        (load(ahead=Queued(3), seconds=60.0), Refuse(ErrorCode.QUEUE_FULL, 51.0, 60.0)),  # in 51 s it would be three tenths of the deadline
+        (load(ahead=Queued(3), seconds=9.5), Refuse(ErrorCode.QUEUE_FULL, 1.0, 9.5)),
         (load(ahead=Queued(3), seconds=500.0), Refuse(ErrorCode.QUEUE_FULL, 60.0, 500.0)),  # never more than a client would honour
         (load(ahead=Queued(3), seconds=8.0, is_full=True), Refuse(ErrorCode.QUEUE_FULL, 1.0, 8.0)),
     ],
@@ -71,9 +69,14 @@ def test_the_wait_is_what_is_short_over_what_leaves(capacity, ahead, wanted_toke
 
 def test_a_request_that_a_node_gave_back_has_no_second_deadline():
     full = load(ahead=Queued(3), seconds=8.0)
-    assert admit(full, AdmissionLimits(), 12.0) == Wait(18, 8.0)
-    assert isinstance(admit(full, AdmissionLimits(), 25.0), Refuse), "five seconds are left, and it would take eight"
-    assert admit(load(fits_now=True), AdmissionLimits(), 45.0) == Admitted()
+    assert admit(full, AdmissionLimits(), 12.0, was_given_back=True) == Wait(18, 8.0)
+    assert isinstance(admit(full, AdmissionLimits(), 23.7, was_given_back=True), Refuse), "six seconds are left, and it would take eight"
+
+
+def test_a_newcomer_of_a_moment_ago_is_no_less_new():
+    slow = load(ahead=Queued(3), seconds=30 * AIM_SHARE + 0.1)
+    assert isinstance(admit(slow, AdmissionLimits(), 0.0), Refuse)
+    assert isinstance(admit(slow, AdmissionLimits(), 1e-5), Refuse)
 
 
 def test_who_comes_back_when_he_was_told_is_not_sent_away_by_a_prediction_that_erred_a_little():
@@ -89,16 +92,17 @@ def test_whoever_waits_is_refused_as_soon_as_it_is_clear_that_he_would_wait_too_
 
 
 @pytest.mark.parametrize(
-    ("usable", "free", "may_fill", "words"),
+    ("usable", "free", "may_fill", "withheld", "words"),
     [
-        (0, 0, True, WaitsFor.NODES),
-        (4, 0, True, WaitsFor.SLOTS),
-        (4, 1, True, WaitsFor.CACHE),
-        (4, 1, False, WaitsFor.TURN),
+        (0, 0, True, True, WaitsFor.NODES),
+        (4, 0, True, False, WaitsFor.SLOTS),
+        (4, 0, True, True, WaitsFor.PACE),
+        (4, 1, True, True, WaitsFor.CACHE),
+        (4, 1, False, True, WaitsFor.TURN),
     ],
 )
-def test_what_a_request_waits_for(usable, free, may_fill, words):
-    assert waits_for(usable, free, may_fill=may_fill) is words
+def test_what_a_request_waits_for(usable, free, may_fill, withheld, words):
+    assert waits_for(usable, free, may_fill=may_fill, withheld=withheld) is words
 
 
 capacities = st.builds(Capacity, st.integers(0, 100), st.integers(0, 120), st.integers(0, 10**6), st.floats(0, 10**6))
@@ -109,7 +113,6 @@ loads = st.builds(
     wanted_tokens=st.floats(0, 10**6),
     ahead=queued,
     pace=st.builds(Pace, st.floats(0, 1e4), st.floats(0, 1e4)),
-    fits_now=st.booleans(),
     is_full=st.booleans(),
 )
 

@@ -13,6 +13,7 @@ from potluck_protocol.bounds import TEXT_CHARACTERS_MAX
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.line import LineMeasurement
+from potluck_protocol.rest import RestCause
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     Accelerator,
@@ -37,7 +38,6 @@ from potluck_protocol.values import (
     PeerMeasurement,
     PinnedFile,
     ReplicaId,
-    RestCause,
     SessionId,
 )
 

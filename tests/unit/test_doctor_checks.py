@@ -173,7 +173,7 @@ def test_a_card_whose_heat_cannot_be_judged_is_named_beside_those_that_are_well(
     assert (finding.level, "91 °C, but not where it slows down (card 1)" in finding.what) == (WARN, True)
 
 
-@pytest.mark.parametrize(("limit_watts", "cap"), [(350, "-pl 280"), (280, "-pl 250"), (230, "-pl 220"), (220, "give it air")])
+@pytest.mark.parametrize(("limit_watts", "cap"), [(350, "-pl 280"), (280, "-pl 230"), (230, "-pl 190"), (190, "give it air")])
 def test_a_hot_card_is_told_a_cap_below_the_one_it_has(limit_watts, cap):
     reading = CardReading(temperature_celsius=90, power_limit_milliwatts=limit_watts * 1000)
     (finding,) = doctor_cards.check_heat(machine(Card(0, CardIdentity(slowdown_celsius=95), reading)))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from potluck_coordinator.desks import PoolSnapshot
+from potluck_coordinator.domain.forecast import Work
 from potluck_coordinator.domain.nodes import DOUBT_SECONDS_MAX
 from potluck_coordinator.domain.placement import hurdle
 from potluck_coordinator.domain.suspicion import Standing
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import GoodbyeReason
+from potluck_protocol.values import GoodbyeReason, Heartbeat, NodeState
 from tests.support.judged_pool import JudgedPool
 
 
@@ -75,6 +78,42 @@ async def test_an_engine_that_hangs_behind_a_living_agent_is_left_for_a_free_slo
     pool.end(other, busy)
     assert await over_after(pool, relay, 1) > 0
     assert pool.links.session(hung.node_id) is hung.session
+
+
+async def test_a_process_that_always_looks_a_little_late_finds_a_hung_engine_all_the_same(pool):
+    hung, other = await pool.add("hung"), await pool.add("other")
+    relay = pool.start(hung)
+    hung.talks = False
+    began_at = pool.clock.seconds
+    while not relay.over and pool.clock.seconds - began_at < 60:
+        pool.clock.seconds += 0.55
+        for node in (hung, other):
+            pool.beat(node)
+        pool.links.tick()
+    assert 3.0 <= pool.clock.seconds - began_at <= 3.5 * 0.55 / 0.25
+
+
+async def test_a_nodes_word_of_anothers_replica_empties_no_cache(pool):
+    good, evil = await pool.add("good"), await pool.add("evil")
+    body = b'{"model":"tiny","messages":[{"role":"user","content":"' + b"a" * 4000 + b'"}]}'
+    read = pool.start(good, body=body, prompt_bytes=len(body))
+    request = good.session.requests[read.attempt_id]
+    pool.end(good, read)
+
+    def warm():
+        return pool.links.measures.warm(request, Work(1000.0, 10.0))
+
+    before = warm()
+    assert before.keys() == {good.replica_id}
+    own = tuple(evil.session.engines.values())
+    for engines in ((replace(own[0], replica_id=good.replica_id), *own), own):
+        evil.beat_count += 1
+        beat = Heartbeat(0, NodeState.SERVING, engines, 0, number=evil.beat_count)
+        pool.links.beat(evil.session, beat, pool.clock.seconds)
+    assert warm() == before
+    good.beat_count += 1
+    pool.links.beat(good.session, Heartbeat(0, NodeState.SERVING, (), 0, number=good.beat_count), pool.clock.seconds)
+    assert warm() == {}, "its own word counts"
 
 
 async def test_a_hung_engine_is_found_within_four_seconds_and_a_slow_one_is_left_in_peace(pool):

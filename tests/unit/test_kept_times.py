@@ -67,6 +67,9 @@ class World:
     def capacity(self, model_id: object) -> Capacity:
         return Capacity(SLOTS, self.running)
 
+    def within_trust(self, request: object, capacity: Capacity) -> Capacity:
+        return capacity
+
     def place(self, request: object, excluded: object, work: object) -> SimpleNamespace:
         replica = SimpleNamespace(node_id="node")
         return SimpleNamespace(chosen=replica if self.running < SLOTS else None, explanation=lambda: "1 busy")

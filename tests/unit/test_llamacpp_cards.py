@@ -33,3 +33,14 @@ def test_a_silent_stream_is_silent() -> None:
     assert xllamacpp.CommonParams().sse_ping_interval > 0
     options = Namespace(model=Path("m.gguf"), alias="m", context=64, slots=1)
     assert llamacpp_server.parameters(options, has_gpu=False).sse_ping_interval == -1
+
+
+@pytest.mark.parametrize(("allowed", "of", "thread_count"), [({3}, 4, 1), ({0, 2}, 8, 2), ({0, 1}, 2, -1)])
+def test_it_has_no_more_threads_than_processors_that_it_may_use(
+    monkeypatch: pytest.MonkeyPatch, allowed: set[int], of: int, thread_count: int
+) -> None:
+    """By default it has as many as the machine has cores, and those that share one wait for each other; -1 leaves it to llama.cpp."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: of)
+    params = llamacpp_server.parameters(Namespace(model=Path("m.gguf"), alias="m", context=64, slots=1), has_gpu=False)
+    assert (params.cpuparams.n_threads, params.cpuparams_batch.n_threads) == (thread_count, thread_count)

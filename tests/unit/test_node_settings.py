@@ -164,11 +164,13 @@ def test_a_later_word_looks_new_to_the_agent_even_where_the_clock_was_set_back(t
         (["resume"], Posture.SERVE, {"word": "resume", "running": False, "resting_because": []}),
     ],
 )
-def test_what_was_asked_of_the_agent_as_json(config: Path, tmp_path: Path, arguments: list[str], posture: Posture, told: object) -> None:
+def test_what_was_asked_of_the_agent_as_json(
+    config: Path, tmp_path: Path, arguments: list[str], posture: Posture, told: dict[str, object]
+) -> None:
     folder = joined_folder(tmp_path)
     write_control(folder.path, word=FIRST_WORD)
     answered = CliRunner().invoke(app, [*arguments, "--json", "--state-dir", str(folder.path)])
-    assert (answered.exit_code, json.loads(answered.stdout)) == (0, told)
+    assert (answered.exit_code, json.loads(answered.stdout)) == (0, {**told, "state_dir": str(folder.path)})
     assert read_control(folder.path).word == Word(posture)
 
 

@@ -43,6 +43,52 @@ def test_levels_below_the_wanted_one_are_not_written(written: Callable[[], list[
     assert [line["event"] for line in written()] == ["loud"]
 
 
+def closed_file() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+class Reentered(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise RuntimeError("reentrant call")
+
+
+@pytest.mark.parametrize("json_lines", [True, False])
+@pytest.mark.parametrize("file", [None, closed_file(), Reentered()], ids=["none", "closed", "written to from within"])
+def test_without_a_standard_error_that_takes_lines_logging_fails_nobody(
+    file: io.StringIO | None, json_lines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", file)
+    configure_logging(json=json_lines)
+    structlog.get_logger().warning("lost", count=1)
+    logging.getLogger("a.library").warning("lost too")
+    logging.getLogger("a.library").warning("%d", "no number")
+    logging.getLogger().handlers[0].flush()
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+    __repr__ = __str__
+
+
+def test_a_line_that_cannot_be_formed_fails_nobody_and_says_so(written: Callable[[], list[dict[str, object]]]) -> None:
+    configure_logging(json=True)
+    structlog.get_logger().info("node_seen", what=Unspeakable())
+    structlog.get_logger().info("count", count=10**5000)
+    structlog.get_logger().bind(what=Unspeakable()).error(f"bound {KEY}")
+    logging.getLogger("a.library").warning("%d", "no number")
+
+    assert [(line["event"], line["of"]) for line in written()] == [
+        ("log_line_lost", "node_seen"),
+        ("log_line_lost", "count"),
+        ("log_line_lost", f"bound {BLANK}"),
+        ("log_line_lost", "a.library"),
+    ]
+
+
 def test_a_log_that_nobody_can_write_to_fails_nobody(
     written: Callable[[], list[dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

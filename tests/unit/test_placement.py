@@ -240,6 +240,7 @@ DECIDES_ABILITY = {
     "endpoints": (Endpoint.EMBEDDINGS,),
     "context_length_tokens": 9,
     "engine_kind": "vllm",
+    "is_trusted": True,
 }
 SAYS_NOTHING_OF_IT = {
     "replica_id": ReplicaId("b"),

@@ -9,7 +9,8 @@ from potluck_coordinator.domain.planning.plan import drafted, plan
 from potluck_coordinator.domain.planning.words import (
     Trouble,
 )
-from potluck_protocol.values import ModelId, NodeId, NodeState, RestCause
+from potluck_protocol.rest import RestCause
+from potluck_protocol.values import ModelId, NodeId, NodeState
 from tests.support.planning import GIB, card_entry, cards, machine_entry, node, status, view, wish
 
 TINY, OTHER = machine_entry("tiny"), machine_entry("other")
@@ -83,8 +84,7 @@ def test_every_node_has_the_reason_that_ruled_it_out():
     assert "8b has the room; 0 of 1 cards are free" in found["full"].reason
     assert "GiB" in found["small"].reason
     assert found["llama"].reason == "it needs the engine vllm, and the node has llamacpp"
-    assert found["offline"].reason == "not connected for 30 s"
-    assert found["refuses"].reason == "not allowed here"
+    assert (found["offline"].reason, found["refuses"].reason) == ("not connected for 30 s", "not allowed here")
     assert found["paused"].reason == "at rest for 30 s: it is outside its owner's hours, its cards stayed too hot"
     here, there = (float(word) for word in found["slower"].reason.replace(",", "").split() if word.replace(".", "").isdigit())
     assert 0 < here < there

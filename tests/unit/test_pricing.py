@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.catalogue import CatalogueEntry
-from potluck_coordinator.domain.pricing import TEMPLATE_TOKENS_ALLOWANCE, charge, charge_for_relayed, fee, hold_amount
+from potluck_coordinator.domain.pricing import TEMPLATE_TOKENS_ALLOWANCE, believable, charge, charge_for_relayed, fee, hold_amount
 from potluck_protocol.values import Endpoint, ModelFile, ModelId, Usage
 
 ENTRY = CatalogueEntry(
@@ -78,3 +78,20 @@ def test_fee_is_rounded_in_the_payees_favour(amount, basis_points, expected):
 def test_fee_refuses_a_rate_that_is_none(basis_points):
     with pytest.raises(ValueError, match="fee_basis_points"):
         fee(10, basis_points)
+
+
+COUNTS = st.integers(-(2**60), 2**60)
+
+
+@given(usage=st.builds(Usage, COUNTS, COUNTS, COUNTS), prompt_tokens_max=COUNTS, completion_tokens_max=COUNTS)
+def test_what_is_believed_is_never_more_than_can_have_been_nor_than_was_said(usage, prompt_tokens_max, completion_tokens_max):
+    believed = believable(usage, prompt_tokens_max, completion_tokens_max)
+    assert 0 <= believed.prompt_token_count <= max(0, prompt_tokens_max) + TEMPLATE_TOKENS_ALLOWANCE
+    assert 0 <= believed.completion_token_count <= max(0, completion_tokens_max)
+    assert 0 <= believed.cached_prompt_token_count <= believed.prompt_token_count <= max(0, usage.prompt_token_count)
+    assert believed.completion_token_count <= max(0, usage.completion_token_count)
+    assert believable(believed, prompt_tokens_max, completion_tokens_max) == believed
+
+
+def test_an_honest_count_is_believed():
+    assert believable(Usage(120, 40, 64), 300, 60) == Usage(120, 40, 64)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from potluck_coordinator.domain.requests import (
     ATTEMPTS_MAX,
+    REFUSALS_MAX,
     Abandoned,
     Broke,
     Completed,
@@ -134,7 +135,8 @@ def test_every_course_runs_one_attempt_at_a_time_settles_each_once_and_ends(even
         settled += effects.count(Settle())
         assert settled <= begun <= settled + 1
         assert (begun - settled == 1) is (course.stage is Stage.RUNNING)
-        assert begun <= ATTEMPTS_MAX
+        assert begun - course.refusal_count <= ATTEMPTS_MAX
+        assert course.refusal_count <= REFUSALS_MAX
         assert before.excluded <= course.excluded
         assert before.node_id is None or course.stage is not Stage.PLACING or before.node_id in course.excluded
         for effect in effects:
@@ -163,3 +165,14 @@ def check(effect, event, course) -> None:
         assert event.said.whole
     if isinstance(effect, End | Finish):
         assert course.stage is Stage.OVER
+
+
+def test_a_refusal_uses_up_no_attempt_and_refusals_have_a_bound_of_their_own():
+    course = Course()
+    for number in range(REFUSALS_MAX):
+        assert course.stage is Stage.PLACING
+        course, _ = advance(course, Dispatched(NodeId(f"n{number}")))
+        course, effects = advance(course, Broke(Failure.REFUSED, NOTHING, 100.0))
+    assert (course.stage, effects) == (Stage.OVER, (Settle(), End(tells_loss=False)))
+    after_two, _ = advance(Course(Stage.RUNNING, 3, 2, NodeId("a")), Broke(Failure.REFUSED, NOTHING, 100.0))
+    assert (after_two.stage, after_two.attempt_count, after_two.refusal_count) == (Stage.PLACING, 2, 3)

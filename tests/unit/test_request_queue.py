@@ -19,7 +19,7 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId
 from tests.support.replicas import roster_of
 from tests.support.request_path import request_by
-from tests.support.request_queue import MODEL, SLOTS, Front, bodies_at, hello_of, status_of, wish
+from tests.support.request_queue import CONTEXT_TOKENS, MODEL, SLOTS, Front, bodies_at, hello_of, status_of, wish
 
 FEW = 10
 """Replicas that are looked at, where there are 300 nodes and 64 requests wait."""
@@ -359,3 +359,21 @@ async def test_one_whose_client_goes_in_the_moment_in_which_it_is_sent_away_harm
     assert front.requests.queues.queued_count(MODEL) == 0
     refused = [task for task in front.asked[SLOTS:] if task.done() and not task.cancelled() and isinstance(task.exception(), PotluckError)]
     assert len(refused) == 2
+
+
+async def test_room_that_is_held_for_one_whose_client_goes_is_free_at_once(front):
+    """Half of a cache that is shared is taken: the one that needs most of it lets smaller ones pass, for a while."""
+    session = await front.joined("a", kv_capacity_tokens=3 * CONTEXT_TOKENS // 2, prefill_tokens_per_second=30_000.0)
+    front.ask(prompt_bytes=4000)
+    await settle()
+    large = front.ask(prompt_bytes=7000)
+    await settle()
+    front.clock.seconds += queues_module.OVERTAKEN_SECONDS_MAX + 0.1
+    front.requests.queues.serve_all()
+    assert front.requests.queues.line(MODEL).held_for is not None
+
+    large.cancel()
+    await settle()
+    front.ask(prompt_bytes=100)
+    await settle()
+    assert bodies_at(session) == [b"0", b"2"]

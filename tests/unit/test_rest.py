@@ -26,7 +26,7 @@ from potluck_node.domain.rest import (
     Word,
     decide,
 )
-from potluck_protocol.values import RestCause
+from potluck_protocol.rest import RestCause
 
 NOW = Moment(round(datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp() * 1000), 1000.0)
 HOUR_MS = 3_600_000

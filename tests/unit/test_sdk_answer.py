@@ -77,6 +77,7 @@ def test_every_call_names_a_method_of_the_contract_and_its_reply():
         calls.list_models(),
         calls.list_nodes(),
         calls.revoke_node(NodeId("n"), ""),
+        calls.set_node_trust(NodeId("n"), trusted=True),
         calls.get_balance(),
         calls.list_statement(1),
         calls.claim_earnings("c"),

@@ -8,6 +8,7 @@ import pytest
 
 from potluck_coordinator.desks import PoolSnapshot, SessionGrant
 from potluck_coordinator.domain.nodes import LivenessLimits
+from potluck_coordinator.gateway.directory_word import DirectoryWord
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
@@ -93,7 +94,7 @@ def fall_silent(session: NodeSession) -> None:
 
 
 def leave(session: NodeSession) -> None:
-    session.leaving = frozenset(session.engines)
+    session.word = DirectoryWord(leaving=frozenset(session.engines))
 
 
 def tell(session: NodeSession, **changes: object) -> None:

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 
 from potluck_coordinator.domain.suspicion import (
     PROBE_PAUSE_MAX_SECONDS,
+    REFUSALS_APART_SECONDS,
+    REFUSALS_MAX,
     WINDOW_SECONDS,
     Standing,
     Suspicion,
     after_failure,
     after_probe,
+    after_refusal,
     after_success,
     is_forgotten,
     probe_is_due,
@@ -56,6 +59,34 @@ def test_a_failure_while_half_open_is_a_failed_probe():
     assert again.standing is Standing.SUSPECTED
     assert not probe_is_due(again, 3.9)
     assert probe_is_due(again, 4.0)
+
+
+def refused(times, *, apart_seconds=1.0, between=lambda suspicion: suspicion):
+    suspicion = Suspicion()
+    for number in range(times):
+        suspicion = between(after_refusal(suspicion, number * apart_seconds))
+    return suspicion
+
+
+def test_a_replica_that_takes_nothing_is_suspected_after_a_few_refusals_and_one_that_answers_between_them_is_not():
+    assert refused(REFUSALS_MAX).standing is Standing.TRUSTED
+    assert refused(REFUSALS_MAX + 1).standing is Standing.SUSPECTED
+    assert refused(50, between=after_success).standing is Standing.TRUSTED
+    assert refused(50, apart_seconds=WINDOW_SECONDS).standing is Standing.TRUSTED
+
+
+def test_what_is_refused_together_counts_once():
+    assert refused(50, apart_seconds=REFUSALS_APART_SECONDS / 50).standing is Standing.TRUSTED
+    assert refused(REFUSALS_MAX + 1, apart_seconds=REFUSALS_APART_SECONDS).standing is Standing.SUSPECTED
+
+
+def test_refusals_excuse_no_failure_and_a_refusal_while_half_open_is_a_failed_probe():
+    once = after_failure(Suspicion(), 0.0)
+    assert after_failure(after_refusal(once, 1.0), 2.0).standing is Standing.SUSPECTED
+    half = after_probe(suspected(), 1.0, succeeded=True)
+    assert after_refusal(half, 2.0) == after_failure(half, 2.0)
+    assert not is_forgotten(after_refusal(Suspicion(), 0.0), 1.0)
+    assert is_forgotten(after_refusal(Suspicion(), 0.0), WINDOW_SECONDS)
 
 
 def test_attempts_that_ran_before_change_nothing_of_a_suspected_one():

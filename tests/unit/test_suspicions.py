@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
-from potluck_coordinator.domain.suspicion import Standing
+from potluck_coordinator.domain.suspicion import REFUSALS_MAX, Standing
+from potluck_coordinator.gateway import probing
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol import codec
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import EndReason, GoodbyeReason
+from potluck_protocol.values import EndReason, GoodbyeReason, NodeState
 from tests.support.judged_pool import JudgedPool
 
 
@@ -95,12 +97,40 @@ async def test_a_bad_probe_is_followed_by_another_after_two_seconds(pool, status
     assert len(node.starts) == 4
 
 
+async def test_a_probe_that_breaks_before_it_is_sent_counts_as_a_bad_one_and_is_not_begun_at_every_look(pool, monkeypatch):
+    made = []
+
+    def broken(*arguments):
+        made.append(arguments)
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(probing, "parse_request", broken)
+    node = await pool.add("node")
+    node.talks = False
+    await suspected(pool, node)
+    assert len(made) == 1
+    await pool.wait(1.5)
+    assert (len(made), standing(pool, node), pool.links._probing.attempt_ids) == (1, Standing.SUSPECTED, set())
+    await pool.wait(1)
+    assert len(made) == 2, "after two seconds, as any bad one"
+
+
+async def test_a_probe_that_nobody_counts_any_more_ends_in_peace(pool):
+    troubles = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context))
+    node = await pool.add("node")
+    node.talks = False
+    probe = await suspected(pool, node)
+    pool.links._probing._running.clear()
+    answer_probe(pool, node, probe)
+    await asyncio.sleep(0.05)
+    assert (troubles, standing(pool, node)) == ([], Standing.HALF_OPEN)
+
+
 @pytest.mark.parametrize(
     ("reason", "blamed"),
     [
         (EndReason.ENGINE_FAILED, True),
-        (EndReason.REFUSED, False),
-        (EndReason.HANDED_BACK, False),
         (EndReason.CANCELLED, False),
         (EndReason.COMPLETED, False),
     ],
@@ -110,6 +140,28 @@ async def test_what_requests_and_owners_do_is_held_against_no_replica(pool, reas
     for _ in range(5):
         ends(pool, node, pool.start(node), reason, blamed=blamed)
     assert standing(pool, node) is Standing.TRUSTED
+
+
+@pytest.mark.parametrize("reason", [EndReason.REFUSED, EndReason.HANDED_BACK])
+async def test_a_replica_that_takes_nothing_though_its_node_serves_is_suspected_and_one_of_a_node_that_rests_is_not(pool, reason):
+    serving, resting = await pool.add("serving"), await pool.add("resting")
+    resting.session.state = NodeState.DRAINING
+    for _ in range(REFUSALS_MAX + 1):
+        assert (standing(pool, serving), standing(pool, resting)) == (Standing.TRUSTED, Standing.TRUSTED)
+        for node in (serving, resting):
+            ends(pool, node, pool.start(node), reason)
+    assert (standing(pool, serving), standing(pool, resting)) == (Standing.SUSPECTED, Standing.TRUSTED)
+
+
+async def test_a_node_that_says_goodbye_to_its_answers_time_after_time_is_suspected(pool):
+    node = await pool.add("node")
+    for _ in range(REFUSALS_MAX + 1):
+        assert standing(pool, node) is Standing.TRUSTED
+        pool.start(node)
+        outbox = node.session.outbox
+        await pool.links.disconnect(node.session, outbox, GoodbyeReason.STOPPING)
+        node = await pool.add("node")
+    assert standing(pool, node) is Standing.SUSPECTED
 
 
 async def test_a_client_that_goes_away_is_held_against_no_replica(pool):

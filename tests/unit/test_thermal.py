@@ -125,9 +125,9 @@ def test_what_the_driver_says_counts_at_once(facts, expected):
         ({"slot_count": 1}, NO_LIMITS, [R.COOL, R.CAP_1, R.CAP_2, R.CAP_3, R.DRAIN, R.PAUSE]),
         ({"slot_count": 2}, NO_LIMITS, [R.COOL, R.CAP_1, R.CAP_2, R.CAP_3, R.HALF, R.DRAIN, R.PAUSE]),
         ({"slot_count": 4}, NO_LIMITS, [R.COOL, R.CAP_1, R.CAP_2, R.CAP_3, R.HALF, R.QUARTER, R.DRAIN, R.PAUSE]),
-        ({"slot_count": 4}, HeatLimits(power_limit_milliwatts=250_000), [R.COOL, R.CAP_3, R.HALF, R.QUARTER, R.DRAIN, R.PAUSE]),
+        ({"slot_count": 4}, HeatLimits(power_limit_milliwatts=230_000), [R.COOL, R.CAP_3, R.HALF, R.QUARTER, R.DRAIN, R.PAUSE]),
         (
-            {"power": PowerRange(250_000, 350_000, 350_000)},
+            {"power": PowerRange(220_000, 350_000, 350_000)},
             NO_LIMITS,
             [R.COOL, R.CAP_1, R.CAP_2, R.HALF, R.QUARTER, R.ONE, R.DRAIN, R.PAUSE],
         ),
@@ -226,13 +226,14 @@ def test_the_lower_of_the_owners_degrees_and_the_cards_counts(owner, own, expect
 @pytest.mark.parametrize(
     ("power", "owner_milliwatts", "base", "caps"),
     [
-        (RTX_3090, None, 350_000, [280_000, 250_000, 220_000]),
-        (RTX_3090, 300_000, 300_000, [280_000, 250_000, 220_000]),
-        (RTX_3090, 220_000, 220_000, []),
+        (RTX_3090, None, 350_000, [280_000, 230_000, 190_000]),
+        (RTX_3090, 300_000, 300_000, [280_000, 230_000, 190_000]),
+        (RTX_3090, 220_000, 220_000, [190_000]),
+        (RTX_3090, 190_000, 190_000, []),
         (RTX_3090, 50_000, 100_000, []),
-        (RTX_3090, 900_000, 350_000, [280_000, 250_000, 220_000]),
-        (PowerRange(100_000, 350_000, 385_000, found_milliwatts=260_000), None, 260_000, [250_000, 220_000]),
-        (PowerRange(200_000, 700_000, 700_000), None, 700_000, [560_000, 500_000, 440_000]),
+        (RTX_3090, 900_000, 350_000, [280_000, 230_000, 190_000]),
+        (PowerRange(100_000, 350_000, 385_000, found_milliwatts=260_000), None, 260_000, [230_000, 190_000]),
+        (PowerRange(200_000, 700_000, 700_000), None, 700_000, [560_000, 460_000, 380_000]),
     ],
 )
 def test_caps_are_shares_of_what_a_card_is_made_for_below_what_its_owner_allows(power, owner_milliwatts, base, caps):

@@ -244,7 +244,7 @@ def test_the_gate_counts_what_is_answered_and_takes_back_what_is_not():
     assert gate.enter(asking(AskedTier.AUTO), ENTRY).request.tier is FLEX
     visits[0].refuse(PotluckError(ErrorCode.QUEUE_FULL))
     visits[0].refuse(PotluckError(ErrorCode.QUEUE_FULL))
-    visits[1].end(Usage(10, 20), 90, 1.0, waited_seconds=2.0)
+    visits[1].end(Usage(10, 20), 20, 90, 1.0, waited_seconds=2.0)
     assert gate.windows.allowance(AccountId("ann")).remaining_count == 1
     assert gate.compliance().hour == PromiseCount(2, 1), "a request that was refused for want of room is a promise that was not kept"
     assert gate.take_untold() == {int(clock.unix_ms() // 3_600_000): PromiseCount(2, 1)}
@@ -253,11 +253,11 @@ def test_the_gate_counts_what_is_answered_and_takes_back_what_is_not():
 
 def test_the_promise_is_not_judged_by_clients_that_go_at_once_nor_by_flex():
     gate = gate_of(MovedClock())
-    gate.enter(asking(AskedTier.DEFAULT), ENTRY).end(None, 0, None, waited_seconds=1.0)
-    gate.enter(asking(AskedTier.FLEX), ENTRY).end(None, 0, None, waited_seconds=100.0)
+    gate.enter(asking(AskedTier.DEFAULT), ENTRY).end(None, 0, 0, None, waited_seconds=1.0)
+    gate.enter(asking(AskedTier.FLEX), ENTRY).end(None, 0, 0, None, waited_seconds=100.0)
     gate.enter(asking(AskedTier.DEFAULT), ENTRY).refuse(PotluckError(ErrorCode.INSUFFICIENT_CREDITS))
     assert gate.compliance().hour == NONE
-    gate.enter(asking(AskedTier.DEFAULT), ENTRY).end(None, 0, None, waited_seconds=6.0)
+    gate.enter(asking(AskedTier.DEFAULT), ENTRY).end(None, 0, 0, None, waited_seconds=6.0)
     assert gate.compliance().hour == PromiseCount(1, 0)
 
 
@@ -270,6 +270,18 @@ def test_a_model_that_is_deployed_as_flex_has_no_default_tier():
     assert gate.windows.allowance(AccountId("ann")).remaining_count == 3
 
 
+def test_who_hangs_up_has_used_the_prompt_and_what_was_relayed():
+    gate = gate_of(MovedClock())
+    quotas = {"tokens_per_day": 1000}
+    visit = gate.enter(asking(AskedTier.FLEX, **quotas), ENTRY)
+    visit.end(None, 40, 160, 1.0, waited_seconds=2.0)
+    (use,) = gate._uses.values()
+    assert (use.token_count, use.pending_tokens, use.running_count) == (visit.request.work.prompt_tokens + 40, 0.0, 0)
+    gate.enter(asking(AskedTier.FLEX, **quotas), ENTRY).end(None, 0, 0, None, waited_seconds=2.0)
+    (after,) = gate._uses.values()
+    assert after.token_count == use.token_count, "before its first token nothing was used"
+
+
 def test_the_gate_holds_a_key_to_its_quotas():
     clock = MovedClock()
     gate = gate_of(clock)
@@ -277,8 +289,8 @@ def test_the_gate_holds_a_key_to_its_quotas():
     with pytest.raises(PotluckError) as refused:
         gate.enter(asking(AskedTier.FLEX, concurrent_max=1, requests_per_day=2), ENTRY)
     assert (refused.value.code, "at a time" in refused.value.message) == (ErrorCode.QUOTA_EXCEEDED, True)
-    first.end(Usage(5, 5), 30, 1.0, waited_seconds=1.0)
-    gate.enter(asking(AskedTier.FLEX, concurrent_max=1, requests_per_day=2), ENTRY).end(None, 0, None, waited_seconds=0.0)
+    first.end(Usage(5, 5), 5, 30, 1.0, waited_seconds=1.0)
+    gate.enter(asking(AskedTier.FLEX, concurrent_max=1, requests_per_day=2), ENTRY).end(None, 0, 0, None, waited_seconds=0.0)
     with pytest.raises(PotluckError) as refused:
         gate.enter(asking(AskedTier.FLEX, concurrent_max=1, requests_per_day=2), ENTRY)
     assert "2 requests a day" in refused.value.message

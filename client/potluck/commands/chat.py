@@ -66,6 +66,9 @@ def chat(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model of the pool (`potluck models`). Else the first that is ready.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens.")] = None,
+    trusted_only: Annotated[
+        bool, typer.Option("--trusted-only", help="Only on nodes that the operator trusts (`potluck nodes`), or not at all.")
+    ] = False,
     url: UrlOption = None,
     api_key_file: KeyFileOption = None,
 ) -> None:
@@ -75,9 +78,9 @@ def chat(
 
     For example: potluck chat "Name three uses for a teapot."
 
-    Or: cat report.txt | potluck chat --max-tokens 100
+    Or: cat report.txt | potluck chat --max-tokens 100 --trusted-only
     """
-    fields = {"max_tokens": max_tokens}
+    fields: dict[str, Any] = {"max_tokens": max_tokens, "trusted_only": trusted_only}
     found = address(url, api_key_file)
     with Client(found.url, found.api_key) as client:
         if prompt is None and sys.stdin.isatty():

@@ -61,7 +61,7 @@ def _run(plan: LocalPoolPlan, line: LiveLine, question: str) -> Audit:
         pool.start()
         line.end()
         operator = pool.transport
-        _, api_key = person_key(operator, "guest", "potluck demo")
+        api_key = person_key(operator, "guest", "potluck demo")
         show(f"\n> {question}")
         with Client(pool.operator.url, api_key) as client:
             answer = stream_answer(client, [{"role": "user", "content": question}], show_part, max_tokens=ANSWER_TOKENS_MAX)

@@ -14,6 +14,7 @@ import typer
 from potluck import catalogue_calls, explain_calls
 from potluck.commands.session import KeyFileOption, UrlOption, connected
 from potluck.commands.terminal import JsonOption, moment, say, show, show_json, show_table
+from potluck.errors import NotFoundError, NotPermittedError, pool_error
 from potluck.explain_calls import CandidateInfo, NodeShare, RequestStory
 from potluck.results import NodeVerdict
 from potluck_protocol.values import ModelId, NodeId, RequestId
@@ -48,7 +49,12 @@ def explain(
             story = transport.unary(explain_calls.explain_request(RequestId(subject)))
             show_json(story) if as_json else _show_story(story)
             return
-        verdicts = transport.unary(catalogue_calls.explain_deployment(ModelId(subject)))
+        try:
+            verdicts = transport.unary(catalogue_calls.explain_deployment(ModelId(subject)))
+        except (NotPermittedError, NotFoundError) as error:
+            # Whoever named a request himself has to say that it is one: the name alone could be a model's.
+            hint = f"{error.message} {subject!r} was taken for a model; of a request: `potluck explain {subject} --request`."
+            raise pool_error(error.code, hint, param=error.param) from error
     show_json(verdicts) if as_json else _show_verdicts(subject, verdicts)
 
 

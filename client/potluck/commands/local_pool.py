@@ -27,8 +27,10 @@ from potluck.errors import PoolError, pool_error
 from potluck.results import NodeInfo
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
+from potluck_protocol.places import NODE_FOLDER
 from potluck_protocol.private_files import read_json
-from potluck_protocol.values import AccountId, EngineState, EngineStatus
+from potluck_protocol.rest import RestCause
+from potluck_protocol.values import AccountId, EngineState, EngineStatus, NodeId
 
 COORDINATOR_START_SECONDS_MAX: Final = 90.0
 JOIN_SECONDS_MAX: Final = 60.0
@@ -55,6 +57,8 @@ class LocalPoolPlan:
     grpc_port: int
     link_port: int
     catalogue: Path | None
+    owner_name: str | None = None
+    """The person for whom the node earns, and who may ask about it; None: the operator."""
 
     @property
     def data_folder(self) -> Path:
@@ -62,7 +66,7 @@ class LocalPoolPlan:
 
     @property
     def node_folder(self) -> Path:
-        return self.folder / "node"
+        return self.folder / NODE_FOLDER
 
 
 class LocalPool:
@@ -161,7 +165,8 @@ class LocalPool:
         self._spawn("node", potluck_command("node", "run", "--url", self.operator.url), environment)
 
     def _join(self, environment: Mapping[str, str]) -> None:
-        invite, _ = make_invite(self.transport, self.operator.url, INVITE_LIFETIME_SECONDS)
+        owner_id = None if self._plan.owner_name is None else _person(self.transport, self._plan.owner_name)
+        invite, _ = make_invite(self.transport, self.operator.url, INVITE_LIFETIME_SECONDS, owner_id)
         try:
             joined = subprocess.run(
                 potluck_command("node", "join", "-", "--name", "local", "--serve"),
@@ -176,6 +181,15 @@ class LocalPool:
             raise self._late("node's joining", JOIN_SECONDS_MAX) from error
         if joined.returncode:
             raise pool_error(ErrorCode.INTERNAL_ERROR, f"The node could not join:\n{(joined.stderr or joined.stdout).strip()}")
+        self._trust()
+
+    def _trust(self) -> None:
+        """Said once, when the node joins: it is this person's own machine, whose coordinator sees every prompt anyway.
+
+        So `--trusted-only` works here at once, and what the operator says later stands at the next start.
+        """
+        node_id = NodeId(str(read_json(self._plan.node_folder / "node.json")["node_id"]))
+        self.transport.unary(calls.set_node_trust(node_id, trusted=True))
 
     def _wait_until_ready(self) -> None:
         started_at = changed_at = time.monotonic()
@@ -186,9 +200,11 @@ class LocalPool:
             if any(model.ready_replica_count for model in self.transport.unary(calls.list_models())):
                 self._line.update("Ready")
                 return
-            engines = _engines(self.transport.unary(calls.list_nodes()))
-            now = time.monotonic()
-            if engines != seen:
+            nodes = tuple(node for node in self.transport.unary(calls.list_nodes()) if node.connection == "connected")
+            engines = tuple(engine for node in nodes for engine in node.engines)
+            rest, now = _rest(nodes), time.monotonic()
+            # A node that rests stands still by somebody's word: that is told, and no failure.
+            if engines != seen or rest is not None:
                 failure_count += _fails(engines) and not _fails(seen)
                 seen, changed_at = engines, now
             if engines and all(engine.state is EngineState.REFUSED for engine in engines):
@@ -197,7 +213,7 @@ class LocalPool:
                 raise pool_error(ErrorCode.ENGINE_FAILED, f"The engine keeps failing: {_failures(engines)}")
             if now - changed_at > STALL_SECONDS_MAX or now - started_at > READY_SECONDS_MAX:
                 raise self._late("model", now - started_at)
-            self._line.update(*_phase(engines))
+            self._line.update(*(rest or _phase(engines)))
             time.sleep(POLL_SECONDS)
 
     def _spawn(self, name: str, command: list[str], environment: Mapping[str, str]) -> Child:
@@ -214,11 +230,14 @@ class LocalPool:
         return pool_error(ErrorCode.INTERNAL_ERROR, f"The {what} was not ready after {seconds:.0f} s.{tails}")
 
 
-def person_key(transport: Transport, name: str, key_name: str) -> tuple[AccountId, str]:
+def person_key(transport: Transport, name: str, key_name: str) -> str:
     """A new API key of the person of that name, who is added where there is none."""
+    return transport.unary(calls.create_key(key_name, account_id=_person(transport, name))).value
+
+
+def _person(transport: Transport, name: str) -> AccountId:
     known = [account for account in transport.unary(calls.list_accounts()) if account.name == name]
-    account = known[0] if known else transport.unary(calls.create_account(name))
-    return account.account_id, transport.unary(calls.create_key(key_name, account_id=account.account_id)).value
+    return (known[0] if known else transport.unary(calls.create_account(name))).account_id
 
 
 def _check_extras() -> None:
@@ -251,16 +270,22 @@ def _announced_pid(data_folder: Path) -> int | None:
     return process_id if isinstance(process_id, int) else None
 
 
-def _engines(nodes: tuple[NodeInfo, ...]) -> tuple[EngineStatus, ...]:
-    return tuple(engine for node in nodes if node.connection == "connected" for engine in node.engines)
-
-
 def _fails(engines: tuple[EngineStatus, ...]) -> bool:
     return any(engine.state is EngineState.BACKING_OFF for engine in engines)
 
 
 def _failures(engines: tuple[EngineStatus, ...]) -> str:
     return "; ".join(f"{engine.model_id}: {engine.failure or engine.state}" for engine in engines if engine.failure or _fails((engine,)))
+
+
+def _rest(nodes: tuple[NodeInfo, ...]) -> tuple[str, str] | None:
+    """What to show of a node that rests; None where none does."""
+    causes = {cause for node in nodes for cause in node.rest_causes}
+    if not causes:
+        return None
+    if causes <= {RestCause.OWNER, RestCause.FIRST_RUN}:
+        return "The node is paused: `potluck node resume`, in another terminal, shares this machine again", ""
+    return "The node rests: `potluck node status`, in another terminal, says why and until when", ""
 
 
 def _phase(engines: tuple[EngineStatus, ...]) -> tuple[str, str]:

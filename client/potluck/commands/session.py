@@ -19,6 +19,7 @@ from potluck.address import API_KEY_VARIABLE, URL_VARIABLE, PoolAddress, pool_ad
 from potluck.errors import NotPermittedError, PoolError, pool_error
 from potluck.transport import Transport
 from potluck_protocol.errors import ErrorCode
+from potluck_protocol.places import LOCAL_POOL_FOLDER, STATE_FOLDER
 from potluck_protocol.private_files import read_json
 
 DATA_DIR_VARIABLE: Final = "POTLUCK_COORDINATOR_DATA_DIR"
@@ -43,7 +44,12 @@ def coordinator_folders() -> tuple[Path, ...]:
     chosen = os.environ.get(DATA_DIR_VARIABLE, "")
     if chosen:
         return (Path(chosen),)
-    return state_home() / "potluck" / "coordinator", state_home() / "potluck" / "up" / "coordinator"
+    return state_home() / STATE_FOLDER / "coordinator", local_pool_folder() / "coordinator"
+
+
+def local_pool_folder() -> Path:
+    """Where `potluck up` keeps its state."""
+    return state_home() / STATE_FOLDER / LOCAL_POOL_FOLDER
 
 
 def local_operator() -> PoolAddress | None:

@@ -14,7 +14,7 @@ from potluck import calls
 from potluck.address import PoolAddress
 from potluck.commands.local_pool import LocalPool, LocalPoolPlan, person_key
 from potluck.commands.progress import LiveLine
-from potluck.commands.session import state_home
+from potluck.commands.session import local_pool_folder
 from potluck.commands.terminal import say, show
 from potluck.errors import CredentialError
 from potluck.transport import Transport
@@ -39,10 +39,11 @@ def up(
 
     The first start fetches the model, about 100 MB; later ones take seconds. Nothing listens beyond this machine. State is kept in
     `$XDG_STATE_HOME/potluck/up`, models in `$XDG_CACHE_HOME/potluck`, or in `agent-2` there beside another node that runs. Logs are beside
-    the state: coordinator.log and node.log of this start, coordinator.log.1 and node.log.1 of the one before.
+    the state: coordinator.log and node.log of this start, coordinator.log.1 and node.log.1 of the one before. While it runs,
+    `potluck node status`, `pause` and `resume` speak to its node.
     """
-    folder = state_home() / "potluck" / "up"
-    plan = LocalPoolPlan(folder, http_port, grpc_port, link_port, catalogue)
+    folder = local_pool_folder()
+    plan = LocalPoolPlan(folder, http_port, grpc_port, link_port, catalogue, owner_name=PERSON)
     try:
         with ended_by_signals(), LiveLine() as line, LocalPool(plan, line) as pool:
             pool.start()
@@ -66,6 +67,9 @@ Potluck is up. Ctrl-C stops it.
 
   OpenAI base URL  {url}/v1
   API key          {api_key}   (also in {key_file})
+
+What the node here earns goes to the same account: `potluck credits`. `potluck node pause` gives you this machine back,
+`potluck node resume` shares it again, `potluck node status` shows what it does.
 
 Three things to try, in another terminal:
 
@@ -102,6 +106,6 @@ def _kept_key(pool: LocalPool, key_file: Path) -> str:
             return api_key
         finally:
             kept.close()
-    _, api_key = person_key(pool.transport, PERSON, KEY_NAME)
+    api_key = person_key(pool.transport, PERSON, KEY_NAME)
     write_private(key_file, api_key.encode() + b"\n")
     return api_key

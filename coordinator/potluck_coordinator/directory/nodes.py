@@ -1,8 +1,8 @@
 """Which nodes there are, how they do, and what they should run.
 
-Decides what ends a node (its owner's leave, a revocation), when one counts as offline, and which of its words call for a new plan;
-`planner` makes it, and `domain.uptime` says what a minute was. What is live is kept in memory, for gateways report it anew every second;
-epochs, ends, uptime and the plan are kept in the books. It must not know links.
+Decides what ends a node (its owner's leave, a revocation), whom the operator may trust, when one counts as offline, and which of its words
+call for a new plan; `planner` makes it, and `domain.uptime` says what a minute was. What is live is kept in memory, for gateways report it
+anew every second; epochs, ends, trust, uptime and the plan are kept in the books. It must not know links.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.node_view import foreign_bytes_known
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
+from potluck_coordinator.domain.trust import trusted_replicas
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
@@ -87,7 +88,7 @@ class Nodes:
                 return
             answering_count = self._asked_count
             self._planned_at = self._now()
-            facts, outcasts = await self._store.run(self._known)
+            facts, outcasts, trusted_nodes = await self._store.run(self._known)
             if self._planner is None:
                 self._planner = await self._kept_plan.planner(self._now())
             planner, self._facts = self._planner, facts
@@ -98,7 +99,8 @@ class Nodes:
                 wishes = await _to_its_end(partial(planner.advance, facts, self._now()))
             except Exception:  # noqa: BLE001 - a fault of the planner's must not keep nodes out, or outcasts in: the last plan holds
                 _log.exception("planning_failed")
-                self._publish(outcasts=outcasts, models=facts.catalogue, flex_models=facts.flex_models)
+                trusted = trusted_replicas(self._board.snapshot.desired, trusted_nodes)
+                self._publish(outcasts=outcasts, models=facts.catalogue, flex_models=facts.flex_models, trusted_replicas=trusted)
                 self._answered_count = answering_count
                 return
             self._standings = None
@@ -113,6 +115,7 @@ class Nodes:
                 replica_payees=wishes.replica_payees,
                 broken_groups=wishes.broken_groups,
                 leaving=wishes.leaving,
+                trusted_replicas=trusted_replicas(desired, trusted_nodes),
             )
             # Only now: whoever was told that it is done before this has failed would wait for what nobody does.
             self._answered_count = answering_count
@@ -141,8 +144,9 @@ class Nodes:
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]:
         """Every node that ever enrolled."""
-        enrolled, totals = await self._store.run(lambda work: (work.nodes.list_all(), work.uptime.totals()))
-        return tuple(self._record(node, *totals.get(node.node_id, (0, 0))) for node in enrolled)
+        enrolled, totals, trusted = await self._store.run(lambda work: (work.nodes.list_all(), work.uptime.totals(), work.nodes.trusted()))
+        records = (self._record(node, *totals.get(node.node_id, (0, 0))) for node in enrolled)
+        return tuple(replace(record, trusted=record.node_id in trusted) for record in records)
 
     async def revoke_node(self, node_id: NodeId, reason: str) -> None:
         """Puts the node out for good; its link ends with the next snapshot that the gateways read. Raises NOT_FOUND."""
@@ -156,6 +160,20 @@ class Nodes:
         _log.info("node_revoked", node_id=node_id, reason=reason)
         self._forget([node_id])
         self._card_foreign_bytes.pop(node_id, None)
+        await self.refresh()
+
+    async def set_node_trust(self, node_id: NodeId, *, trusted: bool) -> None:
+        """The operator's word over an active node; for new requests it counts from the gateways' next snapshot on. Raises NOT_FOUND."""
+
+        def say(work: UnitOfWork) -> None:
+            node = work.nodes.get(node_id)
+            if node is None or node.status is not NodeStatus.ACTIVE:
+                was = f"Node {node_id} is not in the pool any more" if node is not None else f"There is no node {node_id}"
+                raise PotluckError(ErrorCode.NOT_FOUND, f"{was}; see `potluck nodes`.", param="node_id")
+            work.nodes.trust(node_id, self._clock.unix_ms()) if trusted else work.nodes.distrust(node_id)
+
+        await self._store.run(say)
+        _log.info("node_trusted" if trusted else "node_distrusted", node_id=node_id)
         await self.refresh()
 
     async def open_session(self, hello: Hello) -> SessionGrant:
@@ -260,8 +278,8 @@ class Nodes:
         self._card_foreign_bytes[report.node_id] = known
         return LiveNode(report, now, known)
 
-    def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str]]:
-        """What a plan is made from, and who is out."""
+    def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str], frozenset[NodeId]]:
+        """What a plan is made from, who is out, and who is trusted."""
         nodes = work.nodes.list_all()
         # By the last word about each node: an earlier one, of an earlier session above all, holds no more.
         said = [live.report.attempt_counts for live in tuple(self._live.values())]
@@ -275,7 +293,8 @@ class Nodes:
             used_at=dict(self._used_at),
             waiting_counts=self._waiting_counts,
         )
-        return facts, {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}
+        outcasts = {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}
+        return facts, outcasts, work.nodes.trusted()
 
     def _forget_uses(self, planner: Planner) -> None:
         """Of replicas that are no more."""

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from potluck_coordinator.domain.placement import NOT_TRUSTED
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from potluck_coordinator.domain.cost import Cost
     from potluck_coordinator.domain.placement import Candidate, Placement
     from potluck_protocol.values import AccountId, AttemptId, ModelId, NodeId, ReplicaId, RequestId
 
@@ -20,6 +23,10 @@ STEPS_MAX: Final = 32
 """Of one request: three attempts have some four steps each. Beyond it the newest are left out."""
 KEPT_SECONDS: Final = 900.0
 """From a request's arrival: whoever wonders asks within minutes."""
+
+
+TOLD_DIGITS: Final = 2
+"""After the point, of the seconds in which a node's habits are hidden."""
 
 
 class StepKind(StrEnum):
@@ -35,6 +42,12 @@ class StepKind(StrEnum):
     """Elsewhere, from the text so far."""
     RESTARTED = "restarted"
     """Elsewhere, from its beginning: nothing of it had reached the client."""
+    HEDGED = "hedged"
+    """Its first token is late, and another node is asked, too."""
+    NOT_HEDGED = "not_hedged"
+    """Its first token is late, and nobody else is asked."""
+    HEDGE_OVER = "hedge_over"
+    """Which of the two goes on."""
     ANSWERED = "answered"
     BROKE_OFF = "broke_off"
 
@@ -68,9 +81,31 @@ class Story:
         return self if len(self.steps) >= STEPS_MAX else replace(self, steps=(*self.steps, step))
 
 
+def was_refused(story: Story) -> bool:
+    """Whether the pool refused the request, and no node ever had it: such stories cost a client nothing, and come by the thousand."""
+    steps = story.steps
+    return bool(steps) and steps[-1].kind is StepKind.REFUSED and all(step.kind is not StepKind.PLACED for step in steps)
+
+
 def is_over(story: Story, now_seconds: float) -> bool:
     """Whether nobody needs the story any more."""
     return now_seconds - story.arrived_at_seconds > KEPT_SECONDS
+
+
+def told_terms(cost: Cost, *, tells_habits: bool) -> dict[str, float]:
+    """What somebody is told of a cost, in seconds by name: all that adds up to it.
+
+    Where a node is, how it is used and when its owner takes it away are nobody else's affair. They are told together with what the answer
+    takes, and rounded, so that no difference of two numbers gives one of them.
+
+    Args:
+        cost: of a candidate.
+        tells_habits: to the operator and the node's owner.
+    """
+    if tells_habits:
+        return {name.removesuffix("_seconds"): seconds for name, seconds in cost._asdict().items()}
+    rest = cost.line_seconds + cost.writing_seconds + cost.cache_seconds + cost.loss_seconds
+    return {"waiting": cost.waiting_seconds, "reading": cost.reading_seconds, "rest": round(rest, TOLD_DIGITS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +132,12 @@ def replica_records(stories: Iterable[Story], node_id: NodeId) -> dict[ReplicaId
         losses = before.losses if candidate.chosen else before.losses + Counter({candidate.reason: 1})
         records[candidate.replica_id] = ReplicaRecord(before.considered_count + 1, before.chosen_count + candidate.chosen, losses)
     return records
+
+
+def trust_loss_count(stories: Iterable[Story], model_id: ModelId) -> int:
+    """The placements of the model for which replicas were left out because they are not trusted: of these, no more is kept than that."""
+    found = _candidates(story for story in stories if story.model_id == model_id)
+    return sum(candidate.reason == NOT_TRUSTED for candidate in found)
 
 
 def _candidates(stories: Iterable[Story]) -> Iterable[Candidate]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from potluck_protocol.cards import CardTelemetry
-    from potluck_protocol.values import AccountId, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement, RestCause
+    from potluck_protocol.rest import RestCause
+    from potluck_protocol.values import AccountId, EngineStatus, Inventory, NodeId, NodeState, PeerMeasurement
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ that is looked at: a large pool costs no more than a small one. It must not know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from potluck_coordinator.domain.cost import Cost, cache_share, cost
@@ -23,13 +23,14 @@ TIE_SHARE: Final = 0.02
 """Costs that differ by less are the same: nothing is foreseen that well, and all gateways choosing alike would make a herd."""
 CACHE_SHARE_MAX: Final = 0.9
 """Of a cache that its requests share: above it the engine would soon throw work away to go on with other work."""
-BACKLOG_SECONDS_MAX: Final = 0.3
+BACKLOG_SECONDS_MAX: Final = 0.15
 """Of reading may wait at a replica: enough for it never to stand still, and all else waits here, where it can still go elsewhere."""
 EXPLORE_SHARE: Final = 0.01
 """Of requests that are placed as if nothing were cached, so that a beginning which many share comes to be in more than one cache."""
 ROUND_TRIP_SECONDS_GUESS: Final = 0.03
 """Of a line that was not measured."""
 TRIED: Final = "tried before"
+NOT_TRUSTED: Final = "not trusted"
 BUSY: Final = "busy"
 CHOSEN: Final = "chosen"
 _LEAST: Final = Work(1.0, 1.0)
@@ -58,7 +59,11 @@ class ReplicaView:
     """What its engine was really started with, prompt and answer together; 0: it does not say."""
     half_open: bool = False
     """It failed, and gets one request at a time until it has answered one: `slot_count` says so, too."""
+    withheld_slot_count: int = 0
+    """Slots beside those in `slot_count` that stay empty, since a larger batch would be too slow (`pace`)."""
     owner_account_id: AccountId = _NO_ACCOUNT
+    is_trusted: bool = False
+    """By the operator's word over every node that has a part in it (`trust`)."""
     engine_kind: str = ""
     kv_capacity_tokens: int = 0
     """What its cache holds; 0: nobody says."""
@@ -113,6 +118,7 @@ def likeness(replica: ReplicaView) -> tuple[object, ...]:
         replica.drained,
         replica.context_length_tokens,
         replica.engine_kind,
+        replica.is_trusted,
     )
 
 
@@ -178,6 +184,8 @@ def rejection(
     excluded: frozenset[NodeId],
     tokens_min: int = 0,
     engine_kinds: frozenset[str] | None = None,
+    *,
+    trusted_only: bool = False,
 ) -> str | None:
     """Why the replica cannot take the request at all, whatever its load; None if it can.
 
@@ -187,9 +195,12 @@ def rejection(
         excluded: where it must not go.
         tokens_min: what there has to be room for.
         engine_kinds: those that can do what it asks; None: any.
+        trusted_only: it demands trusted nodes.
     """
     if replica.node_id in excluded:
         return TRIED
+    if trusted_only and not replica.is_trusted:
+        return NOT_TRUSTED
     if (reason := hurdle(replica)) is not None:
         return reason
     if endpoint not in replica.endpoints:
@@ -224,6 +235,15 @@ def is_free(replica: ReplicaView) -> bool:
 def has_slot(replica: ReplicaView) -> bool:
     """Whether there is a request that the replica would take now, were it quickly read."""
     return replica.in_flight_count < replica.slot_count and hurdle(replica) is None and not lacks_room(replica, _LEAST)
+
+
+def has_slot_for_broken(replica: ReplicaView) -> bool:
+    """Whether an answer that has lost its node could go on there: sooner with slots that stay empty for their pace than not at all."""
+    return has_slot(replica if not replica.withheld_slot_count else _with_all_slots(replica))
+
+
+def _with_all_slots(replica: ReplicaView) -> ReplicaView:
+    return replace(replica, slot_count=replica.slot_count + replica.withheld_slot_count, withheld_slot_count=0)
 
 
 def is_behind(replica: ReplicaView) -> bool:

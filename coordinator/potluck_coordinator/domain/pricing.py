@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from potluck_protocol.values import Usage
+
 if TYPE_CHECKING:
     from potluck_coordinator.domain.catalogue import CatalogueEntry
-    from potluck_protocol.values import Usage
 
 TEMPLATE_TOKENS_ALLOWANCE: Final = 256
 """What a chat template may add to the prompt's own bytes: roles, separators and a default system message."""
@@ -33,6 +34,22 @@ def hold_amount(entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max:
     completion_tokens = context if completion_tokens_max is None else min(max(0, completion_tokens_max), context)
     return (
         prompt_tokens * entry.prompt_price_micro_credits + completion_tokens * max(1, answer_count) * entry.completion_price_micro_credits
+    )
+
+
+def believable(usage: Usage, prompt_tokens_max: int, completion_tokens_max: int) -> Usage:
+    """An engine's counts, cut at what the request and what came of its answer can have had: a node's word is never worth more.
+
+    Args:
+        usage: as the engine counted.
+        prompt_tokens_max: bytes of all that it had to read.
+        completion_tokens_max: what its answer's own bytes allow.
+    """
+    prompt_tokens = min(max(0, usage.prompt_token_count), max(0, prompt_tokens_max) + TEMPLATE_TOKENS_ALLOWANCE)
+    return Usage(
+        prompt_token_count=prompt_tokens,
+        completion_token_count=min(max(0, usage.completion_token_count), max(0, completion_tokens_max)),
+        cached_prompt_token_count=min(max(0, usage.cached_prompt_token_count), prompt_tokens),
     )
 
 

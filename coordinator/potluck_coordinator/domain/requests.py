@@ -1,8 +1,10 @@
 """What becomes of a request when an attempt at it fails: it goes on elsewhere, begins anew, is finished here, or ends.
 
-Decides over one request as a state machine: events in, effects out. At most one attempt runs at a time, every attempt is settled once, a
-node that failed is not asked again, and after `ATTEMPTS_MAX` attempts or the deadline it is over. Whether an answer may be continued at
-all is `continuing`'s to say; it comes here as a fact. It must not know links, holds, queues or what was asked.
+Decides over one request as a state machine: events in, effects out. One attempt runs at a time, every attempt is settled once, a node that
+failed is not asked again, and after `ATTEMPTS_MAX` attempts, `REFUSALS_MAX` refusals or the deadline it is over. Only until the first token
+another may run beside it, the hedge: whichever gives its first token first is the attempt that runs, and the other is dropped. Whether an
+answer may be continued at all is `continuing`'s to say, whether hedging is worth it `hedging`'s; it comes here as a fact. It must not know
+links, holds, queues or what was asked.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from potluck_coordinator.domain.hedging import HedgeEnd
 from potluck_protocol.errors import ErrorCode
 
 if TYPE_CHECKING:
     from potluck_protocol.values import NodeId
 
 ATTEMPTS_MAX: Final = 3
-"""Of one request, those included that a node would not take."""
+"""Of one request, a hedge included. What a node would not take was none: nothing was done."""
+REFUSALS_MAX: Final = 8
+"""Of one request; who refuses time after time is suspected meanwhile, and others come before it."""
 
 
 class Stage(StrEnum):
@@ -73,6 +78,7 @@ class Course:
 
     stage: Stage = Stage.PLACING
     attempt_count: int = 0
+    refusal_count: int = 0
     node_id: NodeId | None = None
     """Whose attempt runs."""
     excluded: frozenset[NodeId] = frozenset()
@@ -80,6 +86,10 @@ class Course:
     """An attempt that had begun failed: the client is told of that, not of what came after."""
     continuing: bool = False
     """What is placed or runs goes on behind text that has reached the client."""
+    hedge_node_id: NodeId | None = None
+    """Whose second attempt runs beside it."""
+    was_hedged: bool = False
+    """Once is all that a request gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,28 @@ class Broke:
 
 
 @dataclass(frozen=True, slots=True)
+class Hedged:
+    """A second attempt runs beside the first."""
+
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The attempt that runs has given its first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outrun:
+    """The hedge has given its first token, and the attempt that runs has not."""
+
+
+@dataclass(frozen=True, slots=True)
+class HedgeBroke:
+    """The hedge has failed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completed:
     """The attempt that runs has come to its good end."""
 
@@ -114,7 +146,7 @@ class Abandoned:
     """Nobody waits for the answer any more."""
 
 
-Event = Dispatched | Unplaced | Broke | Completed | Abandoned
+Event = Dispatched | Unplaced | Broke | Hedged | Began | Outrun | HedgeBroke | Completed | Abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +164,20 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class DropHedge:
+    """Cancel the hedge: nothing of it is paid or held against its node."""
+
+    end: HedgeEnd
+
+
+@dataclass(frozen=True, slots=True)
+class TakeHedge:
+    """The hedge is the attempt that runs from now on."""
+
+    end: HedgeEnd
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Say what is missing at the end of a whole answer."""
 
@@ -146,7 +192,13 @@ class End:
     """Why nobody goes on with the answer, where its text is the reason."""
 
 
-Effect = Settle | Place | Finish | End
+Effect = Settle | Place | DropHedge | TakeHedge | Finish | End
+
+
+def may_be_hedged(course: Course) -> bool:
+    """Whether a second attempt may begin beside the one that runs. After a loss the tries that are left are kept for losses."""
+    unhurt = not (course.was_hedged or course.was_lost or course.continuing)
+    return course.stage is Stage.RUNNING and unhurt and course.attempt_count < ATTEMPTS_MAX
 
 
 def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
@@ -165,15 +217,36 @@ def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
             return _over(course), (End(tells_loss=course.was_lost),)
         case Stage.PLACING, Abandoned():
             return _over(course), ()
-        case Stage.RUNNING, Completed() | Abandoned():
-            return _over(course), (Settle(),)
+        case Stage.RUNNING, Completed():
+            return _over(course), (*_dropped(course, HedgeEnd.LOST), Settle())
+        case Stage.RUNNING, Abandoned():
+            return _over(course), (*_dropped(course, HedgeEnd.GIVEN_UP), Settle())
         case Stage.RUNNING, Broke():
             return _after_break(course, event)
+        case Stage.RUNNING, Hedged() | Began() | Outrun() | HedgeBroke():
+            return _in_the_race(course, event)
         case _:
             raise ValueError(f"{type(event).__name__} at the stage {course.stage}")
 
 
+def _in_the_race(course: Course, event: Hedged | Began | Outrun | HedgeBroke) -> tuple[Course, tuple[Effect, ...]]:
+    alone = replace(course, hedge_node_id=None)
+    match event:
+        case Hedged(node_id) if may_be_hedged(course) and node_id not in course.excluded | {course.node_id}:
+            return replace(course, hedge_node_id=node_id, was_hedged=True, attempt_count=course.attempt_count + 1), ()
+        case Began():
+            return alone, _dropped(course, HedgeEnd.LOST)
+        case Outrun() if course.hedge_node_id is not None:
+            return replace(alone, node_id=course.hedge_node_id), (Settle(), TakeHedge(HedgeEnd.WON))
+        case HedgeBroke() if course.hedge_node_id is not None:
+            return replace(alone, excluded=course.excluded | {course.hedge_node_id}), _dropped(course, HedgeEnd.FAILED)
+        case _:
+            raise ValueError(f"{type(event).__name__} at the stage {course.stage}, hedged: {course.hedge_node_id is not None}")
+
+
 def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ...]]:
+    if course.hedge_node_id is not None:
+        return _after_hedged_break(course, broke)
     assert course.node_id is not None, "an attempt runs somewhere"
     failure, said = broke.failure, broke.said
     excluded = course.excluded | {course.node_id}
@@ -183,7 +256,10 @@ def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ..
         return _over(course), (Settle(), Finish())
     # Of a body that was made here to go on, the client knows nothing.
     tells_loss = course.was_lost and (failure in {Failure.REFUSED, Failure.LOST} or (failure is Failure.UNFIT and course.continuing))
-    if failure in {Failure.FATAL, Failure.UNFIT} or course.attempt_count >= ATTEMPTS_MAX or broke.seconds_left <= 0:
+    if failure is Failure.REFUSED and not said.anything:
+        course = replace(course, attempt_count=course.attempt_count - 1, refusal_count=course.refusal_count + 1)
+    is_spent = course.attempt_count >= ATTEMPTS_MAX or course.refusal_count >= REFUSALS_MAX or broke.seconds_left <= 0
+    if failure in {Failure.FATAL, Failure.UNFIT} or is_spent:
         return _over(course), (Settle(), End(tells_loss))
     if said.anything and said.why_not is not None:
         return _over(course), (Settle(), End(tells_loss, said.why_not))
@@ -191,5 +267,21 @@ def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ..
     return on, (Settle(), Place(excluded, continuing=said.anything))
 
 
+def _after_hedged_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ...]]:
+    """The hedge goes on alone where the request would have begun anew; otherwise it ends with the first attempt."""
+    alone = replace(course, hedge_node_id=None)
+    if broke.failure in {Failure.REFUSED, Failure.LOST} and not broke.said.anything and broke.seconds_left > 0:
+        assert course.node_id is not None, "an attempt runs somewhere"
+        excluded, was_lost = course.excluded | {course.node_id}, course.was_lost or broke.failure is Failure.LOST
+        taken = replace(alone, node_id=course.hedge_node_id, excluded=excluded, was_lost=was_lost)
+        return taken, (Settle(), TakeHedge(HedgeEnd.REPLACED))
+    on, effects = _after_break(alone, broke)
+    return on, (*_dropped(course, HedgeEnd.LOST if broke.said.anything else HedgeEnd.GIVEN_UP), *effects)
+
+
+def _dropped(course: Course, end: HedgeEnd) -> tuple[Effect, ...]:
+    return () if course.hedge_node_id is None else (DropHedge(end),)
+
+
 def _over(course: Course) -> Course:
-    return replace(course, stage=Stage.OVER, node_id=None)
+    return replace(course, stage=Stage.OVER, node_id=None, hedge_node_id=None)

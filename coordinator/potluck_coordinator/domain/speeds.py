@@ -45,6 +45,10 @@ class Speeds(NamedTuple):
     prefill_sample_count: int = 0
     decode_sample_count: int = 0
     learned_at_seconds: float = 0.0
+    batch_mean: float = 0.0
+    """In which it was seen to write lately: the line over the batch is known best there."""
+    told_token_seconds: float = 0.0
+    """Of one client alone, by its node's word; 0: it says nothing."""
 
     def decode_seconds(self, batch: float) -> float:
         """Of one token in a batch of so many requests."""
@@ -70,17 +74,18 @@ def prior(prefill_tokens_per_second: float | None, decode_tokens_per_second: flo
     """Where learning starts: what the node says of one client alone, or a guess."""
     prefill = _within(prefill_tokens_per_second or PREFILL_TOKENS_PER_SECOND_GUESS, PREFILL_TOKENS_PER_SECOND_BOUNDS)
     token_seconds = 1 / _within(decode_tokens_per_second or DECODE_TOKENS_PER_SECOND_GUESS, DECODE_TOKENS_PER_SECOND_BOUNDS)
-    return Speeds(prefill, token_seconds * (1 - EACH_SHARE_GUESS), token_seconds * EACH_SHARE_GUESS)
+    told = token_seconds if decode_tokens_per_second else 0.0
+    return Speeds(prefill, token_seconds * (1 - EACH_SHARE_GUESS), token_seconds * EACH_SHARE_GUESS, told_token_seconds=told)
 
 
 def learned(known: Speeds, seen: AttemptTimes, now: float) -> Speeds:
     """What is known after one more attempt."""
     freshness = 0.5 ** (max(0.0, now - known.learned_at_seconds) / HALF_LIFE_SECONDS)
     prefill, prefill_count = _prefill(known, seen, freshness)
-    base, each, decode_count = _decode(known, seen, freshness)
+    base, each, decode_count, batch = _decode(known, seen, freshness)
     if (prefill_count, decode_count) == (known.prefill_sample_count, known.decode_sample_count):
         return known
-    return Speeds(prefill, base, each, prefill_count, decode_count, now)
+    return Speeds(prefill, base, each, prefill_count, decode_count, now, batch, known.told_token_seconds)
 
 
 def _prefill(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float, int]:
@@ -97,17 +102,19 @@ def _prefill(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float
     return 1 / ((1 - gain) / rate + gain / sample), count + 1
 
 
-def _decode(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float, float, int]:
+def _decode(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float, float, int, float]:
     base, each, count = known.decode_base_seconds, known.decode_each_seconds, known.decode_sample_count
     if seen.answer_tokens < DECODE_SAMPLE_TOKENS_MIN or seen.answer_seconds < SECONDS_MIN:
-        return base, each, count
+        return base, each, count, known.batch_mean
     slowest, fastest = 1 / DECODE_TOKENS_PER_SECOND_BOUNDS[0], 1 / DECODE_TOKENS_PER_SECOND_BOUNDS[1]
     sample = _within(seen.answer_seconds / (seen.answer_tokens - 1), (fastest, slowest))
     surprise = sample - known.decode_seconds(seen.batch_mean)
     # Least squares by normalised steps: along the line's own two directions, so that different batches tell base and slope apart.
     lean = seen.batch_mean / _BATCH_SCALE
-    step = _gain(count, freshness, is_slower=surprise > 0) * surprise / (1 + lean * lean)
-    return max(fastest / 2, base + step), max(0.0, each + step * lean / _BATCH_SCALE), count + 1
+    gain = _gain(count, freshness, is_slower=surprise > 0)
+    step = gain * surprise / (1 + lean * lean)
+    batch = known.batch_mean + gain * (seen.batch_mean - known.batch_mean) if count else seen.batch_mean
+    return max(fastest / 2, base + step), max(0.0, each + step * lean / _BATCH_SCALE), count + 1, batch
 
 
 def _gain(sample_count: int, freshness: float, *, is_slower: bool) -> float:

@@ -1,8 +1,9 @@
-"""One answer as an edge reads it: made of one attempt, or of several where nodes fail on the way, and the client sees one.
+"""One answer as an edge reads it: made of one attempt, or of several where nodes fail or are late, and the client sees one.
 
 Decides nothing over what follows a failure: that is `domain.requests`, whose effects are carried out here. Until an attempt fails, bytes
-go through as its engine sent them; a later attempt's are fitted to them by `splice`. What the client has got is kept in `so_far`. It must
-not know who reads it, `http_inference` or `inference_servicer`, nor how attempts are placed and paid.
+go through as its engine sent them; a later attempt's are fitted to them by `splice`. What the client has got is kept in `so_far`. Until the
+first token a second attempt may run in a `race` beside the one that is read; nobody reads it before it is the one. It must not know who
+reads the answer, `http_inference` or `inference_servicer`, nor how attempts are placed and paid.
 """
 
 from __future__ import annotations
@@ -15,24 +16,31 @@ import structlog
 
 from potluck_coordinator.domain.continuing import said
 from potluck_coordinator.domain.decisions import StepKind
+from potluck_coordinator.domain.hedging import HedgeEnd
 from potluck_coordinator.domain.requests import (
     Abandoned,
+    Began,
     Broke,
     Completed,
     Course,
     Dispatched,
+    DropHedge,
     End,
     Failure,
     Finish,
+    Outrun,
     Place,
     Said,
     Settle,
     Stage,
+    TakeHedge,
     Unplaced,
     advance,
     failure_of,
+    may_be_hedged,
 )
 from potluck_coordinator.gateway.inference_request import Continued
+from potluck_coordinator.gateway.race import Race
 from potluck_coordinator.gateway.so_far import SoFar
 from potluck_coordinator.gateway.splice import Splice, made_end, usage_together
 from potluck_coordinator.gateway.tier_mark import marked
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.requests import Effect, Event
     from potluck_coordinator.gateway.attempt import Attempt
     from potluck_coordinator.gateway.decisions import Note
+    from potluck_coordinator.gateway.hedging import Hedge
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.relay import PassOn
     from potluck_protocol.clock import Clock
@@ -60,6 +69,8 @@ _STEPS: Final = {True: StepKind.CONTINUED, False: StepKind.RESTARTED}
 
 BeginAttempt: TypeAlias = "Callable[[InferenceRequest, frozenset[NodeId]], Awaitable[Attempt]]"
 """A dispatched attempt on none of these nodes, at once or after waiting for a slot; raises PotluckError where there is none."""
+BeginHedge: TypeAlias = "Callable[[InferenceRequest, Attempt, frozenset[NodeId]], Hedge | None]"
+"""A dispatched second attempt beside one that is late, on another node and none of these; None: it is not worth it."""
 
 
 class Answer:
@@ -71,6 +82,7 @@ class Answer:
         clock: for the deadline.
         on_closed: called once, when it is over.
         note: keeps what became of it, for people who ask why.
+        begin_hedge: starts a second attempt where the first token is late.
     """
 
     def __init__(
@@ -78,14 +90,18 @@ class Answer:
         request: InferenceRequest,
         begin: BeginAttempt,
         clock: Clock,
+        *,
         on_closed: Callable[[Answer], None] = lambda _: None,
         note: Note = lambda *_facts, **_names: None,
+        begin_hedge: BeginHedge = lambda *_: None,
     ) -> None:
         self._request = request
         self._begin = begin
         self._clock = clock
         self._on_closed = on_closed
         self._note = note
+        self._begin_hedge = begin_hedge
+        self._race = Race(self._hedge_of, self._perform, note)
         self._course = Course()
         self._attempt: Attempt | None = None
         self._deadline_at: float | None = None
@@ -105,6 +121,8 @@ class Answer:
         self.charge_micro_credits = 0
         """Of all its attempts that are over."""
         self._has_begun = False
+        self._is_kept_alive = False
+        """The client has got bytes, and none that say anything: what comes next is its first."""
         self.first_token_at_seconds: float | None = None
         """Monotonic; of an unstreamed answer when its first attempt was dispatched, for its tokens come together."""
 
@@ -117,6 +135,16 @@ class Answer:
     def tier(self) -> ServiceTier:
         """The one it is served in."""
         return self._request.tier
+
+    @property
+    def hedge(self) -> Hedge | None:
+        """The second attempt that ran beside the first until one had its first token, if any did."""
+        return self._race.hedge
+
+    @property
+    def token_count(self) -> int:
+        """Of what has reached the client of a stream, as it was paid."""
+        return self._token_count
 
     @property
     def node_id(self) -> NodeId:
@@ -140,7 +168,7 @@ class Answer:
             attempt = self._attempt
             assert attempt is not None, "it runs"
             try:
-                data = await attempt.next_data(pass_on if self._splice is None else self._spliced(pass_on))
+                data = await attempt.next_data(None if self._is_kept_alive else pass_on if self._splice is None else self._spliced(pass_on))
             except PotluckError as error:
                 await self._recover(attempt, error)
                 # The connection may have been full when the attempt broke.
@@ -152,7 +180,7 @@ class Answer:
             if self._splice is not None:
                 data = self._splice.passed(data)
             if data:
-                return data if self._has_begun else self._beginning(data)
+                return data if self._has_begun else await self._beginning(data, attempt)
             pass_on = None
         made_end, self._made_end = self._made_end, None
         return made_end
@@ -165,9 +193,14 @@ class Answer:
             on_closed, self._on_closed = self._on_closed, lambda _: None
             on_closed(self)
 
-    def _beginning(self, data: bytes) -> bytes:
-        """The first bytes for the client, with the tier in them."""
-        self._has_begun = True
+    async def _beginning(self, data: bytes, attempt: Attempt) -> bytes:
+        """The first bytes for the client, with the tier in them. What only keeps its connection alive is passed on before."""
+        if not attempt.has_begun:
+            self._is_kept_alive = True
+            return data
+        self._has_begun, self._is_kept_alive = True, False
+        self._race.stop()
+        await self._perform(Began())
         if self._request.stream:
             self.first_token_at_seconds = self._clock.monotonic_seconds()
         return self._with_tier(data)
@@ -188,37 +221,44 @@ class Answer:
 
         return passed
 
-    async def _go_on(self, place: Place | None) -> None:
-        """Starts attempts until one has begun a good answer, or nothing is left to answer; raises what ends the request."""
-        while place is not None:
-            try:
-                attempt = await self._begin(self._asked_of(place), place.excluded)
-            except PotluckError as error:
-                # Raises: without a replica there is nothing else to do.
-                await self._perform(Unplaced(), error=error)
-                return
+    async def _go_on(self, step: Place | TakeHedge | None) -> None:
+        """Starts or takes attempts until one has begun a good answer, or nothing is left to answer; raises what ends the request."""
+        while step is not None:
+            if isinstance(step, TakeHedge):
+                attempt = self._race.take(step.end)
+            else:
+                try:
+                    attempt = await self._begin(self._asked_of(step), step.excluded)
+                except PotluckError as error:
+                    # Raises: without a replica there is nothing else to do.
+                    await self._perform(Unplaced(), error=error)
+                    return
+                self._course, _ = advance(self._course, Dispatched(attempt.node_id))
             self._started(attempt)
             try:
                 await attempt.open()
             except PotluckError as error:
-                place = await self._next_place(attempt, error)
+                step = await self._next_step(attempt, error)
             else:
-                self.node_ids += (attempt.node_id,)
+                # Whoever was outrun had no part in it.
+                self.node_ids = (*(() if step == TakeHedge(HedgeEnd.WON) else self.node_ids), attempt.node_id)
                 return
 
     async def _recover(self, attempt: Attempt, error: PotluckError) -> None:
-        await self._go_on(await self._next_place(attempt, error))
+        await self._go_on(await self._next_step(attempt, error))
 
-    async def _next_place(self, attempt: Attempt, error: PotluckError) -> Place | None:
-        """After an attempt has failed: where the next one is to be; None where the answer was whole. Raises what ends the request."""
+    async def _next_step(self, attempt: Attempt, error: PotluckError) -> Place | TakeHedge | None:
+        """After an attempt has failed or was outrun: what comes next; None where the answer was whole. Raises what ends the request."""
+        if attempt.was_outrun:
+            return await self._perform(Outrun())
         judged = self._said(attempt)
         failure = failure_of(error.code, for_good=attempt.broken_off)
         assert self._deadline_at is not None, "an attempt ran"
         seconds_left = self._deadline_at - self._clock.monotonic_seconds()
         self._note(StepKind.FAILED, error.message, node_id=attempt.node_id, attempt_id=attempt.attempt_id)
-        place: Place | None = None
+        step: Place | TakeHedge | None = None
         try:
-            place = await self._perform(Broke(failure, judged, seconds_left), error=error, whole=judged.whole)
+            step = await self._perform(Broke(failure, judged, seconds_left), error=error, whole=judged.whole)
         finally:
             if failure is Failure.LOST:
                 _log.warning(
@@ -228,17 +268,18 @@ class Answer:
                     node_id=attempt.node_id,
                     code=error.code,
                     tokens_relayed=attempt.relayed_token_count,
-                    follows=_STEPS[place.continuing] if place is not None else "finished" if judged.whole else "failed",
+                    follows=_following(step) or ("finished" if judged.whole else "failed"),
                 )
         if self._course.was_lost and self._loss is None:
             self._loss = error
-        if place is not None:
-            self._note(_STEPS[place.continuing], f"after {self._token_count} tokens" if place.continuing else "")
-        return place
+        if isinstance(step, Place):
+            self._note(_STEPS[step.continuing], f"after {self._token_count} tokens" if step.continuing else "")
+        return step
 
     def _started(self, attempt: Attempt) -> None:
-        self._course, _ = advance(self._course, Dispatched(attempt.node_id))
         self._attempt = attempt
+        if may_be_hedged(self._course):
+            self._race.watch(attempt, self._course.excluded)
         if self._request.stream:
             attempt.keep = self._so_far.add
         if self._deadline_at is None:
@@ -247,19 +288,24 @@ class Answer:
         if self._so_far.head is not None:
             self._splice = Splice(self._so_far.head, attempt.tokens_before, role_shown=self._so_far.role_shown)
 
-    async def _perform(self, event: Event, *, error: PotluckError | None = None, whole: bool = False) -> Place | None:
+    def _hedge_of(self, late: Attempt, excluded: frozenset[NodeId]) -> Hedge | None:
+        return self._begin_hedge(replace(self._request, deadline_at_seconds=self._deadline_at), late, excluded)
+
+    async def _perform(self, event: Event, *, error: PotluckError | None = None, whole: bool = False) -> Place | TakeHedge | None:
         """Carries out what an event leads to; raises the error that ends the request."""
         self._course, effects = advance(self._course, event)
-        place: Place | None = None
+        step: Place | TakeHedge | None = None
         for effect in effects:
-            place = await self._carry_out(effect, error, whole=whole)
-        return place
+            step = await self._carry_out(effect, error, whole=whole)
+        return step
 
-    async def _carry_out(self, effect: Effect, error: PotluckError | None, *, whole: bool) -> Place | None:
+    async def _carry_out(self, effect: Effect, error: PotluckError | None, *, whole: bool) -> Place | TakeHedge | None:
         match effect:
             case Settle():
                 await self._settle(whole=whole)
-            case Place():
+            case DropHedge(end):
+                await self._race.drop(end)
+            case Place() | TakeHedge():
                 return effect
             case Finish():
                 self._made_end = self._end_of_whole()
@@ -272,6 +318,7 @@ class Answer:
         """Pays the attempt; its slot is free and its node told before anything else is tried."""
         attempt = self._attempt
         assert attempt is not None, "only an attempt is settled"
+        self._race.stop()
         await attempt.close(whole=whole)
         self._token_count = attempt.tokens_before + attempt.relayed_token_count
         self.charge_micro_credits += attempt.charge_micro_credits
@@ -325,6 +372,12 @@ class Answer:
         if loss is not error and self._course.continuing:
             return _with_words(loss, f"{loss.message} Nobody could go on with the answer: {error.message}")
         return loss
+
+
+def _following(step: Place | TakeHedge | None) -> str | None:
+    if isinstance(step, TakeHedge):
+        return step.end
+    return None if step is None else _STEPS[step.continuing]
 
 
 def _with_words(error: PotluckError, message: str) -> PotluckError:

@@ -2,8 +2,9 @@
 
 Decides when the attempt is over and what it came to: by the engine's own usage record where the answer is complete and has one, else by
 the tokens relayed of a stream; an unstreamed answer without a record costs nothing. Of one that went on from another's text, that text is
-no part of its price: who said it was paid for it. Nothing reaches the client before the hold stands. It must not know who reads it, nor
-what becomes of the request when it fails: `answer`.
+no part of its price: who said it was paid for it. Nothing reaches the client before the hold stands; a hedge has none before it is read, so
+that no client has to have the price of an answer twice. It must not know who reads it, nor what becomes of the request when it fails:
+`answer`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
-from potluck_coordinator.domain.pricing import charge, charge_for_relayed
+from potluck_coordinator.domain.pricing import believable, charge, charge_for_relayed
 from potluck_coordinator.gateway.engine_errors import engine_error
 from potluck_coordinator.gateway.splice import own_usage
 from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
@@ -53,9 +54,11 @@ class Attempt:
         relay: the bytes.
         deadline_at_seconds: monotonic; the request's, for all its attempts.
         hold_micro_credits: the most it can cost.
-        hold: becomes the outcome of opening the hold.
+        hold: becomes the outcome of opening the hold; None: there is none before the attempt is opened.
         ledger: where the settlement goes.
         release: gives the slot back; called once.
+        take: opens the hold of one that has none.
+        late_after_seconds: from its dispatch; without a first token by then it may be hedged. None: never.
     """
 
     def __init__(
@@ -67,15 +70,18 @@ class Attempt:
         relay: Relay,
         deadline_at_seconds: float,
         hold_micro_credits: int,
-        hold: asyncio.Future[LedgerOutcome],
+        hold: asyncio.Future[LedgerOutcome] | None,
         ledger: LedgerWriter,
         release: Callable[[], None],
+        take: Callable[[], asyncio.Future[LedgerOutcome]] | None = None,
+        late_after_seconds: float | None = None,
     ) -> None:
         self._request = request
         self._entry = entry
         self._relay = relay
         self._hold_micro_credits = hold_micro_credits
-        self._hold = hold
+        self._hold: asyncio.Future[LedgerOutcome] | None = None
+        self._take = take
         self._ledger = ledger
         self._release = release
         self._watcher = UsageWatcher(keep_usage_event=request.include_usage)
@@ -86,7 +92,11 @@ class Attempt:
         """Told of everything streamed, as it goes to the client; on the hot path of every token."""
         self.broken_off = False
         """By this side, and for good: no other attempt is to follow."""
-        hold.add_done_callback(self._hold_decided)
+        self.was_outrun = False
+        """By a hedge that gave its first token first."""
+        self.late_after_seconds = late_after_seconds
+        if hold is not None:
+            self._stand_on(hold)
         self.node_id = node_id
         self.deadline_at_seconds = deadline_at_seconds
         self.document = b""
@@ -109,6 +119,16 @@ class Attempt:
     def is_whole(self) -> bool:
         """It came to its end, and its engine lived to count its tokens."""
         return self._complete and (not self._request.stream or self._watcher.usage is not None)
+
+    @property
+    def has_begun(self) -> bool:
+        """Its first bytes that say something have come, whoever has read them."""
+        return self._relay.first_chunk_at is not None
+
+    @property
+    def chunk_count(self) -> int:
+        """Of what has come from its node: about a token each, read or not."""
+        return self._relay.next_sequence
 
     @property
     def relayed_token_count(self) -> int:
@@ -138,10 +158,11 @@ class Attempt:
             PotluckError: what became of the attempt instead, INSUFFICIENT_CREDITS, or the engine's own refusal.
         """
         head = await self._relay.wait_for_head()
+        hold = self._hold or self._taken()
         try:
             # Shielded: a client that goes away must not cancel what says whether there is something to settle.
             async with asyncio.timeout(HOLD_SECONDS_MAX):
-                outcome = await asyncio.shield(self._hold)
+                outcome = await asyncio.shield(hold)
         except TimeoutError:
             # Not COORDINATOR_UNAVAILABLE: the request has run, and must not look like one that can safely be made again.
             raise PotluckError(ErrorCode.INTERNAL_ERROR, "The ledger did not answer in time.") from None
@@ -151,6 +172,19 @@ class Attempt:
             raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
         if head.http_status != HTTP_OK:
             raise PotluckError(ErrorCode.ENGINE_FAILED, "The node's answer is neither an answer nor an error.")
+
+    async def first_token(self) -> None:
+        """Waits until a good answer's first bytes are there, and leaves them; raises what became of the attempt instead."""
+        head = await self._relay.wait_for_head()
+        await self._relay.wait_for_first_chunk()
+        if head.http_status != HTTP_OK:
+            raise PotluckError(ErrorCode.ENGINE_FAILED, f"The engine answered with the status {head.http_status}.")
+
+    def outrun(self) -> None:
+        """A hedge has its first token. Whoever reads this attempt is woken, unless it has one too, or is over: then it has the say."""
+        if not self._relay.over and not self.has_begun:
+            self.was_outrun = True
+            self._relay.fail(PotluckError(ErrorCode.NODE_LOST, "Another node gave the first token sooner."))
 
     async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.
@@ -202,13 +236,22 @@ class Attempt:
         self._complete = self._complete or (whole and self._watcher.usage is not None)
         try:
             self.document = b"".join(self._pieces)
-            self.usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
+            self.usage = self._counted()
+            self.charge_micro_credits = self.charge_so_far()
+            # An undecided hold is settled too: the writer sends its opening first. A hedge that was never read has none.
+            if self._hold is not None and (not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED):
+                self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
         finally:
             self._release()
-        self.charge_micro_credits = self.charge_so_far()
-        # An undecided hold is settled too: the writer sends its opening first.
-        if not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED:
-            self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
+
+    def _counted(self) -> Usage | None:
+        """The engine's count, within what the answer can have had."""
+        if self._request.stream:
+            usage, tokens_bound = self._watcher.usage, self._watcher.tokens_bound
+        else:
+            usage, tokens_bound = usage_of_document(self.document), len(self.document)
+        tokens_max = min(tokens_bound, self.completion_tokens_max)
+        return None if usage is None else believable(usage, self._request.prompt_bytes + self.tokens_before, tokens_max)
 
     def _watch(self, pass_on: PassOn, data: bytes) -> bool:
         passed = self._watcher.feed(data)
@@ -229,6 +272,17 @@ class Attempt:
         self._complete = True
         await self.close()
 
+    def _taken(self) -> asyncio.Future[LedgerOutcome]:
+        """The hold of one that had none, opened now that it is to be read."""
+        if self._closed or self._take is None:
+            raise PotluckError(ErrorCode.NODE_LOST)
+        return self._stand_on(self._take())
+
+    def _stand_on(self, hold: asyncio.Future[LedgerOutcome]) -> asyncio.Future[LedgerOutcome]:
+        self._hold = hold
+        hold.add_done_callback(self._hold_decided)
+        return hold
+
     def _hold_decided(self, hold: asyncio.Future[LedgerOutcome]) -> None:
         """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""
         if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
@@ -236,7 +290,7 @@ class Attempt:
 
     def _settled(self, settlement: asyncio.Future[LedgerOutcome]) -> None:
         """The client was shown a price; the books must not silently say another."""
-        if settlement.cancelled() or self._hold.cancelled():
+        if settlement.cancelled() or self._hold is None or self._hold.cancelled():
             return
         # Decided before: the writer keeps the order. Of a hold that was refused there is nothing to settle.
         if self._hold.result() is LedgerOutcome.APPLIED and settlement.result() is not LedgerOutcome.APPLIED:

@@ -58,6 +58,7 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.AccountService/AuditLedger": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/ListNodes": Audience.USER,
     "/potluck_protocol.v1.PoolService/RevokeNode": Audience.OPERATOR,
+    "/potluck_protocol.v1.PoolService/SetNodeTrust": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/AddModel": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/RemoveModel": Audience.OPERATOR,
     "/potluck_protocol.v1.PoolService/GetModel": Audience.USER,

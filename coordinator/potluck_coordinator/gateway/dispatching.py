@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.ledger import LedgerOutcome
     from potluck_coordinator.domain.placement import ReplicaView
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.ledger_writer import LedgerWriter
     from potluck_coordinator.gateway.links import Links
+    from potluck_coordinator.gateway.node_session import NodeSession
     from potluck_coordinator.gateway.quarantine import Quarantine
     from potluck_protocol.clock import Clock
 
@@ -93,63 +95,87 @@ class Dispatching:
         self.attempts: dict[AttemptId, Attempt] = {}
         """Those on their way."""
 
-    def dispatch(self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId]) -> Attempt:
-        """Starts an attempt and, beside it, its hold. The engine is not kept waiting; the client sees nothing before the hold stands."""
+    def dispatch(
+        self, request: InferenceRequest, entry: CatalogueEntry, replica: ReplicaView, tried: frozenset[NodeId], *, as_hedge: bool = False
+    ) -> Attempt:
+        """Starts an attempt and, beside it, its hold. The engine is not kept waiting; the client sees nothing before the hold stands.
+
+        A hedge has its hold, and its account is charged a turn, only once it is read: until then it is the pool's own affair.
+        """
         session = self._links.session(replica.node_id)
         assert session is not None, "placement saw the session in this same turn of the loop"
         attempt_id, now = self._books.new_attempt_id(), self._clock.monotonic_seconds()
-        amount, body = _hold_of(request, entry), _body_of(request, replica)
-        relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
-        payees = self._books.replica_payees().get(replica.replica_id, (PayeeShare(session.owner_account_id, 1),))
-        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, body, request.stream, self._window_bytes)
-        session.start(start, relay, now, request, tried)
-        self._links.node_changed(session.node_id)
-
+        relay = self._send(attempt_id, request, replica, session=session, tried=tried)
+        amount = _hold_of(request, entry)
+        opening = partial(self._hold, attempt_id, request.account_id, replica.replica_id, session.owner_account_id, amount)
         finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
+        charged: list[float] = []
+
+        def take() -> asyncio.Future[LedgerOutcome]:
+            hold = self._books.ledger.submit(opening())
+            charged.append(self._on_start(request))
+            return hold
+
         try:
-            hold = self._books.ledger.submit(self._hold(attempt_id, request.account_id, payees, amount))
+            hold = None if as_hedge else take()
         except BaseException:
             finish()
             raise
-        self._quarantine.begin(attempt_id, session.node_id, request)
-        expected = self._on_start(request)
-
-        def expire() -> None:
-            attempt.break_off(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
-            # The slot is not kept until whoever reads the answer notices.
-            finish()
-            self._on_slot()
-
-        deadline_at = now + REQUEST_SECONDS_MAX if request.deadline_at_seconds is None else request.deadline_at_seconds
-        deadline = asyncio.get_running_loop().call_later(max(0.0, deadline_at - now), expire)
 
         def release() -> None:
             deadline.cancel()
-            self._links.measures.count(attempt_id, attempt.usage, attempt.relayed_token_count)
+            self._links.measures.count(attempt_id, attempt.usage, attempt.relayed_token_count, was_outrun=attempt.was_outrun)
             finish()
             self._quarantine.end(attempt_id, request, answered=attempt.is_whole)
             del self.attempts[attempt_id]
-            self._on_over(request, expected, attempt, self._clock.monotonic_seconds() - now)
+            for expected in charged:
+                self._on_over(request, expected, attempt, self._clock.monotonic_seconds() - now)
             self._on_slot()
 
-        attempt = self.attempts[attempt_id] = Attempt(
+        attempt: Attempt = Attempt(
             request=request,
             entry=entry,
             node_id=session.node_id,
             relay=relay,
-            deadline_at_seconds=deadline_at,
+            deadline_at_seconds=now + REQUEST_SECONDS_MAX if request.deadline_at_seconds is None else request.deadline_at_seconds,
             hold_micro_credits=amount,
             hold=hold,
             ledger=self._books.ledger,
             release=release,
+            take=take,
+            late_after_seconds=self._links.measures.foresee(attempt_id, replica),
         )
+        deadline = self._expiring(attempt, now, finish)
+        self._quarantine.begin(attempt_id, session.node_id, request)
+        self.attempts[attempt_id] = attempt
         return attempt
 
-    def _hold(self, attempt_id: AttemptId, payer: AccountId, payees: tuple[PayeeShare, ...], amount_micro_credits: int) -> OpenHold:
+    def _send(
+        self, attempt_id: AttemptId, request: InferenceRequest, replica: ReplicaView, *, session: NodeSession, tried: frozenset[NodeId]
+    ) -> Relay:
+        now, body = self._clock.monotonic_seconds(), _body_of(request, replica)
+        relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
+        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, body, request.stream, self._window_bytes)
+        session.start(start, relay, now, request, tried)
+        self._links.node_changed(session.node_id)
+        return relay
+
+    def _expiring(self, attempt: Attempt, now: float, finish: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, attempt.deadline_at_seconds - now), self._expire, attempt, finish)
+
+    def _expire(self, attempt: Attempt, finish: Callable[[], None]) -> None:
+        attempt.break_off(PotluckError(ErrorCode.ENGINE_FAILED, f"The answer took longer than {REQUEST_SECONDS_MAX:.0f} s."))
+        # The slot is not kept until whoever reads the answer notices.
+        finish()
+        self._on_slot()
+
+    def _hold(
+        self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, owner: AccountId, amount_micro_credits: int
+    ) -> OpenHold:
         return OpenHold(
             hold_id=attempt_id,
             payer=payer,
-            payees=payees,
+            payees=self._books.replica_payees().get(replica_id, (PayeeShare(owner, 1),)),
             amount_micro_credits=amount_micro_credits,
             expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
             gateway_epoch=self._books.gateway_epoch,

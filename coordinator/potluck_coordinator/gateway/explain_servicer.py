@@ -1,20 +1,22 @@
 """Why: the part of `PoolService` that says what was decided over a request, what a waiting one waits for, and what a node gets.
 
-Decides who may ask about what: about a request whoever made it, about a node whoever owns it, and the operator about all of them. What is
-told is what `decisions` kept, what the `queues` know and what placement sees of the node now. It must not know how anything was decided.
+Decides who may ask about what: about a request whoever made it, about a node whoever owns it, and the operator about all of them; and that
+what a cost tells of an owner's habits is for him and the operator alone. What is told is what `decisions` kept, what the `queues` know and
+what placement sees of the node now. It must not know how anything was decided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import grpc
 
 from potluck_coordinator.desks import NodeDesk
 from potluck_coordinator.domain.admission import Waiting
-from potluck_coordinator.domain.decisions import KEPT_SECONDS, Step, Story, placement_count, replica_records
-from potluck_coordinator.domain.placement import CHOSEN, Candidate, hurdle
+from potluck_coordinator.domain.decisions import KEPT_SECONDS, Step, Story, placement_count, replica_records, told_terms, trust_loss_count
+from potluck_coordinator.domain.placement import CHOSEN, NOT_TRUSTED, Candidate, hurdle
+from potluck_coordinator.gateway.decisions import REFUSED_MAX, STORIES_MAX
 from potluck_coordinator.gateway.interceptors import caller
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.requests import RequestService
@@ -22,8 +24,6 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import pool_pb2, pool_pb2_grpc
 from potluck_protocol.values import AccountId, NodeId, RequestId
-
-DISCONNECTED: Final = "disconnected"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,13 +49,13 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
     ) -> pool_pb2.ExplainRequestResponse:
         """One request's story."""
         del context
-        story = self._story(request.request_id)
+        story, is_own = self._story(request.request_id), self._is_own
         return pool_pb2.ExplainRequestResponse(
             request_id=story.request_id,
             account_id=story.account_id,
             model_id=story.model_id,
             arrived_at_unix_ms=story.arrived_at_unix_ms,
-            steps=[_step_message(step, story) for step in story.steps],
+            steps=[_step_message(step, story, is_own) for step in story.steps],
         )
 
     async def ExplainWaiting(  # noqa: N802
@@ -67,11 +67,12 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
         waiting = self._requests.queues.waiting(story.account_id, story.request_id)
         if waiting is None:
             last = f": {story.steps[-1].kind}" if story.steps else ""
-            return pool_pb2.ExplainWaitingResponse(words=f"{story.request_id} does not wait{last}. `potluck explain` has its whole story.")
-        placed = next((step.placement for step in reversed(story.steps) if step.placement is not None), None)
+            command = f"`potluck explain {story.request_id} --request`"
+            return pool_pb2.ExplainWaitingResponse(words=f"{story.request_id} does not wait{last}. {command} has its whole story.")
         message = _waiting_message(waiting)
-        if placed is not None:
-            message.candidates.extend(_candidate_messages(placed.candidates))
+        # One that would be chosen now has room that is kept for somebody else, as `words` says.
+        others = (candidate for candidate in waiting.candidates if not candidate.chosen)
+        message.candidates.extend(_candidate_messages(others, self._is_own))
         return message
 
     async def ExplainNode(  # noqa: N802
@@ -102,6 +103,8 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
             if (record := records.get(view.replica_id)) is not None:
                 verdict.considered_count, verdict.chosen_count = record.considered_count, record.chosen_count
                 verdict.losses.extend(pool_pb2.LossReason(reason=reason, count=count) for reason, count in record.losses.most_common())
+            if not view.is_trusted and (left_out_count := trust_loss_count(stories, view.model_id)):
+                verdict.losses.add(reason=NOT_TRUSTED, count=left_out_count)
         return response
 
     def _story(self, request_id: str) -> Story:
@@ -113,9 +116,23 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
         story = self._requests.decisions.story(RequestId(request_id), may_see)
         if story is None:
             # Somebody else's is not told apart from none: ids may be guessed.
-            text = f"No request {request_id!r} of yours is known here: they are kept for {KEPT_SECONDS / 60:.0f} minutes."
+            text = (
+                f"No request {request_id!r} of yours is known here. They are kept for {KEPT_SECONDS / 60:.0f} minutes at most, and no more"
+                f" than {STORIES_MAX}, and {REFUSED_MAX} refused ones: of more, whoever has the most loses his oldest."
+            )
             raise PotluckError(ErrorCode.NOT_FOUND, text, param="request_id")
         return story
+
+    @property
+    def _is_own(self) -> Callable[[NodeId], bool]:
+        """Whether a node's habits are the caller's to know; of one that is not connected only the operator's."""
+        identity, session = caller(), self._links.session
+
+        def is_own(node_id: NodeId) -> bool:
+            found = session(node_id)
+            return identity.operator or (found is not None and found.owner_account_id == identity.account_id)
+
+        return is_own
 
     async def _check_owner(self, node_id: NodeId) -> None:
         identity = caller()
@@ -129,22 +146,22 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
         return min(KEPT_SECONDS, self._clock.monotonic_seconds() - stories[0].arrived_at_seconds) if stories else 0.0
 
 
-def _step_message(step: Step, story: Story) -> pool_pb2.RequestStep:
+def _step_message(step: Step, story: Story, is_own: Callable[[NodeId], bool]) -> pool_pb2.RequestStep:
     return pool_pb2.RequestStep(
         elapsed_ms=round((step.at_seconds - story.arrived_at_seconds) * 1000),
         kind=step.kind,
         node_id=step.node_id or "",
         attempt_id=step.attempt_id or "",
         words=step.words,
-        candidates=_candidate_messages(step.placement.candidates) if step.placement is not None else (),
+        candidates=_candidate_messages(step.placement.candidates, is_own) if step.placement is not None else (),
     )
 
 
-def _candidate_messages(candidates: Iterable[Candidate]) -> list[pool_pb2.PlacementCandidate]:
-    return [_candidate_message(candidate) for candidate in candidates]
+def _candidate_messages(candidates: Iterable[Candidate], is_own: Callable[[NodeId], bool]) -> list[pool_pb2.PlacementCandidate]:
+    return [_candidate_message(candidate, is_own) for candidate in candidates]
 
 
-def _candidate_message(candidate: Candidate) -> pool_pb2.PlacementCandidate:
+def _candidate_message(candidate: Candidate, is_own: Callable[[NodeId], bool]) -> pool_pb2.PlacementCandidate:
     message = pool_pb2.PlacementCandidate(
         node_id=candidate.node_id or "",
         replica_id=candidate.replica_id or "",
@@ -153,9 +170,11 @@ def _candidate_message(candidate: Candidate) -> pool_pb2.PlacementCandidate:
         reason=f"{candidate.reason} ({candidate.origin})" if candidate.origin else candidate.reason,
     )
     if candidate.cost is not None:
-        message.cost_seconds = candidate.cost.total_seconds
-        for name, seconds in candidate.cost._asdict().items():
-            message.terms.add(name=name.removesuffix("_seconds"), seconds=seconds)
+        terms = told_terms(candidate.cost, tells_habits=candidate.node_id is not None and is_own(candidate.node_id))
+        # Made of what is told, not of what is not.
+        message.cost_seconds = sum(terms.values())
+        for name, seconds in terms.items():
+            message.terms.add(name=name, seconds=seconds)
     return message
 
 

@@ -75,11 +75,20 @@ class Visit:
         self._over = False
         self.request = request
 
-    def end(self, usage: Usage | None, charge_micro_credits: int, first_token_seconds: float | None, *, waited_seconds: float) -> None:
+    def end(
+        self,
+        usage: Usage | None,
+        relayed_token_count: int,
+        charge_micro_credits: int,
+        first_token_seconds: float | None,
+        *,
+        waited_seconds: float,
+    ) -> None:
         """It was answered, in whole or in part, or its client went. Again is harmless.
 
         Args:
-            usage: as its engines counted; None: they did not say.
+            usage: as its engines counted; None: they did not say, as where the client hung up.
+            relayed_token_count: of its answer, as far as it went by.
             charge_micro_credits: for all of it.
             first_token_seconds: from its coming; None: there was none.
             waited_seconds: from its coming until now.
@@ -87,26 +96,40 @@ class Visit:
         if self._over:
             return
         self._over = True
-        tokens = 0.0 if usage is None else float(usage.prompt_token_count + usage.completion_token_count)
+        if usage is not None:
+            tokens = float(usage.prompt_token_count + usage.completion_token_count)
+        else:
+            # Whoever hangs up in the middle has had the prompt read, and what was relayed.
+            tokens = relayed_token_count + (self._prompt_tokens if first_token_seconds is not None else 0.0)
         self._gate.use(self.request, lambda use: key_quotas.ended(use, self._tokens, self._micro_credits, tokens, charge_micro_credits))
         # Whoever goes before his time was up says nothing of the promise.
         if first_token_seconds is not None or waited_seconds > self._gate.limits.first_token_seconds:
             self._gate.judge(self.request, first_token_seconds)
 
-    def refuse(self, error: PotluckError) -> None:
-        """It got no answer, by no fault of its own or by its own: it does not count against hour and day."""
+    def take_back(self) -> None:
+        """It was no request: it does not count against hour and day."""
         if self._over:
             return
         self._over = True
         if self._counted:
             self._gate.windows.take_back(self.request.account_id)
         self._gate.use(self.request, lambda use: key_quotas.taken_back(use, self._tokens, self._micro_credits))
+
+    def refuse(self, error: PotluckError) -> None:
+        """It got no answer, by no fault of its own or by its own: only the promise is told of it."""
+        if self._over:
+            return
+        self.take_back()
         if error.spec.http_status >= 500 or error.code is ErrorCode.QUEUE_FULL:
             self._gate.judge(self.request, None)
 
     @property
     def _tokens(self) -> float:
         return self.request.work.tokens if self.request.work is not None else 0.0
+
+    @property
+    def _prompt_tokens(self) -> float:
+        return self.request.work.prompt_tokens if self.request.work is not None else 0.0
 
 
 class Gate:

@@ -29,6 +29,7 @@ from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_serve
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor
+from potluck_coordinator.gateway.judging import LOOK_SECONDS
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.keyed_requests import KeyedRequests
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
@@ -47,12 +48,12 @@ from potluck_protocol.version import PROTOCOL_VERSION
 
 _log = structlog.get_logger()
 
-TICK_SECONDS: Final = 0.25
-"""Between two looks at nodes and queues: a lease that lapsed, or a slot that a node's word made free, is noticed so much late at most."""
 REPORT_SECONDS: Final = 1.0
 """Between two reports of nodes, and two marks of what answers have earned: so much of an answer is unpaid if this process dies."""
 RETRY_SECONDS: Final = 0.5
 """Between two tries to hear of a directory that is away; the last snapshot holds meanwhile."""
+FAILURES_IN_A_ROW_MAX: Final = 20
+"""Of a periodic work, that nobody foresaw: five seconds of looks at nodes and queues."""
 HTTP_GRACE_SECONDS: Final = 1.0
 """For the last words of answers that were ended."""
 DRAIN_SECONDS_MAX: Final = 3.0
@@ -94,6 +95,7 @@ class Gateway:
         self._metrics = Metrics()
         self._snapshot = PoolSnapshot(0, {}, {}, {}, 0)
         self._links = Links(directory, liveness_limits(settings), clock, self._serve_queues)
+        self._links.measures.token_seconds_max = settings.answer_token_seconds_max
         self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
         self._keys = KeyCache(directory.accounts.authenticate, lambda: self._snapshot.key_generation, clock)
         self._requests: RequestService | None = None
@@ -134,6 +136,7 @@ class Gateway:
             clock=self._clock,
             draw=random.random,
             flex_models=lambda: self._snapshot.flex_models,
+            on_hedge=self._metrics.observe_hedge,
         )
         requests.gate.remember(grant.promise_hours)
         self._metrics.watch_pool(lambda: self._reading(requests))
@@ -142,7 +145,7 @@ class Gateway:
             for work in (
                 self._ledger.run(),
                 self._watch(),
-                _every(TICK_SECONDS, self._tick),
+                _every(LOOK_SECONDS, self._tick),
                 _every(REPORT_SECONDS, self._report),
             )
         ]
@@ -256,10 +259,20 @@ class Gateway:
 
 
 async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Repeats the work until cancelled; a `PotluckError` costs that one turn, anything else ends the gateway's process."""
+    """Repeats the work until cancelled; a `PotluckError` costs that one turn.
+
+    So does anything unforeseen, for the answers of all nodes are under way in this process; what comes again and again ends it.
+    """
+    failure_count = 0
     while True:
         await asyncio.sleep(seconds)
         try:
             await work()
+            failure_count = 0
         except PotluckError as error:
             _log.warning("periodic_work_failed", code=error.code)
+        except Exception:
+            failure_count += 1
+            if failure_count > FAILURES_IN_A_ROW_MAX:
+                raise
+            _log.exception("periodic_work_failed_unexpectedly", failure_count=failure_count)

@@ -24,8 +24,16 @@ from potluck_coordinator.gateway.rate_windows import Allowance, rate_headers
 from potluck_coordinator.gateway.relay import PassOn
 from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
-from potluck_protocol.errors import PotluckError
-from potluck_protocol.metadata import COST_HEADER, IDEMPOTENCY_KEY, NODE_HEADER, REPLAYED_HEADER, TIER_HEADER
+from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.metadata import (
+    COST_HEADER,
+    IDEMPOTENCY_KEY,
+    NODE_HEADER,
+    REPLAYED_HEADER,
+    TIER_HEADER,
+    TRUST_HEADER,
+    TRUST_REQUIRED,
+)
 from potluck_protocol.values import AccountId, Endpoint, ModelId, NodeId, Usage
 
 
@@ -111,7 +119,14 @@ class InferenceExchange:
         """
         self._exchange.more_headers = partial(self._rate_headers, identity.account_id)
         body = await self._exchange.read_body()
-        request = parse_request(endpoint, body, self._exchange.request_id, identity.account_id, caller_of(identity))
+        request = parse_request(
+            endpoint,
+            body,
+            self._exchange.request_id,
+            identity.account_id,
+            caller_of(identity),
+            trusted_only=_demands_trust(self._exchange.header(TRUST_HEADER.encode())),
+        )
         self.model_id = request.model_id
         work = asyncio.ensure_future(self._work(request, body))
         gone = asyncio.ensure_future(self._exchange.wait_until_gone())
@@ -182,3 +197,11 @@ class InferenceExchange:
 
     def _rate_headers(self, account_id: AccountId) -> Iterable[Header]:
         return [(name.encode(), value.encode()) for name, value in rate_headers(self._requests.allowance(account_id))]
+
+
+def _demands_trust(value: str | None) -> bool:
+    """Whether the request may run on trusted nodes only. A word that is not understood might be that demand, and is refused."""
+    if value is None or value == TRUST_REQUIRED:
+        return value is not None
+    message = f"`{TRUST_HEADER}` is {TRUST_REQUIRED!r} or left out; with it the request runs on nodes that the operator trusts, or nowhere."
+    raise PotluckError(ErrorCode.INVALID_REQUEST, message, param=TRUST_HEADER)

@@ -68,6 +68,8 @@ class InferenceRequest:
     asked_tier: AskedTier = AskedTier.AUTO
     tier: ServiceTier = ServiceTier.DEFAULT
     """The one it is served in, once `gate` has let it in."""
+    trusted_only: bool = False
+    """It runs on nodes that the operator trusts, or nowhere; so does every attempt that follows."""
     work: Work | None = None
     """What it is expected to be, once `gate` has let it in."""
     continued: Continued | None = None

@@ -47,7 +47,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         endpoint = engine_codec.endpoint_from_number(request.endpoint)
         account_id = caller().account_id
         current_call().more_trailers = lambda: rate_headers(self._requests.allowance(account_id))
-        inference = parse_request(endpoint, request.body_json, current_call().request_id, account_id, caller_of(caller()))
+        inference = parse_request(
+            endpoint,
+            request.body_json,
+            current_call().request_id,
+            account_id,
+            caller_of(caller()),
+            trusted_only=request.trusted_only,
+        )
         started_at = self._clock.monotonic_seconds()
         answer = await self._begin(inference, request.body_json, context)
         first_data_seconds: float | None = None

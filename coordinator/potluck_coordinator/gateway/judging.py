@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
+LOOK_SECONDS: Final = 0.25
+"""Between two looks, where this process gets to run."""
 ABSENCE_SECONDS_MIN: Final = 2.0
-"""Looks are a quarter of a second apart; one that comes so late says that this process could not run."""
+"""A look that comes so late says that this process could not run."""
 ATTEMPT_ABSENCE_SECONDS_MIN: Final = 0.5
 """The same, for the shorter times that are counted for attempts."""
 HEARD_SECONDS: Final = 3.0
@@ -110,10 +112,13 @@ class Judging:
         return ending
 
     def forgive(self, sessions: Collection[NodeSession], absence_seconds: float, now: float) -> None:
-        """This process stood still for so long: what the nodes sent meanwhile is still to be read."""
+        """This process did not look for so long: what the nodes sent meanwhile is still to be read.
+
+        For attempts the time between two looks is not forgiven: in a process that is always a little late nothing would ever stall.
+        """
         if absence_seconds > ATTEMPT_ABSENCE_SECONDS_MIN:
             for session in sessions:
-                session.excuse_attempts(absence_seconds, now)
+                session.excuse_attempts(absence_seconds - LOOK_SECONDS, now)
         if absence_seconds > ABSENCE_SECONDS_MIN:
             _log.warning("gateway_stood_still", seconds=round(absence_seconds, 1))
             for session in sessions:

@@ -1,10 +1,11 @@
 """Requests that name an idempotency key: one run for each key, however often and from wherever it is asked for.
 
-Decides where the first run's answer is looked for: here, while it is kept, else in the books, which only know that it was. A request that
-comes again while the first is being answered reads along from the beginning, and is not refused: a client whose connection broke wants
-that very answer, and would otherwise come back again and again for as long as it takes. So a run does not end with its client, unless the
-client said so. When a key is free and what is let go is `domain.idempotency`'s; `kept_answer` is what readers read. It must not know HTTP,
-gRPC or prices. Answers stay in this process's memory, within bounds, and are never written down.
+Decides where the first run's answer is looked for: here, while it is kept, else in the books, which only know that it was. The books are
+asked only for what would be let in: all else is refused before, from memory, since a key costs a commit, and giving it back another. A
+request that comes again while the first is being answered reads along from the beginning, and is not refused: a client whose connection
+broke wants that very answer, and would otherwise come back again and again for as long as it takes. So a run does not end with its client,
+unless the client said so. When a key is free and what is let go is `domain.idempotency`'s; `kept_answer` is what readers read. It must not
+know HTTP, gRPC or prices. Answers stay in this process's memory, within bounds, and are never written down.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.idempotency_keys import checked_key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from potluck_coordinator.domain.catalogue import ServiceTier
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.idempotency_desk import IdempotencyDesk
@@ -69,6 +72,7 @@ class RunningAnswer(Protocol):
 class Requests(Protocol):
     """What is needed of `gateway.requests.RequestService`."""
 
+    def announce(self, request: InferenceRequest) -> Callable[[], None]: ...
     async def begin(self, request: InferenceRequest) -> RunningAnswer: ...
 
 
@@ -79,6 +83,8 @@ class _Run:
     record: KeyRecord
     when_gone: WhenGone
     recording: Recording
+    withdraw: Callable[[], None]
+    """It is no longer announced: it begins, or does not."""
     task: asyncio.Task[None] | None = None
     linger: asyncio.TimerHandle | None = None
     came_to_nothing: bool = False
@@ -134,6 +140,8 @@ class KeyedRequests:
     async def begin(self, request: InferenceRequest, key: str, body: bytes, when_gone: WhenGone = WhenGone.FINISH) -> KeptAnswer:
         """The key's answer, which has begun; `body` is the request's as the client sent it.
 
+        A refusal before the key was claimed leaves the key as it was: the client may ask again under it.
+
         Raises:
             PotluckError: what keeps the request from being answered; INVALID_REQUEST for a key that is none, IDEMPOTENCY_KEY_REUSED for one
                 of another request, and IDEMPOTENCY_KEY_SPENT or _IN_FLIGHT where the first run's answer is not here.
@@ -143,7 +151,8 @@ class KeyedRequests:
             await asyncio.wait((run.task,))
         found = standing(run.record if run is not None else None, use, self._clock.unix_ms())
         if run is None or found is Standing.FREE:
-            return await self._reader(self._start(request, use, when_gone), request, is_first=True)
+            withdraw = self._requests.announce(request)
+            return await self._reader(self._start(request, use, when_gone, withdraw), request, is_first=True)
         if found is Standing.OTHER:
             raise other_request(run.record)
         if when_gone is WhenGone.FINISH:
@@ -163,7 +172,7 @@ class KeyedRequests:
             account_id=request.account_id,
             key_hash=hashlib.blake2b(key.encode(), digest_size=32, key=self._hash_key, person=b"idempotency-key").digest(),
             body_hash=hashlib.blake2b(
-                request.endpoint.encode() + b"\n" + body, digest_size=32, key=self._hash_key, person=b"idempotency-body"
+                _sameness(request) + b"\n" + body, digest_size=32, key=self._hash_key, person=b"idempotency-body"
             ).digest(),
             request_id=request.request_id,
             claim_id=secrets.token_hex(16),
@@ -193,16 +202,17 @@ class KeyedRequests:
         if not run.recording.readers and not run.recording.is_over and run.task is not None:
             run.task.cancel()
 
-    def _start(self, request: InferenceRequest, use: KeyUse, when_gone: WhenGone) -> _Run:
+    def _start(self, request: InferenceRequest, use: KeyUse, when_gone: WhenGone, withdraw: Callable[[], None]) -> _Run:
         if (lapsed := self._kept(use)) is not None:
             self._let_go(lapsed)
         record = KeyRecord(use, KeyState.CLAIMED, 0, self._clock.unix_ms())
-        run = _Run(record, when_gone, Recording(use.request_id))
+        run = _Run(record, when_gone, Recording(use.request_id), withdraw)
         self._shelves.setdefault(use.account_id, _Shelf()).runs[use.key_hash] = run
         self._kept_count += 1
         run.task = asyncio.ensure_future(self._run(run, request))
         self._under_way.add(run.task)
         run.task.add_done_callback(self._under_way.discard)
+        run.task.add_done_callback(lambda _: withdraw())
         return run
 
     async def _run(self, run: _Run, request: InferenceRequest) -> None:
@@ -213,6 +223,7 @@ class KeyedRequests:
                 return
             # Not before: a key that is spent already has no answer for which another one would have to go.
             self._make_room(run.record.use.account_id)
+            run.withdraw()
             answer = await self._requests.begin(request)
         except asyncio.CancelledError:
             await self._came_to_nothing(run, PotluckError(ErrorCode.CANCELLED, "Nobody waited for the answer any more."))
@@ -309,6 +320,11 @@ class KeyedRequests:
             del self._shelves[use.account_id]
         run.recording.kept = False
         run.recording.trim()
+
+
+def _sameness(request: InferenceRequest) -> bytes:
+    """What beside the body makes two requests the same: who demands trusted nodes must not get what any node has answered."""
+    return request.endpoint.encode() + (b" trusted" if request.trusted_only else b"")
 
 
 def _unforeseen(run: _Run, error: Exception) -> PotluckError:

@@ -38,6 +38,7 @@ HELLO_SECONDS_MAX: Final = 10.0
 """How long a connected node may take to say who it is."""
 _GOODBYES_OF_NODES: Final = frozenset({GoodbyeReason.STOPPING, GoodbyeReason.LEAVING})
 """All others are the coordinator's to say; of a node they say no more than that its link has ended."""
+_NOT_TAKEN: Final = frozenset({EndReason.REFUSED, EndReason.HANDED_BACK})
 
 _LinkContext = grpc.aio.ServicerContext[node_pb2.NodeFrame, node_pb2.CoordinatorFrame]
 
@@ -165,6 +166,9 @@ class LinkServicer(LineServicer):
                 kills_engines = True
             elif reason is EndReason.ENGINE_FAILED and not relay.over:
                 self._links.suspicions.failed(session.replica_of(attempt_id))
+                self._links.node_changed(session.node_id)
+            elif reason in _NOT_TAKEN and not relay.over:
+                self._links.suspicions.refused(session, session.replica_of(attempt_id))
                 self._links.node_changed(session.node_id)
             relay.end(end.sequence, reason, end.detail, kills_engines=kills_engines)
 

@@ -18,6 +18,7 @@ from potluck_coordinator.domain.forecast import Forecast
 from potluck_coordinator.domain.lethal import DEATHS_HEARD_SECONDS, LoneDeath, is_heard
 from potluck_coordinator.domain.placement import rejection
 from potluck_coordinator.domain.survival import LOSSES_PER_SECOND_GUESS
+from potluck_coordinator.gateway.directory_word import NOTHING_SAID, word_of
 from potluck_coordinator.gateway.judging import Elsewhere, Judging
 from potluck_coordinator.gateway.leavers import Leavers, has_died
 from potluck_coordinator.gateway.measures import Measures
@@ -77,16 +78,14 @@ class Links:
         """Whose replicas may be others than in the roster."""
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._outcasts: Mapping[NodeId, str] = {}
-        self._leaving: frozenset[ReplicaId] = frozenset()
-        self._slow_replicas: Mapping[ReplicaId, float] = {}
-        self._drained_replicas: Mapping[ReplicaId, str] = {}
+        self._word = NOTHING_SAID
         self._desired: Mapping[NodeId, DesiredState] = {}
         self._losses_per_second: Mapping[NodeId, float] = {}
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
         self.suspicions = Suspicions(clock.monotonic_seconds)
         self._judging = Judging(limits, self._elsewhere, self.suspicions, self.node_changed)
-        self._probing = Probing(self.suspicions, self.finish, clock.monotonic_seconds)
+        self._probing = Probing(self.suspicions, self.node_changed, self.finish, clock.monotonic_seconds)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -147,10 +146,15 @@ class Links:
         self.node_changed(session.node_id)
         for replica_id, status in before.items():
             if status.state is EngineState.READY and not session.is_ready(replica_id):
-                self.measures.began_anew(replica_id)
+                self._began_anew(session, replica_id)
         for replica_id, status in session.engines.items():
             if has_died(before.get(replica_id), status) and not session.at_engine(replica_id):
                 self._deserted_engine_died(session, replica_id)
+
+    def _began_anew(self, session: NodeSession, replica_id: ReplicaId) -> None:
+        """A node's word ends what is believed of its own replicas, and of nobody else's."""
+        if session.was_wished(replica_id):
+            self.measures.began_anew(replica_id)
 
     def _deserted_engine_died(self, session: NodeSession, replica_id: ReplicaId) -> None:
         """Of whoever left it, maybe: they are refused for a while only. For good is what an engine was seen to work on to its end."""
@@ -208,14 +212,15 @@ class Links:
         """Whether a node of another owner could answer the request, now or when it has a slot free; those `tried` would not."""
         others = [session for session in self._sessions.values() if session.owner_account_id != owner]
         replicas = (replica for other in others for replica in other.replica_views(request.model_id))
-        return any(rejection(replica, request.endpoint, tried, request.prompt_tokens_min) is None for replica in replicas)
+        needs = request.endpoint, tried, request.prompt_tokens_min
+        return any(rejection(replica, *needs, trusted_only=request.trusted_only) is None for replica in replicas)
 
     def _elsewhere(self, request: InferenceRequest, out: frozenset[NodeId]) -> Elsewhere:
-        roster = self.roster()
+        roster, needs = self.roster(), (request.endpoint, frozenset[NodeId](), request.prompt_tokens_min)
         able = [
             (len(kind), kind.free_count, *roster.count_on(kind, out)[:2])
             for kind in roster.kinds(request.model_id)
-            if rejection(kind.sample, request.endpoint, frozenset(), request.prompt_tokens_min) is None
+            if rejection(kind.sample, *needs, trusted_only=request.trusted_only) is None
         ]
         has_any = any(count > out_count for count, _, out_count, _ in able)
         return Elsewhere(has_any, any(free_count > out_free_count for _, free_count, _, out_free_count in able))
@@ -275,8 +280,7 @@ class Links:
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
                 session.wish(self._desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
-                session.leaving = self._leaving
-                session.slow_replicas, session.drained_replicas = self._slow_replicas, self._drained_replicas
+                session.word = self._word
                 session.suspicions, session.measures = self.suspicions, self.measures
                 session.losses_per_second = self._losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
@@ -299,6 +303,7 @@ class Links:
         session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
         self.node_changed(session.node_id)
         if goodbye is not None:
+            self.suspicions.left(session)
             return self.close(session, goodbye)
         # Not at the next look, which may be a quarter of a second later: its clients wait.
         asyncio.get_running_loop().call_later(self._limits.link_grace_seconds, self.tick)
@@ -320,7 +325,7 @@ class Links:
                 self.suspicions.lost(session)
         session.fail_attempts(PotluckError(ErrorCode.NODE_LOST))
         for replica_id in session.engines:
-            self.measures.began_anew(replica_id)
+            self._began_anew(session, replica_id)
         _log.info("node_gone", node_id=session.node_id, epoch=session.epoch, goodbye=goodbye, attempts_lost=len(session.attempts))
         task = asyncio.ensure_future(self._tell_directory(session, goodbye))
         self._closings.add(task)
@@ -339,26 +344,23 @@ class Links:
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
-        self._outcasts, self._desired, self._leaving = snapshot.outcasts, snapshot.desired, snapshot.leaving
+        self._outcasts, self._desired, self._word = snapshot.outcasts, snapshot.desired, word_of(snapshot)
         self._losses_per_second = snapshot.losses_per_second
         self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
-        is_paced_anew = (self._slow_replicas, self._drained_replicas) != (snapshot.slow_replicas, snapshot.drained_replicas)
-        self._slow_replicas, self._drained_replicas = snapshot.slow_replicas, snapshot.drained_replicas
         self._judging.drained = frozenset(snapshot.drained_replicas)
+        are_forgotten = self.suspicions.retain(engine.replica_id for desired in snapshot.desired.values() for engine in desired.engines)
         for session in self.sessions:
-            before = session.leaving, session.desired, session.losses_per_second
+            before = session.word, session.desired, session.losses_per_second
             if session.node_id in snapshot.outcasts:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
                 continue
-            session.leaving = snapshot.leaving
-            session.slow_replicas, session.drained_replicas = snapshot.slow_replicas, snapshot.drained_replicas
+            session.word = self._word
             session.losses_per_second = snapshot.losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
             session.fail_broken(snapshot.broken_groups)
             if session.node_id in snapshot.desired:
                 session.wish(snapshot.desired[session.node_id])
-            if is_paced_anew or before != (session.leaving, session.desired, session.losses_per_second):
+            if are_forgotten or before != (session.word, session.desired, session.losses_per_second):
                 self.node_changed(session.node_id)
-        self.suspicions.retain(engine.replica_id for desired in snapshot.desired.values() for engine in desired.engines)
 
     async def report(self, waiting_counts: Mapping[ModelId, int]) -> None:
         """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching.

@@ -1,7 +1,8 @@
 """The part of a replica's view that was measured or learned, put together for `domain.placement`.
 
 Decides how far a node's word is taken: what it says of its cache counts where its requests share one, and what others run is asked only of
-engines that their owners use, too. It must not know sessions; `node_session` says what they are.
+engines that their owners use, too. Of the slots that a replica offers, `domain.pace` says how many are taken. It must not know sessions;
+`node_session` says what they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
+from potluck_coordinator.domain.pace import slots_in_pace
 from potluck_coordinator.domain.placement import ROUND_TRIP_SECONDS_GUESS
 
 if TYPE_CHECKING:
@@ -29,26 +31,30 @@ def measured(view: ReplicaView, status: EngineStatus, measures: Measures, line: 
     """The view with everything in it that was measured.
 
     Args:
-        view: what was wished and said of the replica; its slots and the age of its node's word are final.
+        view: what was wished and said of the replica; the age of its node's word is final, its slots are what it offers.
         status: the replica's newest word.
         measures: of this gateway.
         line: as its node measured it.
     """
     kv_capacity_tokens = _kv_capacity_tokens(status, view.slot_count)
     load = measures.load(status.replica_id, view.heard_at_seconds)
+    speeds = measures.hear(status.replica_id, status, kv_capacity_tokens)
+    slot_count = slots_in_pace(view.slot_count, speeds, view.weight, measures.token_seconds_max)
     counts_only_work = status.engine_kind != _KEEPS_WHAT_IS_IDLE
     is_owners_too = status.engine_kind == ATTACH_KIND
     return replace(
         view,
+        slot_count=slot_count,
+        withheld_slot_count=view.slot_count - slot_count,
         kv_capacity_tokens=kv_capacity_tokens,
-        kv_used_tokens=max(0, min(status.kv_used_tokens or 0, kv_capacity_tokens)) if counts_only_work else 0,
+        kv_used_tokens=min(status.kv_used_tokens or 0, kv_capacity_tokens) if counts_only_work else 0,
         committed_tokens=load.committed_tokens,
         dispatched_tokens=load.dispatched_tokens,
         prefill_backlog_tokens=load.prefill_backlog_tokens,
         prefill_since_seconds=load.prefill_since_seconds,
-        foreign_waiting_count=max(0, status.waiting_count or 0) if is_owners_too else 0,
+        foreign_waiting_count=(status.waiting_count or 0) if is_owners_too else 0,
         foreign_running_count=max(0, status.running_count - view.in_flight_count) if is_owners_too else 0,
-        speeds=measures.hear(status.replica_id, status, kv_capacity_tokens),
+        speeds=speeds,
         round_trip_seconds=_round_trip_seconds(line),
     )
 

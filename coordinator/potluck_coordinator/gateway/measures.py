@@ -7,11 +7,15 @@ nothing here. It must not know links, queues or money.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from potluck_coordinator.domain import hedging
 from potluck_coordinator.domain import speeds as speeds_module
+from potluck_coordinator.domain.cost import cost
 from potluck_coordinator.domain.forecast import Forecast, Work
+from potluck_coordinator.domain.hedging import FirstTokens
 from potluck_coordinator.domain.prefixes import CacheState, cached_tokens
 from potluck_coordinator.domain.speeds import AttemptTimes, Speeds
 from potluck_coordinator.gateway.prefix_map import PrefixMap
@@ -19,6 +23,7 @@ from potluck_coordinator.gateway.prefix_map import PrefixMap
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from potluck_coordinator.domain.placement import ReplicaView
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.relay import Relay
     from potluck_protocol.values import AttemptId, EngineStatus, ReplicaId, Usage
@@ -35,6 +40,7 @@ READ_FACTOR: Final = 2.0
 """So many times as long as foreseen, and a prompt whose answer shows nothing before its end is taken for read."""
 DISTANCE_MISSED_SHARE: Final = 0.8
 """A cache that had forgotten after so many tokens holds so much of them at most."""
+HTTP_OK: Final = 200
 
 
 class Load(NamedTuple):
@@ -55,12 +61,14 @@ class _Attempt:
         "began_at",
         "cached_tokens",
         "distance_tokens",
+        "foreseen_seconds",
         "names",
         "prompt_bytes",
         "read_by",
         "relay",
         "request",
         "usage",
+        "was_outrun",
         "work",
     )
 
@@ -80,6 +88,9 @@ class _Attempt:
         """Of an answer in one piece nothing is seen before its end: then it has been read for certain."""
         self.area = 0.0
         self.usage: tuple[Usage | None, int] | None = None
+        self.foreseen_seconds: float | None = None
+        """Until its first token, when it was dispatched; None: nobody has looked."""
+        self.was_outrun = False
 
     def unread_tokens(self, now: float) -> float:
         """What it adds to the replica's reading; nothing once it has begun to answer."""
@@ -91,12 +102,13 @@ class _Attempt:
 class _Replica:
     """One replica, as long as it is remembered."""
 
-    __slots__ = ("area", "area_at", "attempts", "cache", "speeds", "told")
+    __slots__ = ("area", "area_at", "attempts", "cache", "first_tokens", "speeds", "told")
 
     def __init__(self, now: float) -> None:
         self.attempts: dict[AttemptId, _Attempt] = {}
         self.cache = CacheState()
         self.speeds = speeds_module.prior(None, None)
+        self.first_tokens = FirstTokens()
         self.told: tuple[float | None, float | None] = (None, None)
         """The rates by its node's word, from which learning began."""
         self.area = 0.0
@@ -119,6 +131,9 @@ class Measures:
         now: monotonic seconds.
     """
 
+    token_seconds_max: float = math.inf
+    """Between two tokens of an answer, as the operator promises it; whoever reads the settings puts it here."""
+
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._replicas: OrderedDict[ReplicaId, _Replica] = OrderedDict()
@@ -140,6 +155,7 @@ class Measures:
         if told != replica.told:
             replica.told, known = told, replica.speeds
             prior = speeds_module.prior(*told)
+            replica.speeds = known = known._replace(told_token_seconds=prior.told_token_seconds)
             if not known.prefill_sample_count:
                 replica.speeds = known = known._replace(prefill_tokens_per_second=prior.prefill_tokens_per_second)
             if not known.decode_sample_count:
@@ -192,11 +208,24 @@ class Measures:
         replica.attempts[attempt_id] = attempt
         self._where[attempt_id] = replica_id
 
-    def count(self, attempt_id: AttemptId, usage: Usage | None, token_count: int) -> None:
+    def foresee(self, attempt_id: AttemptId, replica: ReplicaView) -> float | None:
+        """Of an attempt that was dispatched to the replica, as it was before: after so long without a first token it is late, if ever."""
+        if attempt_id not in self._where:
+            return None
+        known = self._replicas[replica.replica_id]
+        attempt = known.attempts[attempt_id]
+        if not attempt.request.stream:
+            return None
+        foreseen = cost(replica, attempt.work, attempt.began_at, attempt.cached_tokens)
+        attempt.foreseen_seconds = foreseen.first_token_seconds
+        return hedging.late_after_seconds(known.first_tokens, attempt.foreseen_seconds)
+
+    def count(self, attempt_id: AttemptId, usage: Usage | None, token_count: int, *, was_outrun: bool = False) -> None:
         """What an attempt came to, told before it is over: its engine's count, if there is one, and the tokens that were relayed."""
         replica_id = self._where.get(attempt_id)
         if replica_id is not None:
-            self._replicas[replica_id].attempts[attempt_id].usage = (usage, token_count)
+            attempt = self._replicas[replica_id].attempts[attempt_id]
+            attempt.usage, attempt.was_outrun = (usage, token_count), was_outrun
 
     def end(self, attempt_id: AttemptId) -> None:
         """Nobody waits for an attempt any more. One that was counted teaches."""
@@ -206,11 +235,23 @@ class Measures:
         replica, now = self._replicas[replica_id], self._now()
         replica.pass_time(now)
         attempt = replica.attempts.pop(attempt_id)
+        self._learn_first_token(replica, attempt, now)
         if attempt.relay.first_chunk_at is None:
             self.prefixes.unread(replica_id, attempt.names)
         elif attempt.usage is not None:
             usage, token_count = attempt.usage
             self._learn(replica, attempt, usage, token_count, now)
+
+    @staticmethod
+    def _learn_first_token(replica: _Replica, attempt: _Attempt, now: float) -> None:
+        """How late it came. Of one that was cancelled for being late, so far; of all others that gave none, nothing."""
+        relay, came_at = attempt.relay, attempt.relay.first_chunk_at
+        if came_at is None and attempt.was_outrun:
+            came_at = now
+        refused = relay.head is not None and relay.head.http_status != HTTP_OK
+        if attempt.foreseen_seconds is not None and came_at is not None and not refused:
+            taken_seconds = came_at - attempt.began_at
+            replica.first_tokens = hedging.learned(replica.first_tokens, taken_seconds, attempt.foreseen_seconds)
 
     def _learn(self, replica: _Replica, attempt: _Attempt, usage: Usage | None, token_count: int, now: float) -> None:
         relay, request, expected = attempt.relay, attempt.request, attempt.work.prompt_tokens

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import NOBODY, Capacity, Pace, Queued
 from potluck_coordinator.domain.catalogue import ServiceTier
+from potluck_coordinator.domain.fairness import service
 from potluck_coordinator.domain.tiers import left_to_flex
-from potluck_coordinator.gateway.appointments import Appointments
+from potluck_coordinator.gateway.appointments import Appointments, Expected
 from potluck_coordinator.gateway.waiting import TierQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from potluck_coordinator.domain.forecast import Work
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.waiting import WaitingRequest
+    from potluck_protocol.errors import PotluckError
 
 HOLD_SECONDS_GUESS: Final = 8.0
 """Of a request's stay, at a model that has not answered yet: 256 tokens at thirty a second. Whoever is let in by too rosy a guess is sent
@@ -50,8 +52,10 @@ class ModelLine:
         self.continued: deque[WaitingRequest] = deque()
         """Whose clients have a part of their answer already: they come before everybody."""
         self.reviewed_at_seconds = 0.0
-        self.is_held = False
-        """One that needs much of a cache was passed by long enough: what becomes free is its own."""
+        self.announced = NOBODY
+        """Requests that may come in a moment, and are let in then if nobody else has come: see `announce`."""
+        self.held_for: WaitingRequest | None = None
+        """One that needs much of a cache was passed by long enough: what becomes free is its own, until it leaves."""
         self._uses = {tier: _Use() for tier in ServiceTier}
         self._ended_count = 0
         self._hold_seconds = HOLD_SECONDS_GUESS
@@ -78,6 +82,8 @@ class ModelLine:
 
     def leave(self, waiting: WaitingRequest) -> None:
         """Whatever became of it; again is harmless."""
+        if waiting is self.held_for:
+            self.held_for = None
         if waiting.request.continued is None:
             self.queues[waiting.request.tier].leave(waiting)
         elif waiting in self.continued:
@@ -93,6 +99,34 @@ class ModelLine:
         expected = self.appointments[request.tier].expected if counts_expected else {}
         ahead = self.queues[request.tier].ahead_of(request, expected) + Queued(len(self.continued))
         return ahead + self.queues[ServiceTier.DEFAULT].waiting if request.tier is ServiceTier.FLEX else ahead
+
+    def announce(self, queued: Queued) -> Callable[[], None]:
+        """One that may come in a moment: whoever is announced after it finds it before him, until what is returned is called."""
+        self.announced += queued
+        is_over = False
+
+        def over() -> None:
+            nonlocal is_over
+            if is_over:
+                return
+            is_over = True
+            left = self.announced + Queued(-queued.count, -queued.tokens)
+            # Sums of fractions do not come back to nothing by themselves.
+            self.announced = left if left.count >= 1 else NOBODY
+
+        return over
+
+    def expect_back(self, request: InferenceRequest, work: Work, due_at_seconds: float) -> None:
+        """One that was refused is to come back then: its room is kept for it."""
+        expected = Expected(service(work.prompt_tokens, work.answer_tokens), Queued(1, work.wanted_tokens))
+        self.appointments[request.tier].make(request, due_at_seconds, expected)
+
+    def fail_all(self, error: PotluckError) -> None:
+        """Nobody who waits gets a slot any more."""
+        for waiting in self:
+            self.leave(waiting)
+            if not waiting.turn.done():
+                waiting.turn.set_exception(error)
 
     def gives_way(self, request: InferenceRequest) -> WaitingRequest | None:
         """Whose place in a full queue is the request's: first of the flex tier's, then of its own; None: nobody's."""

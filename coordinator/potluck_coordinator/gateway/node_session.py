@@ -25,6 +25,7 @@ from potluck_coordinator.domain.stall import (
     prefill_seconds,
 )
 from potluck_coordinator.domain.suspicion import Standing
+from potluck_coordinator.gateway.directory_word import NOTHING_SAID
 from potluck_coordinator.gateway.measured_view import measured
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EngineState, NodeState
@@ -67,6 +68,8 @@ class NodeSession:
         self.epoch = grant.epoch
         self.owner_account_id = grant.owner_account_id
         self.desired = grant.desired
+        self._wished_replica_ids = {wish.replica_id for wish in grant.desired.engines}
+        """In this session, ever."""
         self.state = hello.state
         self._rest_causes = hello.rest_causes
         self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
@@ -93,11 +96,8 @@ class NodeSession:
         self._gap_counts: dict[ReplicaId, GapCounts] = {}
         self.busy_since: float | None = None
         self.suspect = False
-        self.leaving: frozenset[ReplicaId] = frozenset()
-        """Replicas that get no new requests, of this node and of others."""
-        self.slow_replicas: Mapping[ReplicaId, float] = {}
-        self.drained_replicas: Mapping[ReplicaId, str] = {}
-        """Both of this node and of others, by the directory's word."""
+        self.word = NOTHING_SAID
+        """The directory's, over replicas of this node and of others."""
         self.vouched_models: frozenset[ModelId] = frozenset()
         """While the coordinator doubts itself: those that nobody else is known to serve; for these the last view of the node holds."""
         self.unrivalled_models: frozenset[ModelId] = frozenset()
@@ -225,6 +225,7 @@ class NodeSession:
         """Hands on the directory's wish if it is new."""
         if desired.revision > self.desired.revision:
             self.desired = desired
+            self._wished_replica_ids |= {wish.replica_id for wish in desired.engines}
             if self.outbox is not None:
                 self.outbox.wish(desired)
 
@@ -292,6 +293,10 @@ class NodeSession:
             self._asked_at = min(now, self._asked_at + absence_seconds)
         for relay in self.attempts.values():
             relay.last_chunk_at = min(now, relay.last_chunk_at + absence_seconds)
+
+    def was_wished(self, replica_id: ReplicaId) -> bool:
+        """Whether the replica is, or was, this node's to run."""
+        return replica_id in self._wished_replica_ids
 
     def is_ready(self, replica_id: ReplicaId) -> bool:
         """Whether the replica's engine serves, as the node said last."""
@@ -370,14 +375,15 @@ class NodeSession:
             node_suspect=standing is Standing.SUSPECTED or (self.suspect and wish.model.model_id not in self.vouched_models),
             link_up=self.outbox is not None and not self.outbox.closed,
             endpoints=status.endpoints if status is not None else (),
-            leaving=wish.replica_id in self.leaving,
+            leaving=wish.replica_id in self.word.leaving,
             context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
             owner_account_id=self.owner_account_id,
+            is_trusted=wish.replica_id in self.word.trusted,
             engine_kind=wish.engine_kind,
             losses_per_second=self.losses_per_second,
             half_open=half_open,
-            drained="" if is_unrivalled else self.drained_replicas.get(wish.replica_id, ""),
-            weight=self.slow_replicas.get(wish.replica_id, 1.0),
+            drained="" if is_unrivalled else self.word.drained.get(wish.replica_id, ""),
+            weight=self.word.slow.get(wish.replica_id, 1.0),
             heard_at_seconds=self.heartbeat_at,
         )
         if self.measures is None or status is None:

@@ -165,9 +165,9 @@ _encoder: Final = msgspec.json.Encoder()
 
 
 def parse_request(
-    endpoint: Endpoint, body: bytes, request_id: RequestId, account_id: AccountId, caller: Caller = NO_CALLER
+    endpoint: Endpoint, body: bytes, request_id: RequestId, account_id: AccountId, caller: Caller = NO_CALLER, *, trusted_only: bool = False
 ) -> InferenceRequest:
-    """Checks a request body and reads from it what the gateway needs.
+    """Checks a request body and reads from it what the gateway needs; `trusted_only` is said beside it.
 
     Raises:
         PotluckError: REQUEST_TOO_LARGE over `BODY_BYTES_MAX`; else INVALID_REQUEST, with `param` naming the field at fault.
@@ -197,6 +197,7 @@ def parse_request(
             prompt_tokens_min=_prompt_tokens_min(parsed),
             caller=caller,
             asked_tier=asked_tier,
+            trusted_only=trusted_only,
         )
     stream = parsed.stream is True
     return InferenceRequest(
@@ -214,6 +215,7 @@ def parse_request(
         prompt_tokens_min=_prompt_tokens_min(parsed),
         caller=caller,
         asked_tier=asked_tier,
+        trusted_only=trusted_only,
     )
 
 

@@ -5,6 +5,7 @@ Decides nothing of its own. It must not know queues, holds or answers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.admission import Capacity
@@ -53,6 +54,8 @@ class Placing:
                 work,
                 endpoint=request.endpoint,
                 engine_kinds=request.engine_kinds,
+                trusted_only=request.trusted_only,
+                although_behind=_goes_although_behind(request),
                 excluded=out,
                 tokens_min=self._tokens_wanted(request, out),
                 warm={} if explores else warm,
@@ -68,7 +71,7 @@ class Placing:
         roster, tokens_min = self._links.roster(), self._tokens_wanted(request, excluded)
         usable = free = 0
         for kind in roster.kinds(request.model_id):
-            if rejection(kind.sample, request.endpoint, _NOBODY, tokens_min, request.engine_kinds) is None:
+            if _may_go_to(kind, request, tokens_min):
                 _, _, out_slots, out_free_slots = roster.count_on(kind, excluded)
                 usable += kind.slot_count - out_slots
                 free += kind.free_slot_count - out_free_slots
@@ -84,15 +87,35 @@ class Placing:
             committed_tokens=float(sum(kind.committed_tokens for kind in kinds)),
         )
 
-    def knows_others(self, model_id: ModelId, excluded: frozenset[NodeId]) -> bool:
-        """Whether another node means to serve the model: one that is suspect, or not ready, may be well in a moment; a paused one not."""
-        roster = self._links.roster()
-        willing = (kind for kind in roster.kinds(model_id) if not (kind.sample.node_paused or kind.sample.leaving))
-        return any(len(kind) > roster.count_on(kind, excluded)[0] for kind in willing)
+    def within_trust(self, request: InferenceRequest, capacity: Capacity) -> Capacity:
+        """The same slots, and where the request demands trusted nodes no caches but theirs."""
+        if not request.trusted_only:
+            return capacity
+        kinds = [kind for kind in self._links.roster().kinds(request.model_id) if hurdle(kind.sample) is None and kind.sample.is_trusted]
+        return replace(
+            capacity,
+            kv_tokens=sum(kind.kv_capacity_tokens for kind in kinds) if all(kind.tells_capacity for kind in kinds) else 0,
+            committed_tokens=float(sum(kind.committed_tokens for kind in kinds)),
+        )
 
-    def has_free_slot(self, model_id: ModelId) -> bool:
-        """Whether some request for the model could be placed now."""
-        return any(kind.free_count for kind in self._links.roster().kinds(model_id))
+    def knows_others(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> bool:
+        """Whether another node means to serve the model: one that is suspect, or not ready, may be well in a moment; a paused one not.
+
+        Nor one that is not trusted, where the request demands that.
+        """
+        roster = self._links.roster()
+        willing = (kind for kind in roster.kinds(request.model_id) if not (kind.sample.node_paused or kind.sample.leaving))
+        permitted = (kind for kind in willing if kind.sample.is_trusted or not request.trusted_only)
+        return any(len(kind) > roster.count_on(kind, excluded)[0] for kind in permitted)
+
+    def withholds_slots(self, model_id: ModelId) -> bool:
+        """Whether slots stay empty, since more answers at a time would be too slow."""
+        return any(kind.withheld_slot_count for kind in self._links.roster().kinds(model_id))
+
+    def has_free_slot(self, request: InferenceRequest) -> bool:
+        """Whether some request for its model could be placed now, and that if it is one whose client has a part of its answer already."""
+        kinds, although_behind = self._links.roster().kinds(request.model_id), _goes_although_behind(request)
+        return any(kind.free_count or (although_behind and kind.behind_count) for kind in kinds)
 
     def ready_replica_count(self, model_id: ModelId) -> int:
         """Replicas that answer, busy or not."""
@@ -108,6 +131,20 @@ class Placing:
         contexts = (
             kind.sample.context_length_tokens
             for kind in roster.kinds(request.model_id)
-            if rejection(kind.sample, request.endpoint, _NOBODY, 0, request.engine_kinds) is None and has_others(kind)
+            if _may_go_to(kind, request, 0) and has_others(kind)
         )
         return tokens_wanted(contexts, request.prompt_tokens_min, request.completion_tokens_max)
+
+
+def _goes_although_behind(request: InferenceRequest) -> bool:
+    """Whether it takes any slot. Others wait in the gateway until a replica has read what it has: they may still go elsewhere.
+
+    Of a node's loss come many at a time, and nobody comes before them: an engine that has all of them reads them together.
+    """
+    return request.continued is not None
+
+
+def _may_go_to(kind: Kind, request: InferenceRequest, tokens_min: int) -> bool:
+    """Whatever its load, and whoever tried it before."""
+    reason = rejection(kind.sample, request.endpoint, _NOBODY, tokens_min, request.engine_kinds, trusted_only=request.trusted_only)
+    return reason is None

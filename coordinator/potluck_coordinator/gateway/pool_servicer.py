@@ -83,6 +83,16 @@ class PoolServicer(ExplainServicer):
         await self._nodes.revoke_node(NodeId(request.node_id), request.reason[:REASON_CHARACTERS_MAX])
         return pool_pb2.RevokeNodeResponse()
 
+    async def SetNodeTrust(  # noqa: N802
+        self, request: pool_pb2.SetNodeTrustRequest, context: _Context
+    ) -> pool_pb2.SetNodeTrustResponse:
+        """The operator's word that a node is trusted, or is not any more."""
+        del context
+        if not request.node_id:
+            raise PotluckError(ErrorCode.INVALID_REQUEST, "Name the node.", param="node_id")
+        await self._nodes.set_node_trust(NodeId(request.node_id), trusted=request.trusted)
+        return pool_pb2.SetNodeTrustResponse()
+
     async def AddModel(  # noqa: N802
         self, request: pool_pb2.AddModelRequest, context: _Context
     ) -> pool_pb2.AddModelResponse:
@@ -180,6 +190,7 @@ def _node_message(record: NodeRecord) -> pool_pb2.Node:
         last_seen_at_unix_ms=record.last_seen_at_unix_ms,
         cards=[hardware_codec.card_telemetry_message(card) for card in record.cards],
         rest_causes=codec.rest_cause_numbers(record.rest_causes),
+        trusted=record.trusted,
     )
 
 

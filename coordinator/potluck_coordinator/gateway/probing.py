@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.placement import ReplicaView
     from potluck_coordinator.gateway.node_session import NodeSession
     from potluck_coordinator.gateway.suspicions import Suspicions
+    from potluck_protocol.values import NodeId
 
 _log = structlog.get_logger()
 
@@ -41,14 +42,20 @@ class Probing:
 
     Args:
         suspicions: says who is to be probed, and hears what came of it.
+        changed: called with each node of which a probe has taken a slot.
         finish: gives the slot back.
         now: monotonic seconds.
     """
 
     def __init__(
-        self, suspicions: Suspicions, finish: Callable[[NodeSession, AttemptId, ReplicaId], None], now: Callable[[], float]
+        self,
+        suspicions: Suspicions,
+        changed: Callable[[NodeId], None],
+        finish: Callable[[NodeSession, AttemptId, ReplicaId], None],
+        now: Callable[[], float],
     ) -> None:
         self._suspicions = suspicions
+        self._changed = changed
         self._finish = finish
         self._now = now
         self._running: dict[ReplicaId, asyncio.Task[None]] = {}
@@ -75,27 +82,35 @@ class Probing:
     def _start(self, session: NodeSession, view: ReplicaView) -> None:
         task = asyncio.ensure_future(self._probe(session, view))
         self._running[view.replica_id] = task
-        task.add_done_callback(lambda _: self._running.pop(view.replica_id))
+        task.add_done_callback(lambda _: self._running.pop(view.replica_id, None))
 
     async def _probe(self, session: NodeSession, view: ReplicaView) -> None:
         attempt_id = AttemptId(f"probe_{secrets.token_hex(8)}")
-        endpoint = view.endpoints[0]
-        request = parse_request(endpoint, _body(endpoint, view), RequestId(attempt_id), NOBODY)
-        relay = Relay(attempt_id, WINDOW_BYTES, self._now(), session.acknowledge)
-        start = StartAttempt(attempt_id, view.replica_id, endpoint, request.body, request.stream, WINDOW_BYTES)
         self.attempt_ids.add(attempt_id)
         succeeded = False
         try:
-            session.start(start, relay, self._now(), request)
+            relay = self._dispatched(session, view, attempt_id)
             async with asyncio.timeout(PROBE_SECONDS_MAX):
                 succeeded = await _is_answered(relay)
         except (PotluckError, TimeoutError):
             pass
+        except Exception:  # noqa: BLE001 - whatever it is, it is told
+            # A fault of ours counts as a probe that failed: one that counted as none would be due again at every look.
+            _log.exception("probe_broke", replica_id=view.replica_id, node_id=view.node_id)
         finally:
             self._finish(session, attempt_id, view.replica_id)
             self.attempt_ids.discard(attempt_id)
         _log.info("replica_probed", replica_id=view.replica_id, node_id=view.node_id, succeeded=succeeded)
         self._suspicions.probed(view.replica_id, succeeded=succeeded)
+
+    def _dispatched(self, session: NodeSession, view: ReplicaView, attempt_id: AttemptId) -> Relay:
+        endpoint = view.endpoints[0]
+        request = parse_request(endpoint, _body(endpoint, view), RequestId(attempt_id), NOBODY)
+        relay = Relay(attempt_id, WINDOW_BYTES, self._now(), session.acknowledge)
+        start = StartAttempt(attempt_id, view.replica_id, endpoint, request.body, request.stream, WINDOW_BYTES)
+        session.start(start, relay, self._now(), request)
+        self._changed(session.node_id)
+        return relay
 
 
 def _can_be_probed(session: NodeSession, view: ReplicaView) -> bool:

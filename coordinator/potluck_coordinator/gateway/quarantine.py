@@ -48,7 +48,7 @@ class Quarantine:
         if not self._links.knows_lethal_requests:
             return (nobody,)
         suspects = frozenset(self._nodes.values())
-        if not self._suspects(request):
+        if not self.suspects(request):
             return (suspects, nobody) if suspects else (nobody,)
         owner = self._links.suspect_requests.get(request.fingerprint(self._links.culprits))
         sessions = self._links.sessions
@@ -61,7 +61,7 @@ class Quarantine:
 
     def begin(self, attempt_id: AttemptId, node_id: NodeId, request: InferenceRequest) -> None:
         """An attempt starts."""
-        if self._suspects(request):
+        if self.suspects(request):
             self._nodes[attempt_id] = node_id
 
     def end(self, attempt_id: AttemptId, request: InferenceRequest, *, answered: bool) -> None:
@@ -70,7 +70,8 @@ class Quarantine:
         if answered and self._links.knows_lethal_requests:
             self._links.stood(request.fingerprint(self._links.culprits))
 
-    def _suspects(self, request: InferenceRequest) -> bool:
+    def suspects(self, request: InferenceRequest) -> bool:
+        """Whether an engine died with the request, and it was not answered since."""
         if not self._links.knows_lethal_requests:
             return False
         fingerprint = request.fingerprint(self._links.culprits)

@@ -14,14 +14,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import (
+    AIM_SHARE,
+    NOBODY,
     AdmissionLimits,
-    Admitted,
     ModelLoad,
     Queued,
     Refuse,
     Wait,
     Waiting,
     admit,
+    beside,
     is_hopeless,
     is_promised,
     predicted_wait_seconds,
@@ -30,21 +32,18 @@ from potluck_coordinator.domain.admission import (
 )
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.decisions import StepKind
-from potluck_coordinator.domain.fairness import service
 from potluck_coordinator.domain.tiers import flex_fits
-from potluck_coordinator.gateway.appointments import Expected
 from potluck_coordinator.gateway.model_line import ModelLine
-from potluck_coordinator.gateway.refusals import Refusals
+from potluck_coordinator.gateway.refusals import Refusals, refusal_words
 from potluck_coordinator.gateway.waiting import WaitingRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from typing import Protocol
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
-    from potluck_coordinator.domain.forecast import Work
-    from potluck_coordinator.domain.placement import ReplicaView
+    from potluck_coordinator.domain.placement import Placement, ReplicaView
     from potluck_coordinator.gateway.attempt import Attempt
     from potluck_coordinator.gateway.decisions import Decisions
     from potluck_coordinator.gateway.expectations import Expectations
@@ -63,6 +62,7 @@ REVIEW_SECONDS: Final = 0.25
 """Between two looks at whether those that wait will have their turn in time."""
 OVERTAKEN_SECONDS_MAX: Final = 5.0
 """How long a request that needs much of a cache lets smaller ones pass. After that those behind it wait until it has its room."""
+_NOWHERE: Final[frozenset[NodeId]] = frozenset()
 CONTINUED_WAIT_SECONDS_MAX: Final = 30.0
 """How long a client whose answer stands still waits for another node."""
 
@@ -120,53 +120,67 @@ class Queues:
         Raises:
             PotluckError: NO_CAPACITY, QUEUE_FULL or QUEUE_TIMEOUT, or the dispatch's own.
         """
-        line, now = self.line(request.model_id), self._clock.monotonic_seconds()
-        line.seen(request, now)
-        if line.waiting_count:
-            # Whoever waits comes first. What is free after that suits none of them, and is not kept from others.
-            self.serve(request.model_id)
-        chosen = self._room_for(line, request, excluded, now)
+        line, now = self._arrived(request)
+        chosen = self._placed(request, self._room_for(line, request, excluded, now))
         if chosen is not None:
             line.appointments[request.tier].keep(request)
             return self.dispatch(request, entry, chosen, excluded)
-        wait_seconds_max = self._wait_seconds_max(line, request, excluded, waited_seconds, now)
-        work = self._expectations.work(request)
+        seconds_max = self._wait_seconds_max(line, request, excluded, waited_seconds)
+        if request.continued is None:
+            line.appointments[request.tier].keep(request)
+            self._make_room(line, request)
+        work, arrived_at = self._expectations.work(request), now - waited_seconds
         waiting = WaitingRequest(
-            request,
-            entry,
-            excluded,
-            work=work,
-            seconds_max=wait_seconds_max,
-            arrived_at_seconds=now - waited_seconds,
-            joined_at_seconds=now,
+            request, entry, excluded, work=work, seconds_max=seconds_max, arrived_at_seconds=arrived_at, joined_at_seconds=now
         )
         return await self._wait(line, waiting)
 
+    def announce(self, request: InferenceRequest, waited_seconds: float) -> Callable[[], None]:
+        """Refuses at once what `slot` would refuse at once. What passes comes before all that is announced later, until that is called."""
+        line, now = self._arrived(request)
+        load = self._load(line, request, _NOWHERE, now, announced=line.announced)
+        fits = line.announced is NOBODY or flex_fits(load.capacity, load.wanted_tokens)
+        if not fits or self._room_for(line, request, _NOWHERE, now) is None:
+            self._wait_seconds_max(line, request, _NOWHERE, waited_seconds, line.announced)
+        return line.announce(Queued(1, load.wanted_tokens))
+
+    def _arrived(self, request: InferenceRequest) -> tuple[ModelLine, float]:
+        """Its line, and the time. Whoever waits comes first; what is free after that suits none of them, and is not kept from others."""
+        line, now = self.line(request.model_id), self._clock.monotonic_seconds()
+        line.seen(request, now)
+        if line.waiting_count:
+            self.serve(request.model_id)
+        return line, now
+
     def _wait_seconds_max(
-        self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], waited_seconds: float, now: float
+        self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], waited_seconds: float, announced: Queued = NOBODY
     ) -> float:
         """How long a request for which there is no room may wait for it; raises where it may not."""
-        appointments = line.appointments[request.tier]
+        appointments, now = line.appointments[request.tier], self._clock.monotonic_seconds()
         appointment = appointments.find(request, now)
         was_promised = appointment is not None and appointments.is_due(appointment, now)
         if appointment is not None and not was_promised and request.continued is None:
             raise self._refused(request, excluded, ErrorCode.QUEUE_FULL, appointment.due_at_seconds - now)
-        load = self._load(line, request, excluded, now, counts_expected=not was_promised)
+        ahead = line.ahead_of(request, counts_expected=not was_promised)
+        load = self._load(line, request, excluded, now, ahead=ahead, announced=announced)
         if request.continued is not None:
-            if not self._placing.knows_others(request.model_id, excluded):
+            if not self._placing.knows_others(request, excluded):
                 raise self._refused(request, excluded, ErrorCode.NO_CAPACITY, self._limits.retry_after_seconds_min)
             return CONTINUED_WAIT_SECONDS_MAX
-        match admit(load, self._limits, waited_seconds, was_promised=was_promised):
+        match admit(load, self._limits, waited_seconds, was_given_back=bool(excluded), was_promised=was_promised):
             case Wait(wait_seconds_max):
-                appointments.keep(request)
-                self._make_room(line, request)
                 return wait_seconds_max
             case Refuse(code, retry_after, predicted_seconds):
                 if code is ErrorCode.QUEUE_FULL:
                     self._expect_back(line, request, retry_after)
                 raise self._refused(request, excluded, code, retry_after, predicted_seconds)
-            case Admitted():
-                raise AssertionError("nothing fits now")
+
+    def spare(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> Placement | None:
+        """Where a second attempt could run now, if anywhere; None: somebody waits, or what is free is kept for a better tier."""
+        line = self.line(request.model_id)
+        if line.waiting_count or not self._may_fill(line, request, self._clock.monotonic_seconds()):
+            return None
+        return self._placing.place(request, excluded, self._expectations.work(request))
 
     async def _wait(self, line: ModelLine, waiting: WaitingRequest) -> Attempt:
         request = waiting.request
@@ -204,14 +218,13 @@ class Queues:
         predicted = predicted_wait_seconds(self._load(line, request, waiting.excluded, now))
         retry_after = retry_after_seconds(predicted, self._limits)
         self._expect_back(line, request, retry_after)
-        waiting.turn.set_exception(self._refused(request, waiting.excluded, ErrorCode.QUEUE_FULL, retry_after, predicted))
+        code = ErrorCode.QUEUE_FULL if math.isfinite(predicted) else ErrorCode.NO_CAPACITY
+        waiting.turn.set_exception(self._refused(request, waiting.excluded, code, retry_after, predicted))
 
     def _expect_back(self, line: ModelLine, request: InferenceRequest, retry_after: float) -> None:
         """Room is kept for whoever comes back when he was told, unless that is too far away."""
         if is_promised(retry_after, self._limits):
-            work = self._expectations.work(request)
-            expected = Expected(service(work.prompt_tokens, work.answer_tokens), Queued(1, work.wanted_tokens))
-            line.appointments[request.tier].make(request, self._clock.monotonic_seconds() + retry_after, expected)
+            line.expect_back(request, self._expectations.work(request), self._clock.monotonic_seconds() + retry_after)
 
     def serve_all(self) -> None:
         """Gives free room to those whose turn it is, and refuses those whose turn will come too late."""
@@ -225,30 +238,30 @@ class Queues:
     def serve(self, model_id: ModelId) -> None:
         """Gives one model's free room to those whose turn it is: to continued requests, to the default tier, to flex."""
         line = self.line(model_id)
-        line.is_held = False
+        line.held_for = None
         for turn in (tuple(line.continued), *(line.queues[tier].in_turn() for tier in (ServiceTier.DEFAULT, ServiceTier.FLEX))):
-            if not self._serve_in_turn(line, model_id, turn):
+            if not self._serve_in_turn(line, turn):
                 return
 
-    def _serve_in_turn(self, line: ModelLine, model_id: ModelId, turn: Iterable[WaitingRequest]) -> bool:
+    def _serve_in_turn(self, line: ModelLine, turn: Iterable[WaitingRequest]) -> bool:
         """Whether there may be something left for those that come after these."""
         lacking_tokens = math.inf
         now = self._clock.monotonic_seconds()
         for waiting in turn:
-            if not self._placing.has_free_slot(model_id):
+            if not self._placing.has_free_slot(waiting.request):
                 return False
             if waiting.work.wanted_tokens >= lacking_tokens:
                 continue
             if not self._may_fill(line, waiting.request, now):
                 return True
-            chosen = self._chosen(waiting.request, waiting.excluded, waiting.work)
+            chosen = self._placed(waiting.request, self._placing.place(waiting.request, waiting.excluded, waiting.work))
             if chosen is not None:
                 self._give(line, waiting, chosen)
             elif self._placing.slots(waiting.request, waiting.excluded)[1] > 0:
                 # A slot would be free for it, and the cache behind it is not: smaller ones may pass, for a while.
                 lacking_tokens = waiting.work.wanted_tokens
                 if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
-                    line.is_held = True
+                    line.held_for = waiting
                     return False
             # One that no free replica suits does not hold up those behind it.
         return True
@@ -290,10 +303,7 @@ class Queues:
     def fail_all(self, error: PotluckError) -> None:
         """Nobody who waits gets a slot any more."""
         for line in self._lines.values():
-            for waiting in line:
-                line.leave(waiting)
-                if not waiting.turn.done():
-                    waiting.turn.set_exception(error)
+            line.fail_all(error)
 
     def line(self, model_id: ModelId) -> ModelLine:
         """The model's, which begins with the first request."""
@@ -315,6 +325,7 @@ class Queues:
         position, own_position, ahead = line.position_of(waiting)
         predicted = predicted_wait_seconds(self._load(line, request, waiting.excluded, now, ahead=ahead))
         usable_count, free_count = self._placing.slots(request, waiting.excluded)
+        withheld = self._placing.withholds_slots(request.model_id)
         return Waiting(
             request_id=request.request_id,
             account_id=request.account_id,
@@ -324,22 +335,24 @@ class Queues:
             position_in_account=own_position,
             waiting_count=len(line.queues[request.tier]),
             waited_seconds=now - waiting.arrived_at_seconds,
-            waits_for=waits_for(usable_count, free_count, may_fill=self._may_fill(line, request, now)),
+            waits_for=waits_for(usable_count, free_count, may_fill=self._may_fill(line, request, now), withheld=withheld),
             predicted_wait_seconds=predicted if math.isfinite(predicted) else None,
             deadline_seconds=waiting.deadline_seconds - now,
+            candidates=self._placing.place(request, waiting.excluded, waiting.work).candidates,
         )
 
-    def _room_for(self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], now: float) -> ReplicaView | None:
+    def _room_for(self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], now: float) -> Placement | None:
         """Where the request can run now; nowhere while one that was overtaken long enough waits for the same room."""
-        if not self._placing.has_free_slot(request.model_id) or line.is_held or not self._may_fill(line, request, now):
+        if not self._placing.has_free_slot(request) or line.held_for is not None or not self._may_fill(line, request, now):
             return None
-        return self._chosen(request, excluded, self._expectations.work(request))
+        placement = self._placing.place(request, excluded, self._expectations.work(request))
+        return None if placement.chosen is None else placement
 
-    def _chosen(self, request: InferenceRequest, excluded: frozenset[NodeId], work: Work) -> ReplicaView | None:
-        """Where the request is to run now, as placement finds; it is dispatched there."""
-        placement = self._placing.place(request, excluded, work)
-        if placement.chosen is not None:
-            self._decisions.note(request, StepKind.PLACED, node_id=placement.chosen.node_id, placement=placement)
+    def _placed(self, request: InferenceRequest, placement: Placement | None) -> ReplicaView | None:
+        """Where the request is to run now, if placement has found room; it is dispatched there."""
+        if placement is None or placement.chosen is None:
+            return None
+        self._decisions.note(request, StepKind.PLACED, node_id=placement.chosen.node_id, placement=placement)
         return placement.chosen
 
     def _may_fill(self, line: ModelLine, request: InferenceRequest, now: float) -> bool:
@@ -357,7 +370,7 @@ class Queues:
         now: float,
         *,
         ahead: Queued | None = None,
-        counts_expected: bool = False,
+        announced: Queued = NOBODY,
     ) -> ModelLoad:
         """The model's position as the request sees it; without `ahead`, as one that would join now."""
         capacity = line.capacity(self._placing.capacity(request.model_id), request.tier, self._reserve_percent, now)
@@ -365,25 +378,18 @@ class Queues:
         if usable_count < capacity.slot_count:
             # What others could take is none of its concern.
             capacity = replace(capacity, slot_count=usable_count, in_flight_count=usable_count - free_count)
-        if ahead is None:
-            ahead = line.ahead_of(request, counts_expected=counts_expected)
-        is_full = line.waiting_count >= self._limits.queue_length_max and line.gives_way(request) is None
+        capacity = self._placing.within_trust(request, capacity)
+        capacity, waits = beside(capacity, announced)
+        ahead = (line.ahead_of(request, counts_expected=False) if ahead is None else ahead) + waits
+        is_full = line.waiting_count + waits.count >= self._limits.queue_length_max and line.gives_way(request) is None
         is_full = is_full or self._queued_bytes + len(request.body) > self._limits.queue_bytes_max
         return ModelLoad(capacity, self._expectations.work(request).wanted_tokens, ahead, line.pace(now), is_full=is_full)
 
     def _refused(
-        self,
-        request: InferenceRequest,
-        excluded: frozenset[NodeId],
-        code: ErrorCode,
-        retry_after: float,
-        predicted_seconds: float = math.inf,
+        self, request: InferenceRequest, excluded: frozenset[NodeId], code: ErrorCode, retry_after: float, predicted: float = math.inf
     ) -> PotluckError:
         self._refusals.note(request.model_id, request.account_id)
-        text = PotluckError(code).message
-        if code is ErrorCode.QUEUE_FULL and predicted_seconds < math.inf:
-            may_wait = f"{self._limits.queue_wait_seconds_max:g} s"
-            text = f"{text} In the {request.tier} tier it would wait some {predicted_seconds:.1f} s; {may_wait} are bearable."
+        text = refusal_words(request, code, predicted, AIM_SHARE * self._limits.queue_wait_seconds_max)
         placement = self._placing.place(request, excluded, self._expectations.work(request))
         self._decisions.note(request, StepKind.REFUSED, text, placement=placement)
         return PotluckError(code, f"{text} Replicas: {placement.explanation()}.", retry_after_seconds=retry_after)

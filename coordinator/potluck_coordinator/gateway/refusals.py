@@ -1,15 +1,21 @@
 """Who was refused lately for want of a slot, by model: a model without a replica has no queue, and would else look like one nobody wants.
 
-Decides that people count, not requests: a client that asks again and again is one. It must not know why there was no slot.
+Decides that people count, not requests: a client that asks again and again is one; and what is said first to whoever demands what there
+is none of. It must not know why there was no slot.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
+
+from potluck_coordinator.domain.trust import NOBODY_TRUSTED
+from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.clock import Clock
     from potluck_protocol.values import AccountId, ModelId
 
@@ -46,3 +52,18 @@ class Refusals:
         self._refused_at = {model_id: accounts for model_id, accounts in self._refused_at.items() if model_id in model_ids}
         counts = {model_id: sum(1 for at in accounts.values() if at >= oldest) for model_id, accounts in self._refused_at.items()}
         return {model_id: count for model_id, count in counts.items() if count}
+
+
+def refusal_words(request: InferenceRequest, code: ErrorCode, predicted_seconds: float, bearable_seconds: float) -> str:
+    """What is told first of why there is no slot; the replicas' reasons follow.
+
+    Args:
+        request: the one that is refused.
+        code: what it is refused with.
+        predicted_seconds: that it would wait; infinite where nobody knows.
+        bearable_seconds: that a newcomer might be foreseen to wait.
+    """
+    text = NOBODY_TRUSTED if request.trusted_only and code is ErrorCode.NO_CAPACITY else PotluckError(code).message
+    if code is not ErrorCode.QUEUE_FULL or not math.isfinite(predicted_seconds):
+        return text
+    return f"{text} In the {request.tier} tier it would wait some {predicted_seconds:.1f} s; {bearable_seconds:g} s are bearable."

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import structlog
 
 from potluck_coordinator.domain.stall import FIRST_TOKEN_SEQUENCE
+from potluck_coordinator.gateway.sse import keeps_alive_only
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EndReason, ResumePoint
 from potluck_protocol.window import acknowledged_step_bytes, has_room
@@ -135,7 +136,7 @@ class Relay:
             self.fail(PotluckError(ErrorCode.NODE_LOST, "The node sent more than its window allows."))
             return
         self.received_bytes += len(data)
-        if self.first_chunk_at is None and data:
+        if self.first_chunk_at is None and data and not keeps_alive_only(data):
             self.first_chunk_at = now
         if self.gap_counts is not None and sequence > FIRST_TOKEN_SEQUENCE and now > self.last_chunk_at:
             self.gap_counts[int((now - self.last_chunk_at) * 1000).bit_length()] += 1
@@ -161,7 +162,7 @@ class Relay:
         elif reason is EndReason.COMPLETED:
             self._end = reason
             self._wake()
-        elif reason is EndReason.REFUSED:
+        elif reason is EndReason.REFUSED or (reason is EndReason.HANDED_BACK and not self.received_bytes):
             self.fail(
                 PotluckError(
                     ErrorCode.NO_CAPACITY, f"The node would not take the request: {detail[:DETAIL_CHARACTERS_MAX]}", retry_after_seconds=1
@@ -180,12 +181,13 @@ class Relay:
     async def wait_for_head(self) -> AnswerHead:
         """How the answer begins; raises the attempt's error if it ends without one."""
         while self.head is None:
-            if self._error is not None:
-                raise self._error
-            if self._end is not None:
-                raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine ended without an answer.")
-            await self._until_woken()
+            await self._until_more()
         return self.head
+
+    async def wait_for_first_chunk(self) -> None:
+        """Returns when there are bytes that say something, and leaves them; raises the attempt's error if it ends without any."""
+        while self.first_chunk_at is None:
+            await self._until_more()
 
     async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
         """All bytes that wait, as soon as there are any; None at the complete end. Raises the attempt's error after its last byte.
@@ -228,6 +230,13 @@ class Relay:
         if self._taken_bytes - self._acknowledged_bytes >= self._acknowledged_step_bytes and not self.over:
             self._acknowledged_bytes, self._acknowledged_sequence = self._taken_bytes, self._taken_sequence
             self._acknowledge(self.attempt_id, self._taken_sequence)
+
+    async def _until_more(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._end is not None:
+            raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine ended without an answer.")
+        await self._until_woken()
 
     def _until_woken(self) -> asyncio.Future[None]:
         """One reader at a time."""

@@ -2,7 +2,7 @@
 
 Both edges (`http_inference` and `inference_servicer`) come through here and read the `answer` they get, which goes on elsewhere where a
 node fails. Decides which requests are answered at all. What stands behind it is joined here: `gate`, `queues`, `placing`, `dispatching`,
-`quarantine`. It must not know HTTP, gRPC or tables.
+`hedging`, `quarantine`. It must not know HTTP, gRPC or tables.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from potluck_coordinator.gateway.dispatching import Dispatching
 from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
 from potluck_coordinator.gateway.expectations import Expectations
 from potluck_coordinator.gateway.gate import TIER_LIMITS_DEFAULT, Gate, TierLimits
+from potluck_coordinator.gateway.hedging import Hedging
 from potluck_coordinator.gateway.placing import Placing
 from potluck_coordinator.gateway.quarantine import Quarantine
 from potluck_coordinator.gateway.queues import Queues
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.domain.admission import AdmissionLimits
     from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.hedging import HedgeEnd
     from potluck_coordinator.gateway.attempt import Attempt
     from potluck_coordinator.gateway.dispatching import Books
     from potluck_coordinator.gateway.gate import Visit
@@ -67,6 +69,7 @@ class RequestService:
         clock: for durations and deadlines.
         draw: a random number in [0, 1) for ties.
         flex_models: those that are deployed in the flex tier; all others have both.
+        on_hedge: called with the model, the end and the wasted tokens of each second attempt.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class RequestService:
         clock: Clock,
         draw: Callable[[], float],
         flex_models: Callable[[], frozenset[ModelId]] = frozenset,
+        on_hedge: Callable[[ModelId, HedgeEnd, float], None] = lambda *_: None,
     ) -> None:
         self._catalogue = catalogue
         self._clock = clock
@@ -107,6 +111,13 @@ class RequestService:
             on_slot=self.queues.serve_all,
         )
         self.queues.dispatch = self.dispatching.dispatch
+        self.hedging = Hedging(
+            queues=self.queues,
+            dispatching=self.dispatching,
+            quarantine=self._quarantine,
+            decisions=self.decisions,
+            on_end=on_hedge,
+        )
 
     @property
     def in_flight_count(self) -> int:
@@ -132,21 +143,20 @@ class RequestService:
         Raises:
             PotluckError: whatever keeps the request from being answered; nothing is then owed.
         """
-        entry = self._entry(request)
-        self._quarantine.check(request)
         arrived_at = self._clock.monotonic_seconds()
-        self.decisions.arrived(request)
-        try:
-            visit = self.gate.enter(request, entry)
-        except PotluckError as error:
-            self.decisions.note(request, StepKind.REFUSED, error.message)
-            raise
+        entry, visit = self._let_in(request)
 
         async def begin(asked: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
             return await self.queues.slot(asked, entry, excluded, self._clock.monotonic_seconds() - arrived_at)
 
-        note = partial(self.decisions.note, visit.request)
-        answer = Answer(visit.request, begin, self._clock, partial(self._end_visit, visit, arrived_at), note)
+        answer = Answer(
+            visit.request,
+            begin,
+            self._clock,
+            on_closed=partial(self._end_visit, visit, arrived_at),
+            note=partial(self.decisions.note, visit.request),
+            begin_hedge=partial(self.hedging.begin, entry),
+        )
         try:
             await answer.open()
         except BaseException as error:
@@ -156,11 +166,45 @@ class RequestService:
             raise
         return answer
 
+    def announce(self, request: InferenceRequest) -> Callable[[], None]:
+        """Refuses at once, and without a word to the books, what `begin` would refuse at once.
+
+        What passes has no place yet: `begin` decides. Until what is returned is called, which may be done again, it counts as if it had
+        begun for those announced after it: else many would pass by the room of one.
+        """
+        arrived_at = self._clock.monotonic_seconds()
+        _, visit = self._let_in(request)
+        try:
+            over = self.queues.announce(visit.request, self._clock.monotonic_seconds() - arrived_at)
+        except BaseException as error:
+            if isinstance(error, PotluckError):
+                visit.refuse(error)
+            visit.take_back()
+            raise
+
+        def withdraw() -> None:
+            visit.take_back()
+            over()
+
+        return withdraw
+
+    def _let_in(self, request: InferenceRequest) -> tuple[CatalogueEntry, Visit]:
+        """Past everything before the queues; its story begins here."""
+        entry = self._entry(request)
+        self._quarantine.check(request)
+        self.decisions.arrived(request)
+        try:
+            return entry, self.gate.enter(request, entry)
+        except PotluckError as error:
+            self.decisions.note(request, StepKind.REFUSED, error.message)
+            raise
+
     def _end_visit(self, visit: Visit, arrived_at: float, answer: Answer) -> None:
         first = answer.first_token_at_seconds
         first_token_seconds = None if first is None else first - arrived_at
         waited_seconds = self._clock.monotonic_seconds() - arrived_at
-        visit.end(answer.usage, answer.charge_micro_credits, first_token_seconds, waited_seconds=waited_seconds)
+        visit.end(answer.usage, answer.token_count, answer.charge_micro_credits, first_token_seconds, waited_seconds=waited_seconds)
+        self.hedging.ended(visit.request, answer)
         if answer.node_ids:
             kind = StepKind.BROKE_OFF if answer.usage is None else StepKind.ANSWERED
             words = f"charged {answer.charge_micro_credits} micro-credits"

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Final
 from potluck_coordinator.domain.cost import cost
 from potluck_coordinator.domain.drain_order import DrainOrder
 from potluck_coordinator.domain.forecast import Forecast, Work
-from potluck_coordinator.domain.placement import BUSY, TRIED, Candidate, Draw, Offer, has_slot, is_free, lacks_room, likeness, rejection
+from potluck_coordinator.domain.placement import (
+    BUSY,
+    TRIED,
+    Candidate,
+    Draw,
+    Offer,
+    has_slot,
+    has_slot_for_broken,
+    is_free,
+    lacks_room,
+    likeness,
+    rejection,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,6 +59,7 @@ class Kind:
     """The replicas of one model that have the same `likeness`; at least one."""
 
     __slots__ = (
+        "_behind",
         "_entries",
         "_free",
         "_orders",
@@ -57,17 +70,22 @@ class Kind:
         "kv_capacity_tokens",
         "silent_count",
         "slot_count",
+        "withheld_slot_count",
     )
 
     def __init__(self) -> None:
         self._entries: dict[_Entry, None] = {}
         self._free: DrainOrder[_Entry] = DrainOrder()
         """All in one bucket: to draw by chance."""
+        self._behind: dict[_Entry, None] = {}
+        """Those with a slot, but with much to read already, and those whose slots stay empty for their pace."""
         self._orders: tuple[DrainOrder[_Entry], ...] = tuple(DrainOrder() for _ in SHAPES)
         self._roomiest: DrainOrder[_Entry] = DrainOrder()
         """Of those whose requests share a cache."""
         self.slot_count = 0
         """Of all of them, taken or not."""
+        self.withheld_slot_count = 0
+        """Beside those: what would make them too slow."""
         self.free_slot_count = 0
         self.in_flight_count = 0
         self.kv_capacity_tokens = 0
@@ -106,7 +124,10 @@ class Kind:
         self._sum(replica, 1)
         if not is_free(replica):
             self._take_out(entry)
+            if has_slot_for_broken(replica):
+                self._behind[entry] = None
             return
+        self._behind.pop(entry, None)
         self._free.put(entry, 0.0)
         for order, work in zip(self._orders, usual, strict=True):
             order.put(entry, cost(replica, work, replica.prefill_since_seconds).total_seconds)
@@ -122,6 +143,7 @@ class Kind:
     def _sum(self, replica: ReplicaView, sign: int) -> None:
         """Whole numbers, so that what is added and taken away again leaves nothing."""
         self.slot_count += sign * replica.slot_count
+        self.withheld_slot_count += sign * replica.withheld_slot_count
         self.free_slot_count += sign * max(0, replica.slot_count - replica.in_flight_count)
         self.in_flight_count += sign * replica.in_flight_count
         self.kv_capacity_tokens += sign * replica.kv_capacity_tokens
@@ -135,8 +157,18 @@ class Kind:
         self._take_out(entry)
 
     def _take_out(self, entry: _Entry) -> None:
+        self._behind.pop(entry, None)
         for order in (self._free, self._roomiest, *self._orders):
             order.drop(entry)
+
+    @property
+    def behind_count(self) -> int:
+        """How many have a slot, but would let some request wait or slow others down."""
+        return len(self._behind)
+
+    def behind(self) -> Iterator[_Entry]:
+        """Those, the ones that have been so for longest first."""
+        return iter(self._behind)
 
     def least(self, shape: int, chance: Callable[[], float]) -> Iterator[tuple[int, _Entry]]:
         """The free ones with their bucket, those with the least to do first."""
@@ -249,6 +281,8 @@ class Roster:
         excluded: frozenset[NodeId] = frozenset(),
         tokens_min: int = 0,
         engine_kinds: frozenset[str] | None = None,
+        trusted_only: bool = False,
+        although_behind: bool = False,
         warm: Mapping[ReplicaId, float] = _NOBODY_WARM,
         chance: Callable[[], float],
     ) -> Draw:
@@ -261,13 +295,15 @@ class Roster:
             excluded: nodes that it must not go to.
             tokens_min: what a replica has to have room for.
             engine_kinds: those that can do what the request asks; None: any.
+            trusted_only: it demands trusted nodes.
+            although_behind: rather than wait here it goes to a replica that has much to read, or too many answers for its pace.
             warm: who holds how many tokens of its prompt, the best first.
             chance: a number in [0, 1), anew with each call.
         """
         able: list[Kind] = []
         rest: list[Candidate] = []
         for kind in self.kinds(model_id):
-            reason = rejection(kind.sample, endpoint, frozenset(), tokens_min, engine_kinds)
+            reason = rejection(kind.sample, endpoint, frozenset(), tokens_min, engine_kinds, trusted_only=trusted_only)
             out_count, out_free_count, _, _ = self.count_on(kind, excluded) if excluded else (0, 0, 0, 0)
             busy_count = len(kind) - kind.free_count - (out_count - out_free_count)
             if out_count:
@@ -278,7 +314,8 @@ class Roster:
                 continue
             able.append(kind)
             rest += [Candidate(busy_count, BUSY), Candidate(kind.free_count - out_free_count, NOT_DRAWN)]
-        offers = self._offers(able, self._shape(model_id, work), work, excluded=excluded, warm=warm, chance=chance)
+        shape = self._shape(model_id, work)
+        offers = self._offers(able, shape, work, excluded=excluded, warm=warm, although_behind=although_behind, chance=chance)
         free_count = sum(is_free(offer.replica) for offer in offers)
         return Draw(offers, _added_up(rest, {NOT_DRAWN: free_count, BUSY: len(offers) - free_count}))
 
@@ -297,6 +334,7 @@ class Roster:
         *,
         excluded: frozenset[NodeId],
         warm: Mapping[ReplicaId, float],
+        although_behind: bool,
         chance: Callable[[], float],
     ) -> tuple[Offer, ...]:
         kinds = set(able)
@@ -305,6 +343,9 @@ class Roster:
             entry = self._replicas.get(replica_id)
             if entry is not None and entry.kind in kinds and has_slot(entry.replica) and entry.replica.node_id not in excluded:
                 found[entry] = "warm"
+        if although_behind:
+            for entry in islice(_permitted((entry for kind in able for entry in kind.behind()), excluded), LEAST_MAX):
+                found.setdefault(entry, "behind")
         able = [kind for kind in able if kind.free_count]
         for entry in _least(able, shape, excluded, chance):
             found.setdefault(entry, "least work")

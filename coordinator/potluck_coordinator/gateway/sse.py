@@ -8,7 +8,7 @@ end the lines: agents see to that.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
@@ -17,15 +17,22 @@ from potluck_protocol.values import Usage
 EVENT_END: Final = b"\n\n"
 DONE: Final = b"[DONE]"
 _NO_TEXT: Final = frozenset({b"null", b'""', b"[]", b"{}"})
+_LOOKED_AT_MIN: Final = 2
+"""Events with text that are taken apart, for what stands around a text: the first one may name the role, too."""
+UNSEEN_TOKENS_MAX: Final = 64
+"""Of an answer: special tokens, and what a server takes away around a tool's call."""
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(le=2**53)]
+"""More is no count, and the record that has it none."""
 
 
 class _CachedTokens(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _UsageRecord(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _CachedTokens | None = None
 
 
@@ -54,7 +61,7 @@ class UsageWatcher:
         keep_usage_event: the client asked for the usage event itself; otherwise it is taken out. Everything else leaves as it came.
     """
 
-    __slots__ = ("_keep_usage_event", "done", "token_count", "usage")
+    __slots__ = ("_around_bytes", "_event_bytes", "_keep_usage_event", "done", "token_count", "usage")
 
     def __init__(self, *, keep_usage_event: bool) -> None:
         self._keep_usage_event = keep_usage_event
@@ -62,13 +69,23 @@ class UsageWatcher:
         """The engine's own count, from the last record seen."""
         self.token_count = 0
         """Events that carried text, an estimate: what an answer that breaks off is charged by, for want of the engine's count."""
+        self._event_bytes = 0
+        """Of those events."""
+        self._around_bytes: int | None = None
+        """Of one of them that are not its text, the least that was seen."""
         self.done = False
         """The engine said `[DONE]`: the answer is complete."""
+
+    @property
+    def tokens_bound(self) -> int:
+        """More than these the answer cannot have had, whatever its engine counts: each left a byte of text or an event behind."""
+        text_bytes = self._event_bytes - self.token_count * (self._around_bytes or 0)
+        return max(self.token_count, text_bytes) + UNSEEN_TOKENS_MAX
 
     def feed(self, data: bytes) -> bytes:
         """Takes whole events; gives what the client is to get: the same object, unless an event was dropped. May be empty."""
         if (
-            self.token_count
+            self.token_count >= _LOOKED_AT_MIN
             and b'"usage":{' not in data
             and b'"finish_reason":"' not in data
             and b'"usage": {' not in data
@@ -77,6 +94,7 @@ class UsageWatcher:
         ):
             # Only events that carry data: pings and bare newlines are no tokens. Inside a JSON string a newline is escaped.
             self.token_count += data.count(b"\ndata:") + data.startswith(b"data:")
+            self._event_bytes += len(data)
             return data
         return self._examine(data)
 
@@ -107,8 +125,12 @@ class UsageWatcher:
         if content.usage is not None:
             self.usage = _usage(content.usage)
         choices = content.choices or ()
-        if any(_carries_text(choice) for choice in choices):
+        if text_bytes := sum(map(_text_bytes, choices)):
             self.token_count += 1
+            event_bytes = len(event) + len(EVENT_END)
+            self._event_bytes += event_bytes
+            around_bytes = event_bytes - text_bytes
+            self._around_bytes = around_bytes if self._around_bytes is None else min(self._around_bytes, around_bytes)
         return bool(choices) or content.usage is None or self._keep_usage_event
 
 
@@ -127,6 +149,11 @@ def payload_of(event: bytes) -> bytes | None:
     return b"\n".join(lines).strip() if lines else None
 
 
+def keeps_alive_only(data: bytes) -> bool:
+    """Whether this is no more than comments: llama.cpp sends one every 30 s while it reads a long prompt."""
+    return data.startswith(b":") and b"\ndata:" not in data
+
+
 def _usage(record: _UsageRecord) -> Usage:
     """A count below zero is no count: an engine's word never turns into a refund."""
     cached = record.prompt_tokens_details.cached_tokens if record.prompt_tokens_details is not None else None
@@ -137,8 +164,7 @@ def _usage(record: _UsageRecord) -> Usage:
     )
 
 
-def _carries_text(choice: _Choice) -> bool:
-    """Whether a choice brings something generated, not only the role or the reason of the end."""
-    if choice.text:
-        return True
-    return any(bytes(value) not in _NO_TEXT for name, value in (choice.delta or {}).items() if name != "role")
+def _text_bytes(choice: _Choice) -> int:
+    """How much a choice brings that was generated; the role and the reason of the end were not."""
+    parts = (bytes(value) for name, value in (choice.delta or {}).items() if name != "role")
+    return len((choice.text or "").encode()) + sum(len(part) for part in parts if part not in _NO_TEXT)

@@ -16,10 +16,12 @@ from potluck_coordinator.domain.suspicion import (
     Suspicion,
     after_failure,
     after_probe,
+    after_refusal,
     after_success,
     is_forgotten,
     probe_is_due,
 )
+from potluck_protocol.values import NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -50,6 +52,16 @@ class Suspicions:
         """An attempt of the replica failed, and not by its request."""
         self._put(replica_id, after_failure(self._suspicions.get(replica_id, Suspicion()), self._now()))
 
+    def refused(self, session: NodeSession, replica_id: ReplicaId) -> None:
+        """The replica would not take an attempt, or gave it back. By its node's last word it had room; a node that rests has said so."""
+        if session.state is NodeState.SERVING:
+            self._put(replica_id, after_refusal(self._suspicions.get(replica_id, Suspicion()), self._now()))
+
+    def left(self, session: NodeSession) -> None:
+        """The node said goodbye to everything that it had still to answer."""
+        for replica_id in set(session.unanswered()):
+            self.refused(session, replica_id)
+
     def lost(self, session: NodeSession) -> None:
         """The node went away from everything that it had still to answer."""
         for replica_id in session.unanswered():
@@ -77,11 +89,12 @@ class Suspicions:
         """Those that get one request at a time."""
         return frozenset(replica_id for replica_id, suspicion in self._suspicions.items() if suspicion.standing is Standing.HALF_OPEN)
 
-    def retain(self, replica_ids: Iterable[ReplicaId]) -> None:
-        """Forgets all others: replicas that are no longer wished anywhere."""
-        if not self._suspicions:
-            return
-        self._suspicions = {known: self._suspicions[known] for known in self._suspicions.keys() & set(replica_ids)}
+    def retain(self, replica_ids: Iterable[ReplicaId]) -> bool:
+        """Forgets all others: replicas that are no longer wished anywhere. Whether there were any."""
+        known_count = len(self._suspicions)
+        if known_count:
+            self._suspicions = {known: self._suspicions[known] for known in self._suspicions.keys() & set(replica_ids)}
+        return len(self._suspicions) < known_count
 
     def _put(self, replica_id: ReplicaId, suspicion: Suspicion) -> None:
         before = self.standing(replica_id)

@@ -63,6 +63,8 @@ class Prefix:
 
     key: str
     tokens: int
+    grows: bool = False
+    """A session's own: its next turn begins with all of this one's prompt and answer."""
 
 
 class Sequence:
@@ -210,6 +212,7 @@ class Engine:
             self._waiting.remove(sequence)
         elif sequence.stage in {Stage.READING, Stage.RUNNING}:
             self._release(sequence)
+            self._keep(sequence, self._held_tokens(sequence))
         sequence.stage = Stage.OVER
         self._begin_reading()
 
@@ -304,9 +307,7 @@ class Engine:
                 hit = min(self.cached_tokens(sequence.prefixes), max(0, sequence.prompt_tokens - 1))
                 self.hit_tokens += hit
                 sequence.hit_tokens = hit
-                for prefix in sequence.prefixes:
-                    if prefix.key in self._cache:
-                        self._cache.move_to_end(prefix.key)
+                self._take_up(sequence)
                 sequence.stage = Stage.READING
                 sequence.read_left = float(sequence.prompt_tokens - hit)
                 self._kv_tokens += sequence.prompt_tokens
@@ -326,10 +327,10 @@ class Engine:
 
     def _finish(self, sequence: Sequence) -> None:
         self._release(sequence)
+        self._keep(sequence, sequence.prompt_tokens + sequence.to_go)
         sequence.tokens_before += sequence.to_go
         sequence.to_go = 0
         sequence.stage = Stage.OVER
-        self._keep(sequence)
 
     def _preempt(self) -> None:
         """The newest one goes back to the front of the queue, with what it has of its answer as part of its prompt."""
@@ -357,17 +358,35 @@ class Engine:
         if not self._running and self._reading is None:
             self._kv_tokens = 0.0
 
-    def _keep(self, sequence: Sequence) -> None:
-        """What a finished sequence leaves in the cache for the next that begins so: its session, longest first, and its group."""
-        for place, prefix in enumerate(sequence.prefixes):
-            # The session's own next turn begins with everything of this one.
-            tokens = sequence.prompt_tokens + sequence.tokens_before if place == 0 and len(sequence.prefixes) > 1 else prefix.tokens
+    def _take_up(self, sequence: Sequence) -> None:
+        """A session's past is the sequence's own while it is answered, and held once; what its group shares stays for the others, too."""
+        for prefix in sequence.prefixes:
+            if prefix.key in self._cache and prefix.grows:
+                self._cached_tokens -= self._cache.pop(prefix.key)
+            elif prefix.key in self._cache:
+                self._cache.move_to_end(prefix.key)
+
+    def _held_tokens(self, sequence: Sequence) -> int:
+        """What there is of a sequence that was read or answered until now."""
+        if sequence.stage is Stage.READING:
+            return sequence.prompt_tokens - math.ceil(sequence.read_left)
+        return sequence.prompt_tokens + 1 + int(self._clock - sequence.joined_clock + TOKENS_EPSILON)
+
+    def _keep(self, sequence: Sequence, held_tokens: int) -> None:
+        """What a sequence leaves in the cache for the next that begins so: its session's, longest first, and its group's."""
+        for prefix in sequence.prefixes:
+            tokens = held_tokens if prefix.grows else min(held_tokens, prefix.tokens)
             self._cached_tokens += tokens - self._cache.pop(prefix.key, 0)
             self._cache[prefix.key] = tokens
         self._make_room()
 
     def _make_room(self) -> None:
-        """The least lately used prefixes give way to the batch."""
-        while self._cache and self._cached_tokens + self._kv_tokens > self.model.kv_tokens:
-            _, tokens = self._cache.popitem(last=False)
-            self._cached_tokens -= tokens
+        """The least lately used prefixes give way to the batch, from their ends, and no more of them than is wanted."""
+        while self._cache and (wanted := math.ceil(self._cached_tokens + self._kv_tokens - self.model.kv_tokens)) > 0:
+            key, tokens = next(iter(self._cache.items()))
+            given = min(tokens, wanted)
+            self._cached_tokens -= given
+            if given == tokens:
+                del self._cache[key]
+            else:
+                self._cache[key] = tokens - given

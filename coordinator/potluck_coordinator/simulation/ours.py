@@ -21,6 +21,7 @@ from potluck_coordinator.domain.admission import (
     Wait,
     admit,
     is_hopeless,
+    is_promised,
     predicted_wait_seconds,
     retry_after_seconds,
 )
@@ -58,7 +59,7 @@ class Ours:
 
     def __init__(self, random: Random, scenario: Scenario) -> None:
         self._limits = AdmissionLimits(queue_wait_seconds_max=scenario.queue_wait_seconds)
-        self._pool = Pool(random)
+        self._pool = Pool(random, scenario.objective.token_seconds)
         self._line = ModelLine()
         self._words: dict[Request, Words] = {}
         self._waiting: dict[Request, Waiting] = {}
@@ -76,7 +77,7 @@ class Ours:
         words.work = work = self._pool.expectations.work(words.live)
         line = self._line
         line.seen(words.live, now)
-        if self._pool.has_free and not line.is_held and self._may_fill(words, now):
+        if self._pool.has_free and line.held_for is None and self._may_fill(words, now):
             node_id = self._pool.place(words, work)
             if node_id is not None:
                 line.appointments[words.tier].keep(words.live)
@@ -94,7 +95,7 @@ class Ours:
         if words.continued and load.capacity.slot_count > 0:
             return self._keep(words, work, now, CONTINUED_WAIT_SECONDS_MAX)
         waited = now - request.arrived_at if request.attempt_count else 0.0
-        verdict = admit(load, self._limits, waited, was_promised=was_promised)
+        verdict = admit(load, self._limits, waited, was_given_back=request.attempt_count > 0, was_promised=was_promised)
         if isinstance(verdict, Wait):
             appointments.keep(words.live)
             if line.waiting_count >= self._limits.queue_length_max and (gone := self._gives_way(words)) is not None:
@@ -102,7 +103,7 @@ class Ours:
             return self._keep(words, work, now, verdict.wait_seconds_max)
         assert isinstance(verdict, Refusal), "there was no room, and nothing was said of any"
         if verdict.code is ErrorCode.QUEUE_FULL:
-            self._expect_back(words, work, verdict.retry_after_seconds, verdict.predicted_seconds, now)
+            self._expect_back(words, work, verdict.retry_after_seconds, now)
         return self._refused(request, verdict.retry_after_seconds)
 
     def next_up(self, now: float) -> tuple[Request, NodeId] | None:
@@ -111,7 +112,7 @@ class Ours:
         if not self._waiting or not (self._changed or now - self._served_at > REVIEW_SECONDS) or not self._pool.has_free:
             return None
         self._served_at = now
-        self._line.is_held = False
+        self._line.held_for = None
         queues = self._line.queues
         for turn in (tuple(self._line.continued), *(queues[tier].in_turn() for tier in (ServiceTier.DEFAULT, ServiceTier.FLEX))):
             found, goes_on = self._next_in_turn(turn, now)
@@ -138,7 +139,7 @@ class Ours:
             if self._pool.slots(words.request.excluded)[1] > 0:
                 lacking_tokens = waiting.work.wanted_tokens
                 if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
-                    self._line.is_held = True
+                    self._line.held_for = waiting
                     return None, False
         return None, True
 
@@ -270,10 +271,10 @@ class Ours:
         self._forget(words.request)
         predicted = predicted_wait_seconds(self._load(words, now))
         retry_after = retry_after_seconds(predicted, self._limits)
-        self._expect_back(words, waiting.work, retry_after, predicted, now)
+        self._expect_back(words, waiting.work, retry_after, now)
         self._sent_away.append((words.request, self._refused(words.request, retry_after)))
 
-    def _expect_back(self, words: Words, work: Work, retry_after: float, predicted_seconds: float, now: float) -> None:
-        if predicted_seconds - self._limits.queue_wait_seconds_max <= self._limits.retry_after_seconds_max:
+    def _expect_back(self, words: Words, work: Work, retry_after: float, now: float) -> None:
+        if is_promised(retry_after, self._limits):
             expected = Expected(service(work.prompt_tokens, work.answer_tokens), Queued(1, work.wanted_tokens))
             self._line.appointments[words.tier].make(words.live, now + retry_after, expected)

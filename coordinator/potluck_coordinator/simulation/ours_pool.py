@@ -11,6 +11,7 @@ from typing import Final
 
 from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.forecast import Work
+from potluck_coordinator.domain.pace import slots_in_pace
 from potluck_coordinator.domain.placement import EXPLORE_SHARE, ReplicaView, hurdle, place
 from potluck_coordinator.domain.survival import History, losses_per_second
 from potluck_coordinator.gateway.expectations import Expectations
@@ -27,11 +28,12 @@ _NO_HISTORY: Final = losses_per_second(History(), History())
 class Pool:
     """One gateway's. `now` is set by whoever calls."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, token_seconds_max: float) -> None:
         self.now = 0.0
         self._random = random
         self.expectations = Expectations()
         self.measures = Measures(lambda: self.now)
+        self.measures.token_seconds_max = token_seconds_max
         self.roster = Roster(self.expectations.usual)
         self.nodes: dict[NodeId, Node] = {}
         self._suspects: set[NodeId] = set()
@@ -135,12 +137,15 @@ class Pool:
         # A busy node's heartbeat comes every second.
         heard_at = float(int(self.now))
         load = self.measures.load(replica_id, heard_at)
+        speeds = self.measures.hear(replica_id, self._statuses[node_id], model.kv_tokens)
+        slot_count = slots_in_pace(orders.slot_count, speeds, 1.0, self.measures.token_seconds_max)
         return ReplicaView(
             replica_id=replica_id,
             node_id=node_id,
             model_id=MODEL,
             ready=True,
-            slot_count=orders.slot_count,
+            slot_count=slot_count,
+            withheld_slot_count=orders.slot_count - slot_count,
             in_flight_count=self._in_flight[node_id],
             node_paused=not orders.admits,
             node_suspect=node_id in self._suspects,
@@ -153,7 +158,7 @@ class Pool:
             dispatched_tokens=load.dispatched_tokens,
             prefill_backlog_tokens=load.prefill_backlog_tokens,
             prefill_since_seconds=load.prefill_since_seconds,
-            speeds=self.measures.hear(replica_id, self._statuses[node_id], model.kv_tokens),
+            speeds=speeds,
             round_trip_seconds=node.round_trip_seconds,
             losses_per_second=self._losses.get(node_id, _NO_HISTORY),
             heard_at_seconds=heard_at,

@@ -67,7 +67,8 @@ class Users:
     sessions_per_hour: float = 0.0
     """Sessions that begin, of all the accounts together."""
     people: int = 0
-    """So many who are always there, each with one session after the other; the only ones who wait for their answers before they go on."""
+    """So many who are always there, each with one session after the other: the only ones who wait for their answers before they go on, and
+    who come back to a conversation that they had given up."""
     turns_mean: float = 4.0
     think_seconds: float = 20.0
     prompt_tokens: float = 400.0
@@ -88,6 +89,8 @@ class Users:
     """For the first token; then its client goes away."""
     retries_max: int = 3
     """Of a refused or failed request, each after the time that its refusal names, or after five seconds."""
+    away_seconds: float = 300.0
+    """The mean, after which one of `people` who gave up comes back to the same conversation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ ABOVE_ZERO: Final = frozenset({
     *("context_tokens", "celsius_per_watt", "time_constant_seconds", "case_time_constant_seconds", "full_watts", "upload_mbit"),
     *("account_count", "prompt_tokens", "answer_tokens", "answer_tokens_max", "weight", "heat_step_seconds", "first_token_seconds"),
     *("token_seconds", "away_hours", "think_seconds", "turns_mean", "freeze_seconds", "cut_seconds", "slow_seconds", "slow_share"),
-    "patience_seconds",
+    *("patience_seconds", "away_seconds"),
 })  # fmt: skip
 
 

@@ -55,6 +55,8 @@ class Crowd:
         self._ask = ask
         self._until = scenario.seconds if users.for_seconds == 0 else min(scenario.seconds, users.from_seconds + users.for_seconds)
         self._tries: dict[int, int] = {}
+        self._context_tokens = max(node_class.context_tokens for node_class in scenario.nodes)
+        """What is longer no node takes: a conversation that comes so far is over."""
 
     def begin(self) -> None:
         """Puts the first arrivals on the agenda."""
@@ -74,6 +76,8 @@ class Crowd:
         if request.outcome is Outcome.SERVED:
             if isinstance(session, Session):
                 session.context_tokens = request.prompt_tokens + request.answer_tokens
+                if session.context_tokens + self.users.prompt_tokens + self.users.answer_tokens_max > self._context_tokens:
+                    session.turns_left = 0
                 self.finished_session_count += session.turns_left == 0
                 if session.turns_left > 0:
                     self._agenda.after(session.random.expovariate(1 / self.users.think_seconds), self._turn, session)
@@ -84,8 +88,9 @@ class Crowd:
             self.retry_count += 1
             wait = request.retry_after_seconds * (1.0 + self._random.uniform(0, RETRY_SPREAD))
             self._agenda.after(wait, self._again, request, tries + 1)
-        elif isinstance(session, Session):
-            self._over(session)
+        elif isinstance(session, Session) and self.users.people and self._agenda.now < self._until:
+            # Whoever is always there still wants that answer: he comes back to it, whatever policy sent him away.
+            self._agenda.after(session.random.expovariate(1 / self.users.away_seconds), self._again, request, 0)
 
     def _over(self, session: Session) -> None:
         """Whoever is always there begins another one."""
@@ -143,7 +148,7 @@ class Crowd:
         before = session.context_tokens if session is not None else 0
         prompt = typed_tokens + (before or shared)
         answer = min(users.answer_tokens_max, self._length(random, users.answer_tokens, users.answer_spread))
-        prefixes: tuple[Prefix, ...] = (Prefix(session.key, before),) if session is not None else ()
+        prefixes: tuple[Prefix, ...] = (Prefix(session.key, before, grows=True),) if session is not None else ()
         if shared:
             prefixes += (Prefix(users.name, shared),)
         self._ask(self._request(account_id, prompt, answer, prefixes, session))

@@ -1,7 +1,7 @@
 """Enrolled nodes, as rows.
 
-Decides which status may follow which: a node leaves and comes back, and is revoked from either, for good. Epochs only grow. It must not
-know who may enrol or revoke.
+Decides which status may follow which: a node leaves and comes back, and is revoked from either, for good. Epochs only grow. Trust ends with
+membership: who comes back, perhaps under another owner, is trusted anew or not. It must not know who may enrol, revoke or trust.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
-from sqlmodel import Session, col, select, update
+from sqlmodel import Session, col, delete, select, update
 
-from potluck_coordinator.storage.tables import NodeRow
+from potluck_coordinator.storage.tables import NodeRow, TrustedNodeRow
 from potluck_protocol.values import AccountId, Inventory, NodeId
 
 
@@ -43,7 +43,7 @@ class EnrolledNode:
 
 
 class NodeRepository:
-    """The `node` table."""
+    """The tables `node` and `trusted_node`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -98,7 +98,22 @@ class NodeRepository:
             .where(col(NodeRow.node_id) == node_id, col(NodeRow.status).in_(before))
             .values(status=status, status_reason=reason)
         )
+        self.distrust(node_id)
         return self._session.exec(statement).rowcount == 1
+
+    def trusted(self) -> frozenset[NodeId]:
+        """Those that the operator trusts."""
+        return frozenset(NodeId(node_id) for node_id in self._session.exec(select(TrustedNodeRow.node_id)))
+
+    def trust(self, node_id: NodeId, now_unix_ms: int) -> None:
+        """Notes the operator's word; said again, the first date stands."""
+        if self._session.get(TrustedNodeRow, node_id) is None:
+            self._session.add(TrustedNodeRow(node_id=node_id, trusted_at_unix_ms=now_unix_ms))
+            self._session.flush()
+
+    def distrust(self, node_id: NodeId) -> None:
+        """Takes the word back; nothing is wrong where there is none."""
+        self._session.exec(delete(TrustedNodeRow).where(col(TrustedNodeRow.node_id) == node_id))
 
     def next_epoch(self, node_id: NodeId) -> int | None:
         """The epoch of a new session, higher than any before; None for a node that is not active."""

@@ -82,6 +82,15 @@ class NodeRow(SQLModel, table=True):
     last_seen_at_unix_ms: int = _big()
 
 
+class TrustedNodeRow(SQLModel, table=True):
+    """The operator's word that a node is trusted; taken back, the row goes."""
+
+    __tablename__ = "trusted_node"
+
+    node_id: str = Field(primary_key=True, foreign_key="node.node_id")
+    trusted_at_unix_ms: int = _big()
+
+
 class LedgerAccountRow(SQLModel, table=True):
     """An account of the ledger. Only postings move `posted`; `held` is the sum of its open holds."""
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Final
 
 from potluck_node.domain.hours import Window, opening
-from potluck_protocol.values import RestCause
+from potluck_protocol.rest import RestCause
 
 GIB: Final = 1 << 30
 TAKEN_BYTES: Final = 2 * GIB

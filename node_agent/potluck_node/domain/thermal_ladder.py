@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-CAP_SHARES: Final = (0.8, 0.71, 0.63)
-"""Of the power that a card is made for: 280, 250 and 220 W of a 3090's 350. At 210 W instead of 310 W a 3090 wrote 9 % slower and was
-32 °C cooler, at 250 W 3 % slower (github.com/noonghunna/club-3090/issues/104). Below 200 W it falls off; reading prompts suffers first."""
+CAP_SHARES: Final = (0.8, 0.66, 0.54)
+"""Of the power that a card is made for: 280, 230 and 190 W of a 3090's 350. At 210 W instead of 310 W a 3090 wrote 9 % slower and was
+32 °C cooler, at 250 W 3 % slower (github.com/noonghunna/club-3090/issues/104). At 190 W it still writes at nine tenths and reads at half of
+its speed, where half of the slots cost half of both and hardly cool, since one answer takes nearly the power of eight. Below that reading
+falls off: to a quarter at 150 W."""
 CAP_STEP_MILLIWATTS: Final = 10_000
 
 

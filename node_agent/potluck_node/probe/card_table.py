@@ -126,6 +126,9 @@ READING: Final[Mapping[str, Probe]] = {
 }
 """By field of `CardReading`."""
 
+POWER_CAP: Final = _of("nvmlDeviceGetPowerManagementLimit")
+"""What was last set, also where something else, as a laptop's charger, enforces less: that is what is given back."""
+
 LINK: Final[Mapping[str, Probe]] = {
     "pcie_generation": READING["pcie_generation"],
     "pcie_width": READING["pcie_width"],

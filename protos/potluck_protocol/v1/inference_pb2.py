@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from potluck_protocol.v1 import common_pb2 as potluck__protocol_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#potluck_protocol/v1/inference.proto\x12\x13potluck_protocol.v1\x1a potluck_protocol/v1/common.proto\"U\n\x0fGenerateRequest\x12/\n\x08\x65ndpoint\x18\x01 \x01(\x0e\x32\x1d.potluck_protocol.v1.Endpoint\x12\x11\n\tbody_json\x18\x02 \x01(\x0c\"\x8d\x01\n\x10GenerateResponse\x12-\n\x06placed\x18\x01 \x01(\x0b\x32\x1b.potluck_protocol.v1.PlacedH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.potluck_protocol.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"U\n\x06Placed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x14\n\x0cservice_tier\x18\x04 \x01(\t\"S\n\x08\x46inished\x12)\n\x05usage\x18\x01 \x01(\x0b\x32\x1a.potluck_protocol.v1.Usage\x12\x1c\n\x14\x63harge_micro_credits\x18\x02 \x01(\x03\"(\n\x11ListModelsRequest\x12\x13\n\x0bwith_offers\x18\x01 \x01(\x08\"@\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.potluck_protocol.v1.Model\"\xb5\x02\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x02 \x01(\x05\x12,\n$prompt_price_micro_credits_per_token\x18\x03 \x01(\x03\x12\x30\n(completion_price_micro_credits_per_token\x18\x04 \x01(\x03\x12\x1b\n\x13ready_replica_count\x18\x05 \x01(\x05\x12\x1f\n\x17\x63reated_at_unix_seconds\x18\x06 \x01(\x03\x12\x0f\n\x07licence\x18\x07 \x01(\t\x12\x30\n\tendpoints\x18\x08 \x03(\x0e\x32\x1d.potluck_protocol.v1.Endpoint\x12\x1a\n\x12offered_repository\x18\t \x01(\t2\xcc\x01\n\x10InferenceService\x12Y\n\x08Generate\x12$.potluck_protocol.v1.GenerateRequest\x1a%.potluck_protocol.v1.GenerateResponse0\x01\x12]\n\nListModels\x12&.potluck_protocol.v1.ListModelsRequest\x1a\'.potluck_protocol.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#potluck_protocol/v1/inference.proto\x12\x13potluck_protocol.v1\x1a potluck_protocol/v1/common.proto\"k\n\x0fGenerateRequest\x12/\n\x08\x65ndpoint\x18\x01 \x01(\x0e\x32\x1d.potluck_protocol.v1.Endpoint\x12\x11\n\tbody_json\x18\x02 \x01(\x0c\x12\x14\n\x0ctrusted_only\x18\x03 \x01(\x08\"\x8d\x01\n\x10GenerateResponse\x12-\n\x06placed\x18\x01 \x01(\x0b\x32\x1b.potluck_protocol.v1.PlacedH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.potluck_protocol.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"U\n\x06Placed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x14\n\x0cservice_tier\x18\x04 \x01(\t\"S\n\x08\x46inished\x12)\n\x05usage\x18\x01 \x01(\x0b\x32\x1a.potluck_protocol.v1.Usage\x12\x1c\n\x14\x63harge_micro_credits\x18\x02 \x01(\x03\"(\n\x11ListModelsRequest\x12\x13\n\x0bwith_offers\x18\x01 \x01(\x08\"@\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.potluck_protocol.v1.Model\"\xb5\x02\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x02 \x01(\x05\x12,\n$prompt_price_micro_credits_per_token\x18\x03 \x01(\x03\x12\x30\n(completion_price_micro_credits_per_token\x18\x04 \x01(\x03\x12\x1b\n\x13ready_replica_count\x18\x05 \x01(\x05\x12\x1f\n\x17\x63reated_at_unix_seconds\x18\x06 \x01(\x03\x12\x0f\n\x07licence\x18\x07 \x01(\t\x12\x30\n\tendpoints\x18\x08 \x03(\x0e\x32\x1d.potluck_protocol.v1.Endpoint\x12\x1a\n\x12offered_repository\x18\t \x01(\t2\xcc\x01\n\x10InferenceService\x12Y\n\x08Generate\x12$.potluck_protocol.v1.GenerateRequest\x1a%.potluck_protocol.v1.GenerateResponse0\x01\x12]\n\nListModels\x12&.potluck_protocol.v1.ListModelsRequest\x1a\'.potluck_protocol.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'potluck_protocol.v1.inferen
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=94
-  _globals['_GENERATEREQUEST']._serialized_end=179
-  _globals['_GENERATERESPONSE']._serialized_start=182
-  _globals['_GENERATERESPONSE']._serialized_end=323
-  _globals['_PLACED']._serialized_start=325
-  _globals['_PLACED']._serialized_end=410
-  _globals['_FINISHED']._serialized_start=412
-  _globals['_FINISHED']._serialized_end=495
-  _globals['_LISTMODELSREQUEST']._serialized_start=497
-  _globals['_LISTMODELSREQUEST']._serialized_end=537
-  _globals['_LISTMODELSRESPONSE']._serialized_start=539
-  _globals['_LISTMODELSRESPONSE']._serialized_end=603
-  _globals['_MODEL']._serialized_start=606
-  _globals['_MODEL']._serialized_end=915
-  _globals['_INFERENCESERVICE']._serialized_start=918
-  _globals['_INFERENCESERVICE']._serialized_end=1122
+  _globals['_GENERATEREQUEST']._serialized_end=201
+  _globals['_GENERATERESPONSE']._serialized_start=204
+  _globals['_GENERATERESPONSE']._serialized_end=345
+  _globals['_PLACED']._serialized_start=347
+  _globals['_PLACED']._serialized_end=432
+  _globals['_FINISHED']._serialized_start=434
+  _globals['_FINISHED']._serialized_end=517
+  _globals['_LISTMODELSREQUEST']._serialized_start=519
+  _globals['_LISTMODELSREQUEST']._serialized_end=559
+  _globals['_LISTMODELSRESPONSE']._serialized_start=561
+  _globals['_LISTMODELSRESPONSE']._serialized_end=625
+  _globals['_MODEL']._serialized_start=628
+  _globals['_MODEL']._serialized_end=937
+  _globals['_INFERENCESERVICE']._serialized_start=940
+  _globals['_INFERENCESERVICE']._serialized_end=1144
 # @@protoc_insertion_point(module_scope)

@@ -40,15 +40,19 @@ class GenerateRequest(Message):
 
     ENDPOINT_FIELD_NUMBER: int
     BODY_JSON_FIELD_NUMBER: int
+    TRUSTED_ONLY_FIELD_NUMBER: int
     endpoint: Endpoint.ValueType
     body_json: bytes
+    trusted_only: bool
+    """It runs on nodes that the operator trusts, or is refused."""
     def __init__(
         self,
         *,
         endpoint: Endpoint.ValueType = ...,
         body_json: bytes = ...,
+        trusted_only: bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["body_json", b"body_json", "endpoint", b"endpoint"]) -> None: ...
+    def ClearField(self, field_name: Literal["body_json", b"body_json", "endpoint", b"endpoint", "trusted_only", b"trusted_only"]) -> None: ...
 
 @final
 class GenerateResponse(Message):

@@ -110,6 +110,7 @@ class Node(Message):
     LAST_SEEN_AT_UNIX_MS_FIELD_NUMBER: int
     CARDS_FIELD_NUMBER: int
     REST_CAUSES_FIELD_NUMBER: int
+    TRUSTED_FIELD_NUMBER: int
     node_id: str
     display_name: str
     owner_account_id: str
@@ -122,6 +123,8 @@ class Node(Message):
     down_minutes: int
     unknown_minutes: int
     last_seen_at_unix_ms: int
+    trusted: bool
+    """By the operator's word; shown to everybody, for anybody may demand trusted nodes."""
     @property
     def engines(self) -> RepeatedCompositeFieldContainer[EngineStatus]: ...
     @property
@@ -151,9 +154,10 @@ class Node(Message):
         last_seen_at_unix_ms: int = ...,
         cards: Iterable[CardTelemetry] | None = ...,
         rest_causes: Iterable[RestCause.ValueType] | None = ...,
+        trusted: bool = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["inventory", b"inventory"]) -> bool: ...
-    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "connection", b"connection", "display_name", b"display_name", "down_minutes", b"down_minutes", "engines", b"engines", "inventory", b"inventory", "last_seen_at_unix_ms", b"last_seen_at_unix_ms", "node_id", b"node_id", "owner_account_id", b"owner_account_id", "rest_causes", b"rest_causes", "state", b"state", "unknown_minutes", b"unknown_minutes", "up_minutes", b"up_minutes"]) -> None: ...
+    def ClearField(self, field_name: Literal["agent_version", b"agent_version", "cards", b"cards", "connection", b"connection", "display_name", b"display_name", "down_minutes", b"down_minutes", "engines", b"engines", "inventory", b"inventory", "last_seen_at_unix_ms", b"last_seen_at_unix_ms", "node_id", b"node_id", "owner_account_id", b"owner_account_id", "rest_causes", b"rest_causes", "state", b"state", "trusted", b"trusted", "unknown_minutes", b"unknown_minutes", "up_minutes", b"up_minutes"]) -> None: ...
 
 @final
 class RevokeNodeRequest(Message):
@@ -173,6 +177,30 @@ class RevokeNodeRequest(Message):
 
 @final
 class RevokeNodeResponse(Message):
+    DESCRIPTOR: Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+@final
+class SetNodeTrustRequest(Message):
+    DESCRIPTOR: Descriptor
+
+    NODE_ID_FIELD_NUMBER: int
+    TRUSTED_FIELD_NUMBER: int
+    node_id: str
+    trusted: bool
+    def __init__(
+        self,
+        *,
+        node_id: str = ...,
+        trusted: bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: Literal["node_id", b"node_id", "trusted", b"trusted"]) -> None: ...
+
+@final
+class SetNodeTrustResponse(Message):
     DESCRIPTOR: Descriptor
 
     def __init__(
@@ -673,10 +701,12 @@ class PlacementCandidate(Message):
     reason: str
     """Why it lost, or that it was chosen."""
     cost_seconds: float
-    """Not set where it could not be chosen at all."""
+    """Not set where it could not be chosen at all. The sum of the terms."""
     @property
     def terms(self) -> RepeatedCompositeFieldContainer[CostTerm]:
-        """The parts of the cost."""
+        """The parts of the cost. To whoever is neither the operator nor the node's owner the line, the answer's writing, the cache and the loss are
+        told as one, "rest", rounded to hundredths: how often a node goes away, and when, are its owner's habits.
+        """
 
     def __init__(
         self,
@@ -700,7 +730,7 @@ class CostTerm(Message):
     NAME_FIELD_NUMBER: int
     SECONDS_FIELD_NUMBER: int
     name: str
-    """Such as "wait", "prefill", "decode", "round_trip", "memory" or "churn"."""
+    """"line", "waiting", "reading", "writing", "cache", "loss", or "rest"."""
     seconds: float
     def __init__(
         self,

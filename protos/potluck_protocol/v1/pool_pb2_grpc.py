@@ -44,6 +44,11 @@ class PoolServiceStub(object):
                 request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeRequest.SerializeToString,
                 response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeResponse.FromString,
                 _registered_method=True)
+        self.SetNodeTrust = channel.unary_unary(
+                '/potluck_protocol.v1.PoolService/SetNodeTrust',
+                request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.SetNodeTrustRequest.SerializeToString,
+                response_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.SetNodeTrustResponse.FromString,
+                _registered_method=True)
         self.AddModel = channel.unary_unary(
                 '/potluck_protocol.v1.PoolService/AddModel',
                 request_serializer=potluck__protocol_dot_v1_dot_pool__pb2.AddModelRequest.SerializeToString,
@@ -112,6 +117,13 @@ class PoolServiceServicer(object):
 
     def RevokeNode(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetNodeTrust(self, request, context):
+        """The operator's word that a node may have the requests of those who demand trusted nodes, or that it may not any more.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -204,6 +216,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.RevokeNode,
                     request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeRequest.FromString,
                     response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeResponse.SerializeToString,
+            ),
+            'SetNodeTrust': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNodeTrust,
+                    request_deserializer=potluck__protocol_dot_v1_dot_pool__pb2.SetNodeTrustRequest.FromString,
+                    response_serializer=potluck__protocol_dot_v1_dot_pool__pb2.SetNodeTrustResponse.SerializeToString,
             ),
             'AddModel': grpc.unary_unary_rpc_method_handler(
                     servicer.AddModel,
@@ -315,6 +332,33 @@ class PoolService(object):
             '/potluck_protocol.v1.PoolService/RevokeNode',
             potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeRequest.SerializeToString,
             potluck__protocol_dot_v1_dot_pool__pb2.RevokeNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNodeTrust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck_protocol.v1.PoolService/SetNodeTrust',
+            potluck__protocol_dot_v1_dot_pool__pb2.SetNodeTrustRequest.SerializeToString,
+            potluck__protocol_dot_v1_dot_pool__pb2.SetNodeTrustResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,22 @@ _PoolServiceRevokeNodeType = typing_extensions.TypeVar(
     ],
 )
 
+_PoolServiceSetNodeTrustType = typing_extensions.TypeVar(
+    '_PoolServiceSetNodeTrustType',
+    grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+        potluck_protocol.v1.pool_pb2.SetNodeTrustResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+        potluck_protocol.v1.pool_pb2.SetNodeTrustResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+        potluck_protocol.v1.pool_pb2.SetNodeTrustResponse,
+    ],
+)
+
 _PoolServiceAddModelType = typing_extensions.TypeVar(
     '_PoolServiceAddModelType',
     grpc.UnaryUnaryMultiCallable[
@@ -233,7 +249,7 @@ _PoolServiceExplainNodeType = typing_extensions.TypeVar(
     ],
 )
 
-class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevokeNodeType, _PoolServiceAddModelType, _PoolServiceRemoveModelType, _PoolServiceGetModelType, _PoolServiceDeployType, _PoolServiceUndeployType, _PoolServiceListDeploymentsType, _PoolServiceExplainDeploymentType, _PoolServiceGetTiersType, _PoolServiceExplainRequestType, _PoolServiceExplainWaitingType, _PoolServiceExplainNodeType]):
+class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevokeNodeType, _PoolServiceSetNodeTrustType, _PoolServiceAddModelType, _PoolServiceRemoveModelType, _PoolServiceGetModelType, _PoolServiceDeployType, _PoolServiceUndeployType, _PoolServiceListDeploymentsType, _PoolServiceExplainDeploymentType, _PoolServiceGetTiersType, _PoolServiceExplainRequestType, _PoolServiceExplainWaitingType, _PoolServiceExplainNodeType]):
     @typing.overload
     def __init__(self: PoolServiceStub[
         grpc.UnaryUnaryMultiCallable[
@@ -243,6 +259,10 @@ class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevo
         grpc.UnaryUnaryMultiCallable[
             potluck_protocol.v1.pool_pb2.RevokeNodeRequest,
             potluck_protocol.v1.pool_pb2.RevokeNodeResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+            potluck_protocol.v1.pool_pb2.SetNodeTrustResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             potluck_protocol.v1.pool_pb2.AddModelRequest,
@@ -301,6 +321,10 @@ class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevo
             potluck_protocol.v1.pool_pb2.RevokeNodeResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+            potluck_protocol.v1.pool_pb2.SetNodeTrustResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             potluck_protocol.v1.pool_pb2.AddModelRequest,
             potluck_protocol.v1.pool_pb2.AddModelResponse,
         ],
@@ -350,6 +374,9 @@ class PoolServiceStub(typing.Generic[_PoolServiceListNodesType, _PoolServiceRevo
 
     RevokeNode: _PoolServiceRevokeNodeType
 
+    SetNodeTrust: _PoolServiceSetNodeTrustType
+    """The operator's word that a node may have the requests of those who demand trusted nodes, or that it may not any more."""
+
     AddModel: _PoolServiceAddModelType
     """Puts models into the catalogue. Of a repository the hub is asked, which takes longer than a call may: while the answer is only
     `progress`, the same call again waits for more of it.
@@ -392,6 +419,10 @@ PoolServiceAsyncStub: typing_extensions.TypeAlias = PoolServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         potluck_protocol.v1.pool_pb2.RevokeNodeRequest,
         potluck_protocol.v1.pool_pb2.RevokeNodeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+        potluck_protocol.v1.pool_pb2.SetNodeTrustResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         potluck_protocol.v1.pool_pb2.AddModelRequest,
@@ -453,6 +484,14 @@ class PoolServiceServicer(metaclass=abc.ABCMeta):
         request: potluck_protocol.v1.pool_pb2.RevokeNodeRequest,
         context: _ServicerContext,
     ) -> typing.Union[potluck_protocol.v1.pool_pb2.RevokeNodeResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.RevokeNodeResponse]]: ...
+
+    @abc.abstractmethod
+    def SetNodeTrust(
+        self,
+        request: potluck_protocol.v1.pool_pb2.SetNodeTrustRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[potluck_protocol.v1.pool_pb2.SetNodeTrustResponse, collections.abc.Awaitable[potluck_protocol.v1.pool_pb2.SetNodeTrustResponse]]:
+        """The operator's word that a node may have the requests of those who demand trusted nodes, or that it may not any more."""
 
     @abc.abstractmethod
     def AddModel(

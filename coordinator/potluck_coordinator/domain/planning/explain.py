@@ -19,7 +19,8 @@ from potluck_coordinator.domain.planning.placing import site_on
 from potluck_coordinator.domain.planning.sizing import Misfit, architecture_of
 from potluck_coordinator.domain.planning.sticking import is_worth_moving
 from potluck_coordinator.domain.planning.words import GAIN_MIN, Phase
-from potluck_protocol.values import EngineState, NodeState, RestCause
+from potluck_protocol.rest import RestCause
+from potluck_protocol.values import EngineState, NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

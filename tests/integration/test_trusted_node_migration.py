@@ -1,0 +1,48 @@
+"""Books of before nodes were trusted: their nodes are still there, and none is trusted until the operator says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
+
+from potluck_coordinator.storage import schema
+from potluck_coordinator.storage.nodes import NodeStatus
+from potluck_protocol.values import NodeId
+from tests.support.books import Books
+
+DEN = NodeId("den")
+
+
+def old_books(path: Path) -> str:
+    """A database as the version before wrote it, with one node."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
+    url = f"sqlite:///{path}"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0008")
+        connection.execute(text("INSERT INTO account VALUES ('ann', 'Ann', 0, 1)"))
+        connection.execute(text("INSERT INTO node VALUES ('den', 'ann', 'den', x'00', 'active', '', 3, '{}', '0.1', 10, 20)"))
+    engine.dispose()
+    return url
+
+
+def test_no_node_is_trusted_until_it_is_said_and_none_any_more_that_has_left(tmp_path):
+    books = Books(old_books(tmp_path / "old.db"))
+    try:
+        assert books.run_now(lambda work: (work.nodes.get(DEN).epoch, work.nodes.trusted())) == (3, frozenset())
+        for _ in range(2):
+            books.run_now(lambda work: work.nodes.trust(DEN, 30))
+        assert books.run_now(lambda work: work.nodes.trusted()) == {DEN}
+        for _ in range(2):
+            books.run_now(lambda work: work.nodes.distrust(DEN))
+        assert books.run_now(lambda work: work.nodes.trusted()) == frozenset()
+        books.run_now(lambda work: work.nodes.trust(DEN, 40))
+        assert books.run_now(lambda work: work.nodes.end(DEN, NodeStatus.LEFT, "moved"))
+        assert books.run_now(lambda work: work.nodes.trusted()) == frozenset()
+    finally:
+        books.store.close()
