@@ -120,13 +120,15 @@ class Child:
     ) -> None:
         self._log_file = log_file
         channel = subprocess.PIPE if pipe else subprocess.DEVNULL
+        # Without a buffer Python writes a long line in parts, and may drop those that the pipe did not take at once.
+        buffered = {"PYTHONUNBUFFERED": ""} if pipe else {}
         with log_file.open("ab") as log, _on_cores(cores):
             self.process = subprocess.Popen(
                 command,
                 stdin=channel,
                 stdout=channel if pipe else log,
                 stderr=log,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **buffered, **(environment or {})},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - the harness has one thread
             )

@@ -28,6 +28,7 @@ import psutil
 
 from potluck_node.domain.rest import GIB, LEFT_SECONDS
 from potluck_protocol.values import NodeState
+from tests.chaos.survival_pool import ANY_PACE
 from tests.support import visited_agent
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.pool_processes import NodeProcess, Pool, audit, catalogue_entry, new_invite, wait_until
@@ -270,7 +271,7 @@ def show_of(folder: Path, *, tiny: bool) -> Iterator[Show]:
     catalogue = models / "catalogue.toml"
     catalogue.write_text(catalogue_entry(MODEL, model, "llamacpp", CONTEXT_TOKENS, SLOT_COUNT))
     with ExitStack() as stack:
-        coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", "--catalogue", str(catalogue)))
+        coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", "--catalogue", str(catalogue), wrap=ANY_PACE))
         coordinator.wait_ready()
         pool = Pool(folder, coordinator, [])
         for number, module in enumerate(("tests.support.visited_agent", "potluck")):
