@@ -40,7 +40,7 @@ from tests.chaos.survival_pool import (
 )
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.fault_proxy import ThreadedProxy, threaded_proxy
-from tests.support.pool_processes import ChatStream, Pool, audit, catalogue_entry, command, wait_until
+from tests.support.pool_processes import ChatStream, Pool, audit, catalogue_entry, new_owner, wait_until
 from tests.support.safetensors_model import built_in_gguf
 
 GRACE_SECONDS = Settings.model_fields["link_grace_ms"].default / 1000
@@ -109,13 +109,10 @@ def cut_pool(folder: Path, entry: Callable[[Path], str] = real_entry) -> Iterato
         link_port = coordinator.wait_ready()["link"]
         cut = CutPool(Pool(folder, coordinator, []), [], [])
         for number in range(2):
-            made = command(cut.pool, "accounts", "create", f"owner-{number}", "--json")
-            account_id = json.loads(made.stdout)["account_id"]
-            key = command(cut.pool, "keys", "create", "--account", account_id, "--json")
-            cut.owner_keys.append(json.loads(key.stdout)["api_key"])
-            token = command(cut.pool, "tokens", "create", "--account", account_id, "--json")
+            key, invite = new_owner(cut.pool, f"owner-{number}")
+            cut.owner_keys.append(key)
             cut.proxies.append(stack.enter_context(threaded_proxy(link_port)))
-            node = ProxiedNode(folder / f"node-{number}", json.loads(token.stdout)["invite"], cut.proxies[-1])
+            node = ProxiedNode(folder / f"node-{number}", invite, cut.proxies[-1])
             cut.pool.nodes.append(stack.enter_context(node))
         cut.wait_ready()
         assert all(proxy.proxy.connection_count for proxy in cut.proxies), "every link goes through its proxy"

@@ -18,7 +18,7 @@ from typing import Any
 from potluck import Client
 from potluck_protocol.values import EngineState
 from tests.support.coordinator_process import CoordinatorProcess
-from tests.support.pool_processes import ChatStream, NodeProcess, Pool, catalogue_entry, command, wait_until
+from tests.support.pool_processes import ChatStream, NodeProcess, Pool, catalogue_entry, new_owner, wait_until
 from tests.support.safetensors_model import built_in_gguf
 
 MODEL = "smollm2-135m-instruct"
@@ -85,12 +85,8 @@ def survival_pool(folder: Path) -> Iterator[SurvivalPool]:
         coordinator.wait_ready()
         survival = SurvivalPool(Pool(folder, coordinator, []), [])
         for number in range(2):
-            made = command(survival.pool, "accounts", "create", f"owner-{number}", "--json")
-            account_id = json.loads(made.stdout)["account_id"]
-            key = command(survival.pool, "keys", "create", "--account", account_id, "--json")
-            survival.owner_keys.append(json.loads(key.stdout)["api_key"])
-            token = command(survival.pool, "tokens", "create", "--account", account_id, "--json")
-            invite = json.loads(token.stdout)["invite"]
+            key, invite = new_owner(survival.pool, f"owner-{number}")
+            survival.owner_keys.append(key)
             survival.pool.nodes.append(stack.enter_context(SurvivalNode(folder / f"node-{number}", invite, _own_core(number))))
         survival.wait_ready()
         yield survival

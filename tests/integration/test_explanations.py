@@ -135,7 +135,10 @@ async def test_what_a_node_costs_by_its_owners_habits_is_told_to_him_and_the_ope
             if person is not None:
                 request = replace(request, account_id=person.account_id)
             pending = asyncio.ensure_future(coordinator.gateway.requests.begin(request))
-            await asyncio.sleep(0.1)
+            placed_count = len(told) + 1
+            async with asyncio.timeout(5):
+                while sum(len(node.starts()) for node in nodes) < placed_count:
+                    await asyncio.sleep(0.01)
             async with asking(coordinator, key) as ask:
                 story = await ask(explain_request(NAME))
             (placed,) = [step for step in story.steps if step.kind == "placed"]

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import create_engine, text
-
 from potluck_coordinator.desks import KeyRecord
 from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
 from potluck_coordinator.domain.tiers import PromiseCount
-from potluck_coordinator.storage import schema
 from potluck_coordinator.storage.keys import StoredKey
 from potluck_protocol.values import AccountId, KeyPrefix
-from tests.support.books import Books
+from tests.support.books import Books, books_of_version
 
 OLD = KeyRecord(KeyPrefix("abcdefgh"), AccountId("ann"), "laptop", 10, 20, revoked=True, operator=False)
 
 
 def old_books(path: Path) -> str:
     """A database as the version before wrote it, with one key."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
-    url = f"sqlite:///{path}"
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0006")
-        connection.execute(text("INSERT INTO account VALUES ('ann', 'Ann', 0, 1)"))
-        connection.execute(text("INSERT INTO api_key VALUES ('abcdefgh', 'ann', 'laptop', 'hash', 10, 20, 1)"))
-    engine.dispose()
-    return url
+    return books_of_version(
+        path,
+        "0006",
+        "INSERT INTO account VALUES ('ann', 'Ann', 0, 1)",
+        "INSERT INTO api_key VALUES ('abcdefgh', 'ann', 'laptop', 'hash', 10, 20, 1)",
+    )
 
 
 def test_keys_are_kept_and_have_no_bound_until_they_get_one(tmp_path):

@@ -79,17 +79,18 @@ async def test_a_refusal_asks_nothing_of_the_books_and_its_key_serves_later(tmp_
 async def test_refusals_do_not_wait_for_books_that_are_slow(tmp_path):
     """A writer that is busy with others' work, or a flood of claims, keeps nobody from his refusal."""
     async with pool(tmp_path) as (coordinator, node):
-        desk, may_claim = counted(coordinator)._desk, asyncio.Event()
+        desk, claiming, may_claim = counted(coordinator)._desk, asyncio.Event(), asyncio.Event()
         claim = desk.claim
 
         async def slow_claim(use: Any) -> Any:
+            claiming.set()
             await may_claim.wait()
             return await claim(use)
 
         desk.claim = slow_claim
         windows = coordinator.gateway.requests.gate.windows
         first = asyncio.ensure_future(ask(coordinator, "first"))
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(claiming.wait(), 5)
         account_id = (await coordinator.directory.accounts.list_accounts())[0].account_id
         while windows.has_room(account_id):
             windows.count(account_id)

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import create_engine, text
-
-from potluck_coordinator.storage import schema
 from potluck_coordinator.storage.nodes import NodeStatus
 from potluck_protocol.values import NodeId
-from tests.support.books import Books
+from tests.support.books import Books, books_of_version
 
 DEN = NodeId("den")
 
 
 def old_books(path: Path) -> str:
     """A database as the version before wrote it, with one node."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
-    url = f"sqlite:///{path}"
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0008")
-        connection.execute(text("INSERT INTO account VALUES ('ann', 'Ann', 0, 1)"))
-        connection.execute(text("INSERT INTO node VALUES ('den', 'ann', 'den', x'00', 'active', '', 3, '{}', '0.1', 10, 20)"))
-    engine.dispose()
-    return url
+    return books_of_version(
+        path,
+        "0008",
+        "INSERT INTO account VALUES ('ann', 'Ann', 0, 1)",
+        "INSERT INTO node VALUES ('den', 'ann', 'den', x'00', 'active', '', 3, '{}', '0.1', 10, 20)",
+    )
 
 
 def test_no_node_is_trusted_until_it_is_said_and_none_any_more_that_has_left(tmp_path):

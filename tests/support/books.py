@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
+
 from potluck_coordinator.desks import AccountRecord
 from potluck_coordinator.directory.accounts import Accounts, open_account
 from potluck_coordinator.directory.bootstrap import found_pool
@@ -15,6 +19,7 @@ from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
+from potluck_coordinator.storage import schema
 from potluck_coordinator.storage.store import Store, _Unit, _with_session
 from potluck_protocol.values import AccountId
 
@@ -22,6 +27,21 @@ BOB_ALONE = MappingProxyType({"bob": 1})
 START_UNIX_MS = 1_750_000_000_000
 FEE_BASIS_POINTS = 500
 GRANT = 1_000
+
+
+def books_of_version(path: Path, revision: str, *statements: str) -> str:
+    """A database as an earlier version wrote it; its URL."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
+    url = f"sqlite:///{path}"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+    return url
 
 
 class MovableClock:

@@ -296,6 +296,13 @@ def new_invite(pool: Pool) -> str:
     return next(word for word in made.stdout.split() if word.startswith("potluck1."))
 
 
+def new_owner(pool: Pool, name: str) -> tuple[str, str]:
+    """A person of that name: a key, and an invite for a node."""
+    account_id = json.loads(command(pool, "accounts", "create", name, "--json").stdout)["account_id"]
+    key = json.loads(command(pool, "keys", "create", "--account", account_id, "--json").stdout)["api_key"]
+    return key, json.loads(command(pool, "tokens", "create", "--account", account_id, "--json").stdout)["invite"]
+
+
 __all__ = [
     "MODEL",
     "SLOT_COUNT",
@@ -306,6 +313,7 @@ __all__ = [
     "catalogue_entry",
     "command",
     "new_invite",
+    "new_owner",
     "running_pool",
     "wait_until",
     "write_catalogue",

@@ -185,22 +185,22 @@ def test_whose_client_waits_in_the_middle_of_an_answer_is_shown_replicas_that_ha
     full = replica_view("full", prefill_backlog_tokens=1e6, slot_count=2, in_flight_count=2)
     roster = roster_of([*behind, full])
     assert drawn(roster).offers == ()
-    late = drawn(roster, although_behind=True, excluded=frozenset({NodeId("b0")}))
+    late = drawn(roster, takes_any_slot=True, excluded=frozenset({NodeId("b0")}))
     assert [offer.replica.node_id for offer in late.offers] == [f"b{number}" for number in range(1, 1 + LEAST_MAX)]
     assert {offer.origin for offer in late.offers} == {"behind"}
     assert sum(candidate.replica_count for candidate in late.rest) + len(late.offers) == 11
     read = replica_view("b3")
     roster.enter(read.node_id, [read])
     assert [offer.replica.node_id for offer in drawn(roster).offers] == ["b3"]
-    assert "b3" not in {offer.replica.node_id for offer in drawn(roster, although_behind=True).offers if offer.origin == "behind"}
+    assert "b3" not in {offer.replica.node_id for offer in drawn(roster, takes_any_slot=True).offers if offer.origin == "behind"}
     roster.enter(NodeId("b1"), [])
-    assert [kind.behind_count for kind in roster.kinds(MODEL)] == [8]
+    assert [kind.reluctant_count for kind in roster.kinds(MODEL)] == [8]
 
 
 def test_whose_client_waits_in_the_middle_of_an_answer_gets_slots_that_stay_empty_for_their_pace():
     paced = replica_view("paced", slot_count=3, in_flight_count=3, withheld_slot_count=2)
     roster = roster_of([paced])
     assert drawn(roster).offers == ()
-    assert [offer.replica.node_id for offer in drawn(roster, although_behind=True).offers] == ["paced"]
+    assert [offer.replica.node_id for offer in drawn(roster, takes_any_slot=True).offers] == ["paced"]
     roster.enter(paced.node_id, [replace(paced, in_flight_count=5)])
-    assert drawn(roster, although_behind=True).offers == (), "all that the engine has are taken"
+    assert drawn(roster, takes_any_slot=True).offers == (), "all that the engine has are taken"

@@ -123,7 +123,10 @@ async def test_a_probe_that_nobody_counts_any_more_ends_in_peace(pool):
     probe = await suspected(pool, node)
     pool.links._probing._running.clear()
     answer_probe(pool, node, probe)
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        while standing(pool, node) is not Standing.HALF_OPEN:
+            await asyncio.sleep(0)
+    await asyncio.sleep(0)  # its task's callbacks
     assert (troubles, standing(pool, node)) == ([], Standing.HALF_OPEN)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -38,7 +39,6 @@ _log = structlog.get_logger()
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
 DOCUMENT_BYTES_MAX: Final = 32 * 1024 * 1024
 """The largest unstreamed answer; it is kept whole, for the usage record in it."""
-HTTP_OK: Final = 200
 HTTP_ERROR_MIN: Final = 400
 HOLD_SECONDS_MAX: Final = 15.0
 """How long an answer that has begun waits for its hold, as while the directory restarts."""
@@ -170,14 +170,14 @@ class Attempt:
             raise _refusal(outcome, self._hold_micro_credits)
         if head.http_status >= HTTP_ERROR_MIN:
             raise engine_error(self._request.endpoint, head.http_status, await self._error_body())
-        if head.http_status != HTTP_OK:
+        if head.http_status != HTTPStatus.OK:
             raise PotluckError(ErrorCode.ENGINE_FAILED, "The node's answer is neither an answer nor an error.")
 
     async def first_token(self) -> None:
         """Waits until a good answer's first bytes are there, and leaves them; raises what became of the attempt instead."""
         head = await self._relay.wait_for_head()
         await self._relay.wait_for_first_chunk()
-        if head.http_status != HTTP_OK:
+        if head.http_status != HTTPStatus.OK:
             raise PotluckError(ErrorCode.ENGINE_FAILED, f"The engine answered with the status {head.http_status}.")
 
     def outrun(self) -> None:

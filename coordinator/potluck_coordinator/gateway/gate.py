@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from potluck_coordinator.desks import KeyIdentity
     from potluck_coordinator.domain.catalogue import CatalogueEntry
+    from potluck_coordinator.domain.forecast import Work
     from potluck_coordinator.gateway.expectations import Expectations
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.clock import Clock
@@ -64,12 +65,14 @@ class Visit:
     Args:
         gate: where it is counted.
         request: with its tier and its work.
+        work: what it is expected to be.
         counted: whether it counts against its account's hour.
         micro_credits: expected of it.
     """
 
-    def __init__(self, gate: Gate, request: InferenceRequest, *, counted: bool, micro_credits: int) -> None:
+    def __init__(self, gate: Gate, request: InferenceRequest, work: Work, *, counted: bool, micro_credits: int) -> None:
         self._gate = gate
+        self._work = work
         self._counted = counted
         self._micro_credits = micro_credits
         self._over = False
@@ -100,8 +103,10 @@ class Visit:
             tokens = float(usage.prompt_token_count + usage.completion_token_count)
         else:
             # Whoever hangs up in the middle has had the prompt read, and what was relayed.
-            tokens = relayed_token_count + (self._prompt_tokens if first_token_seconds is not None else 0.0)
-        self._gate.use(self.request, lambda use: key_quotas.ended(use, self._tokens, self._micro_credits, tokens, charge_micro_credits))
+            tokens = relayed_token_count + (self._work.prompt_tokens if first_token_seconds is not None else 0.0)
+        self._gate.use(
+            self.request, lambda use: key_quotas.ended(use, self._work.tokens, self._micro_credits, tokens, charge_micro_credits)
+        )
         # Whoever goes before his time was up says nothing of the promise.
         if first_token_seconds is not None or waited_seconds > self._gate.limits.first_token_seconds:
             self._gate.judge(self.request, first_token_seconds)
@@ -113,7 +118,7 @@ class Visit:
         self._over = True
         if self._counted:
             self._gate.windows.take_back(self.request.account_id)
-        self._gate.use(self.request, lambda use: key_quotas.taken_back(use, self._tokens, self._micro_credits))
+        self._gate.use(self.request, lambda use: key_quotas.taken_back(use, self._work.tokens, self._micro_credits))
 
     def refuse(self, error: PotluckError) -> None:
         """It got no answer, by no fault of its own or by its own: only the promise is told of it."""
@@ -122,14 +127,6 @@ class Visit:
         self.take_back()
         if error.spec.http_status >= 500 or error.code is ErrorCode.QUEUE_FULL:
             self._gate.judge(self.request, None)
-
-    @property
-    def _tokens(self) -> float:
-        return self.request.work.tokens if self.request.work is not None else 0.0
-
-    @property
-    def _prompt_tokens(self) -> float:
-        return self.request.work.prompt_tokens if self.request.work is not None else 0.0
 
 
 class Gate:
@@ -167,7 +164,7 @@ class Gate:
         if choice.counts:
             self.windows.count(request.account_id)
         self.use(request, lambda use: key_quotas.begun(use, work.tokens, round(price)))
-        return Visit(self, replace(request, tier=choice.tier, work=work), counted=choice.counts, micro_credits=round(price))
+        return Visit(self, replace(request, tier=choice.tier, work=work), work, counted=choice.counts, micro_credits=round(price))
 
     def use(self, request: InferenceRequest, change: Callable[[KeyUse], KeyUse]) -> None:
         """Counts for the request's key, if that has bounds."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from potluck_coordinator.domain import hedging
@@ -40,7 +41,6 @@ READ_FACTOR: Final = 2.0
 """So many times as long as foreseen, and a prompt whose answer shows nothing before its end is taken for read."""
 DISTANCE_MISSED_SHARE: Final = 0.8
 """A cache that had forgotten after so many tokens holds so much of them at most."""
-HTTP_OK: Final = 200
 
 
 class Load(NamedTuple):
@@ -131,11 +131,10 @@ class Measures:
         now: monotonic seconds.
     """
 
-    token_seconds_max: float = math.inf
-    """Between two tokens of an answer, as the operator promises it; whoever reads the settings puts it here."""
-
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
+        self.token_seconds_max = math.inf
+        """Between two tokens of an answer, as the operator promises it; whoever reads the settings puts it here."""
         self._replicas: OrderedDict[ReplicaId, _Replica] = OrderedDict()
         self._where: dict[AttemptId, ReplicaId] = {}
         self.prefixes = PrefixMap(self._cache)
@@ -248,7 +247,7 @@ class Measures:
         relay, came_at = attempt.relay, attempt.relay.first_chunk_at
         if came_at is None and attempt.was_outrun:
             came_at = now
-        refused = relay.head is not None and relay.head.http_status != HTTP_OK
+        refused = relay.head is not None and relay.head.http_status != HTTPStatus.OK
         if attempt.foreseen_seconds is not None and came_at is not None and not refused:
             taken_seconds = came_at - attempt.began_at
             replica.first_tokens = hedging.learned(replica.first_tokens, taken_seconds, attempt.foreseen_seconds)

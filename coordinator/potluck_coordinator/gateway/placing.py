@@ -12,7 +12,7 @@ from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.placement import EXPLORE_SHARE, hurdle, place, rejection, tokens_wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from potluck_coordinator.domain.forecast import Work
     from potluck_coordinator.domain.placement import Placement
@@ -55,7 +55,7 @@ class Placing:
                 endpoint=request.endpoint,
                 engine_kinds=request.engine_kinds,
                 trusted_only=request.trusted_only,
-                although_behind=_goes_although_behind(request),
+                takes_any_slot=_takes_any_slot(request),
                 excluded=out,
                 tokens_min=self._tokens_wanted(request, out),
                 warm={} if explores else warm,
@@ -80,23 +80,15 @@ class Placing:
     def capacity(self, model_id: ModelId) -> Capacity:
         """All that takes requests for the model, together."""
         kinds = [kind for kind in self._links.roster().kinds(model_id) if hurdle(kind.sample) is None]
-        return Capacity(
-            slot_count=sum(kind.slot_count for kind in kinds),
-            in_flight_count=sum(kind.in_flight_count for kind in kinds),
-            kv_tokens=sum(kind.kv_capacity_tokens for kind in kinds) if all(kind.tells_capacity for kind in kinds) else 0,
-            committed_tokens=float(sum(kind.committed_tokens for kind in kinds)),
-        )
+        return _together(kinds)
 
     def within_trust(self, request: InferenceRequest, capacity: Capacity) -> Capacity:
         """The same slots, and where the request demands trusted nodes no caches but theirs."""
         if not request.trusted_only:
             return capacity
         kinds = [kind for kind in self._links.roster().kinds(request.model_id) if hurdle(kind.sample) is None and kind.sample.is_trusted]
-        return replace(
-            capacity,
-            kv_tokens=sum(kind.kv_capacity_tokens for kind in kinds) if all(kind.tells_capacity for kind in kinds) else 0,
-            committed_tokens=float(sum(kind.committed_tokens for kind in kinds)),
-        )
+        trusted = _together(kinds)
+        return replace(capacity, kv_tokens=trusted.kv_tokens, committed_tokens=trusted.committed_tokens)
 
     def knows_others(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> bool:
         """Whether another node means to serve the model: one that is suspect, or not ready, may be well in a moment; a paused one not.
@@ -114,8 +106,8 @@ class Placing:
 
     def has_free_slot(self, request: InferenceRequest) -> bool:
         """Whether some request for its model could be placed now, and that if it is one whose client has a part of its answer already."""
-        kinds, although_behind = self._links.roster().kinds(request.model_id), _goes_although_behind(request)
-        return any(kind.free_count or (although_behind and kind.behind_count) for kind in kinds)
+        kinds, takes_any_slot = self._links.roster().kinds(request.model_id), _takes_any_slot(request)
+        return any(kind.free_count or (takes_any_slot and kind.reluctant_count) for kind in kinds)
 
     def ready_replica_count(self, model_id: ModelId) -> int:
         """Replicas that answer, busy or not."""
@@ -136,7 +128,16 @@ class Placing:
         return tokens_wanted(contexts, request.prompt_tokens_min, request.completion_tokens_max)
 
 
-def _goes_although_behind(request: InferenceRequest) -> bool:
+def _together(kinds: Sequence[Kind]) -> Capacity:
+    return Capacity(
+        slot_count=sum(kind.slot_count for kind in kinds),
+        in_flight_count=sum(kind.in_flight_count for kind in kinds),
+        kv_tokens=sum(kind.kv_capacity_tokens for kind in kinds) if all(kind.tells_capacity for kind in kinds) else 0,
+        committed_tokens=float(sum(kind.committed_tokens for kind in kinds)),
+    )
+
+
+def _takes_any_slot(request: InferenceRequest) -> bool:
     """Whether it takes any slot. Others wait in the gateway until a replica has read what it has: they may still go elsewhere.
 
     Of a node's loss come many at a time, and nobody comes before them: an engine that has all of them reads them together.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -32,7 +33,6 @@ _log = structlog.get_logger()
 PROBE_SECONDS_MAX: Final = 15.0
 """From its dispatch to its end: a short prompt and one token, on an engine that may have to read its weights anew."""
 WINDOW_BYTES: Final = 64 * 1024
-HTTP_OK: Final = 200
 NOBODY: Final = AccountId("")
 """Who asks."""
 
@@ -122,7 +122,7 @@ async def _is_answered(relay: Relay) -> bool:
     head = await relay.wait_for_head()
     while await relay.next_data() is not None:
         pass
-    return head.http_status == HTTP_OK and relay.received_bytes > 0
+    return head.http_status == HTTPStatus.OK and relay.received_bytes > 0
 
 
 def _body(endpoint: Endpoint, view: ReplicaView) -> bytes:

@@ -135,13 +135,13 @@ class Queues:
         )
         return await self._wait(line, waiting)
 
-    def announce(self, request: InferenceRequest, waited_seconds: float) -> Callable[[], None]:
+    def announce(self, request: InferenceRequest) -> Callable[[], None]:
         """Refuses at once what `slot` would refuse at once. What passes comes before all that is announced later, until that is called."""
         line, now = self._arrived(request)
         load = self._load(line, request, _NOWHERE, now, announced=line.announced)
         fits = line.announced is NOBODY or flex_fits(load.capacity, load.wanted_tokens)
         if not fits or self._room_for(line, request, _NOWHERE, now) is None:
-            self._wait_seconds_max(line, request, _NOWHERE, waited_seconds, line.announced)
+            self._wait_seconds_max(line, request, _NOWHERE, 0.0, line.announced)
         return line.announce(Queued(1, load.wanted_tokens))
 
     def _arrived(self, request: InferenceRequest) -> tuple[ModelLine, float]:

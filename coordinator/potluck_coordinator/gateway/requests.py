@@ -172,10 +172,9 @@ class RequestService:
         What passes has no place yet: `begin` decides. Until what is returned is called, which may be done again, it counts as if it had
         begun for those announced after it: else many would pass by the room of one.
         """
-        arrived_at = self._clock.monotonic_seconds()
         _, visit = self._let_in(request)
         try:
-            over = self.queues.announce(visit.request, self._clock.monotonic_seconds() - arrived_at)
+            over = self.queues.announce(visit.request)
         except BaseException as error:
             if isinstance(error, PotluckError):
                 visit.refuse(error)

@@ -59,10 +59,10 @@ class Kind:
     """The replicas of one model that have the same `likeness`; at least one."""
 
     __slots__ = (
-        "_behind",
         "_entries",
         "_free",
         "_orders",
+        "_reluctant",
         "_roomiest",
         "committed_tokens",
         "free_slot_count",
@@ -77,7 +77,7 @@ class Kind:
         self._entries: dict[_Entry, None] = {}
         self._free: DrainOrder[_Entry] = DrainOrder()
         """All in one bucket: to draw by chance."""
-        self._behind: dict[_Entry, None] = {}
+        self._reluctant: dict[_Entry, None] = {}
         """Those with a slot, but with much to read already, and those whose slots stay empty for their pace."""
         self._orders: tuple[DrainOrder[_Entry], ...] = tuple(DrainOrder() for _ in SHAPES)
         self._roomiest: DrainOrder[_Entry] = DrainOrder()
@@ -125,9 +125,9 @@ class Kind:
         if not is_free(replica):
             self._take_out(entry)
             if has_slot_for_broken(replica):
-                self._behind[entry] = None
+                self._reluctant[entry] = None
             return
-        self._behind.pop(entry, None)
+        self._reluctant.pop(entry, None)
         self._free.put(entry, 0.0)
         for order, work in zip(self._orders, usual, strict=True):
             order.put(entry, cost(replica, work, replica.prefill_since_seconds).total_seconds)
@@ -157,18 +157,18 @@ class Kind:
         self._take_out(entry)
 
     def _take_out(self, entry: _Entry) -> None:
-        self._behind.pop(entry, None)
+        self._reluctant.pop(entry, None)
         for order in (self._free, self._roomiest, *self._orders):
             order.drop(entry)
 
     @property
-    def behind_count(self) -> int:
+    def reluctant_count(self) -> int:
         """How many have a slot, but would let some request wait or slow others down."""
-        return len(self._behind)
+        return len(self._reluctant)
 
-    def behind(self) -> Iterator[_Entry]:
+    def reluctant(self) -> Iterator[_Entry]:
         """Those, the ones that have been so for longest first."""
-        return iter(self._behind)
+        return iter(self._reluctant)
 
     def least(self, shape: int, chance: Callable[[], float]) -> Iterator[tuple[int, _Entry]]:
         """The free ones with their bucket, those with the least to do first."""
@@ -282,7 +282,7 @@ class Roster:
         tokens_min: int = 0,
         engine_kinds: frozenset[str] | None = None,
         trusted_only: bool = False,
-        although_behind: bool = False,
+        takes_any_slot: bool = False,
         warm: Mapping[ReplicaId, float] = _NOBODY_WARM,
         chance: Callable[[], float],
     ) -> Draw:
@@ -296,7 +296,7 @@ class Roster:
             tokens_min: what a replica has to have room for.
             engine_kinds: those that can do what the request asks; None: any.
             trusted_only: it demands trusted nodes.
-            although_behind: rather than wait here it goes to a replica that has much to read, or too many answers for its pace.
+            takes_any_slot: rather than wait here it goes to a replica that has much to read, or too many answers for its pace.
             warm: who holds how many tokens of its prompt, the best first.
             chance: a number in [0, 1), anew with each call.
         """
@@ -315,7 +315,7 @@ class Roster:
             able.append(kind)
             rest += [Candidate(busy_count, BUSY), Candidate(kind.free_count - out_free_count, NOT_DRAWN)]
         shape = self._shape(model_id, work)
-        offers = self._offers(able, shape, work, excluded=excluded, warm=warm, although_behind=although_behind, chance=chance)
+        offers = self._offers(able, shape, work, excluded=excluded, warm=warm, takes_any_slot=takes_any_slot, chance=chance)
         free_count = sum(is_free(offer.replica) for offer in offers)
         return Draw(offers, _added_up(rest, {NOT_DRAWN: free_count, BUSY: len(offers) - free_count}))
 
@@ -334,7 +334,7 @@ class Roster:
         *,
         excluded: frozenset[NodeId],
         warm: Mapping[ReplicaId, float],
-        although_behind: bool,
+        takes_any_slot: bool,
         chance: Callable[[], float],
     ) -> tuple[Offer, ...]:
         kinds = set(able)
@@ -343,8 +343,8 @@ class Roster:
             entry = self._replicas.get(replica_id)
             if entry is not None and entry.kind in kinds and has_slot(entry.replica) and entry.replica.node_id not in excluded:
                 found[entry] = "warm"
-        if although_behind:
-            for entry in islice(_permitted((entry for kind in able for entry in kind.behind()), excluded), LEAST_MAX):
+        if takes_any_slot:
+            for entry in islice(_permitted((entry for kind in able for entry in kind.reluctant()), excluded), LEAST_MAX):
                 found.setdefault(entry, "behind")
         able = [kind for kind in able if kind.free_count]
         for entry in _least(able, shape, excluded, chance):
