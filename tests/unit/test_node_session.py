@@ -86,15 +86,27 @@ def test_a_pause_is_never_longer_than_its_bound(count: int, jitter: float) -> No
     assert 0 <= lease.reconnect_delay_seconds(count, jitter) <= lease.RECONNECT_DELAY_MAX_SECONDS
 
 
-def test_a_connection_that_is_lost_at_once_counts_as_a_failed_dial() -> None:
-    session = serving()
-    for _ in range(3):
-        session = lease.after_loss(
-            lease.after_welcome(session, epoch=3, lease_ttl_ms=1, heartbeat_busy_ms=1, heartbeat_idle_ms=1, hello_sent_at_seconds=0),
-            lived_seconds=0.1,
-        )
-    assert session.failure_count == 3
-    assert lease.after_loss(session, lived_seconds=60).failure_count == 0
+def flapping(session: Session, count: int, *, failed_dials: int, lived_seconds: float) -> Session:
+    """So many cuts, each of a connection that lived so long, with so many dials in vain before the next."""
+    for _ in range(count):
+        for _ in range(failed_dials):
+            session = lease.after_failed_dial(session)
+        session = lease.after_welcome(session, epoch=3, lease_ttl_ms=1, heartbeat_busy_ms=1, heartbeat_idle_ms=1, hello_sent_at_seconds=0)
+        session = lease.after_loss(session, lived_seconds=lived_seconds)
+    return session
+
+
+@pytest.mark.parametrize(
+    ("count", "failed_dials", "lived_seconds", "failure_count"),
+    [
+        (3, 0, 0.09, 3),  # lost at once: each a failed dial
+        (100, 3, 0.4, 1),  # cut again and again, and of use in between: the next dial is at once
+        (1, 20, 1.0, 11),
+        (1, 1000, 5.0, 0),
+    ],
+)
+def test_a_connection_makes_good_as_many_failed_dials_as_fit_into_its_life(count, failed_dials, lived_seconds, failure_count) -> None:
+    assert flapping(serving(), count, failed_dials=failed_dials, lived_seconds=lived_seconds).failure_count == failure_count
 
 
 @given(events=st.lists(st.tuples(st.sampled_from(["beat", "renew", "loss", "lapse"]), st.floats(0, 10)), max_size=40))
