@@ -84,7 +84,7 @@ class Settings(BaseModel):
     lease_ttl_ms: int = Field(default=15_000, ge=100, le=600_000)
     heartbeat_busy_ms: int = Field(default=1_000, ge=10, le=60_000)
     heartbeat_idle_ms: int = Field(default=5_000, ge=10, le=60_000)
-    link_grace_ms: int = Field(default=750, ge=0, le=60_000)
+    link_grace_ms: int = Field(default=500, ge=0, le=60_000)
     """How long a broken link may take to come back before its attempts are lost."""
 
     log_format: Literal["console", "json"] = "console"
