@@ -37,7 +37,7 @@ class Question:
     token_count: int = TOKEN_COUNT
 
 
-STORY = Question(({"role": "user", "content": "Write a story about a lighthouse keeper and a storm."},))
+LIST = Question(({"role": "user", "content": "List the first thirty numbers."},))
 BRIEF = Question(({"role": "system", "content": ""}, {"role": "user", "content": "Tell me about a lighthouse."}), token_count=24)
 """Without the system message that the model's template puts first. What a lost node's answers hold is read again by the other's one core,
 some 350 tokens/s, one behind the other: ten such answers are most of a second."""
@@ -177,7 +177,7 @@ class Seen:
         return found
 
 
-def ask(pool: Pool, question: Question = STORY, **fields: Any) -> ChatStream:
+def ask(pool: Pool, question: Question = LIST, **fields: Any) -> ChatStream:
     return pool.stream(
         model=MODEL,
         max_tokens=question.token_count,
@@ -188,12 +188,12 @@ def ask(pool: Pool, question: Question = STORY, **fields: Any) -> ChatStream:
     )
 
 
-def ask_afresh(pool: Pool, question: Question = STORY) -> ChatStream:
+def ask_afresh(pool: Pool, question: Question = LIST) -> ChatStream:
     """Without the engine's memory of earlier prompts: what it reads with its help it rounds differently, also where nothing fails."""
     return ask(pool, question, cache_prompt=False)
 
 
-def undisturbed(survival: SurvivalPool, question: Question = STORY) -> tuple[Seen, int]:
+def undisturbed(survival: SurvivalPool, question: Question = LIST) -> tuple[Seen, int]:
     """An answer that nothing happens to, and its prompt's tokens."""
     seen = Seen(token_count=question.token_count)
     for payload in ask_afresh(survival.pool, question).events():
