@@ -40,11 +40,11 @@ def load(capacity=FULL, ahead=NOBODY, seconds=1.0, **more):
     ("position", "expected"),
     [
         (load(Capacity()), Refuse(ErrorCode.NO_CAPACITY, 1.0)),
-        (load(ahead=Queued(3), seconds=8.0), Wait(30, 8.0)),  # four requests of 8 s on four slots
-        (load(ahead=Queued(3), seconds=60.0), Refuse(ErrorCode.QUEUE_FULL, 51.0, 60.0)),  # in 51 s it would be three tenths of the deadline
-        (load(ahead=Queued(3), seconds=9.5), Refuse(ErrorCode.QUEUE_FULL, 1.0, 9.5)),
+        (load(ahead=Queued(3), seconds=5.0), Wait(30, 5.0)),  # four requests of 5 s on four slots
+        (load(ahead=Queued(3), seconds=60.0), Refuse(ErrorCode.QUEUE_FULL, 54.0, 60.0)),  # in 54 s it would be a fifth of the deadline
+        (load(ahead=Queued(3), seconds=6.5), Refuse(ErrorCode.QUEUE_FULL, 1.0, 6.5)),
         (load(ahead=Queued(3), seconds=500.0), Refuse(ErrorCode.QUEUE_FULL, 60.0, 500.0)),  # never more than a client would honour
-        (load(ahead=Queued(3), seconds=8.0, is_full=True), Refuse(ErrorCode.QUEUE_FULL, 1.0, 8.0)),
+        (load(ahead=Queued(3), seconds=5.0, is_full=True), Refuse(ErrorCode.QUEUE_FULL, 1.0, 5.0)),
     ],
 )
 def test_the_table(position, expected):

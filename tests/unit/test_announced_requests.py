@@ -68,7 +68,7 @@ def test_those_that_are_announced_run_as_far_as_there_is_room_and_the_others_wai
     assert after.committed_tokens + left.tokens == pytest.approx(capacity.committed_tokens + announced.tokens)
 
 
-@pytest.mark.parametrize("wait_seconds_max", [3.0, 60.0])
+@pytest.mark.parametrize("wait_seconds_max", [3.0, 90.0])
 async def test_of_many_at_a_time_those_pass_for_which_there_is_room_or_a_place(wait_seconds_max):
     async with front(queue_wait_seconds_max=wait_seconds_max) as pool:
         await pool.joined("den")

