@@ -35,7 +35,7 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 DESKS: Final = frozenset({"accounts", "ledger", "enrolment", "nodes", "catalogue", "lethal", "idempotency", "pool"})
-NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "remove_model", "report", "note_promise"})
+NOT_REPEATABLE: Final = frozenset({"create_account", "create_key", "create_join_token", "remove_model", "report", "note_counts"})
 """Calls that would do their work twice if they were made again after a loss, or fail for having done it."""
 PATIENCE_SECONDS: Final = 10.0
 """How long a call waits for a directory that is restarting; it takes about two seconds."""

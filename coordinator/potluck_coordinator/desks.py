@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from potluck_coordinator.domain.gate_counts import GateCounts
 from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
     from potluck_coordinator.domain.payees import PayeeShare
     from potluck_coordinator.domain.repository import ModelWishes
-    from potluck_coordinator.domain.tiers import PromiseCount
     from potluck_coordinator.idempotency_desk import IdempotencyDesk
     from potluck_coordinator.pool_desk import LethalDesk, PoolDesk
     from potluck_protocol.cards import CardTelemetry
@@ -240,8 +240,8 @@ class GatewayGrant:
     server: ServerIdentity
     fingerprint_key: bytes = field(default=b"", repr=False)
     """What requests that kill engines are hashed with; empty for one of the gateway's own."""
-    promise_hours: Mapping[int, PromiseCount] = field(default_factory=dict)
-    """How the default tier's promise was kept, by hour of unix time, as far as the books go."""
+    gate_counts: GateCounts = field(default_factory=GateCounts)
+    """How the default tier's promise was kept, as far as the books go, and what keys used today."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from potluck_coordinator.desks import GatewayGrant, PoolSnapshot
+    from potluck_coordinator.domain.gate_counts import GateCounts
     from potluck_coordinator.domain.lethal import LoneDeath
-    from potluck_coordinator.domain.tiers import PromiseCount
     from potluck_protocol.culprits import Fingerprint
 
 
@@ -35,8 +33,8 @@ class PoolDesk(Protocol):
         """Leave to serve, with a new gateway epoch. Settles, at their last mark, the holds that earlier epochs left open."""
         ...
 
-    async def note_promise(self, hours: Mapping[int, PromiseCount]) -> None:
-        """Adds to what the books have of hours; told twice it counts twice."""
+    async def note_counts(self, counts: GateCounts) -> None:
+        """Adds to what the books have of hours and days; told twice it counts twice."""
         ...
 
     async def watch(self, known_version: int) -> PoolSnapshot:

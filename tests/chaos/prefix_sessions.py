@@ -25,6 +25,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import aiohttp
 import psutil
@@ -106,6 +107,10 @@ class Outcome:
     first_token_seconds: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
+
+    @property
+    def cached_share(self) -> float:
+        return self.cached_tokens / self.prompt_tokens
 
     @property
     def first_token_seconds_mean(self) -> float:
@@ -248,11 +253,11 @@ def let_everywhere(pid: int) -> None:
 async def session_pool(folder: Path) -> AsyncIterator[Pool]:
     """Starts it, waits until all four serve, and stops everything."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Who else is at work on this machine may keep an engine from it for longer than the gateway bears. The choices are what is judged here.
-    stall.FIRST_TOKEN_SECONDS_MIN, stall.HUNG_SECONDS_MIN = 120.0, 60.0  # type: ignore[misc]
     catalogue = folder / "own.toml"
     catalogue.write_text(catalogue_entry(MODEL, await asyncio.to_thread(built_in_gguf), "llamacpp", CONTEXT_TOKENS, SLOTS))
     async with AsyncExitStack() as stack:
+        # Who else is at work on this machine may keep an engine from it for longer than the gateway bears; the choices are judged here.
+        stack.enter_context(mock.patch.multiple(stall, FIRST_TOKEN_SECONDS_MIN=120.0, HUNG_SECONDS_MIN=60.0))
         settings = {"catalogue_file": catalogue, "default_tier_rate": "100000/hour"}
         coordinator = await stack.enter_async_context(running_coordinator(folder / "coordinator", **settings))
         http = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)))
@@ -273,22 +278,27 @@ async def session_pool(folder: Path) -> AsyncIterator[Pool]:
         yield pool
 
 
+async def converse(pool: Pool, sessions: int, turns: int) -> dict[str, Outcome]:
+    """What the same conversations come to, by policy."""
+    talks = [Talks(name, choose, sessions) for name, choose in (("ours", None), ("round robin", RoundRobin()), ("oracle", Oracle()))]
+    for turn in range(turns):
+        # In turns, and each of them first at times: what changes on this machine meanwhile changes for all.
+        for number in range(len(talks)):
+            await talks[(turn + number) % len(talks)].next_turns(pool)
+    return {each.outcome.policy: each.outcome for each in talks}
+
+
 async def compare(folder: Path, sessions: int, turns: int, rounds: int) -> Report:
     async with session_pool(folder) as pool:
         await ask_alone(pool, Outcome("warming up"), "warm", 2 * REPLICAS)
-        talks = [Talks(name, choose, sessions) for name, choose in (("ours", None), ("round robin", RoundRobin()), ("oracle", Oracle()))]
-        for turn in range(turns):
-            # In turns, and each of them first at times: what changes on this machine meanwhile changes for all.
-            for number in range(len(talks)):
-                await talks[(turn + number) % len(talks)].next_turns(pool)
-        talked = {each.outcome.policy: each.outcome for each in talks}
+        talked = await converse(pool, sessions, turns)
         alone = {"ours": Outcome("ours"), "least loaded": Outcome("least loaded")}
         least_loaded = LeastLoaded(5)
         for number in range(rounds):
             for name in ("ours", "least loaded") if number % 2 else ("least loaded", "ours"):
                 pool.use(None if name == "ours" else least_loaded)
                 await ask_alone(pool, alone[name], f"alone {name} {number}", 2 * REPLICAS)
-        share = {name: outcome.cached_tokens / outcome.prompt_tokens for name, outcome in talked.items()}
+        share = {name: outcome.cached_share for name, outcome in talked.items()}
         seconds = {name: outcome.first_token_seconds_mean for name, outcome in talked.items()}
         return Report(
             cached_to_oracle=share["ours"] / share["oracle"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from potluck_coordinator.desks import KeyRecord
-from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
+from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyDay, KeyQuotas
 from potluck_coordinator.domain.tiers import PromiseCount
 from potluck_coordinator.storage.keys import StoredKey
 from potluck_protocol.values import AccountId, KeyPrefix
@@ -41,5 +41,19 @@ def test_hours_of_the_promise_add_up_and_old_ones_go(tmp_path):
         for hour, count in ((1000, 1), (1000, 2), (1001, 4), (1000 + 720, 8)):
             books.run_now(lambda work, hour=hour, count=count: work.promise.add(hour, PromiseCount(count, 1)))
         assert books.run_now(lambda work: work.promise.hours()) == {1001: PromiseCount(4, 1), 1720: PromiseCount(8, 1)}
+    finally:
+        books.store.close()
+
+
+def test_a_keys_days_add_up_and_its_old_ones_go(tmp_path):
+    books = Books(old_books(tmp_path / "old.db"))
+    try:
+        for more in (KeyDay(1, 0.5, 7), KeyDay(-1, 2.0, 0)):
+            books.run_now(lambda work, more=more: work.key_days.add(OLD.key_prefix, 1000, more))
+        assert books.run_now(lambda work: work.key_days.of(1000)) == {(OLD.key_prefix, 1000): KeyDay(0, 2.5, 7)}
+        assert books.run_now(lambda work: work.key_days.of(1001)) == {}
+        books.run_now(lambda work: work.key_days.add(OLD.key_prefix, 1001, KeyDay(3)))
+        assert books.run_now(lambda work: work.key_days.of(1001)) == {(OLD.key_prefix, 1001): KeyDay(3)}
+        assert books.run_now(lambda work: work.key_days.of(1000)) == {}
     finally:
         books.store.close()

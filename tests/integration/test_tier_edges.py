@@ -75,7 +75,7 @@ async def test_what_a_client_is_told_of_its_tier(tmp_path):
             assert (tiers.hour.request_count, tiers.hour.kept_count) == (2, 2), "flex has no promise"
 
         async with asyncio.timeout(5):
-            while not (hours := (await coordinator.directory.pool.register_gateway()).promise_hours):
+            while not (hours := (await coordinator.directory.pool.register_gateway()).gate_counts.promise_hours):
                 await asyncio.sleep(0.1)
         assert sum(hours.values(), PromiseCount()) == PromiseCount(2, 2), "and a restart does not forget"
         assert requests.in_flight_count == 0

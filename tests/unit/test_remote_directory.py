@@ -18,7 +18,7 @@ WOULD_WORK_TWICE = [
     ("accounts", "create_join_token"),
     ("catalogue", "remove_model"),
     ("nodes", "report"),
-    ("pool", "note_promise"),
+    ("pool", "note_counts"),
 ]
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.catalogue import ServiceTier
-from potluck_coordinator.domain.quotas import DAY_MS, NO_QUOTAS, KeyQuotas, KeyUse, begun, ended, refusal, taken_back, today
+from potluck_coordinator.domain.gate_counts import GateCounts
+from potluck_coordinator.domain.quotas import DAY_MS, NO_QUOTAS, KeyDay, KeyQuotas, KeyUse, begun, ended, refusal, taken_back, today
 from potluck_coordinator.domain.tiers import (
     HOUR_SECONDS,
     NONE,
@@ -247,8 +248,29 @@ def test_the_gate_counts_what_is_answered_and_takes_back_what_is_not():
     visits[1].end(Usage(10, 20), 20, 90, 1.0, waited_seconds=2.0)
     assert gate.windows.allowance(AccountId("ann")).remaining_count == 1
     assert gate.compliance().hour == PromiseCount(2, 1), "a request that was refused for want of room is a promise that was not kept"
-    assert gate.take_untold() == {int(clock.unix_ms() // 3_600_000): PromiseCount(2, 1)}
-    assert gate.take_untold() == {}
+    assert gate.take_untold() == GateCounts({int(clock.unix_ms() // 3_600_000): PromiseCount(2, 1)})
+    assert not gate.take_untold()
+
+
+def test_what_a_key_used_today_is_told_to_the_books_and_counts_after_a_restart():
+    clock = MovedClock()
+    day = clock.unix_ms() // 86_400_000
+    asked = asking(AskedTier.FLEX, requests_per_day=2)
+    gate = gate_of(clock)
+    gate.enter(asked, ENTRY).end(Usage(10, 20), 20, 90, 1.0, waited_seconds=2.0)
+    gate.enter(asked, ENTRY).refuse(PotluckError(ErrorCode.QUEUE_FULL))
+    told = gate.take_untold()
+    assert told.key_days == {(KeyPrefix("key"), day): KeyDay(1, 30.0, 90)}
+    gate.put_back(told)
+    gate.enter(asked, ENTRY).take_back()
+    assert gate.take_untold().key_days == told.key_days, "what was put back is told again, and what was taken back is nothing"
+
+    began_anew = gate_of(clock)
+    began_anew.remember(told)
+    began_anew.enter(asked, ENTRY)
+    with pytest.raises(PotluckError, match="may make 2 requests a day, and has"):
+        began_anew.enter(asked, ENTRY)
+    assert began_anew.take_untold().key_days == {(KeyPrefix("key"), day): KeyDay(1)}
 
 
 def test_the_promise_is_not_judged_by_clients_that_go_at_once_nor_by_flex():

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from potluck_coordinator.desks import GatewayGrant
+from potluck_coordinator.domain.gate_counts import GateCounts
+from potluck_coordinator.domain.quotas import DAY_MS
 from potluck_coordinator.storage.state import StateName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.directory.board import SnapshotBoard
     from potluck_coordinator.directory.certificate_authority import CertificateAuthority
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
-    from potluck_coordinator.domain.tiers import PromiseCount
     from potluck_coordinator.storage.store import Store
     from potluck_coordinator.storage.unit_of_work import UnitOfWork
     from potluck_protocol.clock import Clock
@@ -40,7 +39,7 @@ class Pool:
         ledger: settles what an earlier gateway left open.
         nodes: hears that there is a new gateway.
         fingerprint_key: what gateways hash requests with that engines die of.
-        clock: for the certificate's dates.
+        clock: for the certificate's dates, and which day it is.
     """
 
     def __init__(
@@ -71,15 +70,18 @@ class Pool:
         self._nodes.gateway_started()
         _log.info("gateway_registered", epoch=epoch, orphaned_holds_settled=settled_count)
         server = self._authority.issue_server_certificate(self._clock.unix_ms())
-        promise_hours = await self._store.run(lambda work: work.promise.hours())
-        return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key, promise_hours)
+        day = self._clock.unix_ms() // DAY_MS
+        counts = await self._store.run(lambda work: GateCounts(work.promise.hours(), work.key_days.of(day)))
+        return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key, counts)
 
-    async def note_promise(self, hours: Mapping[int, PromiseCount]) -> None:
-        """As `PoolDesk.note_promise`."""
+    async def note_counts(self, counts: GateCounts) -> None:
+        """As `PoolDesk.note_counts`."""
 
         def note(work: UnitOfWork) -> None:
-            for hour, count in hours.items():
+            for hour, count in counts.promise_hours.items():
                 work.promise.add(hour, count)
+            for (key_prefix, day), used in counts.key_days.items():
+                work.key_days.add(key_prefix, day, used)
 
         await self._store.run(note)
 

@@ -50,6 +50,25 @@ class KeyUse:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyDay:
+    """What a key used on some day, or of it since some moment: less, where a request was taken back."""
+
+    request_count: int = 0
+    token_count: float = 0.0
+    spend_micro_credits: int = 0
+
+    def __add__(self, other: KeyDay) -> KeyDay:
+        return KeyDay(
+            self.request_count + other.request_count,
+            self.token_count + other.token_count,
+            self.spend_micro_credits + other.spend_micro_credits,
+        )
+
+
+NO_USE: Final = KeyDay()
+
+
+@dataclass(frozen=True, slots=True)
 class QuotaRefusal:
     """Which bound, in words, and when there is room below it again."""
 
@@ -61,6 +80,20 @@ def today(use: KeyUse, now_unix_ms: int) -> KeyUse:
     """The use as of now: a new day begins with nothing but what is under way."""
     day = now_unix_ms // DAY_MS
     return use if use.day == day else replace(use, day=day, request_count=0, token_count=0.0, spend_micro_credits=0)
+
+
+def remembered(day: int, used: KeyDay) -> KeyUse:
+    """A key of which the books know this, and of which nothing is under way."""
+    return KeyUse(day, used.request_count, used.token_count, used.spend_micro_credits)
+
+
+def more_used(before: KeyUse, after: KeyUse) -> KeyDay:
+    """What came between two moments of one day."""
+    return KeyDay(
+        after.request_count - before.request_count,
+        after.token_count - before.token_count,
+        after.spend_micro_credits - before.spend_micro_credits,
+    )
 
 
 def refusal(quotas: KeyQuotas, use: KeyUse, tokens: float, micro_credits: int, now_unix_ms: int) -> QuotaRefusal | None:

@@ -1,8 +1,8 @@
 """Who is let in before anything waits, and what became of the promise to those in the default tier.
 
 Decides nothing of its own: which tier a request gets, and the promise, are `domain.tiers`, its key's day is `domain.quotas`, its account's
-hour `rate_windows`. Counts are this process's: one that starts anew begins with none, but for the promise, which the books keep. It must
-not know queues or nodes.
+hour `rate_windows`. Accounts' hours are this process's: one that starts anew begins with none. The promise and the keys' days are in
+the books, which are told every second. It must not know queues or nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from limits import RateLimitItem
 from potluck_coordinator.domain import quotas as key_quotas
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.fairness import weight_of
-from potluck_coordinator.domain.quotas import KeyUse
+from potluck_coordinator.domain.gate_counts import GateCounts
+from potluck_coordinator.domain.quotas import NO_USE, KeyDay, KeyUse
 from potluck_coordinator.domain.tiers import NONE, Compliance, PromiseCount, PromiseRecord, choose, is_kept
 from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.rate_windows import RateWindows
@@ -24,7 +25,7 @@ from potluck_coordinator.rate_text import rate_limit
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from potluck_coordinator.desks import KeyIdentity
     from potluck_coordinator.domain.catalogue import CatalogueEntry
@@ -147,7 +148,8 @@ class Gate:
         self.windows = RateWindows(limits.default_rate, clock.monotonic_seconds)
         self._uses: OrderedDict[KeyPrefix, KeyUse] = OrderedDict()
         self._record = PromiseRecord()
-        self._untold: dict[int, PromiseCount] = {}
+        self._untold_hours: dict[int, PromiseCount] = {}
+        self._untold_days: dict[tuple[KeyPrefix, int], KeyDay] = {}
 
     def enter(self, request: InferenceRequest, entry: CatalogueEntry) -> Visit:
         """Lets a request in, with its tier and its work.
@@ -170,8 +172,10 @@ class Gate:
         """Counts for the request's key, if that has bounds."""
         if not request.caller.quotas.any:
             return
-        known = self._uses.pop(request.caller.key_prefix, KeyUse())
-        self._uses[request.caller.key_prefix] = change(key_quotas.today(known, self._clock.unix_ms()))
+        key_prefix = request.caller.key_prefix
+        before = key_quotas.today(self._uses.pop(key_prefix, KeyUse()), self._clock.unix_ms())
+        after = self._uses[key_prefix] = change(before)
+        self._tell_day((key_prefix, after.day), key_quotas.more_used(before, after))
         if len(self._uses) > KEYS_MAX:
             idle = next((key for key, use in self._uses.items() if not use.running_count), None)
             if idle is not None:
@@ -184,22 +188,34 @@ class Gate:
         count = PromiseCount(1, int(is_kept(first_token_seconds, self.limits.first_token_seconds)))
         now_ms = self._clock.unix_ms()
         self._record.add(now_ms / 1000, count)
-        self._untold[now_ms // HOUR_MS] = self._untold.get(now_ms // HOUR_MS, NONE) + count
+        self._tell_hour(now_ms // HOUR_MS, count)
 
-    def remember(self, hours: Mapping[int, PromiseCount]) -> None:
-        """What the books have of earlier hours."""
-        for hour in sorted(hours):
-            self._record.add_hour(hour, hours[hour])
+    def remember(self, counts: GateCounts) -> None:
+        """What the books have of earlier hours, and of today."""
+        for hour in sorted(counts.promise_hours):
+            self._record.add_hour(hour, counts.promise_hours[hour])
+        for (key_prefix, day), used in counts.key_days.items():
+            self._uses[key_prefix] = key_quotas.remembered(day, used)
 
-    def take_untold(self) -> dict[int, PromiseCount]:
-        """What the books do not have yet, by hour; told once."""
-        untold, self._untold = self._untold, {}
+    def take_untold(self) -> GateCounts:
+        """What the books do not have yet; told once."""
+        untold = GateCounts(self._untold_hours, self._untold_days)
+        self._untold_hours, self._untold_days = {}, {}
         return untold
 
-    def put_back(self, untold: Mapping[int, PromiseCount]) -> None:
+    def put_back(self, untold: GateCounts) -> None:
         """The books could not be told."""
-        for hour, count in untold.items():
-            self._untold[hour] = self._untold.get(hour, PromiseCount()) + count
+        for hour, count in untold.promise_hours.items():
+            self._tell_hour(hour, count)
+        for key_day, used in untold.key_days.items():
+            self._tell_day(key_day, used)
+
+    def _tell_hour(self, hour: int, count: PromiseCount) -> None:
+        self._untold_hours[hour] = self._untold_hours.get(hour, NONE) + count
+
+    def _tell_day(self, key_day: tuple[KeyPrefix, int], more: KeyDay) -> None:
+        if more != NO_USE:
+            self._untold_days[key_day] = self._untold_days.get(key_day, NO_USE) + more
 
     def compliance(self) -> Compliance:
         """How the promise was kept."""

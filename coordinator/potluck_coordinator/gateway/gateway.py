@@ -13,6 +13,7 @@ import gc
 import random
 import secrets
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -138,7 +139,7 @@ class Gateway:
             flex_models=lambda: self._snapshot.flex_models,
             on_hedge=self._metrics.observe_hedge,
         )
-        requests.gate.remember(grant.promise_hours)
+        requests.gate.remember(grant.gate_counts)
         self._metrics.watch_pool(lambda: self._reading(requests))
         self._tasks = [
             asyncio.ensure_future(work)
@@ -170,6 +171,9 @@ class Gateway:
         if self._keyed is not None:
             await self._keyed.stop()
         await self._links.stop()
+        if self._requests is not None:
+            with suppress(PotluckError):
+                await self._note_counts()
         # Before the ports: nothing new is dispatched without links, and closing them may take as long as a client cares to.
         if not await self._ledger.drain(DRAIN_SECONDS_MAX):
             _log.error("ledger_not_drained", meaning="open holds are settled at their last mark by the next start")
@@ -245,14 +249,14 @@ class Gateway:
     async def _report(self) -> None:
         self.requests.dispatching.mark_delivered()
         await self._links.report(self.requests.waiting_counts)
-        await self._note_promise()
+        await self._note_counts()
 
-    async def _note_promise(self) -> None:
-        """Hands what became of the default tier's promise to the books; what they do not take is told again."""
+    async def _note_counts(self) -> None:
+        """Hands what the gate has counted to the books; what they do not take is told again."""
         gate = self.requests.gate
         if untold := gate.take_untold():
             try:
-                await self._directory.pool.note_promise(untold)
+                await self._directory.pool.note_counts(untold)
             except PotluckError:
                 gate.put_back(untold)
                 raise

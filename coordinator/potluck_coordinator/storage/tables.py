@@ -280,6 +280,19 @@ class PromiseHourRow(SQLModel, table=True):
     kept_count: int = _big()
 
 
+class KeyDayRow(SQLModel, table=True):
+    """What a key with quotas used on one day of unix time."""
+
+    __tablename__ = "key_day"
+
+    key_prefix: str = Field(primary_key=True, foreign_key="api_key.key_prefix")
+    day: int = _big(primary_key=True)
+    request_count: int = _big()
+    token_count: float
+    spend: int = _big()
+    """Micro-credits."""
+
+
 class NodeUptimeHourRow(SQLModel, table=True):
     """A node's judged minutes in one hour of unix time."""
 

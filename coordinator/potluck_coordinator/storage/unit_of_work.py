@@ -14,6 +14,7 @@ from potluck_coordinator.storage.groups import GroupRepository
 from potluck_coordinator.storage.holds import HoldRepository
 from potluck_coordinator.storage.idempotency import IdempotencyRepository
 from potluck_coordinator.storage.join_tokens import JoinTokenRepository
+from potluck_coordinator.storage.key_days import KeyDayRepository
 from potluck_coordinator.storage.keys import KeyRepository
 from potluck_coordinator.storage.ledger import LedgerRepository
 from potluck_coordinator.storage.lethal_requests import LethalRequestRepository
@@ -31,6 +32,7 @@ class UnitOfWork:
     def __init__(self, session: Session) -> None:
         self.accounts = AccountRepository(session)
         self.keys = KeyRepository(session)
+        self.key_days = KeyDayRepository(session)
         self.join_tokens = JoinTokenRepository(session)
         self.nodes = NodeRepository(session)
         self.ledger = LedgerRepository(session)
