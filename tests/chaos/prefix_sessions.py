@@ -129,7 +129,7 @@ class Pool:
     def use(self, choose: Choose | None) -> None:
         """Places by that from now on; None: by ours."""
 
-        def place(request: InferenceRequest, excluded: frozenset[str], work: Any) -> Placement:
+        def place(request: InferenceRequest, excluded: frozenset[str], work: Any, _: Any = None) -> Placement:
             kinds = self._coordinator.gateway._links.roster().kinds(request.model_id)
             able = [replica for kind in kinds for replica in kind.replicas if has_slot(replica) and replica.node_id not in excluded]
             able.sort(key=lambda replica: replica.replica_id)

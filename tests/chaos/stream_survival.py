@@ -271,8 +271,8 @@ def under_load(
         summary[fault] = {"streams": len(seconds), "gap_median_seconds": round(median, 3), "gap_p99_seconds": round(p99, 3)}
         if p99 > gap_seconds_max[fault]:
             breaches.append(f"{fault}: the gap's p99 is {p99:.2f} s, and may be {gap_seconds_max[fault]} s")
-    # Of answers in batches the last bits depend on what else is in the batch, also where nothing fails.
     summary["same_text"] = sum(seen.text == whole.text for seen in crowd.finished)
+    breaches += [f"another text: {seen.text!r}" for seen in crowd.finished if not seen.error and seen.text != whole.text]
     print(json.dumps(summary), flush=True)
     return breaches
 

@@ -38,7 +38,8 @@ class Question:
 
 
 LIST = Question(({"role": "user", "content": "List the first thirty numbers."},))
-BRIEF = Question(({"role": "system", "content": ""}, {"role": "user", "content": "Tell me about a lighthouse."}), token_count=24)
+"""Numbers show what is lost or repeated. Between any two tokens the engine's choice is clear, whatever else is in its batch."""
+BRIEF = Question(({"role": "system", "content": ""}, *LIST.messages), token_count=24)
 """Without the system message that the model's template puts first. What a lost node's answers hold is read again by the other's one core,
 some 350 tokens/s, one behind the other: ten such answers are most of a second."""
 ANY_PACE = ("env", "POTLUCK_COORDINATOR_ANSWER_TOKEN_SECONDS_MAX=10")

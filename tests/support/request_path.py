@@ -43,6 +43,7 @@ def request_by(
     body=b"{}",
     prompt_bytes=20,
     caller=NO_CALLER,
+    trusted_only=False,
 ):
     return InferenceRequest(
         request_id=RequestId("request"),
@@ -58,6 +59,7 @@ def request_by(
         prompt_count=1,
         prompt_tokens_min=prompt_tokens_min,
         caller=caller,
+        trusted_only=trusted_only,
     )
 
 

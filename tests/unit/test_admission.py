@@ -41,6 +41,8 @@ def load(capacity=FULL, ahead=NOBODY, seconds=1.0, **more):
     [
         (load(Capacity()), Refuse(ErrorCode.NO_CAPACITY, 1.0)),
         (load(ahead=Queued(3), seconds=5.0), Wait(30, 5.0)),  # four requests of 5 s on four slots
+        (load(Capacity(1, 1), seconds=14.0), Wait(30, 14.0)),  # the next, where one slot is all there is
+        (load(Capacity(1, 1), seconds=16.0), Refuse(ErrorCode.QUEUE_FULL, 10.0, 16.0)),
         (load(ahead=Queued(3), seconds=60.0), Refuse(ErrorCode.QUEUE_FULL, 54.0, 60.0)),  # in 54 s it would be a fifth of the deadline
         (load(ahead=Queued(3), seconds=6.5), Refuse(ErrorCode.QUEUE_FULL, 1.0, 6.5)),
         (load(ahead=Queued(3), seconds=500.0), Refuse(ErrorCode.QUEUE_FULL, 60.0, 500.0)),  # never more than a client would honour

@@ -176,6 +176,32 @@ async def test_time_in_which_this_process_stood_still_is_no_stall(pool):
         await pool.wait(1)
 
 
+@pytest.mark.parametrize("seconds", [0.6, 1.9, 2.2])
+async def test_a_link_that_broke_is_not_given_up_for_time_in_which_this_process_stood_still(pool, seconds):
+    node = await pool.add("node")
+    await pool.add("other")
+    relay = pool.start(node)
+    await pool.wait(0.1)
+    pool.links.disconnect(node.session, node.session.outbox, None)
+    pool.clock.seconds += seconds
+    pool.links.tick()
+    assert (pool.links.session(node.node_id), relay.over) == (node.session, False)
+
+
+@pytest.mark.parametrize("data", [b"", b": ping\n\n"])
+async def test_a_node_that_only_keeps_the_stream_alive_is_as_silent_as_one_that_says_nothing(pool, data):
+    node = await pool.add("node")
+    await pool.add("other")
+    relay = pool.start(node, tokens=40)
+    node.talks = False
+    for _ in range(20):
+        if relay.over:
+            break
+        pool.give(node, relay, data)
+        await pool.wait(0.5)
+    assert relay.over
+
+
 async def test_a_node_that_answers_while_this_process_stands_still_is_not_given_up_for_it(pool):
     node = await pool.add("node")
     await pool.add("other")

@@ -99,7 +99,7 @@ def flapping(session: Session, count: int, *, failed_dials: int, lived_seconds: 
 @pytest.mark.parametrize(
     ("count", "failed_dials", "lived_seconds", "failure_count"),
     [
-        (3, 0, 0.09, 3),  # lost at once: each a failed dial
+        (3, 0, 0.29, 3),  # lost at once: each a failed dial
         (100, 3, 0.4, 1),  # cut again and again, and of use in between: the next dial is at once
         (1, 20, 1.0, 11),
         (1, 1000, 5.0, 0),

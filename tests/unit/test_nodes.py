@@ -18,6 +18,7 @@ from potluck_coordinator.domain.nodes import (
     is_in_doubt,
     is_overdue,
     link_grace_is_over,
+    link_grace_seconds,
     liveness,
 )
 
@@ -56,6 +57,13 @@ def test_a_silent_attempt_needs_a_suspect_node(heartbeat_at, chunk_at, now, sile
     assert attempt_is_silent(SignsOfLife(heartbeat_at, 0.0), chunk_at, now, LIMITS) is silent
 
 
+@pytest.mark.parametrize(("round_trip_seconds", "grace_seconds"), [(0.0, 0.5), (0.05, 0.7), (0.25, 1.5), (60.0, 1.5)])
+def test_a_far_nodes_link_has_the_round_trips_of_a_dial_besides(round_trip_seconds, grace_seconds):
+    assert link_grace_seconds(round_trip_seconds, LIMITS) == pytest.approx(grace_seconds)
+    assert not link_grace_is_over(5.0, 4.99 + grace_seconds, LIMITS, round_trip_seconds)
+    assert link_grace_is_over(5.0, 5.01 + grace_seconds, LIMITS, round_trip_seconds)
+
+
 @pytest.mark.parametrize(("link_lost_at", "now", "over"), [(None, 99.0, False), (5.0, 5.45, False), (5.0, 5.5, True), (5.0, 9.0, True)])
 def test_a_broken_link_has_half_a_second_to_come_back(link_lost_at, now, over):
     assert link_grace_is_over(link_lost_at, now, LIMITS) is over
@@ -67,8 +75,8 @@ def test_a_broken_link_has_half_a_second_to_come_back(link_lost_at, now, over):
         (0.0, None, 14.9, None),
         (0.0, None, 15.0, "silence"),
         (0.0, 14.5, 15.0, "silence"),
-        (14.0, 14.5, 15.2, None),
-        (14.0, 14.5, 15.25, "link_lost"),
+        (14.0, 14.5, 14.9, None),
+        (14.0, 14.5, 15.0, "link_lost"),
     ],
 )
 def test_a_session_ends_with_its_lease_or_its_links_grace(heartbeat_at, link_lost_at, now, reason):

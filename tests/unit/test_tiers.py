@@ -273,6 +273,13 @@ def test_what_a_key_used_today_is_told_to_the_books_and_counts_after_a_restart()
     assert began_anew.take_untold().key_days == {(KeyPrefix("key"), day): KeyDay(1)}
 
 
+def test_whoever_asks_again_and_again_breaks_no_more_promises_than_an_account_has():
+    gate = gate_of(MovedClock())
+    for _ in range(50):
+        gate.enter(asking(AskedTier.DEFAULT), ENTRY).refuse(PotluckError(ErrorCode.QUEUE_FULL))
+    assert gate.compliance().hour == PromiseCount(3, 0)
+
+
 def test_the_promise_is_not_judged_by_clients_that_go_at_once_nor_by_flex():
     gate = gate_of(MovedClock())
     gate.enter(asking(AskedTier.DEFAULT), ENTRY).end(None, 0, 0, None, waited_seconds=1.0)

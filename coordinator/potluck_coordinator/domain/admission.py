@@ -32,6 +32,8 @@ AIM_SHARE: Final = 0.2
 """Of a deadline, that a newcomer's predicted wait may be, and that clients are told to come back for. Predictions err, and whoever comes
 later may come first: in the simulator, where large requests wait for a cache that is shared, one of 45 refusals came late at a half of the
 deadline, one of 110 at three tenths, and one of 330 at this; more answers were good, too."""
+NEXT_SHARE: Final = 0.5
+"""The same, for whoever would be the next: nobody has to go before, and where few slots are, one answer's end is far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,7 @@ def admit(
         return Refuse(ErrorCode.NO_CAPACITY, limits.retry_after_seconds_min)
     predicted = predicted_wait_seconds(load)
     left_seconds = max(0.0, limits.queue_wait_seconds_max * (PROMISED_SHARE if was_promised else 1.0) - waited_seconds)
-    share = 1.0 if was_promised else KEPT_MARGIN if was_given_back else AIM_SHARE
+    share = 1.0 if was_promised else KEPT_MARGIN if was_given_back else AIM_SHARE if load.ahead.count else NEXT_SHARE
     if load.is_full or predicted > left_seconds * share:
         return Refuse(ErrorCode.QUEUE_FULL, retry_after_seconds(predicted, limits), predicted)
     return Wait(left_seconds, predicted)

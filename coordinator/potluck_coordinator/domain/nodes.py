@@ -17,6 +17,10 @@ MASS_SILENCE_COUNT_MIN: Final = 4
 """Fewer than this many nodes falling silent together is bad luck, not a sign of the coordinator's own trouble."""
 
 
+DIAL_ROUND_TRIPS: Final = 4
+"""TCP's, TLS', the call's, and its hello's."""
+DIAL_ROUND_TRIP_SECONDS_MAX: Final = 0.25
+"""A node says how far it is, and its clients wait for it."""
 OVERDUE_BEATS: Final = 1.5
 """Of the period in which it beats. When the first of many that fell silent together is lost, all of them are this late."""
 DOUBT_SECONDS_MAX: Final = 600.0
@@ -56,7 +60,7 @@ class LivenessLimits:
     """An attempt on a suspect node that sent nothing for so long has failed, so that its client hears of it before the lease ends."""
     link_grace_seconds: float = 0.5
     """How long a broken link may take to come back before its session ends and its attempts fail. A killed agent's link breaks as a cut one
-does, and its clients wait for so long. One that lives is back 0.15 s and four round trips after its line: enough for those of 80 ms."""
+does, and its clients wait for so long. An agent that lives is back within 0.15 s of its line, and four round trips, which are added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,14 @@ def attempt_is_silent(signs: SignsOfLife, chunk_at: float, now: float, limits: L
     return now - chunk_at >= limits.silent_attempt_seconds and liveness(signs, now, limits) is not Liveness.FRESH
 
 
-def link_grace_is_over(link_lost_at: float | None, now: float, limits: LivenessLimits) -> bool:
+def link_grace_seconds(round_trip_seconds: float, limits: LivenessLimits) -> float:
+    """How long the broken link of a node so far away may be gone."""
+    return limits.link_grace_seconds + DIAL_ROUND_TRIPS * min(round_trip_seconds, DIAL_ROUND_TRIP_SECONDS_MAX)
+
+
+def link_grace_is_over(link_lost_at: float | None, now: float, limits: LivenessLimits, round_trip_seconds: float = 0.0) -> bool:
     """Whether a link that broke at `link_lost_at` (None: it stands) has been away for so long that its attempts have failed."""
-    return link_lost_at is not None and now - link_lost_at >= limits.link_grace_seconds
+    return link_lost_at is not None and now - link_lost_at >= link_grace_seconds(round_trip_seconds, limits)
 
 
 def is_mass_silence(silent_count: int, node_count: int) -> bool:
@@ -126,8 +135,10 @@ def is_in_doubt(doubt: Doubt | None, now: float) -> bool:
     return doubt is not None and now - doubt.since < DOUBT_SECONDS_MAX
 
 
-def end_of_session(signs: SignsOfLife, link_lost_at: float | None, now: float, limits: LivenessLimits) -> str | None:
+def end_of_session(
+    signs: SignsOfLife, link_lost_at: float | None, now: float, limits: LivenessLimits, round_trip_seconds: float = 0.0
+) -> str | None:
     """Why a node's session ends now, in a word; None: it does not."""
     if liveness(signs, now, limits) is Liveness.LAPSED:
         return "silence"
-    return "link_lost" if link_grace_is_over(link_lost_at, now, limits) else None
+    return "link_lost" if link_grace_is_over(link_lost_at, now, limits, round_trip_seconds) else None

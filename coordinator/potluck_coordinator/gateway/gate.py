@@ -127,7 +127,7 @@ class Visit:
             return
         self.take_back()
         if error.spec.http_status >= 500 or error.code is ErrorCode.QUEUE_FULL:
-            self._gate.judge(self.request, None)
+            self._gate.judge_refusal(self.request)
 
 
 class Gate:
@@ -146,6 +146,8 @@ class Gate:
         self._expectations = expectations
         self._clock = clock
         self.windows = RateWindows(limits.default_rate, clock.monotonic_seconds)
+        self._refusals = RateWindows(limits.default_rate, clock.monotonic_seconds)
+        """Those that count as promises which were not kept: of an account no more than it may ask for."""
         self._uses: OrderedDict[KeyPrefix, KeyUse] = OrderedDict()
         self._record = PromiseRecord()
         self._untold_hours: dict[int, PromiseCount] = {}
@@ -189,6 +191,12 @@ class Gate:
         now_ms = self._clock.unix_ms()
         self._record.add(now_ms / 1000, count)
         self._tell_hour(now_ms // HOUR_MS, count)
+
+    def judge_refusal(self, request: InferenceRequest) -> None:
+        """The same, where there was no room. Whoever asks again and again is refused again and again, and was promised no more."""
+        if request.tier is ServiceTier.DEFAULT and self._refusals.has_room(request.account_id):
+            self._refusals.count(request.account_id)
+            self.judge(request, None)
 
     def remember(self, counts: GateCounts) -> None:
         """What the books have of earlier hours, and of today."""

@@ -102,7 +102,7 @@ class Judging:
         self._open_unrivalled(sessions)
         ending = []
         for session in sessions:
-            reason = end_of_session(session.signs, session.link_lost_at, now, self._limits)
+            reason = end_of_session(session.signs, session.link_lost_at, now, self._limits, session.round_trip_seconds)
             if reason is not None and not self.in_doubt:
                 ending.append((session, reason))
                 continue
@@ -192,7 +192,8 @@ class Judging:
             return
         if session.outbox is None:
             # Within its grace, or in doubt.
-            if link_grace_is_over(session.link_lost_at, now, self._limits) and self._can_go(session, attempt_id).can_take:
+            is_lost = link_grace_is_over(session.link_lost_at, now, self._limits, session.round_trip_seconds)
+            if is_lost and self._can_go(session, attempt_id).can_take:
                 self._give_up(session, attempt_id, relay, "The link to the node that was answering broke.")
             return
         match stall.judge(session.quiet(attempt_id, now), self._limits.heartbeat_busy_seconds):

@@ -306,7 +306,7 @@ class Links:
             self.suspicions.left(session)
             return self.close(session, goodbye)
         # Not at the next look, which may be a quarter of a second later: its clients wait.
-        asyncio.get_running_loop().call_later(self._limits.link_grace_seconds, self.tick)
+        asyncio.get_running_loop().call_later(session.grace_seconds(self._limits), self.tick)
         return None
 
     def close(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
-from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, liveness
+from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, link_grace_seconds, liveness
 from potluck_coordinator.domain.placement import ReplicaView, slots_beside_owner
 from potluck_coordinator.domain.stall import (
     FIRST_TOKEN_SEQUENCE,
@@ -128,6 +128,15 @@ class NodeSession:
         self._attached_model_names = hello.inventory.attached_model_names
         self._cards = hello.cards or self._cards
         self._line = hello.inventory.line or self._line
+
+    def grace_seconds(self, limits: LivenessLimits) -> float:
+        """How long its link may be away."""
+        return link_grace_seconds(self.round_trip_seconds, limits)
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """As the node measured it; 0: it has not."""
+        return (self._line.round_trip_microseconds or 0) / 1e6 if self._line is not None else 0.0
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
         """A sign of life. One that comes again, or late, is none."""
@@ -283,11 +292,11 @@ class NodeSession:
     def excuse(self, absence_seconds: float, now: float) -> None:
         """Nobody could hear the node in so many of the last seconds. What was heard after them is not moved into the future."""
         self.heartbeat_at = min(now, self.heartbeat_at + absence_seconds)
-        if self.link_lost_at is not None:
-            self.link_lost_at = min(now, self.link_lost_at + absence_seconds)
 
     def excuse_attempts(self, absence_seconds: float, now: float) -> None:
         """The same, for what is counted in shorter times."""
+        if self.link_lost_at is not None:
+            self.link_lost_at = min(now, self.link_lost_at + absence_seconds)
         self.heard_at = min(now, self.heard_at + absence_seconds)
         if self._asked_at is not None:
             self._asked_at = min(now, self._asked_at + absence_seconds)

@@ -42,8 +42,17 @@ class Placing:
         self._clock = clock
         self._draw = draw
 
-    def place(self, request: InferenceRequest, excluded: frozenset[NodeId], work: Work) -> Placement:
-        """A free replica for the request now, if there is one, and why each other one is none."""
+    def place(
+        self, request: InferenceRequest, excluded: frozenset[NodeId], work: Work, kept_for: InferenceRequest | None = None
+    ) -> Placement:
+        """A free replica for the request now, if there is one, and why each other one is none.
+
+        Args:
+            request: whose.
+            excluded: nodes that it must not go to.
+            work: what it is expected to be.
+            kept_for: another request, which has all room wherever it may go.
+        """
         roster, now, explores = self._links.roster(), self._clock.monotonic_seconds(), self._draw() < EXPLORE_SHARE
         # Of one replica alone it does not matter what it holds.
         warm = self._links.measures.warm(request, work) if roster.replica_count(request.model_id) > 1 else {}
@@ -58,6 +67,7 @@ class Placing:
                 takes_any_slot=_takes_any_slot(request),
                 excluded=out,
                 tokens_min=self._tokens_wanted(request, out),
+                is_kept=_kept_for(kept_for),
                 warm={} if explores else warm,
                 chance=self._draw,
             )
@@ -76,6 +86,12 @@ class Placing:
                 usable += kind.slot_count - out_slots
                 free += kind.free_slot_count - out_free_slots
         return usable, free
+
+    def lacks_cache(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> bool:
+        """Whether a slot is free for one that could not be placed, and no node barred to it that others like it may go to."""
+        out, roster = excluded | self._quarantine.shunned(request, excluded)[-1], self._links.roster()
+        is_barred = out and any(roster.count_on(kind, out)[0] for kind in roster.kinds(request.model_id))
+        return not is_barred and self.slots(request, excluded)[1] > 0
 
     def capacity(self, model_id: ModelId) -> Capacity:
         """All that takes requests for the model, together."""
@@ -104,10 +120,10 @@ class Placing:
         """Whether slots stay empty, since more answers at a time would be too slow."""
         return any(kind.withheld_slot_count for kind in self._links.roster().kinds(model_id))
 
-    def has_free_slot(self, request: InferenceRequest) -> bool:
+    def has_free_slot(self, request: InferenceRequest, kept_for: InferenceRequest | None = None) -> bool:
         """Whether some request for its model could be placed now, and that if it is one whose client has a part of its answer already."""
-        kinds, takes_any_slot = self._links.roster().kinds(request.model_id), _takes_any_slot(request)
-        return any(kind.free_count or (takes_any_slot and kind.reluctant_count) for kind in kinds)
+        kinds, takes_any_slot, is_kept = self._links.roster().kinds(request.model_id), _takes_any_slot(request), _kept_for(kept_for)
+        return any((kind.free_count or (takes_any_slot and kind.reluctant_count)) and not is_kept(kind) for kind in kinds)
 
     def ready_replica_count(self, model_id: ModelId) -> int:
         """Replicas that answer, busy or not."""
@@ -143,6 +159,11 @@ def _takes_any_slot(request: InferenceRequest) -> bool:
     Of a node's loss come many at a time, and nobody comes before them: an engine that has all of them reads them together.
     """
     return request.continued is not None
+
+
+def _kept_for(request: InferenceRequest | None) -> Callable[[Kind], bool]:
+    """Where it may go, by what alike replicas have in common; None: nobody, nowhere."""
+    return lambda kind: request is not None and _may_go_to(kind, request, 0)
 
 
 def _may_go_to(kind: Kind, request: InferenceRequest, tokens_min: int) -> bool:

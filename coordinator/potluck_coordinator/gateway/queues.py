@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import (
-    AIM_SHARE,
     NOBODY,
     AdmissionLimits,
     ModelLoad,
@@ -245,24 +244,25 @@ class Queues:
 
     def _serve_in_turn(self, line: ModelLine, turn: Iterable[WaitingRequest]) -> bool:
         """Whether there may be something left for those that come after these."""
-        lacking_tokens = math.inf
+        lacking_tokens: dict[tuple[object, ...], int | float] = {}
         now = self._clock.monotonic_seconds()
         for waiting in turn:
-            if not self._placing.has_free_slot(waiting.request):
+            request, held = waiting.request, line.held_for.request if line.held_for else None
+            if not self._placing.has_free_slot(request, held):
                 return False
-            if waiting.work.wanted_tokens >= lacking_tokens:
+            places = (request.trusted_only, request.endpoint, request.engine_kinds)
+            if waiting.work.wanted_tokens >= lacking_tokens.get(places, math.inf):
                 continue
-            if not self._may_fill(line, waiting.request, now):
+            if not self._may_fill(line, request, now):
                 return True
-            chosen = self._placed(waiting.request, self._placing.place(waiting.request, waiting.excluded, waiting.work))
+            chosen = self._placed(request, self._placing.place(request, waiting.excluded, waiting.work, held))
             if chosen is not None:
                 self._give(line, waiting, chosen)
-            elif self._placing.slots(waiting.request, waiting.excluded)[1] > 0:
-                # A slot would be free for it, and the cache behind it is not: smaller ones may pass, for a while.
-                lacking_tokens = waiting.work.wanted_tokens
+            elif held is None and self._placing.lacks_cache(request, waiting.excluded):
+                # A slot would be free for it, and the cache behind it is not: smaller ones may pass, for a while. Then they go elsewhere.
+                lacking_tokens[places] = waiting.work.wanted_tokens
                 if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
                     line.held_for = waiting
-                    return False
             # One that no free replica suits does not hold up those behind it.
         return True
 
@@ -342,10 +342,11 @@ class Queues:
         )
 
     def _room_for(self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], now: float) -> Placement | None:
-        """Where the request can run now; nowhere while one that was overtaken long enough waits for the same room."""
-        if not self._placing.has_free_slot(request) or line.held_for is not None or not self._may_fill(line, request, now):
+        """Where the request can run now; not where one that was overtaken long enough waits for room."""
+        held = line.held_for.request if line.held_for else None
+        if not self._placing.has_free_slot(request, held) or not self._may_fill(line, request, now):
             return None
-        placement = self._placing.place(request, excluded, self._expectations.work(request))
+        placement = self._placing.place(request, excluded, self._expectations.work(request), held)
         return None if placement.chosen is None else placement
 
     def _placed(self, request: InferenceRequest, placement: Placement | None) -> ReplicaView | None:
@@ -389,7 +390,7 @@ class Queues:
         self, request: InferenceRequest, excluded: frozenset[NodeId], code: ErrorCode, retry_after: float, predicted: float = math.inf
     ) -> PotluckError:
         self._refusals.note(request.model_id, request.account_id)
-        text = refusal_words(request, code, predicted, AIM_SHARE * self._limits.queue_wait_seconds_max)
+        text = refusal_words(request, code, predicted, self._limits.queue_wait_seconds_max)
         placement = self._placing.place(request, excluded, self._expectations.work(request))
         self._decisions.note(request, StepKind.REFUSED, text, placement=placement)
         return PotluckError(code, f"{text} Replicas: {placement.explanation()}.", retry_after_seconds=retry_after)

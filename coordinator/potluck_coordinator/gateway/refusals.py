@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from potluck_coordinator.domain.admission import AIM_SHARE, NEXT_SHARE
 from potluck_coordinator.domain.trust import NOBODY_TRUSTED
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -54,16 +55,17 @@ class Refusals:
         return {model_id: count for model_id, count in counts.items() if count}
 
 
-def refusal_words(request: InferenceRequest, code: ErrorCode, predicted_seconds: float, bearable_seconds: float) -> str:
+def refusal_words(request: InferenceRequest, code: ErrorCode, predicted_seconds: float, deadline_seconds: float) -> str:
     """What is told first of why there is no slot; the replicas' reasons follow.
 
     Args:
         request: the one that is refused.
         code: what it is refused with.
         predicted_seconds: that it would wait; infinite where nobody knows.
-        bearable_seconds: that a newcomer might be foreseen to wait.
+        deadline_seconds: of a queue.
     """
     text = NOBODY_TRUSTED if request.trusted_only and code is ErrorCode.NO_CAPACITY else PotluckError(code).message
     if code is not ErrorCode.QUEUE_FULL or not math.isfinite(predicted_seconds):
         return text
-    return f"{text} In the {request.tier} tier it would wait some {predicted_seconds:.1f} s; {bearable_seconds:g} s are bearable."
+    bearable = f"{AIM_SHARE * deadline_seconds:g} s are bearable, or {NEXT_SHARE * deadline_seconds:g} s for whoever would be next"
+    return f"{text} In the {request.tier} tier it would wait some {predicted_seconds:.1f} s; {bearable}."

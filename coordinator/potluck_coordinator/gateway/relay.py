@@ -136,17 +136,22 @@ class Relay:
             self.fail(PotluckError(ErrorCode.NODE_LOST, "The node sent more than its window allows."))
             return
         self.received_bytes += len(data)
-        if self.first_chunk_at is None and data and not keeps_alive_only(data):
-            self.first_chunk_at = now
-        if self.gap_counts is not None and sequence > FIRST_TOKEN_SEQUENCE and now > self.last_chunk_at:
-            self.gap_counts[int((now - self.last_chunk_at) * 1000).bit_length()] += 1
-        self.last_chunk_at = now
+        if data and not keeps_alive_only(data):
+            self._heard(sequence, now)
         if data and self._pass_on is not None:
             self._pass(data, self._pass_on)
         else:
             if data:
                 self._buffer.append(data)
             self._wake()
+
+    def _heard(self, sequence: int, now: float) -> None:
+        """A part of the answer came: whatever only keeps the connection alive is silence."""
+        if self.first_chunk_at is None:
+            self.first_chunk_at = now
+        if self.gap_counts is not None and sequence > FIRST_TOKEN_SEQUENCE and now > self.last_chunk_at:
+            self.gap_counts[int((now - self.last_chunk_at) * 1000).bit_length()] += 1
+        self.last_chunk_at = now
 
     def end(self, sequence: int, reason: EndReason, detail: str, *, kills_engines: bool = False) -> None:
         """Takes the node's word that the attempt is over after `sequence` chunks; `kills_engines` where its request is not to run again."""

@@ -43,6 +43,7 @@ SHAPES: Final = (8.0, 1.0, 1 / 8)
 """How much longer a prompt, and shorter an answer, than usual: the replicas stand in order for each. Nodes differ in what they do well."""
 _NOBODY_WARM: Final[Mapping[ReplicaId, float]] = MappingProxyType({})
 NOT_DRAWN: Final = "not drawn"
+KEPT: Final = "kept for one that was overtaken"
 
 
 class _Entry:
@@ -283,6 +284,7 @@ class Roster:
         engine_kinds: frozenset[str] | None = None,
         trusted_only: bool = False,
         takes_any_slot: bool = False,
+        is_kept: Callable[[Kind], bool] = lambda _: False,
         warm: Mapping[ReplicaId, float] = _NOBODY_WARM,
         chance: Callable[[], float],
     ) -> Draw:
@@ -297,6 +299,7 @@ class Roster:
             engine_kinds: those that can do what the request asks; None: any.
             trusted_only: it demands trusted nodes.
             takes_any_slot: rather than wait here it goes to a replica that has much to read, or too many answers for its pace.
+            is_kept: kinds that are somebody else's now.
             warm: who holds how many tokens of its prompt, the best first.
             chance: a number in [0, 1), anew with each call.
         """
@@ -304,6 +307,7 @@ class Roster:
         rest: list[Candidate] = []
         for kind in self.kinds(model_id):
             reason = rejection(kind.sample, endpoint, frozenset(), tokens_min, engine_kinds, trusted_only=trusted_only)
+            reason = KEPT if reason is None and is_kept(kind) else reason
             out_count, out_free_count, _, _ = self.count_on(kind, excluded) if excluded else (0, 0, 0, 0)
             busy_count = len(kind) - kind.free_count - (out_count - out_free_count)
             if out_count:

@@ -21,6 +21,8 @@ RECONNECT_DELAY_FIRST_SECONDS: Final = 0.5
 RECONNECT_DELAY_MAX_SECONDS: Final = 2.0
 ASK_AFTER_DIALS: Final = 3
 """In vain, beyond the quick ones."""
+USEFUL_SECONDS: Final = 0.3
+"""A connection that lived shorter was of no use: far nodes' welcomes take nearly as long."""
 STABLE_SECONDS: Final = 5.0
 """A connection that lived this long proves that dialling works, however often it failed before."""
 
@@ -88,7 +90,7 @@ def after_loss(session: Session, *, lived_seconds: float) -> Session:
     A connection makes good as many failures as quick dials fit into its life: a line that is cut once a second is dialled quickly each
     time, and one that breaks as soon as it is made ever more slowly.
     """
-    made_good_count = int(lived_seconds / QUICK_DIAL_SECONDS)
+    made_good_count = int(lived_seconds / QUICK_DIAL_SECONDS) if lived_seconds >= USEFUL_SECONDS else 0
     failure_count = 0 if lived_seconds >= STABLE_SECONDS else max(0, session.failure_count - made_good_count) + 1
     phase = Phase.CONNECTING if session.phase is Phase.SERVING else session.phase
     return replace(session, phase=phase, unanswered_since_seconds=None, failure_count=failure_count)
