@@ -422,3 +422,18 @@ async def test_nothing_is_held_for_a_suspect_that_waits_for_another_owners_node(
     front.ask()
     await settle()
     assert bodies_at(witness) == [b"%d" % (SLOTS + 1)]
+
+
+async def test_room_is_not_held_where_the_context_is_too_short_for_the_one_it_is_held_for(front):
+    room = {"kv_capacity_tokens": 3 * CONTEXT_TOKENS // 2, "prefill_tokens_per_second": 30_000.0}
+    await front.joined("long", **room)
+    for prompt_bytes in (4000, 7000):
+        front.ask(prompt_bytes=prompt_bytes, prompt_tokens_min=1500)
+        await settle()
+    short_one = await front.joined("short", context_length_tokens=1000)
+    front.clock.seconds += queues_module.OVERTAKEN_SECONDS_MAX + 0.1
+    front.requests.queues.serve_all()
+    assert front.requests.queues.line(MODEL).held_for is not None
+    front.ask()
+    await settle()
+    assert bodies_at(short_one) == [b"2"]

@@ -56,6 +56,7 @@ class Placing:
         roster, now, explores = self._links.roster(), self._clock.monotonic_seconds(), self._draw() < EXPLORE_SHARE
         # Of one replica alone it does not matter what it holds.
         warm = self._links.measures.warm(request, work) if roster.replica_count(request.model_id) > 1 else {}
+        is_kept = self._kept_for(kept_for)
         for shunned in self._quarantine.shunned(request, excluded):
             out = excluded | shunned
             drawn = roster.draw(
@@ -67,7 +68,7 @@ class Placing:
                 takes_any_slot=_takes_any_slot(request),
                 excluded=out,
                 tokens_min=self._tokens_wanted(request, out),
-                is_kept=_kept_for(kept_for),
+                is_kept=is_kept,
                 warm={} if explores else warm,
                 chance=self._draw,
             )
@@ -122,13 +123,20 @@ class Placing:
 
     def has_free_slot(self, request: InferenceRequest, kept_for: InferenceRequest | None = None) -> bool:
         """Whether some request for its model could be placed now, and that if it is one whose client has a part of its answer already."""
-        kinds, takes_any_slot, is_kept = self._links.roster().kinds(request.model_id), _takes_any_slot(request), _kept_for(kept_for)
+        kinds, takes_any_slot, is_kept = self._links.roster().kinds(request.model_id), _takes_any_slot(request), self._kept_for(kept_for)
         return any((kind.free_count or (takes_any_slot and kind.reluctant_count)) and not is_kept(kind) for kind in kinds)
 
     def ready_replica_count(self, model_id: ModelId) -> int:
         """Replicas that answer, busy or not."""
         kinds = self._links.roster().kinds(model_id)
         return sum(len(kind) for kind in kinds if kind.sample.ready and kind.sample.link_up)
+
+    def _kept_for(self, request: InferenceRequest | None) -> Callable[[Kind], bool]:
+        """Where it may go, by what alike replicas have in common; None: nothing is kept."""
+        if request is None:
+            return lambda _: False
+        tokens_min = self._tokens_wanted(request, _NOBODY)
+        return lambda kind: _may_go_to(kind, request, tokens_min)
 
     def _tokens_wanted(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> int:
         roster = self._links.roster()
@@ -159,11 +167,6 @@ def _takes_any_slot(request: InferenceRequest) -> bool:
     Of a node's loss come many at a time, and nobody comes before them: an engine that has all of them reads them together.
     """
     return request.continued is not None
-
-
-def _kept_for(request: InferenceRequest | None) -> Callable[[Kind], bool]:
-    """Where it may go, by what alike replicas have in common; None: nobody, nowhere."""
-    return lambda kind: request is not None and _may_go_to(kind, request, 0)
 
 
 def _may_go_to(kind: Kind, request: InferenceRequest, tokens_min: int) -> bool:
