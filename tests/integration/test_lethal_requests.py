@@ -180,6 +180,7 @@ async def test_an_end_without_blame_is_nobodys_death(tmp_path):
             assert (await failure_of(asking)).code is ErrorCode.ENGINE_FAILED
             if number in {1, 2}:  # the replica is suspected, though its request is not
                 await node.pass_probe(number - 1)
+                await until(lambda: coordinator.gateway._links.suspicions.half_open)
 
 
 async def kill(coordinator: Coordinator, linked: list[RawNode], body: bytes, dead: list[node_pb2.StartAttempt]) -> RawNode:

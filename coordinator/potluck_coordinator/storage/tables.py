@@ -285,7 +285,7 @@ class KeyDayRow(SQLModel, table=True):
 
     __tablename__ = "key_day"
 
-    key_prefix: str = Field(primary_key=True, foreign_key="api_key.key_prefix")
+    key_prefix: str = Field(primary_key=True)
     day: int = _big(primary_key=True)
     request_count: int = _big()
     token_count: float

@@ -12,7 +12,7 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "key_day",
-        sa.Column("key_prefix", sa.String(), sa.ForeignKey("api_key.key_prefix"), nullable=False),
+        sa.Column("key_prefix", sa.String(), nullable=False),
         sa.Column("day", sa.BigInteger(), nullable=False),
         sa.Column("request_count", sa.BigInteger(), nullable=False),
         sa.Column("token_count", sa.Float(), nullable=False),
