@@ -1,7 +1,6 @@
 """Requests that engines die of, seen by the gateway: refused to everyone after the second death, while those beside them are answered.
 
 Those that had both engines to themselves are refused for good, over restarts; whoever may have been there by chance is not.
-
 Real gateway, directory and links; the nodes' words are the test's.
 """
 
