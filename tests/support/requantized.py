@@ -6,36 +6,25 @@ own model store would not fetch.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import gguf
 
-from tests.support.safetensors_model import ROOT, built_in_gguf
+from tests.support.safetensors_model import made_of_built_in
 
+_NAME = "smollm2-135m-instruct.Q4_0.gguf"
 _Q4_1, _Q4_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q4_0
 
 
 def built_in_q4_0() -> Path:
-    """The file. It is made once for this code and the built-in file, in the checkout's cache."""
-    source = built_in_gguf()
-    made_of = hashlib.sha256(Path(__file__).read_bytes() + source.parent.name.encode()).hexdigest()[:16]
-    target = ROOT / ".cache" / "models" / f"smollm2-135m-instruct-q4_0-{made_of}.gguf"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, making = tempfile.mkstemp(prefix="making-", dir=target.parent)
-        os.close(handle)
-        write_q4_0(source, Path(making))
-        Path(making).rename(target)
-    return target
+    """The file."""
+    return made_of_built_in("smollm2-135m-instruct-q4_0", Path(__file__), write_q4_0) / _NAME
 
 
 def write_q4_0(source: Path, target: Path) -> None:
-    """Copies a llama's file, each tensor of kind Q4_1 as Q4_0."""
+    """Copies a llama's file into a folder, each tensor of kind Q4_1 as Q4_0."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target / _NAME, "llama")
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             # Of an array, its elements' type comes last.

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,19 @@ def built_in_gguf() -> Path:
 
 
 def built_in_folder() -> Path:
-    """The built-in model's folder. It is made once for this code and this file, in the checkout's cache."""
+    """The built-in model's folder."""
+    return made_of_built_in("smollm2-135m-instruct", Path(__file__), write_folder)
+
+
+def made_of_built_in(name: str, code: Path, write: Callable[[Path, Path], None]) -> Path:
+    """A folder that `write` makes of the built-in model's file, once for that code and that file, in the checkout's cache."""
     source = built_in_gguf()
-    made_of = hashlib.sha256(Path(__file__).read_bytes() + source.parent.name.encode()).hexdigest()[:16]
-    target = ROOT / ".cache" / "models" / f"smollm2-135m-instruct-{made_of}"
+    made_of = hashlib.sha256(code.read_bytes() + source.parent.name.encode()).hexdigest()[:16]
+    target = ROOT / ".cache" / "models" / f"{name}-{made_of}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix="making-", dir=target.parent))
-        write_folder(source, making)
+        write(source, making)
         try:
             making.rename(target)
         except OSError:  # another run was first
