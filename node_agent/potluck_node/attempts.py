@@ -23,7 +23,7 @@ import structlog
 
 from potluck_node.delivery import Delivery, ResponseHead
 from potluck_node.domain.event_stream import EventTooLargeError, TokenEvents, WholeEvents
-from potluck_node.domain.failures import may_be_a_requests_fault
+from potluck_node.domain.failures import may_be_a_requests_fault, says_that_it_dies
 from potluck_node.engine_watches import EngineWatches
 from potluck_node.engines.base import EngineAddress
 from potluck_node.engines.standstill import Ear
@@ -44,10 +44,8 @@ than the usual lease."""
 DEATH_KNOWN_SECONDS: Final = 4.0
 """How long an attempt whose answer broke off waits to hear that its engine died, which mostly takes milliseconds: connections close before
 a process is gone and its last lines are read, and on a busy machine that took more than a second."""
-DYING_WORDS: Final = (b"EngineCore encountered an issue", b"EngineDeadError")
-"""In what vLLM answers when the process that holds its model is gone, before the one that answers ends as well."""
 DYING_SECONDS: Final = 10.0
-"""For that one to end: on two cores it took 2.1 s."""
+"""For an engine that said it dies to end: on two cores it took 2.1 s."""
 UNDELIVERED_KEPT_SECONDS: Final = 600.0
 """How long an ended attempt waits for the coordinator to acknowledge its end; a lease that lapses before drops it sooner."""
 
@@ -70,14 +68,16 @@ class _Attempt:
     start: StartAttempt | None = None
     """While it is with its engine."""
     ear: Ear | None = None
+    outlived: FailureKind | None = None
+    """How its engine ended while it was held up: what that engine had said is read on."""
 
 
 def _no_link_yet(_urgent: bool) -> None:
     return
 
 
-def _is_dying(http_status: int, piece: bytes) -> bool:
-    return (http_status >= HTTPStatus.INTERNAL_SERVER_ERROR or b'data: {"error"' in piece) and any(word in piece for word in DYING_WORDS)
+def _ended(kind: FailureKind) -> str:
+    return f"the engine ended ({kind})"
 
 
 class Attempts:
@@ -283,10 +283,12 @@ class Attempts:
                 await asyncio.sleep(DYING_SECONDS)
                 self._end(attempt, EndReason.ENGINE_FAILED, "the engine said that it failed")
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                # Should the engine have died, `_lose_engine` ends this attempt before that.
-                await asyncio.sleep(DEATH_KNOWN_SECONDS)
+                if attempt.outlived is None:
+                    # Should the engine have died, `_lose_engine` ends this attempt before that.
+                    await asyncio.sleep(DEATH_KNOWN_SECONDS)
                 # Only the kind of failure: an exception's own text may quote the request.
-                self._end(attempt, EndReason.ENGINE_FAILED, f"the engine's connection failed: {type(error).__name__}")
+                broke_off = f"the engine's connection failed: {type(error).__name__}"
+                self._end(attempt, EndReason.ENGINE_FAILED, _ended(attempt.outlived) if attempt.outlived else broke_off)
         except EventTooLargeError:
             self._end(attempt, EndReason.ENGINE_FAILED, f"the engine wrote an event of more than {EVENT_BYTES_MAX} bytes")
         except Exception as error:  # noqa: BLE001 - an attempt always gets its end, and the traceback could hold the request
@@ -312,7 +314,7 @@ class Attempts:
                     if whole:
                         stopwatch.take(whole, held_up=not attempt.delivery.has_room(len(whole)))
                         await self._send(attempt, whole, head)
-                    if _is_dying(head.http_status, whole):
+                    if says_that_it_dies(head.http_status, whole):
                         raise _EngineDyingError
                 remainder = b"" if events is None else events.remainder
                 if remainder or attempt.delivery.next_sequence == 0:
@@ -342,16 +344,19 @@ class Attempts:
 
     def _lose_engine(self, replica_id: ReplicaId, kind: FailureKind) -> None:
         """Ends what waited for it. An answer that only its client holds up may have come whole before, and is read on."""
-        waiting = [
-            attempt
-            for attempt in self._attempts.values()
-            if attempt.replica_id == replica_id and attempt.start is not None and attempt.ear is not None and attempt.ear.listening
-        ]
+        waiting = []
+        for attempt in self._attempts.values():
+            if attempt.replica_id != replica_id or attempt.ear is None:
+                continue
+            if attempt.ear.listening:
+                waiting.append(attempt)
+            else:
+                attempt.outlived = kind
         engine_kind = next((status.engine_kind for status in self._replicas.statuses() if status.replica_id == replica_id), "")
         blamed = may_be_a_requests_fault(kind, engine_kind)
         self.watches.died(replica_id, [attempt.start for attempt in waiting if attempt.start], may_be_their_fault=blamed)
         for attempt in waiting:
-            self._end(attempt, EndReason.ENGINE_FAILED, f"the engine ended ({kind})", blamed=blamed)
+            self._end(attempt, EndReason.ENGINE_FAILED, _ended(kind), blamed=blamed)
 
     def _end_unknown(self, attempt_id: AttemptId, reason: EndReason, detail: str, sequence: int) -> None:
         attempt = _Attempt(ReplicaId(""), Delivery(attempt_id, 0, sequence))

@@ -3,79 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from potluck_node import attempts as attempts_module
 from potluck_node import supervisor as supervisor_module
-from potluck_node.attempts import Attempts
-from potluck_node.engine_session import engine_session
-from potluck_node.replicas import Replicas
-from potluck_node.watchdog import Watchdog
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, Endpoint, EngineState, FailureKind, NodeState, ReplicaId, StartAttempt
-from tests.support.engines import MovedClock, Watched, children_of, pinned, running, script_file, supervisor_of, wished
-from tests.support.node_engine import REPLICA, DirectedEngine, FixedReplicas, directed_engine
+from potluck_protocol.values import AttemptId, Endpoint, EngineState, FailureKind, ReplicaId
+from tests.support.engines import MovedClock, Watched, children_of, pinned, running, supervisor_of, wished
+from tests.support.hearing import hearing
+from tests.support.node_engine import DirectedEngine, FixedReplicas, directed_engine
 from tests.support.tiny_gguf import write_tiny_gguf
 
 TOKEN = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 BODY = {"messages": [{"role": "user", "content": "count"}], "max_tokens": 2000, "ignore_eos": True}
-
-
-class Hearing:
-    """Attempts of one node, the watchdog over their engines, and what they would send."""
-
-    def __init__(self, replicas: Replicas, http: aiohttp.ClientSession, clock: MovedClock) -> None:
-        self.clock = clock
-        self.attempts = Attempts(replicas=replicas, http=http, clock=clock, node_state=lambda: NodeState.SERVING, slot_count_max=None)
-        self.watchdog = Watchdog(attempts=self.attempts, replicas=replicas, clock=clock)
-        self.sent = node_pb2.NodeFrame()
-
-    def start(
-        self,
-        name: str,
-        replica_id: ReplicaId = REPLICA,
-        *,
-        endpoint: Endpoint = Endpoint.CHAT_COMPLETIONS,
-        stream: bool = True,
-        window_bytes: int = 1 << 20,
-        **more: object,
-    ) -> None:
-        body = json.dumps({**BODY, "stream": stream, **more}).encode()
-        self.attempts.start(StartAttempt(AttemptId(name), replica_id, endpoint, body, stream=stream, window_bytes=window_bytes))
-
-    async def until(self, condition: Callable[[node_pb2.NodeFrame], object]) -> None:
-        async with asyncio.timeout(60):
-            while not condition(self.sent):
-                self.attempts.move_into(self.sent, 1 << 24)
-                await asyncio.sleep(0.01)
-
-    async def until_end(self, name: str) -> node_pb2.AttemptEnd:
-        await self.until(lambda sent: any(end.attempt_id == name for end in sent.ends))
-        return next(end for end in self.sent.ends if end.attempt_id == name)
-
-    async def wait(self, seconds: float) -> None:
-        """Time goes by, and the watchdog looks once a second."""
-        for _ in range(round(seconds)):
-            self.clock.now_seconds += 1.0
-            self.watchdog.look()
-            await asyncio.sleep(0)
-
-
-@asynccontextmanager
-async def hearing(replicas: Replicas, clock: MovedClock) -> AsyncIterator[Hearing]:
-    async with engine_session() as http:
-        made = Hearing(replicas, http, clock)
-        yield made
-        await made.attempts.close()
 
 
 @pytest.fixture(scope="module")
@@ -323,77 +269,3 @@ async def test_a_client_that_hangs_up_on_a_silent_engine_leaves_its_request_a_su
             replicas.die(FailureKind.CRASHED)
         heard.start("a9", padding="left in peace")
         await engine.next_conversation()
-
-
-async def test_an_answer_that_breaks_off_waits_a_moment_for_word_of_its_engines_death(engine, monkeypatch):
-    replicas = FixedReplicas(engine.url)
-    async with hearing(replicas, MovedClock()) as heard:
-        for name, kind, blamed in (("a1", FailureKind.CRASHED, True), ("a2", FailureKind.KILLED, False)):
-            heard.start(name)
-            (await engine.next_conversation()).break_off()
-            await asyncio.sleep(0.1)
-            assert heard.attempts.running_count(REPLICA) == 1
-            replicas.die(kind)
-            end = await heard.until_end(name)
-            assert (end.reason, end.blamed, end.detail) == (node_pb2.END_REASON_ENGINE_FAILED, blamed, f"the engine ended ({kind})")
-        monkeypatch.setattr(attempts_module, "DEATH_KNOWN_SECONDS", 0.05)
-        heard.start("a3")
-        (await engine.next_conversation()).break_off()
-        end = await heard.until_end("a3")
-        assert (end.blamed, end.detail) == (False, "the engine's connection failed: ClientPayloadError")
-
-
-async def test_what_an_engine_says_while_it_dies_counts_as_its_death(engine):
-    """vLLM 0.32 says so for two seconds before it ends."""
-    replicas = FixedReplicas(engine.url)
-    dying = b'data: {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause.", "code": 500}}\n\n'
-    async with hearing(replicas, MovedClock()) as heard:
-        for name in ("a1", "a2"):
-            heard.start(name)
-            conversation = await engine.next_conversation()
-            conversation.say(TOKEN)
-            conversation.say(dying + b"data: [DONE]\n\n")
-            conversation.finish()
-            await heard.until(lambda sent: sent.chunks and dying in sent.chunks[-1].data)
-            replicas.die(FailureKind.CRASHED)
-            assert (await heard.until_end(name)).blamed
-        heard.start("a3")
-        end = await heard.until_end("a3")
-        assert (end.reason, end.blamed) == (node_pb2.END_REASON_REFUSED, True), "two engines died of it"
-
-
-async def test_an_engine_that_takes_no_connections_was_sent_nothing():
-    async with hearing(FixedReplicas("http://127.0.0.1:9"), MovedClock()) as heard:
-        heard.start("a1")
-        end = await heard.until_end("a1")
-        assert (end.reason, end.detail) == (node_pb2.END_REASON_REFUSED, "the engine takes no connections")
-
-
-async def test_a_request_that_kills_two_engines_is_refused_and_the_same_one_answered_in_between_is_not(tmp_path):
-    clock = MovedClock()
-    supervisor = supervisor_of(tmp_path, clock)
-    async with running(supervisor) as node, hearing(supervisor, clock) as heard:
-        node.wish(wished(pinned(script_file(tmp_path)), slots=4))
-        replica_id = (await node.until_state(EngineState.READY)).replica_id
-        killer = {"scripted": {"exit_after_tokens": 1}}
-        for name in ("k1", "k2"):
-            heard.start(f"{name}-innocent", replica_id, scripted={"hang_after_tokens": 1})
-            await heard.until(lambda sent, name=name: any(chunk.attempt_id == f"{name}-innocent" for chunk in sent.chunks))
-            heard.start(name, replica_id, **killer)
-            assert (await heard.until_end(name)).blamed
-            assert (await heard.until_end(f"{name}-innocent")).blamed
-            await node.until_state(EngineState.BACKING_OFF)
-            clock.now_seconds += 2.0
-            node.supervisor.set_paused(False)
-            await node.until_state(EngineState.READY)
-        # Both were at both deaths: which of them it was, nobody can tell yet.
-        heard.start("k3", replica_id, **killer)
-        assert (await heard.until_end("k3")).reason == node_pb2.END_REASON_ENGINE_FAILED
-        await node.until_state(EngineState.BACKING_OFF)
-        clock.now_seconds += 4.0
-        node.supervisor.set_paused(False)
-        await node.until_state(EngineState.READY)
-        heard.start("k4", replica_id, **killer)
-        assert (await heard.until_end("k4")).reason == node_pb2.END_REASON_REFUSED
-        heard.start("innocent", replica_id)
-        assert (await heard.until_end("innocent")).reason == node_pb2.END_REASON_COMPLETED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck_node.domain.failures import Shortage, diagnose, may_be_a_requests_fault
+from potluck_node.domain.failures import Shortage, diagnose, may_be_a_requests_fault, says_that_it_dies
 from potluck_protocol.values import FailureKind
 
 OOM, CUDA, BAD, ARCHITECTURE = (
@@ -266,3 +266,17 @@ def test_nobody_who_asks_is_blamed_for_a_kill_from_outside():
 def test_whatever_becomes_of_a_server_that_its_owner_runs_no_request_is_blamed():
     assert may_be_a_requests_fault(FailureKind.HUNG, "vllm")
     assert not [kind for kind in FailureKind if may_be_a_requests_fault(kind, "attach")]
+
+
+@pytest.mark.parametrize(
+    ("http_status", "answer", "dies"),
+    [
+        (500, b'{"error": {"message": "EngineCore encountered an issue. See stack trace"}}', True),
+        (200, b'data: {"error": {"message": "EngineDeadError"}}\n\n', True),
+        (500, b'{"error": {"message": "out of range"}}', False),
+        (200, b'data: {"choices": [{"delta": {"content": "EngineDeadError"}}]}\n\n', False),
+        (400, b'{"error": {"message": "no such tool: EngineDeadError"}}', False),
+    ],
+)
+def test_an_engine_says_that_it_dies_by_an_error_and_not_by_a_models_words(http_status, answer, dies):
+    assert says_that_it_dies(http_status, answer) == dies

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from typing import Final
 
 from potluck_node.domain.model_source import ATTACHED_KIND
@@ -45,6 +46,9 @@ class Diagnosis:
     free_percent: int | None = None
     """Of the fullest card, where others hold the rest and the engine says how much that is."""
 
+
+_DYING_WORDS: Final = (b"EngineCore encountered an issue", b"EngineDeadError")
+"""In what vLLM answers when the process that holds its model is gone, before the one that answers ends as well."""
 
 _MAY_BE_A_REQUESTS_FAULT: Final = frozenset({FailureKind.OUT_OF_MEMORY, FailureKind.CUDA_ERROR, FailureKind.CRASHED, FailureKind.HUNG})
 
@@ -174,6 +178,12 @@ def may_be_a_requests_fault(kind: FailureKind, engine_kind: str) -> bool:
     what it had to do for him, and what became of it, nobody can tell.
     """
     return kind in _MAY_BE_A_REQUESTS_FAULT and engine_kind != ATTACHED_KIND
+
+
+def says_that_it_dies(http_status: int, answer: bytes) -> bool:
+    """Whether an engine answers, with an error's status or in an error's event, that it is about to end."""
+    is_error = http_status >= HTTPStatus.INTERNAL_SERVER_ERROR or b'data: {"error"' in answer
+    return is_error and any(words in answer for words in _DYING_WORDS)
 
 
 def diagnose(ending: str, lines: Iterable[str], *, served: bool, memory_was_reclaimed: bool = False) -> Diagnosis:
