@@ -323,10 +323,16 @@ async def test_nothing_is_held_against_nodes_while_the_coordinator_doubts_itself
     assert {pool.links.suspicions.standing(node.replica_id) for node in nodes} == {Standing.TRUSTED}
 
 
-async def test_four_nodes_are_a_blackout_and_three_are_bad_luck(pool):
-    await silent_pool(pool, count=3, silent_count=3)
+async def test_three_of_five_nodes_are_a_blackout(pool):
+    await silent_pool(pool, count=5, silent_count=3)
     await pool.wait(20)
-    assert len(pool.desk.closed) == 3
+    assert pool.desk.closed == []
+
+
+async def test_two_nodes_are_no_blackout(pool):
+    await silent_pool(pool, count=2, silent_count=2)
+    await pool.wait(20)
+    assert len(pool.desk.closed) == 2
 
 
 async def test_owners_who_say_goodbye_together_are_believed(pool):

@@ -101,7 +101,7 @@ def test_when_the_first_of_many_that_fell_silent_together_lapses_all_of_them_are
 
 @pytest.mark.parametrize(
     ("overdue_count", "node_count", "doubts"),
-    [(3, 3, False), (3, 9, False), (4, 4, True), (4, 13, True), (4, 14, False), (30, 100, False), (31, 100, True)],
+    [(2, 2, False), (2, 6, False), (3, 3, True), (3, 9, True), (3, 10, False), (4, 13, True), (30, 100, False), (31, 100, True)],
 )
 def test_the_coordinator_doubts_itself_when_more_than_three_tenths_are_silent_and_they_are_several(overdue_count, node_count, doubts):
     assert is_in_doubt(doubt_after(None, overdue_count, node_count, 50.0), 50.0) is doubts

@@ -33,7 +33,7 @@ def test_homes_that_go_one_by_one_are_no_blackout_however_many_they_are():
 def test_owners_who_said_goodbye_or_paused_are_believed():
     away = gone(9, 100.0)
     assert apparent_absences(away, {}, 1, 300.0) == away
-    few = gone(3, 100.0)
+    few = gone(2, 100.0)
     assert apparent_absences(away, few, 1, 300.0) == away
 
 

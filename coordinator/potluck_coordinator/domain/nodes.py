@@ -13,8 +13,8 @@ from typing import Final
 
 MASS_SILENCE_SHARE: Final = 0.3
 """Of the nodes: homes fail one by one, and what they share, the coordinator and its line, takes nearly all of them."""
-MASS_SILENCE_COUNT_MIN: Final = 4
-"""Fewer than this many nodes falling silent together is bad luck, not a sign of the coordinator's own trouble."""
+MASS_SILENCE_COUNT_MIN: Final = 3
+"""One lost node, or the two of one home, are likelier than a lost uplink of the coordinator's, whatever share of the pool they are."""
 
 
 DIAL_ROUND_TRIPS: Final = 4
