@@ -47,6 +47,9 @@ def load(capacity=FULL, ahead=NOBODY, seconds=1.0, **more):
         (load(ahead=Queued(3), seconds=6.5), Refuse(ErrorCode.QUEUE_FULL, 1.0, 6.5)),
         (load(ahead=Queued(3), seconds=500.0), Refuse(ErrorCode.QUEUE_FULL, 60.0, 500.0)),  # never more than a client would honour
         (load(ahead=Queued(3), seconds=5.0, is_full=True), Refuse(ErrorCode.QUEUE_FULL, 1.0, 5.0)),
+        (load(Capacity(8, 1), seconds=20.0, reading_seconds=0.5), Wait(30, 0.5)),  # seven slots, and prompts to read before
+        (load(Capacity(8, 1), ahead=Queued(2), seconds=20.0, reading_seconds=0.5), Wait(30, 1.5)),
+        (load(Capacity(8, 7), seconds=20.0, reading_seconds=18.0), Wait(30, 20 / 7)),  # an answer ends before so much is read
     ],
 )
 def test_the_table(position, expected):

@@ -16,7 +16,7 @@ from potluck_coordinator.gateway import queues as queues_module
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AccountId, EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId
+from potluck_protocol.values import AccountId, EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId, RequestId
 from tests.support.replicas import roster_of
 from tests.support.request_path import request_by
 from tests.support.request_queue import MODEL, SLOTS, Front, bodies_at, hello_of, status_of, wish
@@ -68,6 +68,29 @@ async def test_whoever_waits_longest_has_the_next_slot_and_nobody_overtakes(fron
     front.ask()
     await settle()
     assert bodies_at(session) == [b"4", b"5"]
+
+
+async def test_where_slots_are_free_and_a_prompt_is_read_the_wait_is_for_the_reading_and_not_for_an_answers_end():
+    front = Front(HandClock(), queue_wait_seconds_max=30.0)
+    session = await front.joined("a", prefill_tokens_per_second=1000.0)
+    for _ in range(3):
+        answer = front.ask(prompt_tokens_min=10)
+        await settle()
+        front.clock.seconds += 60.0
+        answer.cancel()
+        await settle()
+    front.ask(prompt_tokens_min=1500)
+    for _ in range(SLOTS):
+        latest = front.ask(prompt_tokens_min=1500)
+    await settle()
+    waiting = front.requests.queues.waiting(AccountId("client"), RequestId("request"))
+    assert waiting is not None
+    assert waiting.predicted_wait_seconds == pytest.approx(1.5)
+    assert (len(session.requests), front.requests.queues.queued_count(MODEL)) == (1, SLOTS - 1)
+    with pytest.raises(PotluckError) as refused:
+        await latest
+    assert (refused.value.code, refused.value.retry_after_seconds) == (ErrorCode.QUEUE_FULL, 60.0), "no slot is left for the last"
+    await front.stop()
 
 
 async def test_one_that_no_free_replica_suits_does_not_hold_up_those_behind_it(front):

@@ -98,6 +98,8 @@ class ModelLoad:
     ahead: Queued = NOBODY
     """What waits and comes before it, by its tier and its account's turn."""
     pace: Pace = _PACE_GUESS
+    reading_seconds: float = math.inf
+    """Until a replica that has a slot and room for the request has read what keeps others from it; infinite: none has them."""
     is_full: bool = False
     """The queue is at a hard bound, and nobody in it gives way to this request."""
 
@@ -172,11 +174,17 @@ class Refuse:
 Admission = Wait | Refuse
 
 
+def has_free_slots(capacity: Capacity, ahead: Queued) -> bool:
+    """Whether there are more slots than what runs and what comes before take."""
+    return capacity.in_flight_count + ahead.count < capacity.slot_count
+
+
 def predicted_wait_seconds(load: ModelLoad) -> float:
     """Until there is room for the request, for which there is none now, once everything before it has its own.
 
     Room becomes free as fast as what runs now leaves: by Little's law so much in a second as there is, over the time that it stays,
-    whatever it is that runs short. What is free already counts for nothing: it is in pieces that were too small for those who wait.
+    whatever it is that runs short. What is free already counts for nothing: it is in pieces that were too small for those who wait. Unless
+    nothing runs short but time to read: then those before it take their turns at that.
     """
     capacity, pace = load.capacity, load.pace
     if capacity.slot_count <= 0:
@@ -186,7 +194,7 @@ def predicted_wait_seconds(load: ModelLoad) -> float:
     if capacity.kv_tokens and capacity.committed_tokens > 0:
         tokens = load.ahead.tokens + load.wanted_tokens
         seconds = max(seconds, tokens * pace.seconds_mean_by_tokens / capacity.committed_tokens)
-    return seconds
+    return min(seconds, (load.ahead.count + 1) * load.reading_seconds)
 
 
 def beside(capacity: Capacity, announced: Queued) -> tuple[Capacity, Queued]:

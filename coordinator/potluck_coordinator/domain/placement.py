@@ -8,6 +8,7 @@ that is looked at: a large pool costs no more than a small one. It must not know
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -287,6 +288,12 @@ def slots_beside_owner(slot_count: int, in_flight_count: int, waiting_count: int
         waiting_count: requests that the engine has taken and not begun, by its last word; None: it does not say.
     """
     return min(slot_count, max(1, in_flight_count)) if waiting_count else slot_count
+
+
+def reading_seconds(draw: Draw, work: Work, now: float) -> float:
+    """Until one of the offers that have a slot and room for the request has read what it was given; infinite: none has them."""
+    roomy = (offer.replica for offer in draw.offers if has_slot(offer.replica) and not lacks_room(offer.replica, work))
+    return min((cost(replica, work, now).waiting_seconds for replica in roomy), default=math.inf)
 
 
 def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool = False) -> Placement:

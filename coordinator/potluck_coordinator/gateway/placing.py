@@ -9,21 +9,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.admission import Capacity
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, hurdle, place, rejection, tokens_wanted
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, hurdle, place, reading_seconds, rejection, tokens_wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from potluck_coordinator.domain.forecast import Work
-    from potluck_coordinator.domain.placement import Placement
+    from potluck_coordinator.domain.placement import Draw, Placement
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.links import Links
     from potluck_coordinator.gateway.quarantine import Quarantine
     from potluck_coordinator.gateway.roster import Kind
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import ModelId, NodeId
+    from potluck_protocol.values import ModelId, NodeId, ReplicaId
 
 _NOBODY: frozenset[NodeId] = frozenset()
+_COLD: Mapping[ReplicaId, float] = {}
 
 
 class Placing:
@@ -53,24 +54,13 @@ class Placing:
             work: what it is expected to be.
             kept_for: another request, which has all room wherever it may go.
         """
-        roster, now, explores = self._links.roster(), self._clock.monotonic_seconds(), self._draw() < EXPLORE_SHARE
+        now, explores = self._clock.monotonic_seconds(), self._draw() < EXPLORE_SHARE
         # Of one replica alone it does not matter what it holds.
-        warm = self._links.measures.warm(request, work) if roster.replica_count(request.model_id) > 1 else {}
-        is_kept = self._kept_for(kept_for)
+        has_choice = self._links.roster().replica_count(request.model_id) > 1
+        warm = self._links.measures.warm(request, work) if has_choice else {}
         for shunned in self._quarantine.shunned(request, excluded):
-            out = excluded | shunned
-            drawn = roster.draw(
-                request.model_id,
-                work,
-                endpoint=request.endpoint,
-                engine_kinds=request.engine_kinds,
-                trusted_only=request.trusted_only,
-                takes_any_slot=_takes_any_slot(request),
-                excluded=out,
-                tokens_min=self._tokens_wanted(request, out),
-                is_kept=is_kept,
-                warm={} if explores else warm,
-                chance=self._draw,
+            drawn = self._drawn(
+                request, excluded | shunned, work, kept_for, warm={} if explores else warm, takes_any_slot=_takes_any_slot(request)
             )
             placement = place(drawn, work, self._draw(), now, explores=explores and bool(warm))
             if placement.chosen is not None:
@@ -88,6 +78,13 @@ class Placing:
                 free += kind.free_slot_count - out_free_slots
         return usable, free
 
+    def reading_seconds(
+        self, request: InferenceRequest, excluded: frozenset[NodeId], work: Work, kept_for: InferenceRequest | None = None
+    ) -> float:
+        """Until a replica that has a slot and room for the request has read what keeps others from it; infinite: none has them."""
+        out, now = excluded | self._quarantine.shunned(request, excluded)[-1], self._clock.monotonic_seconds()
+        return reading_seconds(self._drawn(request, out, work, kept_for, takes_any_slot=True), work, now)
+
     def lacks_cache(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> bool:
         """Whether a slot is free for one that could not be placed, and no node barred to it that others like it may go to."""
         out, roster = excluded | self._quarantine.shunned(request, excluded)[-1], self._links.roster()
@@ -99,8 +96,11 @@ class Placing:
         kinds = [kind for kind in self._links.roster().kinds(model_id) if hurdle(kind.sample) is None]
         return _together(kinds)
 
-    def within_trust(self, request: InferenceRequest, capacity: Capacity) -> Capacity:
-        """The same slots, and where the request demands trusted nodes no caches but theirs."""
+    def within_reach(self, request: InferenceRequest, excluded: frozenset[NodeId], capacity: Capacity) -> Capacity:
+        """No slots but those that can take the request, and where it demands trusted nodes no caches but theirs."""
+        usable_count, free_count = self.slots(request, excluded)
+        if usable_count < capacity.slot_count:
+            capacity = replace(capacity, slot_count=usable_count, in_flight_count=usable_count - free_count)
         if not request.trusted_only:
             return capacity
         kinds = [kind for kind in self._links.roster().kinds(request.model_id) if hurdle(kind.sample) is None and kind.sample.is_trusted]
@@ -130,6 +130,30 @@ class Placing:
         """Replicas that answer, busy or not."""
         kinds = self._links.roster().kinds(model_id)
         return sum(len(kind) for kind in kinds if kind.sample.ready and kind.sample.link_up)
+
+    def _drawn(
+        self,
+        request: InferenceRequest,
+        excluded: frozenset[NodeId],
+        work: Work,
+        kept_for: InferenceRequest | None,
+        *,
+        takes_any_slot: bool,
+        warm: Mapping[ReplicaId, float] = _COLD,
+    ) -> Draw:
+        return self._links.roster().draw(
+            request.model_id,
+            work,
+            endpoint=request.endpoint,
+            engine_kinds=request.engine_kinds,
+            trusted_only=request.trusted_only,
+            takes_any_slot=takes_any_slot,
+            excluded=excluded,
+            tokens_min=self._tokens_wanted(request, excluded),
+            is_kept=self._kept_for(kept_for),
+            warm=warm,
+            chance=self._draw,
+        )
 
     def _kept_for(self, request: InferenceRequest | None) -> Callable[[Kind], bool]:
         """Where it may go, by what alike replicas have in common; None: nothing is kept."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import (
@@ -23,6 +22,7 @@ from potluck_coordinator.domain.admission import (
     Waiting,
     admit,
     beside,
+    has_free_slots,
     is_hopeless,
     is_promised,
     predicted_wait_seconds,
@@ -375,16 +375,16 @@ class Queues:
     ) -> ModelLoad:
         """The model's position as the request sees it; without `ahead`, as one that would join now."""
         capacity = line.capacity(self._placing.capacity(request.model_id), request.tier, self._reserve_percent, now)
-        usable_count, free_count = self._placing.slots(request, excluded)
-        if usable_count < capacity.slot_count:
-            # What others could take is none of its concern.
-            capacity = replace(capacity, slot_count=usable_count, in_flight_count=usable_count - free_count)
-        capacity = self._placing.within_trust(request, capacity)
-        capacity, waits = beside(capacity, announced)
+        # What others could take is none of its concern.
+        capacity, waits = beside(self._placing.within_reach(request, excluded, capacity), announced)
         ahead = (line.ahead_of(request, counts_expected=False) if ahead is None else ahead) + waits
         is_full = line.waiting_count + waits.count >= self._limits.queue_length_max and line.gives_way(request) is None
         is_full = is_full or self._queued_bytes + len(request.body) > self._limits.queue_bytes_max
-        return ModelLoad(capacity, self._expectations.work(request).wanted_tokens, ahead, line.pace(now), is_full=is_full)
+        work, reading_seconds = self._expectations.work(request), math.inf
+        if has_free_slots(capacity, ahead) and self._may_fill(line, request, now):
+            held = line.held_for.request if line.held_for else None
+            reading_seconds = self._placing.reading_seconds(request, excluded, work, held)
+        return ModelLoad(capacity, work.wanted_tokens, ahead, line.pace(now), reading_seconds, is_full=is_full)
 
     def _refused(
         self, request: InferenceRequest, excluded: frozenset[NodeId], code: ErrorCode, retry_after: float, predicted: float = math.inf

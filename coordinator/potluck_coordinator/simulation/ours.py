@@ -20,6 +20,7 @@ from potluck_coordinator.domain.admission import (
     Queued,
     Wait,
     admit,
+    has_free_slots,
     is_hopeless,
     is_promised,
     predicted_wait_seconds,
@@ -240,8 +241,10 @@ class Ours:
         if ahead is None:
             ahead = self._line.ahead_of(words.live, counts_expected=counts_expected)
         is_full = self._line.waiting_count >= self._limits.queue_length_max and self._gives_way(words) is None
-        wanted = self._pool.expectations.work(words.live).wanted_tokens
-        return ModelLoad(capacity, wanted, ahead, self._line.pace(now), is_full=is_full)
+        work, reading_seconds = self._pool.expectations.work(words.live), math.inf
+        if has_free_slots(capacity, ahead) and self._may_fill(words, now):
+            reading_seconds = self._pool.reading_seconds(words, work)
+        return ModelLoad(capacity, work.wanted_tokens, ahead, self._line.pace(now), reading_seconds, is_full=is_full)
 
     def _gives_way(self, words: Words) -> Waiting | None:
         flex = self._line.queues[ServiceTier.FLEX]

@@ -6,13 +6,14 @@ Decides nothing: candidates are drawn by the gateway's own `roster`, speeds and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 from typing import Final
 
 from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.forecast import Work
 from potluck_coordinator.domain.pace import slots_in_pace
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, ReplicaView, hurdle, place
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, Draw, ReplicaView, hurdle, place, reading_seconds
 from potluck_coordinator.domain.survival import History, losses_per_second
 from potluck_coordinator.gateway.expectations import Expectations
 from potluck_coordinator.gateway.measures import Measures
@@ -45,10 +46,25 @@ class Pool:
     def place(self, words: Words, work: Work) -> NodeId | None:
         """As the gateway does it: candidates, costs, the lowest."""
         chance = self._random.random
-        warm = self.measures.warm(words.live, work)
-        draw = self.roster.draw(MODEL, work, endpoint=ENDPOINT, excluded=words.request.excluded, tokens_min=1, warm=warm, chance=chance)
+        draw = self._drawn(words, work, self.measures.warm(words.live, work))
         chosen = place(draw, work, chance(), self.now, explores=chance() < EXPLORE_SHARE).chosen
         return None if chosen is None else chosen.node_id
+
+    def reading_seconds(self, words: Words, work: Work) -> float:
+        """Until a node that has a slot and room for the request has read what keeps others from it; infinite: none has them."""
+        return reading_seconds(self._drawn(words, work, {}, takes_any_slot=True), work, self.now)
+
+    def _drawn(self, words: Words, work: Work, warm: Mapping[ReplicaId, float], *, takes_any_slot: bool = False) -> Draw:
+        return self.roster.draw(
+            MODEL,
+            work,
+            endpoint=ENDPOINT,
+            excluded=words.request.excluded,
+            tokens_min=1,
+            takes_any_slot=takes_any_slot,
+            warm=warm,
+            chance=self._random.random,
+        )
 
     @property
     def has_free(self) -> bool:
