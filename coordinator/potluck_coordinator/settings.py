@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from potluck_coordinator.domain.tiers import RESERVE_PERCENT
 from potluck_coordinator.rate_text import rate_limit
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.money import MICRO_CREDITS_PER_CREDIT
@@ -76,7 +77,7 @@ class Settings(BaseModel):
 
     default_tier_rate: str = "100/hour"
     """What an account may ask for in the default tier: a count and a time, such as 20/minute or 5 per 10 seconds."""
-    default_tier_reserve_percent: int = Field(default=10, ge=0, le=90)
+    default_tier_reserve_percent: int = Field(default=RESERVE_PERCENT, ge=0, le=90)
     """Of each model's room, what the flex tier leaves to the default tier."""
     default_tier_first_token_seconds: float = Field(default=5.0, gt=0, le=3600)
     """What the default tier promises, and what its compliance is measured by."""

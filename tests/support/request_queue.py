@@ -86,7 +86,14 @@ def hello_of(node_id: NodeId, session_id: str = "session", **changes: Any) -> He
 class Front:
     """The part of a gateway between its ports: what a test or a benchmark says of nodes and requests happens there."""
 
-    def __init__(self, clock: Clock | None = None, *, queue_length_max: int = 64, queue_wait_seconds_max: float = 1500.0) -> None:
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        *,
+        queue_length_max: int = 64,
+        queue_wait_seconds_max: float = 1500.0,
+        queue_bytes_max: int = 1 << 28,
+    ) -> None:
         self.directory = OpenDoor()
         self.clock = clock or SystemClock()
         self.links = Links(cast("DirectoryPort", self.directory), LivenessLimits(), self.clock, self.look_at_queues)
@@ -101,7 +108,7 @@ class Front:
                 gateway_epoch=1,
             ),
             catalogue=lambda: {MODEL: entry},
-            limits=RequestLimits(AdmissionLimits(queue_length_max, queue_wait_seconds_max)),
+            limits=RequestLimits(AdmissionLimits(queue_length_max, queue_wait_seconds_max, queue_bytes_max=queue_bytes_max)),
             clock=self.clock,
             draw=lambda: 0.5,
         )

@@ -74,6 +74,13 @@ def test_what_flex_may_fill(default_use, idle_seconds, slots, tokens):
     assert (left.slot_count, left.kv_tokens) == (slots, tokens)
 
 
+@pytest.mark.parametrize(
+    ("slot_count", "percent", "slots"), [(1, 10, 1), (2, 10, 1), (4, 10, 3), (9, 10, 8), (11, 10, 9), (4, 0, 4), (4, 90, 1)]
+)
+def test_of_few_slots_one_is_kept_and_one_is_left(slot_count, percent, slots):
+    assert left_to_flex(Capacity(slot_count), Capacity(), percent, 0.0).slot_count == slots
+
+
 def test_a_flex_request_stays_out_of_what_is_kept():
     assert flex_fits(ROOM, 4_000)
     assert not flex_fits(ROOM, 4_001), "nine tenths of the cache are promised"
@@ -93,7 +100,7 @@ def test_the_default_tier_always_finds_its_share_of_slots(slot_count, default_co
             break
         flex_count += 1
     if flex_count and default_count:
-        assert slot_count - flex_count >= slot_count * reserve_percent // 100
+        assert slot_count - flex_count >= min(slot_count * reserve_percent / 100, slot_count - 1)
 
 
 def test_the_promise_is_counted_over_an_hour_a_day_and_thirty_days():

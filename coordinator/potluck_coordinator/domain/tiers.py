@@ -7,6 +7,7 @@ must not know how the hour is counted, or who asks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -14,6 +15,8 @@ from typing import Final
 from potluck_coordinator.domain.admission import KV_SHARE_MAX, Capacity
 from potluck_coordinator.domain.catalogue import ServiceTier
 
+RESERVE_PERCENT: Final = 10
+"""Of each model's room, what flex leaves to the default tier, unless the operator says otherwise."""
 RESERVE_IDLE_SECONDS: Final = 600.0
 """After so long without a request in the default tier nothing is kept for it: the first one that comes then is still the first in turn."""
 MINUTE_SECONDS: Final = 60
@@ -51,7 +54,7 @@ def choose(asked: AskedTier, offered: ServiceTier, *, allowance_left: bool) -> T
 
 
 def left_to_flex(capacity: Capacity, default_use: Capacity, reserve_percent: int, default_idle_seconds: float) -> Capacity:
-    """What of a model's capacity flex may fill.
+    """What of a model's capacity flex may fill: of several slots one is kept at least, however small their share is, and one is left.
 
     Args:
         capacity: all of it, and what both tiers have of it.
@@ -61,7 +64,8 @@ def left_to_flex(capacity: Capacity, default_use: Capacity, reserve_percent: int
     """
     if default_idle_seconds > RESERVE_IDLE_SECONDS:
         return capacity
-    kept_slots = max(0, capacity.slot_count * reserve_percent // 100 - default_use.in_flight_count)
+    slots_due = min(math.ceil(capacity.slot_count * reserve_percent / 100), capacity.slot_count - 1)
+    kept_slots = max(0, slots_due - default_use.in_flight_count)
     kept_tokens = max(0, int(capacity.kv_tokens * reserve_percent / 100 - default_use.committed_tokens))
     return replace(capacity, slot_count=capacity.slot_count - kept_slots, kv_tokens=capacity.kv_tokens - kept_tokens)
 

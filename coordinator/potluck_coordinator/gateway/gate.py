@@ -18,7 +18,7 @@ from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.fairness import weight_of
 from potluck_coordinator.domain.gate_counts import GateCounts
 from potluck_coordinator.domain.quotas import NO_USE, KeyDay, KeyUse
-from potluck_coordinator.domain.tiers import NONE, Compliance, PromiseCount, PromiseRecord, choose, is_kept
+from potluck_coordinator.domain.tiers import NONE, RESERVE_PERCENT, Compliance, PromiseCount, PromiseRecord, choose, is_kept
 from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.rate_windows import RateWindows
 from potluck_coordinator.rate_text import rate_limit
@@ -46,7 +46,7 @@ class TierLimits:
 
     default_rate: RateLimitItem = rate_limit("100/hour")  # noqa: RUF009 - a value that nobody changes
     """Requests of one account in the default tier."""
-    reserve_percent: int = 10
+    reserve_percent: int = RESERVE_PERCENT
     """Of a model's room, what flex leaves to the default tier."""
     first_token_seconds: float = 5.0
     """What the default tier promises."""

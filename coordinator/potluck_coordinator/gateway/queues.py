@@ -33,6 +33,7 @@ from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.decisions import StepKind
 from potluck_coordinator.domain.tiers import flex_fits
 from potluck_coordinator.gateway.model_line import ModelLine
+from potluck_coordinator.gateway.queue_bounds import QueueBounds
 from potluck_coordinator.gateway.refusals import Refusals, refusal_words
 from potluck_coordinator.gateway.waiting import WaitingRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -98,7 +99,7 @@ class Queues:
         self._decisions = decisions
         self._refusals = Refusals(clock)
         self._lines: dict[ModelId, ModelLine] = {}
-        self._queued_bytes = 0
+        self._bounds = QueueBounds(limits)
 
     def queued_count(self, model_id: ModelId) -> int:
         """Requests waiting for the model."""
@@ -185,7 +186,7 @@ class Queues:
         request = waiting.request
         self._decisions.note(request, StepKind.WAITS, f"in the {request.tier} tier, for {waiting.seconds_max:.0f} s at most")
         line.join(waiting)
-        self._queued_bytes += len(request.body)
+        self._bounds.joined(waiting)
         attempt: Attempt | None = None
         try:
             async with asyncio.timeout(waiting.seconds_max):
@@ -197,20 +198,21 @@ class Queues:
             raise self._refused(request, waiting.excluded, ErrorCode.QUEUE_TIMEOUT, retry_after) from None
         finally:
             line.leave(waiting)
-            self._queued_bytes -= len(request.body)
+            self._bounds.left(waiting)
             if attempt is None and waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
                 # Its turn came in the same moment as its deadline, or as its client went.
                 await waiting.turn.result().close()
         return attempt
 
     def _make_room(self, line: ModelLine, request: InferenceRequest) -> None:
-        """In a full queue somebody gives way to the newcomer, as admission has found."""
-        if line.waiting_count >= self._limits.queue_length_max and (gone := line.gives_way(request)) is not None:
-            self._send_away(line, gone)
+        """Where a bound is reached somebody gives way to the newcomer, as admission has found."""
+        for gone in self._bounds.give_way(line, request):
+            self._send_away(self.line(gone.request.model_id), gone)
 
     def _send_away(self, line: ModelLine, waiting: WaitingRequest) -> None:
         """Refuses one that waits."""
         line.leave(waiting)
+        self._bounds.left(waiting)
         if waiting.turn.done():
             return  # its client has gone, or its deadline has come, and it had not left the line yet
         request, now = waiting.request, self._clock.monotonic_seconds()
@@ -378,8 +380,7 @@ class Queues:
         # What others could take is none of its concern.
         capacity, waits = beside(self._placing.within_reach(request, excluded, capacity), announced)
         ahead = (line.ahead_of(request, counts_expected=False) if ahead is None else ahead) + waits
-        is_full = line.waiting_count + waits.count >= self._limits.queue_length_max and line.gives_way(request) is None
-        is_full = is_full or self._queued_bytes + len(request.body) > self._limits.queue_bytes_max
+        is_full = self._bounds.are_reached(line, request, waits.count)
         work, reading_seconds = self._expectations.work(request), math.inf
         if has_free_slots(capacity, ahead) and self._may_fill(line, request, now):
             held = line.held_for.request if line.held_for else None

@@ -25,6 +25,8 @@ REFUSED_SECONDS: Final = 60.0
 ACCOUNTS_MAX: Final = 1000
 """Of one model: more than that say nothing new."""
 
+AT_ITS_BOUND: Final = "So many requests, or so large ones, wait here that no more can."
+
 
 class Refusals:
     """The refusals of one gateway.
@@ -67,5 +69,8 @@ def refusal_words(request: InferenceRequest, code: ErrorCode, predicted_seconds:
     text = NOBODY_TRUSTED if request.trusted_only and code is ErrorCode.NO_CAPACITY else PotluckError(code).message
     if code is not ErrorCode.QUEUE_FULL or not math.isfinite(predicted_seconds):
         return text
+    if predicted_seconds <= AIM_SHARE * deadline_seconds:
+        # It would not wait for long: what is reached is a bound of the queue's.
+        return AT_ITS_BOUND
     bearable = f"{AIM_SHARE * deadline_seconds:g} s are bearable, or {NEXT_SHARE * deadline_seconds:g} s for whoever would be next"
     return f"{text} In the {request.tier} tier it would wait some {predicted_seconds:.1f} s; {bearable}."

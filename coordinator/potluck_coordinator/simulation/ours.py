@@ -30,7 +30,7 @@ from potluck_coordinator.domain.admission import Refuse as Refusal
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.fairness import service
 from potluck_coordinator.domain.forecast import Work
-from potluck_coordinator.domain.tiers import flex_fits
+from potluck_coordinator.domain.tiers import RESERVE_PERCENT, flex_fits
 from potluck_coordinator.gateway.appointments import Expected
 from potluck_coordinator.gateway.model_line import ModelLine
 from potluck_coordinator.gateway.queues import CONTINUED_WAIT_SECONDS_MAX, OVERTAKEN_SECONDS_MAX, REVIEW_SECONDS
@@ -46,8 +46,6 @@ from potluck_protocol.values import NodeId, Usage
 if TYPE_CHECKING:
     from potluck_coordinator.gateway.waiting import WaitingRequest
 
-RESERVE_PERCENT: Final = 20
-"""Kept for the default tier while it is used, as an operator would have it."""
 SHOWN_MAX: Final = 4
 """Of those that wait, that the check for idle nodes looks at."""
 
