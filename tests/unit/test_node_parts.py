@@ -112,8 +112,9 @@ async def test_an_engine_that_the_kernel_killed_for_want_of_memory_says_so_altho
     counts.write_text("pgfault 7\noom_kill 1\n")
     count_kills(monkeypatch, counts)
     for count, kind in ((1, FailureKind.KILLED), (2, FailureKind.OUT_OF_MEMORY)):
-        code = f"import os; open({str(counts)!r}, 'w').write('pgfault 9\\noom_kill {count}\\n'); os.kill(os.getpid(), 9)"
-        engine = EngineProcess(ChildProcess.spawn(("-c", code), os.environ))
+        engine = EngineProcess(ChildProcess.spawn(("-c", "import time; time.sleep(60)"), os.environ))
+        counts.write_text(f"pgfault 9\noom_kill {count}\n")
+        os.kill(engine.pid, signal.SIGKILL)
         assert (await engine.wait()).kind is kind
         await engine.stop()
     count_kills(monkeypatch, tmp_path / "not" / "there")
