@@ -17,7 +17,7 @@ import structlog
 from potluck_node.control import CardLine
 from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.domain.rest import Posture, Reason
-from potluck_node.domain.thermal import CardLook, HeatLimits, ThermalState, limit_celsius, next_state
+from potluck_node.domain.thermal import CardLook, HeatLimits, ThermalState, is_silent, limit_celsius, next_state
 from potluck_node.domain.thermal_ladder import PowerRange, ThermalRung, cap_at, slots_at
 from potluck_node.power_caps import FILE_NAME, PROGRAM, PowerCaps
 from potluck_node.readings import Readings
@@ -109,7 +109,10 @@ class Heat:
         live = [card.uuid for card in self._readings.cards if not card.lost]
         if not live or any(self._rung(uuid) < ThermalRung.PAUSE for uuid in live):
             return ()
-        return (Reason(RestCause.HEAT, Posture.HAND_OVER, "lets its cards cool, which stayed too hot without work"),)
+        words = "lets its cards cool, which stayed too hot without work"
+        if any(is_silent(self._state(uuid)) for uuid in live):
+            words += ", and waits for the driver to tell their temperature again"
+        return (Reason(RestCause.HEAT, Posture.HAND_OVER, words),)
 
     @property
     def cap_refusal(self) -> str:

@@ -39,7 +39,9 @@ def card_words(card: CardLine) -> str:
     if card.rung in _LEFT:
         gets.append(_LEFT[ThermalRung(card.rung)])
     if gets:
-        words += f", gets {' and '.join(gets)}" + (" until it is cooler" if card.rung else "")
+        # Without a temperature nobody can tell when it is cooler, and it may be so already.
+        until = " until it is known to be cooler" if card.temperature_celsius is None else " until it is cooler"
+        words += f", gets {' and '.join(gets)}" + (until if card.rung else "")
     if card.throttle_seconds:
         words += f"; slowed down by heat for {card.throttle_seconds:.0f} s since the agent started"
     return words

@@ -8,10 +8,12 @@ import pytest
 
 from potluck_node.domain.rest import Posture
 from potluck_node.domain.thermal import DRAIN_SECONDS, DWELL_SECONDS, PATIENCE_SECONDS, HeatLimits
+from potluck_node.heat_words import card_words
 from potluck_node.replicas import Residence
 from potluck_protocol.rest import RestCause
 from tests.support.hot_node import CAP_1, CAP_2, CAP_3, MADE_FOR, R, hot_node
 from tests.support.node_engine import REPLICA
+from tests.support.nvml_dump import NOT_SUPPORTED
 
 
 async def test_a_hot_card_loses_power_step_by_step_then_slots_and_gets_them_back_in_the_reverse_order(tmp_path):
@@ -63,6 +65,26 @@ async def test_a_hot_card_rests_alone_while_another_works(tmp_path):
         assert (node.heat.slots(REPLICA, 8), node.heat.reasons()) == (0, ()), "a replica over both has what the hotter one leaves"
         node.replicas.lives_at = Residence(os.getpid(), (node.driver.devices[0]["nvmlDeviceGetUUID"],))
         assert node.heat.slots(REPLICA, 8) == 8
+
+
+async def test_a_silent_card_stays_where_it_is_beside_one_that_cools_and_the_owner_is_told(tmp_path):
+    async with hot_node(tmp_path, "two_memory_nodes") as node:
+        node.warm(90, index=0)
+        node.warm(90, index=1)
+        await node.look_for(DWELL_SECONDS * 7 + DRAIN_SECONDS + 10)
+        assert [reason.words for reason in node.heat.reasons()] == ["lets its cards cool, which stayed too hot without work"]
+        for function in ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"):
+            node.driver.devices[1][function] = {"error": NOT_SUPPORTED}
+        await node.look_for(PATIENCE_SECONDS * 4)
+        assert "waits for the driver to tell their temperature again" in node.heat.reasons()[0].words
+        node.warm(50)
+        await node.look_for(PATIENCE_SECONDS * 9)
+        assert [card.thermal_rung for card in node.heat.cards()] == [R.COOL, R.PAUSE]
+        assert (node.heat.slots(REPLICA, 8), node.heat.reasons()) == (0, ())
+        assert "temperature unknown, gets 190 W and no work until it is known to be cooler" in card_words(node.heat.lines()[1])
+        node.warm(50, index=1)
+        await node.look_for(PATIENCE_SECONDS * 9)
+        assert (node.heat.slots(REPLICA, 8), node.heat.cards()[1].thermal_rung) == (8, R.COOL)
 
 
 async def test_a_lost_card_gets_no_work_and_is_no_reason_for_the_node_to_rest(tmp_path):

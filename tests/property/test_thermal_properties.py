@@ -53,14 +53,24 @@ looks = st.builds(
 )
 gaps = st.floats(0.1, 40)
 histories = st.lists(st.tuples(gaps, looks), min_size=1, max_size=60)
+stretches = st.lists(st.tuples(looks, st.integers(1, 40)), min_size=1, max_size=8).map(
+    lambda runs: [(LOOK_SECONDS, look) for look, count in runs for _ in range(count)]
+)
+"""Looks that stay as they are for up to three minutes, which is long enough to come down."""
 
 
-def walked(history: list[tuple[float, CardLook]], owner: HeatLimits) -> list[ThermalState]:
-    states, now_seconds = [ThermalState()], 0.0
+def walked(history: list[tuple[float, CardLook]], owner: HeatLimits, state: ThermalState | None = None) -> list[ThermalState]:
+    states, now_seconds = [state or ThermalState()], 0.0
     for gap_seconds, look in history:
         now_seconds += gap_seconds
         states.append(next_state(states[-1], look, owner, now_seconds))
     return states
+
+
+def warm_on(rung: ThermalRung) -> ThermalState:
+    """A card that was neither cool nor hot just now."""
+    begun = ThermalState(rung, changed_at_seconds=0.0, looked_at_seconds=0.0)
+    return next_state(begun, CardLook(temperature_celsius=79, throttle_point_celsius=83, slot_count=8), HeatLimits(), 0.0)
 
 
 def steadily(card: CardLook, temperatures: list[int], owner: HeatLimits, state: ThermalState | None = None) -> list[ThermalState]:
@@ -95,6 +105,26 @@ def test_what_was_taken_away_comes_back_one_rung_at_a_time_and_only_to_a_cool_ca
         assert all(slots_at(rung, look.slot_count) == slots_at(rung - 1, look.slot_count) for rung in skipped if rung >= ThermalRung.HALF)
         assert look.temperature_celsius is None or look.temperature_celsius <= limit_celsius(look, owner) - COOL_MARGIN_CELSIUS
         assert not {"software_thermal", "hardware_thermal"}.intersection(look.throttle_reasons)
+
+
+@given(histories | stretches, limits, st.sampled_from(ThermalRung))
+def test_no_look_without_a_temperature_gives_back_what_was_taken_from_a_card_that_has_told_one(history, owner, rung):
+    states = walked(history, owner, warm_on(rung))
+    for (_, look), before, after in zip(history, states, states[1:], strict=False):
+        assert after.rung >= before.rung or look.temperature_celsius is not None
+
+
+@given(cards, limits, st.lists(st.tuples(gaps, st.booleans()), max_size=200))
+def test_a_card_is_waited_for_as_long_as_it_was_seen_cool_and_no_shorter_for_what_was_not_seen(card, owner, seen):
+    history = [(gap_seconds, replace(card, temperature_celsius=20 if tells else None)) for gap_seconds, tells in seen]
+    states, cool_seconds, told = walked(history, owner, warm_on(ThermalRung.PAUSE)), 0.0, False
+    for (gap_seconds, look), before, after in zip(history, states, states[1:], strict=False):
+        tells = look.temperature_celsius is not None
+        cool_seconds += gap_seconds if told and tells else 0.0
+        told = tells
+        if after.rung is not before.rung:
+            assert cool_seconds >= PATIENCE_SECONDS - 1e-6
+            cool_seconds = 0.0
 
 
 @given(histories, limits, looks, gaps, st.integers(1, 40))

@@ -41,6 +41,11 @@ STATUS = AgentStatus(
         ({"rung": 6}, "GPU-1: 58 of 83 °C, gets one answer at a time until it is cooler"),
         ({"rung": 8}, "GPU-1: 58 of 83 °C, gets no work until it is cooler"),
         ({"temperature_celsius": None, "power_limit_milliwatts": None}, "GPU-1: temperature unknown"),
+        (
+            {"temperature_celsius": None, "rung": 4, "capped": True, "power_limit_milliwatts": 190_000},
+            "GPU-1: temperature unknown, gets 190 W and half of its slots until it is known to be cooler",
+        ),
+        ({"temperature_celsius": None, "rung": 8}, "GPU-1: temperature unknown, gets no work until it is known to be cooler"),
         ({"lost": True, "rung": 8}, "GPU-1: the driver no longer reaches it"),
         ({"throttle_seconds": 12.4}, "GPU-1: 58 of 83 °C, gets 350 W; slowed down by heat for 12 s since the agent started"),
     ],

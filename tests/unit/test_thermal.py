@@ -190,6 +190,56 @@ def test_a_card_whose_engine_has_gone_is_its_owners_again_at_once_unless_heat_wa
     assert walk([gone], standing_on(R.PAUSE))[-1].rung is R.PAUSE
 
 
+SILENT = look(None, throttle_point_celsius=None)
+
+
+@pytest.mark.parametrize("rung", R)
+def test_a_card_that_tells_its_temperature_no_more_gets_nothing_back(rung):
+    told = walk([look(79)], standing_on(rung))[-1]
+    assert rungs(walk([SILENT] * 1_000, told)) == [rung]
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        ([replace(SILENT, throttle_reasons=("power_cap",))] * 100, R.HALF),
+        ([replace(SILENT, throttle_reasons=("software_thermal",))] * 4, R.QUARTER),
+        ([replace(SILENT, throttle_reasons=("hardware_thermal",)), *[SILENT] * 100], R.DRAIN),
+        ([replace(SILENT, lost=True), *[SILENT] * 100], R.PAUSE),
+        # Nobody's engine is there for a while; the next one is not to get everything.
+        ([replace(SILENT, slot_count=0, power=None)] * 100, R.HALF),
+        ([replace(SILENT, slot_count=0, power=None), look(60, slot_count=0)], R.COOL),
+        (looks(*[60] * 24), R.HALF),
+        (looks(*[60] * 25), R.CAP_3),
+        ([*looks(*[60] * 13), *[SILENT] * 100, *looks(*[60] * 12)], R.HALF),
+        ([*looks(*[60] * 13), *[SILENT] * 100, *looks(*[60] * 13)], R.CAP_3),
+        ([*looks(*[60] * 13), SILENT, *looks(*[60] * 6), SILENT, *looks(*[60] * 7)], R.HALF),
+        ([*looks(*[60] * 13), SILENT, *looks(*[60] * 6), SILENT, *looks(*[60] * 8)], R.CAP_3),
+        # The wait begins anew where heat was heard of in between.
+        ([*looks(*[60] * 20), replace(SILENT, throttle_reasons=("software_thermal",)), SILENT, *looks(*[60] * 20)], R.QUARTER),
+        ([*looks(*[60] * 20), look(79), SILENT, *looks(*[60] * 24)], R.HALF),
+    ],
+)
+def test_time_without_a_temperature_counts_for_nothing_but_heat_that_the_driver_names_does(seen, expected):
+    assert walk(seen, walk([look(79)], standing_on(R.HALF))[-1])[-1].rung is expected
+
+
+def test_what_a_card_got_back_does_not_count_twice_after_a_silence():
+    """It had been cool for long when it came down; only from then on is it waited for the next."""
+    came_down = walk(looks(79, *[60] * 25), standing_on(R.HALF))[-1]
+    assert came_down.rung is R.CAP_3
+    assert walk([*[SILENT] * 100, *looks(*[60] * 24)], came_down)[-1].rung is R.CAP_3
+    assert walk([*[SILENT] * 100, *looks(*[60] * 25)], came_down)[-1].rung is R.CAP_2
+
+
+def test_a_card_that_never_told_its_temperature_goes_by_what_the_driver_says():
+    assert rungs(walk([SILENT] * 1_000)) == [R.COOL]
+    drained = walk([replace(SILENT, throttle_reasons=("hardware_thermal",))])[-1]
+    assert rungs(walk([SILENT] * 400, drained)) == [R.DRAIN, R.ONE, R.QUARTER, R.HALF, R.CAP_3, R.CAP_2, R.CAP_1, R.COOL]
+    # From the first temperature on that counts, and what nobody knew before does not.
+    assert rungs(walk([*[SILENT] * 20, *looks(*[60] * 24)], drained)) == [R.DRAIN]
+
+
 def test_a_card_that_is_back_gets_its_work_back_a_rung_at_a_time():
     states = walk([*[look(None, lost=True)] * 3, *looks(*[50] * 300)])
     assert rungs(states)[:3] == [R.PAUSE, R.DRAIN, R.ONE]

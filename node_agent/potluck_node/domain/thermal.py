@@ -3,7 +3,8 @@
 Decides which rung of `thermal_ladder` a card stands on, from its looks so far. It climbs before the card slows down by itself: where the
 rise of the last minute would reach that point soon. It comes down a rung at a time, only after the card was well below that point for
 long, and for twice as long where coming down has just made it hot again; between the two nothing happens, so that a ripple moves nothing.
-It must not know drivers, engines or clocks.
+A card that tells its temperature no more may be as hot as it was: it gets nothing back until it tells one again. It must not know drivers,
+engines or clocks.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ class ThermalState:
     samples: tuple[tuple[float, int], ...] = ()
     """Seconds and °C of the last looks, oldest first; SAMPLES_MAX at most."""
     looked_at_seconds: float | None = None
+    temperature_at_seconds: float | None = None
+    """When it last told its temperature; None: it never did, and the driver's reasons are all that there is to go by."""
     cool_since_seconds: float | None = None
+    """Moved on by the time in which it told no temperature: nobody knows what that was."""
     recovered_at_seconds: float | None = None
     """When it last came down a rung."""
     patience_seconds: float = PATIENCE_SECONDS
@@ -109,8 +113,9 @@ def next_state(state: ThermalState, look: CardLook, limits: HeatLimits, now_seco
     """The card after one more look."""
     state = _with_look(state, look, limits, now_seconds)
     if look.slot_count == 0 and not look.lost and state.rung < ThermalRung.DRAIN:
-        # What heats it now is not the pool's work, and its owner is not to be slowed down by us.
-        return state if state.rung is ThermalRung.COOL else _at(state, ThermalRung.COOL, now_seconds)
+        # What heats it now is not the pool's work, and its owner is not to be slowed down by us: without an engine a card gets its cap back
+        # on any rung. A silent one keeps its rung, or the next engine on it would get everything.
+        return state if state.rung is ThermalRung.COOL or is_silent(state) else _at(state, ThermalRung.COOL, now_seconds)
     wanted = _hotter(state, look, limits, now_seconds)
     if wanted is not None and wanted > state.rung:
         return _climbed(state, wanted, now_seconds)
@@ -118,6 +123,11 @@ def next_state(state: ThermalState, look: CardLook, limits: HeatLimits, now_seco
         below = [rung for rung in _rungs(look, limits) if rung < state.rung]
         return replace(_at(state, below[-1], now_seconds), recovered_at_seconds=now_seconds, patience_seconds=_patience_seconds(state))
     return state
+
+
+def is_silent(state: ThermalState) -> bool:
+    """Whether a card that has told its temperature did not at the last look."""
+    return state.temperature_at_seconds is not None and state.temperature_at_seconds != state.looked_at_seconds
 
 
 def limit_celsius(look: CardLook, limits: HeatLimits) -> int:
@@ -149,14 +159,29 @@ def _with_look(state: ThermalState, look: CardLook, limits: HeatLimits, now_seco
     if look.temperature_celsius is not None:
         samples = (*samples, (now_seconds, look.temperature_celsius))[-SAMPLES_MAX:]
     elapsed_seconds = 0.0 if state.looked_at_seconds is None else min(GAP_SECONDS_MAX, max(0.0, now_seconds - state.looked_at_seconds))
-    cool_since_seconds = state.cool_since_seconds if state.cool_since_seconds is not None else now_seconds
     return replace(
         state,
         samples=samples,
         looked_at_seconds=now_seconds,
-        cool_since_seconds=cool_since_seconds if _is_cool(look, limits) else None,
+        temperature_at_seconds=state.temperature_at_seconds if look.temperature_celsius is None else now_seconds,
+        cool_since_seconds=_cool_since_seconds(state, look, now_seconds) if _is_cool(look, limits) else None,
         throttle_seconds=state.throttle_seconds + (elapsed_seconds if HEAT_REASONS.intersection(look.throttle_reasons) else 0.0),
     )
+
+
+def _cool_since_seconds(state: ThermalState, look: CardLook, now_seconds: float) -> float | None:
+    """Since when a card counts as cool that this look does not show to be hot; None where it was not seen cool since it was hot."""
+    since_seconds, told_at_seconds = state.cool_since_seconds, state.temperature_at_seconds
+    if look.temperature_celsius is None:
+        # One that never told a temperature can be judged by the driver's reasons alone.
+        return now_seconds if told_at_seconds is None and since_seconds is None else since_seconds
+    if since_seconds is None or told_at_seconds is None:
+        return now_seconds
+    if not is_silent(state):
+        return since_seconds
+    # What it had been cool for before it fell silent still counts, from its last change on, as ever.
+    counted_since_seconds = max(since_seconds, state.changed_at_seconds or since_seconds)
+    return min(now_seconds, counted_since_seconds + now_seconds - told_at_seconds)
 
 
 def _is_cool(look: CardLook, limits: HeatLimits) -> bool:
@@ -195,7 +220,7 @@ def _is_at_limit(look: CardLook, limit: int) -> bool:
 
 
 def _may_recover(state: ThermalState, now_seconds: float) -> bool:
-    if state.rung is ThermalRung.COOL or state.cool_since_seconds is None or state.changed_at_seconds is None:
+    if state.rung is ThermalRung.COOL or is_silent(state) or state.cool_since_seconds is None or state.changed_at_seconds is None:
         return False
     return now_seconds - max(state.cool_since_seconds, state.changed_at_seconds) >= _patience_seconds(state)
 
