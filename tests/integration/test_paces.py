@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.directory.paces import Paces
-from potluck_coordinator.domain.slowness import SLOW_WEIGHT
+from potluck_coordinator.directory.paces import MINUTE_MS, Paces
+from potluck_coordinator.domain.slowness import DAYS_MAX, SLOW_WEIGHT
 from potluck_protocol.values import EngineState, EngineStatus, ModelId, NodeId, ReplicaId
 from tests.integration.test_node_desk import node_desk, report
 
+DAY_MINUTES = 24 * 60
 REPLICA = ReplicaId("a/tiny")
 STATUS = EngineStatus(REPLICA, ModelId("tiny"), EngineState.READY, "llamacpp")
 
@@ -59,6 +60,27 @@ async def test_what_is_usual_outlives_a_restart_and_no_more_than_seven_days(tmp_
         await passes(books, nodes, again, 10, 12.0)
         days = books.run_now(lambda work: work.paces.since(0))
         assert len(days[NodeId("a"), ModelId("tiny")]) == (2 if away_days == 1 else 1)
+
+
+@pytest.mark.parametrize("known_days_ago", [1, DAYS_MAX])
+async def test_a_drain_outlasts_midnight_whatever_is_published_then(tmp_path, known_days_ago):
+    async with node_desk(tmp_path, "a") as (books, board, nodes):
+        paces = paces_of(books, board, nodes)
+        await passes(books, nodes, paces, 30, 80.0)
+        midnight_minute = (books.clock.unix_ms() // MINUTE_MS // DAY_MINUTES + known_days_ago + 1) * DAY_MINUTES
+        books.clock.advance(60 * (midnight_minute - 4 - books.clock.unix_ms() // MINUTE_MS))
+        await paces.judge_minute()
+        await passes(books, nodes, paces, 3, 12.0)
+        told = {REPLICA: "slow: 12.0 tokens/s, where 80.0 are usual of it"}
+        for _ in range(9):
+            assert board.snapshot.drained_replicas == told
+            # As when another replica's pace changes.
+            board.publish(slow_replicas={}, drained_replicas={})
+            await passes(books, nodes, paces, 1, None)
+        assert books.clock.unix_ms() // MINUTE_MS > midnight_minute
+        assert board.snapshot.drained_replicas == told
+        await passes(books, nodes, paces, 1, None)
+        assert board.snapshot.drained_replicas == {}
 
 
 async def test_a_nodes_word_about_another_ones_replica_or_nonsense_is_dropped(tmp_path):

@@ -1,7 +1,8 @@
 """Which replicas are slower than they used to be, told to the gateways whenever that changes.
 
 Decides what a minute's speed is (the median of what was reported in it), and when a day is written down: every ten minutes, so that a
-restart costs no more. What is usual and what is slow is `domain.slowness`'s. It must not know plans or placements.
+restart costs no more of the day. A pace is not written down: a drain is short, and three minutes find it again. What is usual and what is
+slow is `domain.slowness`'s. It must not know plans or placements.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Paces:
         if minute - self._kept_at_minute >= KEPT_MINUTES or day_of(minute) != day_of(ended):
             self._kept_at_minute = minute
             await self._store.run(self._keep)
-            self._books = {key: book for key, book in self._books.items() if book.days or book.minutes}
+            # One that is drained ends its ten minutes, though at midnight the last day that said what is usual may have gone.
+            self._books = {key: book for key, book in self._books.items() if book.days or book.minutes or book.pace is Pace.DRAINED}
 
     async def _load(self) -> None:
         """Reads the days of earlier runs, before the first minute is judged."""

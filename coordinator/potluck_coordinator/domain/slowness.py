@@ -51,6 +51,10 @@ class PaceBook:
     """In a row, up to now; minutes without an answer neither count nor end the row."""
     pace: Pace = Pace.USUAL
     drained_at_minute: int = 0
+    drained_tokens_per_second: float = 0.0
+    """How fast it was in that minute."""
+    drained_usual_tokens_per_second: float = 0.0
+    """What was usual of it then: at midnight the minutes go and another day counts, while the drain goes on."""
 
 
 def day_of(minute: int) -> int:
@@ -84,8 +88,14 @@ def after_minute(book: PaceBook, minute: int, tokens_per_second: float | None) -
     if book.pace is Pace.DRAINED:
         # What was under way when it was drained.
         return book
-    if crawling_count >= MINUTES_IN_A_ROW:
-        return replace(book, pace=Pace.DRAINED, drained_at_minute=minute)
+    if usual is not None and crawling_count >= MINUTES_IN_A_ROW:
+        return replace(
+            book,
+            pace=Pace.DRAINED,
+            drained_at_minute=minute,
+            drained_tokens_per_second=tokens_per_second,
+            drained_usual_tokens_per_second=usual,
+        )
     if slow_count >= MINUTES_IN_A_ROW:
         return replace(book, pace=Pace.SLOW)
     return replace(book, pace=Pace.USUAL) if slow_count == 0 else book
@@ -93,10 +103,9 @@ def after_minute(book: PaceBook, minute: int, tokens_per_second: float | None) -
 
 def pace_words(book: PaceBook) -> str:
     """Why a replica is drained, for its owner and the operator; empty where it is not."""
-    usual = usual_tokens_per_second(book)
-    if book.pace is not Pace.DRAINED or usual is None or not book.minutes:
+    if book.pace is not Pace.DRAINED:
         return ""
-    return f"slow: {book.minutes[-1]:.1f} tokens/s, where {usual:.1f} are usual of it"
+    return f"slow: {book.drained_tokens_per_second:.1f} tokens/s, where {book.drained_usual_tokens_per_second:.1f} are usual of it"
 
 
 def _on_day(book: PaceBook, day: int) -> PaceBook:
