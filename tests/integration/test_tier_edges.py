@@ -86,7 +86,7 @@ async def test_a_refused_request_does_not_count_and_a_broken_promise_does(tmp_pa
     async with pool(tmp_path, default_tier_rate="2/hour", queue_length_max=0, default_tier_first_token_seconds=60) as (coordinator, node):
         running = [await begin(coordinator, node, number) for number in range(2)]
         request = replace(await request_of(coordinator), asked_tier=AskedTier.FLEX)
-        with pytest.raises(Exception, match="More waits"):
+        with pytest.raises(Exception, match="So many requests"):
             await coordinator.gateway.requests.begin(request)
         assert coordinator.gateway.requests.gate.compliance().hour == PromiseCount()
         for answer, start in running:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import random
 from itertools import count
 from types import SimpleNamespace
@@ -67,8 +68,11 @@ class World:
     def capacity(self, model_id: object) -> Capacity:
         return Capacity(SLOTS, self.running)
 
-    def within_trust(self, request: object, capacity: Capacity) -> Capacity:
+    def within_reach(self, request: object, excluded: object, capacity: Capacity) -> Capacity:
         return capacity
+
+    def reading_seconds(self, request: object, excluded: object, work: object, kept_for: object = None) -> float:
+        return math.inf
 
     def place(self, request: object, excluded: object, work: object, kept_for: object = None) -> SimpleNamespace:
         replica = SimpleNamespace(node_id="node")
