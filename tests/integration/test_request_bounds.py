@@ -10,13 +10,13 @@ import grpc
 import pytest
 
 from potluck_coordinator.domain import ledger, requests
+from potluck_coordinator.domain.delivered_text import UNSEEN_TOKENS_ALLOWANCE
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_coordinator.gateway import attempt as attempt_module
 from potluck_coordinator.gateway import dispatching, interceptors, ledger_writer, node_session
 from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
-from potluck_coordinator.gateway.sse import UNSEEN_TOKENS_MAX
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
@@ -49,7 +49,7 @@ async def test_a_nodes_count_is_worth_no_more_than_what_came_of_it(tmp_path, cou
         await node.end(start.attempt_id, 2)
         await read_all(answer)
         await answer.close()
-        tokens_max = len('"one""two"') + UNSEEN_TOKENS_MAX
+        tokens_max = len("onetwo") + UNSEEN_TOKENS_ALLOWANCE
         assert 2 * 4 <= answer.charge_micro_credits <= 12 + 4 * tokens_max
         (use,) = coordinator.gateway.requests.gate._uses.values()
         assert (use.running_count, use.pending_tokens) == (0, 0.0)

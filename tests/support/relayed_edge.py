@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
+from potluck_coordinator.domain.requests import Place
 from potluck_coordinator.gateway.answer import Answer
 from potluck_coordinator.gateway.attempt import Attempt
 from potluck_coordinator.gateway.http_server import HttpServer
@@ -19,7 +20,7 @@ from potluck_coordinator.gateway.requests import ModelView
 from potluck_coordinator.metrics import Metrics
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AccountId, AttemptId, NodeId
+from potluck_protocol.values import AccountId, AttemptId
 from tests.support.http_edge import ALLOWANCE, CONNECTION_DOCUMENT, ENTRY, NODE_ID, authenticate
 from tests.support.key_desk import no_keys
 
@@ -50,8 +51,8 @@ class RelayedEdge:
     def answer(self, request: InferenceRequest, relay: Relay) -> Answer:
         """The answer to a request for which there is money, and one node that may answer it."""
 
-        async def begin(asked: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
-            if NODE_ID in excluded:
+        async def begin(asked: InferenceRequest, place: Place) -> Attempt:
+            if NODE_ID in place.excluded:
                 raise PotluckError(ErrorCode.NO_CAPACITY)
             return Attempt(
                 request=asked,

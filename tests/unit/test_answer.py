@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from potluck_coordinator.domain.suspicion import AnswerKind
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.relay import AnswerHead, Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -84,6 +85,7 @@ async def test_an_end_without_done_is_a_failure_charged_by_what_was_relayed(read
     with pytest.raises(PotluckError) as failure:
         await reader.read(include_usage=False, chunks=TOKENS, reason=reason)
     assert failure.value.code is ErrorCode.ENGINE_FAILED
+    assert reader.relay.answer_kind is (AnswerKind.ERROR if reason is EndReason.COMPLETED else None)
     assert without_tier(reader.received) == b"".join(TOKENS)
     assert reader.edge.charges == [3 * reader.edge.price]
 

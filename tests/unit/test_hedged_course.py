@@ -58,7 +58,8 @@ def drop(end: HedgeEnd) -> DropHedge:
         (Broke(Failure.LOST, NOTHING, 100.0), (Settle(), TakeHedge(HedgeEnd.REPLACED)), OTHER),
         (Broke(Failure.REFUSED, NOTHING, 100.0), (Settle(), TakeHedge(HedgeEnd.REPLACED)), OTHER),
         (Broke(Failure.LOST, NOTHING, 0.0), (drop(HedgeEnd.GIVEN_UP), Settle(), End(tells_loss=False)), None),
-        (Broke(Failure.UNFIT, NOTHING, 100.0), (drop(HedgeEnd.GIVEN_UP), Settle(), End(tells_loss=False)), None),
+        (Broke(Failure.UNFIT, NOTHING, 100.0), (Settle(), TakeHedge(HedgeEnd.REPLACED)), OTHER),
+        (Broke(Failure.UNFIT, NOTHING, 0.0), (drop(HedgeEnd.GIVEN_UP), Settle(), End(tells_loss=False)), None),
         (Broke(Failure.FATAL, NOTHING, 100.0), (drop(HedgeEnd.GIVEN_UP), Settle(), End(tells_loss=False)), None),
         (Broke(Failure.LOST, TEXT, 100.0), (drop(HedgeEnd.LOST), Settle(), Place(frozenset({FIRST}), continuing=True)), None),
         (Abandoned(), (drop(HedgeEnd.GIVEN_UP), Settle()), None),
@@ -78,6 +79,12 @@ def test_the_hedge_that_goes_on_alone_is_an_attempt_like_any_other():
     assert effects == (Settle(), Place(frozenset({FIRST, OTHER}), continuing=False))
     after, _ = advance(after, Dispatched(THIRD))
     assert advance(after, Broke(Failure.LOST, NOTHING, 100.0))[1] == (Settle(), End(tells_loss=True))
+
+
+def test_the_hedge_of_a_refused_body_is_the_other_engine_that_is_asked():
+    course, _ = advance(hedged(), Broke(Failure.UNFIT, NOTHING, 100.0))
+    assert (course.body_refused, course.was_lost) == (True, False)
+    assert advance(course, Broke(Failure.LOST, NOTHING, 100.0))[1] == (Settle(), End(tells_loss=False, tells_refusal=True))
 
 
 def test_who_was_outrun_or_lost_the_race_may_be_asked_again_and_who_failed_not():

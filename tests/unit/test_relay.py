@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from potluck_coordinator.domain.suspicion import AnswerKind
 from potluck_coordinator.gateway.relay import AnswerHead, Relay
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EndReason
@@ -177,3 +178,25 @@ async def test_empty_chunks_take_their_number_and_no_memory(relay):
         relay.receive(sequence, b"", 1.0)
     assert relay.next_sequence == 1000
     assert relay._buffer == []
+
+
+async def test_an_answer_that_was_broken_off_says_nothing_of_its_engine_and_one_that_ended_does(relay):
+    assert relay.answer_kind is None
+    relay.head = AnswerHead(200, "text/event-stream")
+    relay.receive(0, b"data: {}", 1.0)
+    assert relay.answer_kind is None, "it goes on"
+    relay.end(1, EndReason.COMPLETED, "")
+    assert relay.answer_kind is AnswerKind.GOOD
+    relay.fell_short = True
+    assert relay.answer_kind is AnswerKind.ERROR
+
+
+@pytest.mark.parametrize("status", [None, 200, 500])
+async def test_an_end_without_a_byte_is_no_answer_and_what_this_side_ends_is_none_of_the_engines(relay, status):
+    relay.head = None if status is None else AnswerHead(status, "application/json")
+    relay.end(0, EndReason.COMPLETED, "")
+    assert relay.answer_kind is AnswerKind.ERROR
+    broken = Relay(AttemptId("other"), 1000, 0.0, lambda *_: None)
+    broken.head = relay.head
+    broken.fail(PotluckError(ErrorCode.NODE_LOST))
+    assert broken.answer_kind is None

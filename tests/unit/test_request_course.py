@@ -26,11 +26,12 @@ from potluck_coordinator.domain.requests import (
     Unplaced,
     advance,
     failure_of,
+    may_be_hedged,
 )
 from potluck_protocol.errors import ErrorCode
 from potluck_protocol.values import NodeId
 
-NODE = NodeId("a")
+NODE, OTHER = NodeId("a"), NodeId("b")
 NOTHING, TEXT, WHOLE = Said(), Said(anything=True), Said(anything=True, whole=True)
 TOOLS = Said(anything=True, why_not="it may call tools")
 
@@ -58,7 +59,8 @@ ELSEWHERE = frozenset({NODE})
         (Failure.LOST, replace(TOOLS, whole=True), (Settle(), Finish())),
         (Failure.REFUSED, NOTHING, (Settle(), Place(ELSEWHERE, continuing=False))),
         (Failure.REFUSED, TEXT, (Settle(), Place(ELSEWHERE, continuing=True))),
-        (Failure.UNFIT, NOTHING, (Settle(), End(tells_loss=False))),
+        (Failure.UNFIT, NOTHING, (Settle(), Place(ELSEWHERE, continuing=False, if_spare=True))),
+        (Failure.UNFIT, TEXT, (Settle(), End(tells_loss=False))),
         (Failure.FATAL, NOTHING, (Settle(), End(tells_loss=False))),
         (Failure.FATAL, TEXT, (Settle(), End(tells_loss=False))),
         (Failure.FATAL, WHOLE, (Settle(), End(tells_loss=False))),
@@ -92,9 +94,46 @@ def test_without_a_replica_the_client_is_told_of_the_loss_if_there_was_one():
     assert advance(lost, Unplaced())[1] == (End(tells_loss=True),)
 
 
+@pytest.mark.parametrize(
+    ("event", "effects"),
+    [
+        (Unplaced(), (End(tells_loss=False, tells_refusal=True),)),
+        (Broke(Failure.UNFIT, NOTHING, 100.0), (Settle(), End(tells_loss=False))),
+        (Broke(Failure.LOST, NOTHING, 100.0), (Settle(), End(tells_loss=False, tells_refusal=True))),
+        (Broke(Failure.REFUSED, NOTHING, 100.0), (Settle(), End(tells_loss=False, tells_refusal=True))),
+        (Broke(Failure.FATAL, NOTHING, 100.0), (Settle(), End(tells_loss=False, tells_refusal=True))),
+        (Broke(Failure.LOST, TEXT, 100.0), (Settle(), Place(frozenset({NODE, OTHER}), continuing=True))),
+        (Completed(), (Settle(),)),
+    ],
+)
+@pytest.mark.parametrize("was_lost", [False, True])
+def test_a_refused_body_is_shown_to_one_other_engine_and_the_client_hears_the_refusal_unless_that_one_answers(event, effects, was_lost):
+    course, _ = advance(running(was_lost=was_lost), Broke(Failure.UNFIT, NOTHING, 100.0))
+    assert course.stage is Stage.PLACING
+    if not isinstance(event, Unplaced):
+        course, _ = advance(course, Dispatched(OTHER))
+        assert not may_be_hedged(course)
+    assert advance(course, event)[1] == effects
+
+
+def test_the_text_of_whoever_took_a_refused_body_is_continued_as_any_other():
+    course, _ = advance(running(), Broke(Failure.UNFIT, NOTHING, 100.0))
+    course, _ = advance(course, Dispatched(OTHER))
+    course, _ = advance(course, Broke(Failure.LOST, TEXT, 100.0))
+    assert advance(course, Unplaced())[1] == (End(tells_loss=True),)
+
+
+@pytest.mark.parametrize("changes", [{"attempt_count": ATTEMPTS_MAX}, {"refusal_count": REFUSALS_MAX}, {"continuing": True}])
+def test_nobody_else_is_asked_where_the_tries_are_spent_or_the_body_is_ours(changes):
+    effects = after(running(**changes), Failure.UNFIT, NOTHING)
+    assert effects == (Settle(), End(tells_loss=False))
+    assert after(running(), Failure.UNFIT, NOTHING, seconds_left=0.0) == (Settle(), End(tells_loss=False))
+
+
 @pytest.mark.parametrize("code", ErrorCode)
 def test_only_what_another_node_may_do_better_is_tried_elsewhere(code):
-    tried_elsewhere = {ErrorCode.NO_CAPACITY, ErrorCode.NODE_LOST, ErrorCode.ENGINE_FAILED}
+    perhaps = {ErrorCode.INVALID_REQUEST, ErrorCode.CONTEXT_LENGTH_EXCEEDED}
+    tried_elsewhere = {ErrorCode.NO_CAPACITY, ErrorCode.NODE_LOST, ErrorCode.ENGINE_FAILED, *perhaps}
     goes_on = any(isinstance(effect, Place) for effect in after(running(), failure_of(code, for_good=False), NOTHING))
     assert goes_on is (code in tried_elsewhere)
     assert failure_of(code, for_good=True) is Failure.FATAL
@@ -157,12 +196,16 @@ def check(effect, event, course) -> None:
         assert effect.excluded == course.excluded
         assert effect.continuing is event.said.anything, "restarted only where nothing reached the client"
         assert not event.said.anything or (event.said.why_not is None and not event.said.whole)
-        assert event.failure in {Failure.LOST, Failure.REFUSED}
+        assert effect.if_spare is course.body_refused is (event.failure is Failure.UNFIT)
+        assert event.failure is not Failure.FATAL
         assert event.seconds_left > 0
+        assert not (effect.if_spare and effect.continuing)
         assert course.was_lost or not effect.continuing, "the client has a part of an answer that somebody broke off"
     if isinstance(effect, Finish):
         assert isinstance(event, Broke)
         assert event.said.whole
+    if isinstance(effect, End):
+        assert not (effect.tells_loss and effect.tells_refusal)
     if isinstance(effect, End | Finish):
         assert course.stage is Stage.OVER
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.suspicion import (
+    DOUBT_PAUSE_SECONDS,
+    ERRORS_MAX,
+    PROBE_PAUSE_FIRST_SECONDS,
     PROBE_PAUSE_MAX_SECONDS,
     REFUSALS_APART_SECONDS,
     REFUSALS_MAX,
     WINDOW_SECONDS,
+    AnswerKind,
     Standing,
     Suspicion,
+    after_error,
     after_failure,
     after_probe,
     after_refusal,
     after_success,
     is_forgotten,
+    kind_of,
     probe_is_due,
 )
 
@@ -94,6 +101,63 @@ def test_attempts_that_ran_before_change_nothing_of_a_suspected_one():
     assert after_success(suspected()) == suspected()
 
 
+@pytest.mark.parametrize(
+    ("http_status", "ended", "fell_short", "kind"),
+    [
+        (200, True, False, AnswerKind.GOOD),
+        (200, False, False, None),  # its client went away
+        (200, True, True, AnswerKind.ERROR),
+        (None, True, False, AnswerKind.ERROR),
+        (None, False, False, None),
+        *((status, True, False, AnswerKind.ERROR) for status in (204, 302, 400, 401, 404, 422, 500, 502, 504)),
+        (500, False, False, AnswerKind.ERROR),  # one that never ends is one
+        (429, True, False, AnswerKind.BUSY),
+        (503, False, False, AnswerKind.BUSY),
+    ],
+)
+def test_only_a_whole_200_is_a_good_answer(http_status, ended, fell_short, kind):
+    assert kind_of(http_status, ended=ended, fell_short=fell_short) is kind
+
+
+def doubted(now: float = 0.0) -> Suspicion:
+    suspicion = Suspicion()
+    for _ in range(ERRORS_MAX + 1):
+        suspicion = after_error(suspicion, now)
+    return suspicion
+
+
+def test_errors_bring_a_probe_and_cost_no_trust():
+    assert not probe_is_due(after_error(Suspicion(), 0.0), 0.0)
+    assert doubted().standing is Standing.TRUSTED
+    assert probe_is_due(doubted(), 0.0)
+    assert not probe_is_due(after_success(doubted()), 0.0), "it answers, so the requests were at fault"
+    assert not probe_is_due(after_error(after_error(Suspicion(), 0.0), WINDOW_SECONDS), WINDOW_SECONDS)
+
+
+def test_a_doubted_replica_is_suspected_by_the_probes_bad_answer_alone():
+    well = after_probe(doubted(), 1.0, succeeded=True)
+    assert (well.standing, well.errors_at) == (Standing.TRUSTED, ())
+    assert after_probe(doubted(), 1.0, succeeded=False, answered=False) == well, "late, lost, or without a slot"
+    bad = after_probe(doubted(), 1.0, succeeded=False)
+    assert (bad.standing, bad.probe_at) == (Standing.SUSPECTED, 1.0 + PROBE_PAUSE_FIRST_SECONDS)
+    answered_since = after_success(doubted())
+    assert after_probe(answered_since, 1.0, succeeded=False) == answered_since
+
+
+def test_whoever_asks_nonsense_gets_a_healthy_replica_probed_now_and_then():
+    again = after_error(after_error(after_probe(doubted(), 1.0, succeeded=True), 1.1), 1.2)
+    assert not probe_is_due(again, 1.0 + DOUBT_PAUSE_SECONDS - 0.1)
+    assert probe_is_due(again, 1.0 + DOUBT_PAUSE_SECONDS)
+    assert not is_forgotten(after_probe(doubted(), 1.0, succeeded=True), 1.1)
+    assert is_forgotten(after_probe(doubted(), 1.0, succeeded=True), 1.0 + DOUBT_PAUSE_SECONDS)
+
+
+def test_an_error_opens_and_closes_nothing():
+    half = after_probe(suspected(), 1.0, succeeded=True)
+    assert after_error(half, 2.0) == half
+    assert after_error(suspected(), 2.0) == suspected()
+
+
 def test_what_is_held_against_a_trusted_one_is_forgotten_with_the_window():
     once = after_failure(Suspicion(), 10.0)
     assert not is_forgotten(once, 10.0 + WINDOW_SECONDS - 0.1)
@@ -101,7 +165,8 @@ def test_what_is_held_against_a_trusted_one_is_forgotten_with_the_window():
     assert not is_forgotten(suspected(), 1e9), "it has shown nothing yet"
 
 
-_STEPS = st.lists(st.tuples(st.sampled_from(["failure", "success", "good probe", "bad probe"]), st.floats(0, 100)), max_size=60)
+_STEP = st.sampled_from(["failure", "error", "success", "good probe", "bad probe", "no probe"])
+_STEPS = st.lists(st.tuples(_STEP, st.floats(0, 100)), max_size=60)
 
 
 @given(steps=_STEPS)
@@ -113,18 +178,22 @@ def test_on_every_way_trust_is_lost_by_two_failures_and_regained_by_a_probe_and_
         match step:
             case "failure":
                 suspicion = after_failure(suspicion, now)
+            case "error":
+                suspicion = after_error(suspicion, now)
             case "success":
                 suspicion = after_success(suspicion)
             case _ if probe_is_due(suspicion, now):
-                suspicion = after_probe(suspicion, now, succeeded=step == "good probe")
+                suspicion = after_probe(suspicion, now, succeeded=step == "good probe", answered=step != "no probe")
             case _:
                 continue
         way.append((before.standing, step, suspicion.standing))
         assert len(suspicion.failed_at) <= 1
+        assert len(suspicion.errors_at) <= ERRORS_MAX + 1
         assert suspicion.probe_at - now <= PROBE_PAUSE_MAX_SECONDS
     changes = {(before, step, after) for before, step, after in way if before is not after}
     assert changes <= {
         (Standing.TRUSTED, "failure", Standing.SUSPECTED),
+        (Standing.TRUSTED, "bad probe", Standing.SUSPECTED),
         (Standing.SUSPECTED, "good probe", Standing.HALF_OPEN),
         (Standing.HALF_OPEN, "success", Standing.TRUSTED),
         (Standing.HALF_OPEN, "failure", Standing.SUSPECTED),

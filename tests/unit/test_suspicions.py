@@ -12,6 +12,7 @@ from potluck_coordinator.gateway import probing
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol import codec
+from potluck_protocol.errors import ErrorCode
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import EndReason, GoodbyeReason, NodeState
 from tests.support.judged_pool import JudgedPool
@@ -165,6 +166,110 @@ async def test_a_node_that_says_goodbye_to_its_answers_time_after_time_is_suspec
         await pool.links.disconnect(node.session, outbox, GoodbyeReason.STOPPING)
         node = await pool.add("node")
     assert standing(pool, node) is Standing.SUSPECTED
+
+
+def answers(pool, node, status, reason=EndReason.COMPLETED):
+    """An attempt that gets an answer of this status in place of tokens, and its end."""
+    relay = pool.start(node, tokens=0)
+    relay.head = AnswerHead(status, "application/json")
+    pool.give(node, relay)
+    ends(pool, node, relay, reason)
+
+
+def probes(node):
+    return [start for start in node.starts if start.attempt_id.startswith("probe_")]
+
+
+@pytest.mark.parametrize("status", [204, 400, 404, 422, 500, 502])
+async def test_an_engine_that_answers_errors_is_probed_and_suspected_by_what_it_answers_to_that(pool, status):
+    node = await pool.add("node")
+    node.talks = False
+    answers(pool, node, status)
+    await pool.wait(0.5)
+    assert probes(node) == []
+    answers(pool, node, status)
+    await pool.wait(0.5)
+    (probe,) = probes(node)
+    assert (standing(pool, node), node.view.node_suspect) == (Standing.TRUSTED, False), "its requests may be at fault"
+    answer_probe(pool, node, probe, status=status)
+    await pool.wait(0.25)
+    assert standing(pool, node) is Standing.SUSPECTED
+    await pool.wait(2.5)
+    answer_probe(pool, node, probes(node)[1])
+    await pool.wait(0.25)
+    assert standing(pool, node) is Standing.HALF_OPEN
+
+
+async def test_a_healthy_replica_that_gets_nonsense_stays_trusted_and_is_seldom_probed(pool):
+    node = await pool.add("node")
+    node.talks = False
+    for _ in range(80):
+        answers(pool, node, 400)
+        await pool.wait(0.25)
+        for relay in tuple(node.session.attempts.values()):
+            relay.head = AnswerHead(200, "text/event-stream")
+            pool.give(node, relay)
+            relay.end(1, EndReason.COMPLETED, "")
+    assert standing(pool, node) is Standing.TRUSTED
+    assert 1 <= len(probes(node)) <= 3
+
+
+async def test_a_doubted_replica_without_a_free_slot_is_probed_once_it_has_one_and_one_that_is_lost_meanwhile_is_not_suspected(pool):
+    node = await pool.add("node", slot_count=1)
+    node.talks = False
+    answers(pool, node, 500)
+    answers(pool, node, 500)
+    long = pool.start(node)
+    await pool.wait(0.5)
+    assert probes(node) == []
+    pool.links.finish(node.session, long.attempt_id, node.replica_id)
+    await pool.wait(0.5)
+    assert len(probes(node)) == 1
+    pool.links.close(node.session, None)
+    await asyncio.sleep(0)
+    assert standing(pool, node) is Standing.TRUSTED
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+async def test_an_error_does_not_open_what_is_half_open(pool, status):
+    node, _ = await pool.add("node"), await pool.add("other")
+    node.talks = False
+    answer_probe(pool, node, await suspected(pool, node))
+    await pool.wait(0.5)
+    answers(pool, node, status)
+    assert standing(pool, node) is Standing.HALF_OPEN
+    pool.end(node, pool.start(node))
+    assert standing(pool, node) is Standing.TRUSTED
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_an_engine_that_says_it_is_busy_where_it_had_a_slot_has_refused(pool, status):
+    node = await pool.add("node")
+    for _ in range(REFUSALS_MAX + 1):
+        assert standing(pool, node) is Standing.TRUSTED
+        answers(pool, node, status)
+        pool.clock.seconds += 1
+    assert standing(pool, node) is Standing.SUSPECTED
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [(ErrorCode.ENGINE_FAILED, 2), (ErrorCode.INVALID_REQUEST, REFUSALS_MAX + 1), (ErrorCode.CONTEXT_LENGTH_EXCEEDED, None)],
+)
+async def test_what_another_node_answers_was_this_ones_failure_and_its_refusals_count_while_it_answers_nothing(pool, code, count):
+    node = await pool.add("node")
+    outdone = []
+    while standing(pool, node) is Standing.TRUSTED and len(outdone) < 10:
+        outdone.append(code)
+        pool.links.suspicions.outdone(node.session, node.replica_id, code)
+        pool.clock.seconds += 1
+    assert len(outdone) == (count or 10)
+    taker = await pool.add("taker")
+    for _ in range(10):
+        pool.links.suspicions.outdone(taker.session, taker.replica_id, ErrorCode.INVALID_REQUEST)
+        pool.clock.seconds += 1
+        pool.end(taker, pool.start(taker))
+    assert standing(pool, taker) is Standing.TRUSTED
 
 
 async def test_a_client_that_goes_away_is_held_against_no_replica(pool):

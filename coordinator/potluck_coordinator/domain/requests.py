@@ -41,7 +41,8 @@ class Failure(StrEnum):
     LOST = "lost"
     """Its node is gone, silent, or wants its machine back, or its engine failed: another may do better."""
     UNFIT = "unfit"
-    """Its engine says that the body is at fault: the client's, or the one that we made of it to go on."""
+    """Its engine says that the body is at fault: the client's, or the one that we made of it to go on. An engine that is broken says so,
+    too: of the client's own body another is asked, once and only where that takes nobody's room."""
     FATAL = "fatal"
     """No node would do better: the request kills engines, cannot be paid, or the coordinator itself stops."""
 
@@ -86,6 +87,8 @@ class Course:
     """An attempt that had begun failed: the client is told of that, not of what came after."""
     continuing: bool = False
     """What is placed or runs goes on behind text that has reached the client."""
+    body_refused: bool = False
+    """An engine has refused the client's body, and another is asked whether it takes it."""
     hedge_node_id: NodeId | None = None
     """Whose second attempt runs beside it."""
     was_hedged: bool = False
@@ -161,6 +164,8 @@ class Place:
     excluded: frozenset[NodeId]
     continuing: bool
     """From the text so far; otherwise from the beginning."""
+    if_spare: bool = False
+    """Only where there is room now that nobody waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,8 @@ class End:
     """Of the first attempt that was lost; otherwise of what just happened."""
     why: str | None = None
     """Why nobody goes on with the answer, where its text is the reason."""
+    tells_refusal: bool = False
+    """Of the engine's that refused the body: nobody else has answered it."""
 
 
 Effect = Settle | Place | DropHedge | TakeHedge | Finish | End
@@ -197,7 +204,7 @@ Effect = Settle | Place | DropHedge | TakeHedge | Finish | End
 
 def may_be_hedged(course: Course) -> bool:
     """Whether a second attempt may begin beside the one that runs. After a loss the tries that are left are kept for losses."""
-    unhurt = not (course.was_hedged or course.was_lost or course.continuing)
+    unhurt = not (course.was_hedged or course.was_lost or course.continuing or course.body_refused)
     return course.stage is Stage.RUNNING and unhurt and course.attempt_count < ATTEMPTS_MAX
 
 
@@ -214,7 +221,7 @@ def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
             running = replace(course, stage=Stage.RUNNING, node_id=node_id, attempt_count=course.attempt_count + 1)
             return running, ()
         case Stage.PLACING, Unplaced():
-            return _over(course), (End(tells_loss=course.was_lost),)
+            return _over(course), (End(course.was_lost and not course.body_refused, tells_refusal=course.body_refused),)
         case Stage.PLACING, Abandoned():
             return _over(course), ()
         case Stage.RUNNING, Completed():
@@ -258,22 +265,30 @@ def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ..
     tells_loss = course.was_lost and (failure in {Failure.REFUSED, Failure.LOST} or (failure is Failure.UNFIT and course.continuing))
     if failure is Failure.REFUSED and not said.anything:
         course = replace(course, attempt_count=course.attempt_count - 1, refusal_count=course.refusal_count + 1)
+    if course.body_refused and not said.anything:
+        return _over(course), (Settle(), End(tells_loss=False, tells_refusal=failure is not Failure.UNFIT))
     is_spent = course.attempt_count >= ATTEMPTS_MAX or course.refusal_count >= REFUSALS_MAX or broke.seconds_left <= 0
+    if failure is Failure.UNFIT and not (said.anything or course.continuing or is_spent):
+        asked = replace(course, stage=Stage.PLACING, node_id=None, excluded=excluded, body_refused=True)
+        return asked, (Settle(), Place(excluded, continuing=False, if_spare=True))
     if failure in {Failure.FATAL, Failure.UNFIT} or is_spent:
         return _over(course), (Settle(), End(tells_loss))
     if said.anything and said.why_not is not None:
         return _over(course), (Settle(), End(tells_loss, said.why_not))
-    on = replace(course, stage=Stage.PLACING, node_id=None, excluded=excluded, was_lost=was_lost, continuing=said.anything)
+    on = replace(
+        course, stage=Stage.PLACING, node_id=None, excluded=excluded, was_lost=was_lost, continuing=said.anything, body_refused=False
+    )
     return on, (Settle(), Place(excluded, continuing=said.anything))
 
 
 def _after_hedged_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ...]]:
-    """The hedge goes on alone where the request would have begun anew; otherwise it ends with the first attempt."""
+    """The hedge goes on alone where the request would have gone to another node from its beginning; otherwise it ends with the first."""
     alone = replace(course, hedge_node_id=None)
-    if broke.failure in {Failure.REFUSED, Failure.LOST} and not broke.said.anything and broke.seconds_left > 0:
+    if broke.failure is not Failure.FATAL and not broke.said.anything and broke.seconds_left > 0:
         assert course.node_id is not None, "an attempt runs somewhere"
         excluded, was_lost = course.excluded | {course.node_id}, course.was_lost or broke.failure is Failure.LOST
-        taken = replace(alone, node_id=course.hedge_node_id, excluded=excluded, was_lost=was_lost)
+        is_unfit = broke.failure is Failure.UNFIT
+        taken = replace(alone, node_id=course.hedge_node_id, excluded=excluded, was_lost=was_lost, body_refused=is_unfit)
         return taken, (Settle(), TakeHedge(HedgeEnd.REPLACED))
     on, effects = _after_break(alone, broke)
     return on, (*_dropped(course, HedgeEnd.LOST if broke.said.anything else HedgeEnd.GIVEN_UP), *effects)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.relay import PassOn
     from potluck_protocol.clock import Clock
+    from potluck_protocol.errors import ErrorCode
     from potluck_protocol.values import NodeId, RequestId
 
 _log = structlog.get_logger()
@@ -67,8 +68,8 @@ _body_decoder: Final = msgspec.json.Decoder(dict[str, Any])
 
 _STEPS: Final = {True: StepKind.CONTINUED, False: StepKind.RESTARTED}
 
-BeginAttempt: TypeAlias = "Callable[[InferenceRequest, frozenset[NodeId]], Awaitable[Attempt]]"
-"""A dispatched attempt on none of these nodes, at once or after waiting for a slot; raises PotluckError where there is none."""
+BeginAttempt: TypeAlias = "Callable[[InferenceRequest, Place], Awaitable[Attempt]]"
+"""A dispatched attempt as the step wants it, at once or after waiting for a slot; raises PotluckError where there is none."""
 BeginHedge: TypeAlias = "Callable[[InferenceRequest, Attempt, frozenset[NodeId]], Hedge | None]"
 """A dispatched second attempt beside one that is late, on another node and none of these; None: it is not worth it."""
 
@@ -112,6 +113,9 @@ class Answer:
         self._splice: Splice | None = None
         self._made_end: bytes | None = None
         self._loss: PotluckError | None = None
+        self._refusal: PotluckError | None = None
+        self._errors: list[tuple[Attempt, ErrorCode]] = []
+        """Of the attempts that failed, while nothing is answered since."""
         self.node_ids: tuple[NodeId, ...] = ()
         """Whoever has had a part in it, in order; a node that would not take it had none."""
         self.document = b""
@@ -228,7 +232,7 @@ class Answer:
                 attempt = self._race.take(step.end)
             else:
                 try:
-                    attempt = await self._begin(self._asked_of(step), step.excluded)
+                    attempt = await self._begin(self._asked_of(step), step)
                 except PotluckError as error:
                     # Raises: without a replica there is nothing else to do.
                     await self._perform(Unplaced(), error=error)
@@ -242,6 +246,9 @@ class Answer:
             else:
                 # Whoever was outrun had no part in it.
                 self.node_ids = (*(() if step == TakeHedge(HedgeEnd.WON) else self.node_ids), attempt.node_id)
+                for failed, code in self._errors:
+                    failed.outdone(code)
+                self._errors.clear()
                 return
 
     async def _recover(self, attempt: Attempt, error: PotluckError) -> None:
@@ -256,6 +263,7 @@ class Answer:
         assert self._deadline_at is not None, "an attempt ran"
         seconds_left = self._deadline_at - self._clock.monotonic_seconds()
         self._note(StepKind.FAILED, error.message, node_id=attempt.node_id, attempt_id=attempt.attempt_id)
+        self._errors.append((attempt, error.code))
         step: Place | TakeHedge | None = None
         try:
             step = await self._perform(Broke(failure, judged, seconds_left), error=error, whole=judged.whole)
@@ -272,7 +280,9 @@ class Answer:
                 )
         if self._course.was_lost and self._loss is None:
             self._loss = error
-        if isinstance(step, Place):
+        if failure is Failure.UNFIT:
+            self._refusal = error
+        if isinstance(step, Place) and not step.if_spare:
             self._note(_STEPS[step.continuing], f"after {self._token_count} tokens" if step.continuing else "")
         return step
 
@@ -366,6 +376,8 @@ class Answer:
 
     def _ending(self, end: End, error: PotluckError) -> PotluckError:
         """What the client is told, and why nobody goes on."""
+        if end.tells_refusal and self._refusal is not None:
+            return self._refusal
         loss = self._loss if end.tells_loss and self._loss is not None else error
         if end.why is not None:
             return _with_words(loss, f"{loss.message} It cannot be continued elsewhere: {end.why}.")

@@ -1,10 +1,10 @@
-"""One attempt at a request: its relayed bytes, metered by `sse`, and paid for exactly once through the `ledger_writer`.
+"""One attempt at a request: its relayed bytes, watched by `sse`, and paid for exactly once through the `ledger_writer`.
 
 Decides when the attempt is over and what it came to: by the engine's own usage record where the answer is complete and has one, else by
-the tokens relayed of a stream; an unstreamed answer without a record costs nothing. Of one that went on from another's text, that text is
-no part of its price: who said it was paid for it. Nothing reaches the client before the hold stands; a hedge has none before it is read, so
-that no client has to have the price of an answer twice. It must not know who reads it, nor what becomes of the request when it fails:
-`answer`.
+the tokens relayed of a stream; an unstreamed answer without a record costs nothing. Neither costs more tokens than its text can have had,
+by `text_meter`. Of one that went on from another's text, that text is no part of its price: who said it was paid for it. Nothing reaches
+the client before the hold stands; a hedge has none before it is read, so that no client has to have the price of an answer twice. It must
+not know who reads it, nor what becomes of the request when it fails: `answer`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import structlog
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
 from potluck_coordinator.domain.pricing import believable, charge, charge_for_relayed
+from potluck_coordinator.domain.suspicion import AnswerKind
 from potluck_coordinator.gateway.engine_errors import engine_error
 from potluck_coordinator.gateway.splice import own_usage
 from potluck_coordinator.gateway.sse import UsageWatcher, usage_of_document
+from potluck_coordinator.gateway.text_meter import TextMeter
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.money import credits_text
+from potluck_protocol.values import Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +62,7 @@ class Attempt:
         release: gives the slot back; called once.
         take: opens the hold of one that has none.
         late_after_seconds: from its dispatch; without a first token by then it may be hedged. None: never.
+        on_outdone: called with its error where it answered one and another node an answer.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Attempt:
         release: Callable[[], None],
         take: Callable[[], asyncio.Future[LedgerOutcome]] | None = None,
         late_after_seconds: float | None = None,
+        on_outdone: Callable[[ErrorCode], None] = lambda _: None,
     ) -> None:
         self._request = request
         self._entry = entry
@@ -84,7 +89,11 @@ class Attempt:
         self._take = take
         self._ledger = ledger
         self._release = release
+        self._on_outdone = on_outdone
         self._watcher = UsageWatcher(keep_usage_event=request.include_usage)
+        self._meter = TextMeter(
+            is_chat=request.endpoint is Endpoint.CHAT_COMPLETIONS, answer_count=request.answer_count, tokens_max=self.completion_tokens_max
+        )
         self._pieces: deque[bytes] = deque()
         self._complete = False
         self._closed = False
@@ -132,8 +141,8 @@ class Attempt:
 
     @property
     def relayed_token_count(self) -> int:
-        """Of a stream, so far; of an unstreamed answer none."""
-        return self._watcher.token_count if self._request.stream else 0
+        """Of a stream, so far, if they had text; of an unstreamed answer none."""
+        return self._meter.relayed(self._watcher.token_count) if self._request.stream else 0
 
     @property
     def tokens_before(self) -> int:
@@ -186,6 +195,11 @@ class Attempt:
             self.was_outrun = True
             self._relay.fail(PotluckError(ErrorCode.NODE_LOST, "Another node gave the first token sooner."))
 
+    def outdone(self, code: ErrorCode) -> None:
+        """Another node has begun a good answer to what became of this attempt that error."""
+        if self._relay.answer_kind is AnswerKind.ERROR:
+            self._on_outdone(code)
+
     async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.
 
@@ -197,9 +211,7 @@ class Attempt:
         watched = None if pass_on is None else partial(self._watch, pass_on)
         try:
             while (data := await self._relay.next_data(watched)) is not None:
-                if passed := self._watcher.feed(data):
-                    if self.keep is not None:
-                        self.keep(passed)
+                if passed := self._fed(data):
                     return passed
                 watched = None  # the connection may be full by now
         except PotluckError as error:
@@ -208,6 +220,7 @@ class Attempt:
                 raise
         if not self._watcher.done:
             # llama.cpp ends so after an error of its own in the middle of an answer.
+            self._relay.fell_short = True
             raise PotluckError(ErrorCode.ENGINE_FAILED)
         await self._finish()
         return None
@@ -246,20 +259,24 @@ class Attempt:
 
     def _counted(self) -> Usage | None:
         """The engine's count, within what the answer can have had."""
-        if self._request.stream:
-            usage, tokens_bound = self._watcher.usage, self._watcher.tokens_bound
-        else:
-            usage, tokens_bound = usage_of_document(self.document), len(self.document)
-        tokens_max = min(tokens_bound, self.completion_tokens_max)
-        return None if usage is None else believable(usage, self._request.prompt_bytes + self.tokens_before, tokens_max)
+        usage = self._watcher.usage if self._request.stream else usage_of_document(self.document)
+        if usage is None:
+            return None
+        asked = min(usage.completion_token_count, self.completion_tokens_max)
+        tokens_max = self._meter.counted(asked) if self._request.stream else self._meter.counted_of_document(self.document, asked)
+        return believable(usage, self._request.prompt_bytes + self.tokens_before, tokens_max)
+
+    def _fed(self, data: bytes) -> bytes:
+        """What the client gets of it, which may be nothing."""
+        if passed := self._watcher.feed(data):
+            self._meter.add(passed)
+            if self.keep is not None:
+                self.keep(passed)
+        return passed
 
     def _watch(self, pass_on: PassOn, data: bytes) -> bool:
-        passed = self._watcher.feed(data)
-        if not passed:
-            return True
-        if self.keep is not None:
-            self.keep(passed)
-        return pass_on(passed)
+        passed = self._fed(data)
+        return pass_on(passed) if passed else True
 
     async def _next_of_document(self) -> bytes | None:
         if not self._complete:

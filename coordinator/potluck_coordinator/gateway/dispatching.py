@@ -104,9 +104,8 @@ class Dispatching:
         """
         session = self._links.session(replica.node_id)
         assert session is not None, "placement saw the session in this same turn of the loop"
-        attempt_id, now = self._books.new_attempt_id(), self._clock.monotonic_seconds()
+        attempt_id, now, amount = self._books.new_attempt_id(), self._clock.monotonic_seconds(), _hold_of(request, entry)
         relay = self._send(attempt_id, request, replica, session=session, tried=tried)
-        amount = _hold_of(request, entry)
         opening = partial(self._hold, attempt_id, request.account_id, replica.replica_id, session.owner_account_id, amount)
         finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
         charged: list[float] = []
@@ -144,6 +143,7 @@ class Dispatching:
             release=release,
             take=take,
             late_after_seconds=self._links.measures.foresee(attempt_id, replica),
+            on_outdone=partial(self._outdone, session, replica.replica_id),
         )
         deadline = self._expiring(attempt, now, finish)
         self._quarantine.begin(attempt_id, session.node_id, request)
@@ -159,6 +159,10 @@ class Dispatching:
         session.start(start, relay, now, request, tried)
         self._links.node_changed(session.node_id)
         return relay
+
+    def _outdone(self, session: NodeSession, replica_id: ReplicaId, code: ErrorCode) -> None:
+        self._links.suspicions.outdone(session, replica_id, code)
+        self._links.node_changed(session.node_id)
 
     def _expiring(self, attempt: Attempt, now: float, finish: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(max(0.0, attempt.deadline_at_seconds - now), self._expire, attempt, finish)

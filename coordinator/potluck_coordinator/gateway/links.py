@@ -186,8 +186,8 @@ class Links:
         case their engine dies, would take memory.
         """
         relay = session.attempts.get(attempt_id)
-        if relay is not None and relay.was_answered:
-            self.suspicions.succeeded(replica_id)
+        if relay is not None and attempt_id not in self._probing.attempt_ids:
+            self.suspicions.over(session, replica_id, relay.answer_kind)
         if session.is_at_engine(attempt_id):
             self._leavers.left(replica_id, session.requests[attempt_id].fingerprint(self.culprits))
         session.finish(attempt_id, replica_id)

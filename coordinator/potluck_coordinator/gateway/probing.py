@@ -1,4 +1,4 @@
-"""Real requests of one token to suspected replicas, so that they can show that they work again.
+"""Real requests of one token to suspected and doubted replicas, so that they can show whether they work.
 
 Decides what is asked, how long the answer may take, and that a probe is an attempt like any other but for the money: nobody pays, and
 nobody earns a token, so that no replica gains by failing. Each is worded anew, so that no cache answers it, and a death that comes with it
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from potluck_coordinator.domain.suspicion import Standing
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.relay import Relay
-from potluck_protocol.errors import PotluckError
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, AttemptId, Endpoint, ReplicaId, RequestId, StartAttempt
 
 if TYPE_CHECKING:
@@ -69,8 +70,12 @@ class Probing:
             return
         for session in sessions:
             for view in session.replica_views():
-                if view.replica_id in due and _can_be_probed(session, view):
+                if view.replica_id in due and _can_be_probed(session, view) and self._has_room(view):
                     self._start(session, view)
+
+    def _has_room(self, view: ReplicaView) -> bool:
+        """One that serves on may have no slot for it: its refusal would show nothing."""
+        return view.in_flight_count < view.slot_count or self._suspicions.standing(view.replica_id) is Standing.SUSPECTED
 
     async def stop(self) -> None:
         """Gives up those on their way."""
@@ -87,13 +92,15 @@ class Probing:
     async def _probe(self, session: NodeSession, view: ReplicaView) -> None:
         attempt_id = AttemptId(f"probe_{secrets.token_hex(8)}")
         self.attempt_ids.add(attempt_id)
-        succeeded = False
+        succeeded = answered = False
         try:
             relay = self._dispatched(session, view, attempt_id)
             async with asyncio.timeout(PROBE_SECONDS_MAX):
-                succeeded = await _is_answered(relay)
-        except (PotluckError, TimeoutError):
+                succeeded, answered = await _is_answered(relay), True
+        except TimeoutError:
             pass
+        except PotluckError as error:
+            answered = error.code is ErrorCode.ENGINE_FAILED
         except Exception:  # noqa: BLE001 - whatever it is, it is told
             # A fault of ours counts as a probe that failed: one that counted as none would be due again at every look.
             _log.exception("probe_broke", replica_id=view.replica_id, node_id=view.node_id)
@@ -101,7 +108,7 @@ class Probing:
             self._finish(session, attempt_id, view.replica_id)
             self.attempt_ids.discard(attempt_id)
         _log.info("replica_probed", replica_id=view.replica_id, node_id=view.node_id, succeeded=succeeded)
-        self._suspicions.probed(view.replica_id, succeeded=succeeded)
+        self._suspicions.probed(view.replica_id, succeeded=succeeded, answered=answered)
 
     def _dispatched(self, session: NodeSession, view: ReplicaView, attempt_id: AttemptId) -> Relay:
         endpoint = view.endpoints[0]

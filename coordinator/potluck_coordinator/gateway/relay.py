@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import structlog
 
 from potluck_coordinator.domain.stall import FIRST_TOKEN_SEQUENCE
+from potluck_coordinator.domain.suspicion import kind_of
 from potluck_coordinator.gateway.sse import keeps_alive_only
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EndReason, ResumePoint
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from potluck_coordinator.domain.stall import GapCounts
+    from potluck_coordinator.domain.suspicion import AnswerKind
 
 PassOn: TypeAlias = "Callable[[bytes], bool]"
 """Takes bytes for the client at once, whatever it returns: whether it would take more behind them."""
@@ -67,6 +69,7 @@ class Relay:
         "_taken_sequence",
         "_waiter",
         "attempt_id",
+        "fell_short",
         "first_chunk_at",
         "gap_counts",
         "head",
@@ -80,6 +83,8 @@ class Relay:
         self.attempt_id = attempt_id
         self.window_bytes = window_bytes
         self.head: AnswerHead | None = None
+        self.fell_short = False
+        """Whoever read it found that its end came before the answer's."""
         self.next_sequence = 0
         self.received_bytes = 0
         self.last_chunk_at = started_at
@@ -110,9 +115,13 @@ class Relay:
         return self._ended_by_node
 
     @property
-    def was_answered(self) -> bool:
-        """The engine answered to its end, whatever the answer was."""
-        return self._end is EndReason.COMPLETED
+    def answer_kind(self) -> AnswerKind | None:
+        """What the answer says of its engine; None: nothing, as where it was broken off, whoever did that."""
+        if self._error is not None:
+            return None
+        ended = self._end is EndReason.COMPLETED
+        status = None if self.head is None else self.head.http_status
+        return kind_of(status, ended=ended, fell_short=self.fell_short or (ended and not self.received_bytes))
 
     @property
     def resume_point(self) -> ResumePoint:

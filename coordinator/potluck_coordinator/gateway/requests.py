@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.admission import AdmissionLimits
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.domain.hedging import HedgeEnd
+    from potluck_coordinator.domain.requests import Place
     from potluck_coordinator.gateway.attempt import Attempt
     from potluck_coordinator.gateway.dispatching import Books
     from potluck_coordinator.gateway.gate import Visit
@@ -146,8 +147,10 @@ class RequestService:
         arrived_at = self._clock.monotonic_seconds()
         entry, visit = self._let_in(request)
 
-        async def begin(asked: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
-            return await self.queues.slot(asked, entry, excluded, self._clock.monotonic_seconds() - arrived_at)
+        async def begin(asked: InferenceRequest, place: Place) -> Attempt:
+            if place.if_spare:
+                return self._begin_if_spare(entry, asked, place.excluded)
+            return await self.queues.slot(asked, entry, place.excluded, self._clock.monotonic_seconds() - arrived_at)
 
         answer = Answer(
             visit.request,
@@ -165,6 +168,15 @@ class RequestService:
             await answer.close()
             raise
         return answer
+
+    def _begin_if_spare(self, entry: CatalogueEntry, request: InferenceRequest, excluded: frozenset[NodeId]) -> Attempt:
+        """An attempt at what an engine has refused: most such requests are at fault themselves, and nobody waits longer for them."""
+        placement = self.queues.spare(request, excluded)
+        if placement is None or placement.chosen is None:
+            raise PotluckError(ErrorCode.NO_CAPACITY)
+        words = "another engine is asked whether it takes the request"
+        self.decisions.note(request, StepKind.RESTARTED, words, node_id=placement.chosen.node_id, placement=placement)
+        return self.dispatching.dispatch(request, entry, placement.chosen, excluded)
 
     def announce(self, request: InferenceRequest) -> Callable[[], None]:
         """Refuses at once, and without a word to the books, what `begin` would refuse at once.

@@ -18,9 +18,7 @@ EVENT_END: Final = b"\n\n"
 DONE: Final = b"[DONE]"
 _NO_TEXT: Final = frozenset({b"null", b'""', b"[]", b"{}"})
 _LOOKED_AT_MIN: Final = 2
-"""Events with text that are taken apart, for what stands around a text: the first one may name the role, too."""
-UNSEEN_TOKENS_MAX: Final = 64
-"""Of an answer: special tokens, and what a server takes away around a tool's call."""
+"""Events with text that are taken apart: around them stand those that name the role and say nothing."""
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(le=2**53)]
 """More is no count, and the record that has it none."""
@@ -61,26 +59,16 @@ class UsageWatcher:
         keep_usage_event: the client asked for the usage event itself; otherwise it is taken out. Everything else leaves as it came.
     """
 
-    __slots__ = ("_around_bytes", "_event_bytes", "_keep_usage_event", "done", "token_count", "usage")
+    __slots__ = ("_keep_usage_event", "done", "token_count", "usage")
 
     def __init__(self, *, keep_usage_event: bool) -> None:
         self._keep_usage_event = keep_usage_event
         self.usage: Usage | None = None
         """The engine's own count, from the last record seen."""
         self.token_count = 0
-        """Events that carried text, an estimate: what an answer that breaks off is charged by, for want of the engine's count."""
-        self._event_bytes = 0
-        """Of those events."""
-        self._around_bytes: int | None = None
-        """Of one of them that are not its text, the least that was seen."""
+        """Events that seemed to carry text, an estimate: what an answer that breaks off is charged by, for want of the engine's count."""
         self.done = False
         """The engine said `[DONE]`: the answer is complete."""
-
-    @property
-    def tokens_bound(self) -> int:
-        """More than these the answer cannot have had, whatever its engine counts: each left a byte of text or an event behind."""
-        text_bytes = self._event_bytes - self.token_count * (self._around_bytes or 0)
-        return max(self.token_count, text_bytes) + UNSEEN_TOKENS_MAX
 
     def feed(self, data: bytes) -> bytes:
         """Takes whole events; gives what the client is to get: the same object, unless an event was dropped. May be empty."""
@@ -94,7 +82,6 @@ class UsageWatcher:
         ):
             # Only events that carry data: pings and bare newlines are no tokens. Inside a JSON string a newline is escaped.
             self.token_count += data.count(b"\ndata:") + data.startswith(b"data:")
-            self._event_bytes += len(data)
             return data
         return self._examine(data)
 
@@ -125,12 +112,7 @@ class UsageWatcher:
         if content.usage is not None:
             self.usage = _usage(content.usage)
         choices = content.choices or ()
-        if text_bytes := sum(map(_text_bytes, choices)):
-            self.token_count += 1
-            event_bytes = len(event) + len(EVENT_END)
-            self._event_bytes += event_bytes
-            around_bytes = event_bytes - text_bytes
-            self._around_bytes = around_bytes if self._around_bytes is None else min(self._around_bytes, around_bytes)
+        self.token_count += any(map(_says_something, choices))
         return bool(choices) or content.usage is None or self._keep_usage_event
 
 
@@ -164,7 +146,7 @@ def _usage(record: _UsageRecord) -> Usage:
     )
 
 
-def _text_bytes(choice: _Choice) -> int:
-    """How much a choice brings that was generated; the role and the reason of the end were not."""
+def _says_something(choice: _Choice) -> bool:
+    """Whether it brings anything that was generated; the role and the reason of the end were not."""
     parts = (bytes(value) for name, value in (choice.delta or {}).items() if name != "role")
-    return len((choice.text or "").encode()) + sum(len(part) for part in parts if part not in _NO_TEXT)
+    return bool(choice.text) or any(part not in _NO_TEXT for part in parts)

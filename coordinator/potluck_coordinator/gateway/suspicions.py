@@ -1,8 +1,8 @@
 """What is held against the replicas of this gateway's nodes, whichever session they are of: a node that comes back is no other one.
 
 Decides which ends of attempts speak for or against a replica: a node lost, a stall, an answer broken off by an engine that blames no
-request. What follows is `domain.suspicion`'s. Neither what a client or its request did, nor an owner's pause, nor a silence that may be the
-coordinator's own counts. It must not know links; `probing` makes the probes.
+request, an error where another node answers. What follows is `domain.suspicion`'s. Neither what a client or its request did, nor an owner's
+pause, nor a silence that may be the coordinator's own counts. It must not know links; `probing` makes the probes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from potluck_coordinator.domain.suspicion import (
+    AnswerKind,
     Standing,
     Suspicion,
+    after_error,
     after_failure,
     after_probe,
     after_refusal,
@@ -21,6 +23,7 @@ from potluck_coordinator.domain.suspicion import (
     is_forgotten,
     probe_is_due,
 )
+from potluck_protocol.errors import ErrorCode
 from potluck_protocol.values import NodeState
 
 if TYPE_CHECKING:
@@ -67,15 +70,32 @@ class Suspicions:
         for replica_id in session.unanswered():
             self.failed(replica_id)
 
-    def succeeded(self, replica_id: ReplicaId) -> None:
-        """An attempt of the replica was answered to its end."""
-        if (suspicion := self._suspicions.get(replica_id)) is not None:
-            self._put(replica_id, after_success(suspicion))
+    def over(self, session: NodeSession, replica_id: ReplicaId, answer: AnswerKind | None) -> None:
+        """A client's attempt is over, and that is what its engine answered."""
+        match answer:
+            case AnswerKind.GOOD if (suspicion := self._suspicions.get(replica_id)) is not None:
+                self._put(replica_id, after_success(suspicion))
+            case AnswerKind.BUSY:
+                self.refused(session, replica_id)
+            case AnswerKind.ERROR:
+                self._put(replica_id, after_error(self._suspicions.get(replica_id, Suspicion()), self._now()))
 
-    def probed(self, replica_id: ReplicaId, *, succeeded: bool) -> None:
+    def outdone(self, session: NodeSession, replica_id: ReplicaId, code: ErrorCode) -> None:
+        """Another node answers what this replica had that error for: then it was not the request.
+
+        What one engine takes for nonsense another may know how to answer, so refusals count only while nothing else is answered. That
+        contexts differ in length is no fault.
+        """
+        match code:
+            case ErrorCode.ENGINE_FAILED:
+                self.failed(replica_id)
+            case ErrorCode.INVALID_REQUEST:
+                self.refused(session, replica_id)
+
+    def probed(self, replica_id: ReplicaId, *, succeeded: bool, answered: bool) -> None:
         """What a probe has shown."""
         if (suspicion := self._suspicions.get(replica_id)) is not None:
-            self._put(replica_id, after_probe(suspicion, self._now(), succeeded=succeeded))
+            self._put(replica_id, after_probe(suspicion, self._now(), succeeded=succeeded, answered=answered))
 
     def due(self) -> Iterable[ReplicaId]:
         """Those to be probed now; what was held against others and is old is forgotten."""
