@@ -66,7 +66,7 @@ def ask_in_every_way(pool):
         chat(LLAMACPP_MODEL, messages=too_long),
         chat(LLAMACPP_MODEL, tools=PROMPT_CANARY),
         # llama.cpp quotes these two on its standard error.
-        chat(LLAMACPP_MODEL, grammar=f'root ::= "{PROMPT_CANARY}" ((('),
+        chat(LLAMACPP_MODEL, grammar=f'root ::= "{PROMPT_CANARY}" <{PROMPT_CANARY}>'),
         chat(LLAMACPP_MODEL, response_format={"type": "json_schema", "json_schema": {"schema": {"type": PROMPT_CANARY}}}),
         chat(PROMPT_CANARY),
         chat(MODEL, temperature=PROMPT_CANARY),

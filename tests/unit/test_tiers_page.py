@@ -14,7 +14,7 @@ from openai._constants import MAX_RETRY_AFTER_DELAY as OPENAI_WAITS_SECONDS_MAX
 from typer.testing import CliRunner
 
 from potluck.commands.root import build_app
-from potluck_coordinator.domain import admission, fairness, tiers
+from potluck_coordinator.domain import admission, fairness, grammar_readings, grammar_stacks, grammar_walk, schema_branches, tiers
 from potluck_coordinator.gateway import grammar_bounds, openai_request
 from potluck_coordinator.gateway.openai_errors import http_error
 from potluck_coordinator.gateway.rate_windows import Allowance, rate_headers
@@ -87,6 +87,11 @@ def test_what_the_page_tells_of_a_request_too_many_follows_from_the_defaults():
         f"{grammar_bounds.REPEAT_MAX} repetitions",
         f"{grammar_bounds.CHOICE_COUNT_MAX} choices",
         f"{grammar_bounds.TOOL_COUNT_MAX} tools with {grammar_bounds.TOOLS_BYTES_MAX} bytes",
+        f"{grammar_stacks.STACKS_MAX} ways open at one place",
+        f"{grammar_readings.READINGS_MAX} readings of one text of {grammar_readings.TOKEN_CHARACTERS} characters",
+        f"ends after {grammar_walk.STEPS_MAX} steps",
+        f"may begin in {schema_branches.BRANCHES_MAX} ways, {schema_branches.OPTIONAL_MAX} properties",
+        f"in each other up to {grammar_stacks.STACKS_MAX} times",
         f"{openai_request.STOP_COUNT_MAX} stop sequences",
         f"{openai_request.ANSWER_COUNT_MAX} answers",
         f"never more than {admission.AdmissionLimits().retry_after_seconds_max:.0f} s",

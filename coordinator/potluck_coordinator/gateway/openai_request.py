@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from potluck_coordinator.domain.grammar_walk import Steps
 from potluck_coordinator.domain.tiers import AskedTier
 from potluck_coordinator.gateway.grammar_bounds import ABSENT, TOOL_COUNT_MAX, TOOLS_BYTES_MAX, Guides, check_guides, check_schema
 from potluck_coordinator.gateway.inference_request import NO_CALLER, Caller, InferenceRequest
@@ -282,12 +283,12 @@ def _check_response_format(response_format: _ResponseFormat | None) -> None:
 
 def _check_tools(tools: list[_Tool]) -> None:
     """An engine makes a grammar of them, and they stand in the prompt, too."""
-    size_bytes = 0
+    size_bytes, steps = 0, Steps()
     for index, tool in enumerate(tools):
         function = tool.function or _Function("")
         size_bytes += len(function.description or "")
         for schema, param in ((function.parameters, "function.parameters"), (tool.custom, "custom")):
-            check_schema(schema, f"tools[{index}].{param}")
+            check_schema(schema, f"tools[{index}].{param}", steps)
             size_bytes += len(bytes(schema))
     if size_bytes > TOOLS_BYTES_MAX:
         message = f"`tools` has more than {TOOLS_BYTES_MAX} bytes of descriptions and parameters."
