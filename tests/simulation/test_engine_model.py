@@ -114,6 +114,29 @@ def test_an_engine_without_paging_dies_of_a_full_cache() -> None:
     assert bench.happened[-1][1] is Happening.DIED
 
 
+@pytest.mark.parametrize("when_full", list(WhenFull))
+def test_what_an_empty_cache_has_no_room_for_never_runs(when_full: WhenFull) -> None:
+    engine = Engine(EngineModel(1000, 0.02, 0.001, kv_tokens=500, when_full=when_full), 0.0)
+    for prompt_tokens in (20_000, 500):
+        assert not engine.submit(Sequence(None, prompt_tokens, 50), 0.0)
+    assert engine.due_seconds() == math.inf
+    assert engine.kv_tokens == 0
+
+
+@pytest.mark.parametrize("when_full", list(WhenFull))
+def test_an_answer_takes_its_time_and_ends_where_the_context_does(when_full: WhenFull) -> None:
+    bench = Bench(EngineModel(1000, 0.02, 0.001, kv_tokens=500, prefill_chunk_tokens=100, when_full=when_full))
+    sequence = bench.submit(450, 200)
+    bench.run()
+
+    assert sequence.tokens_before == 50
+    assert bench.at(Happening.FINISHED, sequence) - bench.at(Happening.FIRST_TOKEN, sequence) == pytest.approx(49 * 0.021)
+    # A context that is shorter than the cache ends it sooner.
+    engine = Engine(bench.engine.model, 0.0, context_tokens=460)
+    assert engine.submit(short := Sequence(None, 450, 200), 0.0)
+    assert short.to_go == 10
+
+
 def own(key: str, tokens: int) -> Prefix:
     """A session's, which has all that it said so far."""
     return Prefix(key, tokens, grows=True)

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from potluck_coordinator.simulation import books, coordinator_model
+from potluck_coordinator.simulation import books, coordinator_model, faults, lease_model, ours_pool
+from potluck_coordinator.simulation.agenda import Agenda
 from potluck_coordinator.simulation.asking import Outcome
-from potluck_coordinator.simulation.invariants import Invariant
+from potluck_coordinator.simulation.invariants import Invariant, Invariants
+from potluck_coordinator.simulation.lease_record import LATE_SECONDS, MARGIN_SECONDS, LeaseRecord
 from potluck_coordinator.simulation.policies import NAMES
-from tests.simulation.fault_mix import world
+from potluck_coordinator.simulation.world import World
+from potluck_protocol.values import NodeId
+from tests.simulation.fault_mix import FAULTS, fault_mix, world
 
 SEED_COUNT = 500
 SEEDS_A_TEST = 25
@@ -64,6 +68,88 @@ def breaks(*seeds: int, seconds: float = 90.0, **planted: object) -> set[Invaria
 def test_a_coordinator_that_believes_ghosts_is_found() -> None:
     # The fence between a session and its ghosts is left open.
     assert Invariant.GHOST_LEASE in breaks(*range(3), seconds=600, is_current=lambda session, epoch: True)
+
+
+def test_a_coordinator_that_never_gives_a_lease_up_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its sessions stay open, so that its own fence sees nothing wrong.
+    monkeypatch.setattr(lease_model, "end_of_session", lambda *_: None)
+    assert Invariant.GHOST_LEASE in breaks(*range(3), seconds=600)
+
+
+def test_the_record_of_leases_judges_by_its_own_clock_what_counts_and_what_is_paid() -> None:
+    agenda, invariants, node_id = Agenda(), Invariants(), NodeId("home")
+    doubts = [0.0]
+    record = LeaseRecord(agenda, invariants, 15.0, lambda: doubts[0])
+
+    def ghosts(at: float, epoch: int) -> int:
+        before = invariants.counts[Invariant.GHOST_LEASE]
+        record.counted(node_id, epoch, at)
+        return invariants.counts[Invariant.GHOST_LEASE] - before
+
+    assert ghosts(0.0, 1) == 1
+    record.granted(node_id, 1)
+    assert ghosts(100.0, 1) == 0
+    record.silent(node_id, 100.0, lambda: False)
+    assert [ghosts(115.0 + LATE_SECONDS + late, 1) for late in (-0.1, 0.1)] == [0, 1]
+    # A coordinator in doubt evicts nobody.
+    doubts[0] = 200.0
+    assert ghosts(200.0, 1) == 0
+    record.renewed(node_id, 1)
+    assert ghosts(300.0, 1) == 0
+    record.ended(node_id, 1)
+    assert ghosts(300.0, 1) == 1
+    record.granted(node_id, 2)
+    assert (ghosts(301.0, 1), ghosts(301.0, 2)) == (1, 0)
+
+    # What came without a lease is paid by nobody.
+    found = invariants.counts[Invariant.GHOST_LEASE]
+    record.earned(node_id, 2, 7, 40, 302.0)
+    record.paid(7, 40, 303.0)
+    assert invariants.counts[Invariant.GHOST_LEASE] == found
+    record.earned(node_id, 1, 8, 40, 302.0)
+    record.paid(8, 40, 303.0)
+    assert invariants.counts[Invariant.GHOST_LEASE] == found + 1
+
+
+def test_a_node_that_works_on_without_a_lease_is_found_once_it_could_have_known() -> None:
+    for works, heard_at, found in ((True, None, 1), (False, None, 0), (True, 10.0, 0)):
+        agenda, invariants = Agenda(), Invariants()
+        record = LeaseRecord(agenda, invariants, 15.0, lambda: 0.0)
+        record.granted(NodeId("home"), 1)
+        record.silent(NodeId("home"), 0.0, lambda works=works: works)
+        if heard_at is not None:
+            agenda.at(heard_at, record.renewed, NodeId("home"), 1)
+        agenda.run_until(15.0 + MARGIN_SECONDS - 0.1)
+        assert invariants.break_count == 0
+        agenda.run_until(15.0 + MARGIN_SECONDS + 0.1)
+        assert invariants.break_count == found
+
+
+def skewed(skew_max: float, monkeypatch: pytest.MonkeyPatch) -> tuple[set[Invariant], list[tuple[float, ...]]]:
+    """Worlds in which every clock runs wrong by so much at most and lines break for longer than a lease; what broke, and when all ended."""
+    monkeypatch.setattr(faults, "SKEW_MAX", skew_max)
+    scenario = replace(fault_mix(300.0), faults=replace(FAULTS, cut_seconds=20, skewed_share=1.0))
+    found: set[Invariant] = set()
+    ends: list[tuple[float, ...]] = []
+    for seed in range(4):
+        played = World(scenario, "ours", seed)
+        played.run()
+        found |= set(played.invariants.counts)
+        ends.append(tuple(request.ended_at for request in played.requests))
+    return found, ends
+
+
+def test_clocks_that_run_a_twentieth_wrong_change_what_happens_and_no_node_outlives_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    skew_max = faults.SKEW_MAX
+    right, wrong = skewed(0.0, monkeypatch), skewed(skew_max, monkeypatch)
+
+    assert not right[0]
+    assert not wrong[0]
+    assert all(one != other for one, other in zip(right[1], wrong[1], strict=True))
+
+
+def test_clocks_that_run_wronger_than_the_margin_allows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Invariant.GHOST_LEASE in skewed(0.3, monkeypatch)[0]
 
 
 @pytest.mark.parametrize(("shift", "invariant"), [(-1, Invariant.TOKEN_REPEATED), (1, Invariant.TOKEN_LOST)])
@@ -119,6 +205,13 @@ def test_a_queue_that_nobody_serves_is_found() -> None:
         played.run()
         found |= set(played.invariants.counts)
     assert found == {Invariant.IDLE_WHILE_WAITING}
+
+
+@pytest.mark.parametrize("slot_count_used", [1, 3])
+def test_a_coordinator_that_uses_some_of_its_slots_only_is_found(slot_count_used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of five: each node has something to do all the time, and room for more.
+    monkeypatch.setattr(ours_pool, "slots_in_pace", lambda slot_count, *_: min(slot_count, slot_count_used))
+    assert breaks(*range(4)) == {Invariant.IDLE_WHILE_WAITING}
 
 
 def waits(policy, request, now):

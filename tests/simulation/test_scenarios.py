@@ -106,6 +106,10 @@ def test_a_large_pool_costs_less_than_its_share_of_a_minute() -> None:
         ({"users": [{"name": "u"}]}, "one of requests_per_second, sessions_per_hour and people"),
         ({"users": [{"name": "u", "requests_per_second": 1, "tier": "gold"}]}, "users[0].tier is flex, default, not 'gold'"),
         ({"users": [{"name": "u", "requests_per_second": 1, "hourly": [1, 2]}]}, "users[0].hourly has 24 factors"),
+        (
+            {"users": [{"name": "u", "requests_per_second": 1, "prompt_tokens": 7900, "shared_prefix_tokens": 100}]},
+            "users 'u' send prompts of 8000 tokens in the mean, and no node has a context and a cache (kv_tokens) for more than 8000",
+        ),
         ({"policies": ["best"]}, "policies[0] is round-robin, "),
         ({"faults": {"slow_share": 2}}, "faults.slow_share is a share from 0 to 1, not 2"),
         ({"warm_up_seconds": 4000}, "warm_up_seconds is 4000, and the scenario lasts 3600 s"),

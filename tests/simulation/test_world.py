@@ -54,3 +54,23 @@ def test_a_better_line_and_a_faster_card_are_noticed() -> None:
 
     assert (found[0].first_token_seconds.p50 or 0) > 2 * (found[1].first_token_seconds.p50 or 0)
     assert (found[0].token_seconds.p50 or 0) > 2 * (found[1].token_seconds.p50 or 0)
+
+
+def test_a_prompt_that_no_context_takes_is_refused_at_once_and_one_that_a_larger_takes_goes_there() -> None:
+    small, large = EngineModel(2500, 0.02, 0.001, kv_tokens=600), EngineModel(2500, 0.02, 0.001, kv_tokens=40_000)
+    users = Users("people", 5, requests_per_second=0.3, prompt_tokens=1000, prompt_spread=1.0, answer_tokens_max=400, retries_max=3)
+    nodes = (NodeClass("small", 2, small), NodeClass("large", 1, large, slot_count=30, context_tokens=2000))
+    for policy in ("ours", "round-robin"):
+        world = World(Scenario("two", "", 0.2, nodes, (users,), queue_wait_seconds=60), policy, 1)
+        figures = world.run()
+        too_long = [request for request in world.requests if request.outcome is Outcome.TOO_LONG]
+
+        assert figures.too_long_count == len(too_long) > 10
+        assert all(request.ended_at == request.arrived_at for request in too_long if request.prompt_tokens >= 2000)
+        assert all(not request.delivered_tokens for request in too_long)
+        assert not figures.breaks
+        # Who balances by counts alone sends to engines what these refuse.
+        assert min(request.prompt_tokens for request in too_long) >= (2000 if policy == "ours" else 600)
+        served = [request for request in world.requests if request.outcome is Outcome.SERVED]
+        cut = [request for request in served if request.delivered_tokens < request.answer_tokens]
+        assert all(request.prompt_tokens + request.delivered_tokens in {600, 2000} for request in cut)

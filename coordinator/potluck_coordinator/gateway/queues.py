@@ -22,7 +22,7 @@ from potluck_coordinator.domain.admission import (
     Waiting,
     admit,
     beside,
-    has_free_slots,
+    is_half_empty,
     is_hopeless,
     is_promised,
     predicted_wait_seconds,
@@ -382,7 +382,7 @@ class Queues:
         ahead = (line.ahead_of(request, counts_expected=False) if ahead is None else ahead) + waits
         is_full = self._bounds.are_reached(line, request, waits.count)
         work, reading_seconds = self._expectations.work(request), math.inf
-        if has_free_slots(capacity, ahead) and self._may_fill(line, request, now):
+        if is_half_empty(capacity, ahead) and self._may_fill(line, request, now):
             held = line.held_for.request if line.held_for else None
             reading_seconds = self._placing.reading_seconds(request, excluded, work, held)
         return ModelLoad(capacity, work.wanted_tokens, ahead, line.pace(now), reading_seconds, is_full=is_full)

@@ -19,6 +19,8 @@ class Outcome(StrEnum):
     SERVED = "served"
     REFUSED = "refused"
     """At once, with a time to come back."""
+    TOO_LONG = "too long"
+    """At once, for good: no context has room for its prompt."""
     FAILED = "failed"
     """With an error, after it had been accepted."""
     LEFT = "left"

@@ -29,11 +29,14 @@ from potluck_coordinator.gateway.relay import Relay
 from potluck_coordinator.simulation.agenda import Agenda
 from potluck_coordinator.simulation.asking import Outcome, Request
 from potluck_coordinator.simulation.books import Books, price
+from potluck_coordinator.simulation.conserving import Conserving
 from potluck_coordinator.simulation.invariants import Invariants
 from potluck_coordinator.simulation.lease_model import Session, Watch
+from potluck_coordinator.simulation.lease_record import LeaseRecord
 from potluck_coordinator.simulation.link_model import Frame, Work
 from potluck_coordinator.simulation.node_model import Node
 from potluck_coordinator.simulation.policy import Attempt, Go, Hold, Policy, Refuse, Verdict
+from potluck_coordinator.simulation.scenario import Scenario
 from potluck_protocol.values import AccountId, AttemptId, EndReason, NodeId
 
 WINDOW_BYTES: Final = 1 << 30
@@ -48,17 +51,25 @@ class CoordinatorModel:
     """One coordinator with one policy. `ended` is called with every request that is over for its client."""
 
     def __init__(
-        self, agenda: Agenda, policy: Policy, invariants: Invariants, limits: LivenessLimits, ended: Callable[[Request], None]
+        self,
+        agenda: Agenda,
+        policy: Policy,
+        invariants: Invariants,
+        limits: LivenessLimits,
+        scenario: Scenario,
+        record: LeaseRecord,
+        ended: Callable[[Request], None],
     ) -> None:
         self._agenda = agenda
         self._policy = policy
         self._invariants = invariants
         self._ended = ended
+        self._request_tokens_max = scenario.request_tokens_max
         self._watch = Watch(agenda, policy, limits, lambda: self.open_count, self._lost, self._close_session)
+        self._record = record
         self.books = Books(invariants)
         self.sessions: dict[NodeId, Session] = {}
-        self.idle: dict[NodeId, Session] = {}
-        """Open sessions without an attempt, the longest idle first."""
+        self._conserving = Conserving(policy.beliefs, self.sessions, invariants, scenario)
         self.attempts: dict[int, Attempt] = {}
         self.open_count = 0
         """Of the sessions."""
@@ -69,6 +80,11 @@ class CoordinatorModel:
         self._charged: dict[int, int] = {}
         self._attempt_number = 0
 
+    @property
+    def doubted_at(self) -> float:
+        """When it last doubted itself, and evicted nobody."""
+        return self._watch.doubted_at
+
     # Clients.
 
     def arrive(self, request: Request) -> None:
@@ -76,6 +92,11 @@ class CoordinatorModel:
         now = self._agenda.now
         if now < self.down_until:
             self._end(request, Outcome.FAILED, self.down_until - now + 1.0)
+            return
+        if request.prompt_tokens >= self._request_tokens_max:
+            # As the live gateway does: no node could ever take it.
+            self._advance(request, Unplaced())
+            self._end(request, Outcome.TOO_LONG)
             return
         self._agenda.after(request.patience_seconds, self._patience_over, request)
         # Whoever waits comes first.
@@ -90,6 +111,7 @@ class CoordinatorModel:
                 request.waiting = True
                 self.serve_waiting()
             case Refuse():
+                self._conserving.refused(request, self._agenda.now)
                 self._refuse(request, verdict)
 
     def _refuse(self, request: Request, refusal: Refuse) -> None:
@@ -103,11 +125,15 @@ class CoordinatorModel:
 
     def sweep(self) -> None:
         """Every second: those that waited for too long, and whoever can be served although nothing happened."""
-        for request, refusal in self._policy.sweep(self._agenda.now):
+        self._policy.heard(self._agenda.now)
+        self.serve_waiting()
+        sent_away = self._policy.sweep(self._agenda.now)
+        self._conserving.sent_away([request for request, _ in sent_away], self._agenda.now)
+        for request, refusal in sent_away:
             request.waiting = False
             self._refuse(request, refusal)
         self.serve_waiting()
-        self._check_idle()
+        self._conserving.look(self._policy.waiting(), self._agenda.now)
 
     def _patience_over(self, request: Request) -> None:
         if request.outcome is not Outcome.OPEN or request.first_token_at is not None:
@@ -152,7 +178,6 @@ class CoordinatorModel:
         session.attempts[attempt_id] = attempt
         if session.busy_since is None:
             session.busy_since = now
-            self.idle.pop(node_id, None)
         most = price(request.prompt_tokens, request.answer_tokens_max)
         self.books.open(attempt_id, request.account_id, AccountId(f"owner-of-{node_id}"), most, now)
         self._advance(request, Dispatched(node_id))
@@ -169,34 +194,33 @@ class CoordinatorModel:
         session.attempts.pop(attempt.attempt_id, None)
         if not session.attempts and session.busy_since is not None:
             session.busy_since = None
-            session.idle_since = now
-            if session.open:
-                self.idle[attempt.node_id] = session
         # A prompt is paid for once, with the answer's end; what broke off is paid by the tokens that came.
         amount = price(request.prompt_tokens if whole else 0, attempt.answered_tokens)
+        self._record.paid(attempt.attempt_id, attempt.answered_tokens, now)
         charged = self.books.settle(attempt.attempt_id, amount, now)
         self._charged[request.number] = self._charged.get(request.number, 0) + charged
         self._policy.over(attempt, now, whole=whole)
 
-    def _lost(self, attempt: Attempt) -> None:
+    def _lost(self, attempt: Attempt, failure: Failure = Failure.LOST) -> None:
         """An attempt failed: its request goes on elsewhere if the policy knows how, else its client gets an error."""
         if attempt.attempt_id not in self.attempts:
             return
-        self.lost_attempt_count += 1
-        self._close(attempt, whole=False)
         request = attempt.request
+        self.lost_attempt_count += failure is Failure.LOST
+        failed = Outcome.TOO_LONG if failure is Failure.UNFIT and not request.delivered_tokens else Outcome.FAILED
+        self._close(attempt, whole=False)
         self._tell_to_cancel(attempt)
         if not self._policy.keeps_leases:
-            self._end(request, Outcome.FAILED)
+            self._end(request, failed)
             return
         seconds_left = REQUEST_SECONDS_MAX - (self._agenda.now - request.arrived_at)
-        for effect in self._advance(request, Broke(Failure.LOST, Said(anything=request.delivered_tokens > 0), seconds_left)):
+        for effect in self._advance(request, Broke(failure, Said(anything=request.delivered_tokens > 0), seconds_left)):
             match effect:
                 case Place(excluded):
                     request.excluded = excluded
                     self._carry_out(request, self._policy.arrive(request, self._agenda.now))
                 case End():
-                    self._end(request, Outcome.FAILED)
+                    self._end(request, failed)
                 case _:
                     # The attempt has been settled already.
                     pass
@@ -225,7 +249,7 @@ class CoordinatorModel:
             if session is None or not session.open:
                 node.turned_away()
             return
-        self._invariants.frame_counted(node.node_id, frame.epoch, session.epoch, now, lease_stands=session.open)
+        self._record.counted(node.node_id, frame.epoch, now)
         attempt = self.attempts.get(frame.attempt_id)
         if attempt is None:
             return
@@ -233,6 +257,7 @@ class CoordinatorModel:
         sequence_before = relay.next_sequence
         relay.receive(frame.sequence, bytes(frame.token_count), now)
         if relay.next_sequence > sequence_before and frame.token_count:
+            self._record.earned(node.node_id, frame.epoch, attempt.attempt_id, frame.token_count, now)
             self._deliver(attempt, frame, now)
         if frame.ends:
             relay.end(frame.sequence + 1, EndReason.ENGINE_FAILED if frame.died else EndReason.COMPLETED, "")
@@ -244,13 +269,17 @@ class CoordinatorModel:
         return session.open and epoch == session.epoch
 
     def _relay_over(self, attempt: Attempt, node: Node, relay: Relay, frame: Frame) -> None:
-        if frame.ends and not frame.died and relay.next_sequence == frame.sequence + 1:
+        if frame.refused:
+            self._lost(attempt, Failure.UNFIT)
+        elif frame.ends and not frame.died and relay.next_sequence == frame.sequence + 1:
             node.forget(attempt.attempt_id)
             attempt.cached_tokens = frame.cached_tokens
             self._close(attempt, whole=True)
             request = attempt.request
             self._advance(request, Completed())
-            self._invariants.answer_ended(request.number, request.delivered_tokens, request.answer_tokens, self._agenda.now)
+            # It ends at the latest where its node's context does.
+            whole_tokens = min(request.answer_tokens, node.node_class.request_tokens_max - request.prompt_tokens)
+            self._invariants.answer_ended(request.number, request.delivered_tokens, whole_tokens, self._agenda.now)
             self._end(request, Outcome.SERVED)
         else:
             self._lost(attempt)
@@ -283,7 +312,7 @@ class CoordinatorModel:
             node.welcome(session.epoch, points)
             return
         epoch = self._epochs[node.node_id] = self._epochs.get(node.node_id, 0) + 1
-        self.sessions[node.node_id] = self.idle[node.node_id] = Session(node, epoch, now)
+        self.sessions[node.node_id] = Session(node, epoch, now)
         self.open_count += 1
         node.welcome(epoch, {})
         self._policy.joined(node, now)
@@ -313,7 +342,7 @@ class CoordinatorModel:
             self.refused_frame_count += 1
             node.turned_away()
         else:
-            self._invariants.frame_counted(node.node_id, node.epoch, session.epoch, self._agenda.now, lease_stands=session.open)
+            self._record.counted(node.node_id, node.epoch, self._agenda.now)
 
     def orders_changed(self, node: Node) -> None:
         """Its next heartbeat, which a change does not wait for, tells of other slots."""
@@ -326,7 +355,7 @@ class CoordinatorModel:
         session.open = False
         self.open_count -= 1
         node_id = session.node.node_id
-        self.idle.pop(node_id, None)
+        self._record.ended(node_id, session.epoch)
         self._policy.gone(node_id, self._agenda.now)
         for attempt in tuple(session.attempts.values()):
             self._lost(attempt)
@@ -344,9 +373,9 @@ class CoordinatorModel:
             if session.open:
                 session.open = False
                 self.open_count -= 1
+                self._record.ended(session.node.node_id, session.epoch)
                 self._policy.gone(session.node.node_id, self._agenda.now)
                 session.node.lose_coordinator(seconds)
-        self.idle.clear()
         self.books.gateway_epoch += 1
         for attempt in tuple(self.attempts.values()):
             self._close(attempt, whole=False)
@@ -356,24 +385,6 @@ class CoordinatorModel:
                 self._policy.left(request)
                 request.waiting = False
                 self._end(request, Outcome.FAILED, seconds + 1.0)
-
-    def _check_idle(self) -> None:
-        """The longest idle node that takes work, against those who wait."""
-        waiting = self._policy.waiting()
-        if not waiting:
-            return
-        now = self._agenda.now
-        for node_id, session in self.idle.items():
-            node = session.node
-            if (
-                session.is_well
-                and not session.suspect
-                and node.cards.orders.admits
-                and any(node_id not in request.excluded for request in waiting)
-            ):
-                waited = min(now - request.arrived_at for request in waiting if node_id not in request.excluded)
-                self._invariants.idle_while_waiting(node_id, min(waited, now - session.idle_since), now)
-                return
 
 
 def _acknowledge(attempt_id: AttemptId, next_sequence: int) -> None:

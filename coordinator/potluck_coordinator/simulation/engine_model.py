@@ -129,11 +129,14 @@ class Engine:
         "model",
         "preempted_count",
         "read_tokens",
+        "room_tokens",
         "stopped",
     )
 
-    def __init__(self, model: EngineModel, now: float) -> None:
+    def __init__(self, model: EngineModel, now: float, context_tokens: int | None = None) -> None:
         self.model = model
+        self.room_tokens = model.kv_tokens if context_tokens is None else min(model.kv_tokens, context_tokens)
+        """Of one sequence, prompt and answer together: no engine starts with a context that its cache does not hold."""
         self.stopped = False
         self.busy_seconds = 0.0
         self.read_tokens = 0.0
@@ -198,12 +201,17 @@ class Engine:
         self.stopped = stopped
         self._pace()
 
-    def submit(self, sequence: Sequence, now: float) -> None:
-        """Takes a prompt, whatever it has to do already."""
+    def submit(self, sequence: Sequence, now: float) -> bool:
+        """Takes a prompt; its answer ends where the context does. False: that has no room for it and a token, and it never runs."""
+        if sequence.prompt_tokens >= self.room_tokens:
+            sequence.stage = Stage.OVER
+            return False
         self._advance(now)
         sequence.number = next(self._numbers)
+        sequence.to_go = min(sequence.to_go, self.room_tokens - sequence.prompt_tokens)
         self._waiting.append(sequence)
         self._begin_reading()
+        return True
 
     def cancel(self, sequence: Sequence, now: float) -> None:
         """Nobody wants the answer any more; harmless for one that is over."""
@@ -261,7 +269,7 @@ class Engine:
             if self.model.when_full is WhenFull.DIE:
                 return [*happened, (Happening.DIED, None)]
             if len(self._running) == 1 and self._reading is None:
-                # One that alone fills the cache has all it can get.
+                # Its answer was cut where the cache ends: this is its last token, but for rounding.
                 (sequence,) = self._running.values()
                 self._finish(sequence)
                 happened.append((Happening.FINISHED, sequence))
@@ -302,7 +310,7 @@ class Engine:
         if self._reading is None and self._waiting and len(self._running) < self.model.batch_max:
             sequence = self._waiting[0]
             fits = self._kv_tokens + sequence.prompt_tokens + 1 <= self.model.kv_tokens
-            if fits or self.model.when_full is WhenFull.DIE or not self._running:
+            if fits or self.model.when_full is WhenFull.DIE:
                 self._waiting.popleft()
                 hit = min(self.cached_tokens(sequence.prefixes), max(0, sequence.prompt_tokens - 1))
                 self.hit_tokens += hit

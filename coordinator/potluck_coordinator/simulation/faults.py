@@ -5,6 +5,7 @@ Decides by the seed alone: the same faults meet every policy. It must not know w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
@@ -17,7 +18,7 @@ from potluck_coordinator.simulation.scenario import Faults
 
 GARBLED_SECONDS: Final = 30.0
 SKEW_MAX: Final = 0.05
-"""Of its lease's length, by which a node's clock is wrong."""
+"""By which a node's clock runs too fast or too slow."""
 
 
 class Misfortune:
@@ -39,7 +40,7 @@ class Misfortune:
         faults, random = self._faults, self._random
         for node in self._nodes:
             if random.random() < faults.skewed_share:
-                node.clock_skew = random.uniform(-SKEW_MAX, SKEW_MAX)
+                node.lease.rate = math.exp(random.uniform(-SKEW_MAX, SKEW_MAX))
         for at, node in self._drawn(faults.deaths_per_hour):
             self._at(at, node.die)
         for at, node in self._drawn(faults.freezes_per_hour):

@@ -66,6 +66,9 @@ class Figures:
     asked_count: int
     served_count: int
     refused_count: int
+    """With a time to come back."""
+    too_long_count: int
+    """Refused for good: no context has room for their prompts."""
     failed_count: int
     left_count: int
     retry_count: int
@@ -167,6 +170,7 @@ def figures_of(world: World, wall_seconds: float, cpu_seconds: float) -> Figures
         asked_count=len(counted) - len(outcomes[Outcome.OPEN]),
         served_count=len(served),
         refused_count=len(outcomes[Outcome.REFUSED]),
+        too_long_count=len(outcomes[Outcome.TOO_LONG]),
         failed_count=len(outcomes[Outcome.FAILED]),
         left_count=len(outcomes[Outcome.LEFT]),
         retry_count=sum(crowd.retry_count for crowd in crowds),

@@ -12,8 +12,6 @@ from typing import Final
 
 BREAKS_KEPT_MAX: Final = 20
 """In words; the others are only counted."""
-IDLE_SECONDS_MAX: Final = 2.0
-"""How long a free node may go without work while a request that it could take waits: two heartbeats, by which one knows of it."""
 
 
 class Invariant(StrEnum):
@@ -24,7 +22,7 @@ class Invariant(StrEnum):
     CHARGED_TWICE = "no token is charged twice"
     SUM_NOT_ZERO = "postings sum to zero"
     GHOST_LEASE = "no word counts that came without a lease"
-    IDLE_WHILE_WAITING = "no request waits while a node that could take it idles"
+    IDLE_WHILE_WAITING = "no request waits or is refused while a node could take it"
 
 
 class Invariants:
@@ -58,12 +56,6 @@ class Invariants:
             what = Invariant.TOKEN_LOST if delivered_tokens < answer_tokens else Invariant.TOKEN_REPEATED
             self.break_of(what, f"request {number} ended with {delivered_tokens} tokens of {answer_tokens}", now)
 
-    def frame_counted(self, node_id: str, frame_epoch: int, epoch: int, now: float, *, lease_stands: bool) -> None:
-        """A frame was taken for part of an answer."""
-        if frame_epoch != epoch or not lease_stands:
-            words = f"a frame of {node_id}'s session {frame_epoch} while {epoch} {'stands' if lease_stands else 'has ended'}"
-            self.break_of(Invariant.GHOST_LEASE, words, now)
-
     def request_charged(self, number: int, charged_micro_credits: int, price_micro_credits: int, now: float) -> None:
         """A request is over: what all its attempts were charged, and what its prompt and the tokens its client has got cost once."""
         if charged_micro_credits > price_micro_credits:
@@ -74,8 +66,3 @@ class Invariants:
         """All balances together after a transaction."""
         if sum_micro_credits != 0:
             self.break_of(Invariant.SUM_NOT_ZERO, f"{what} left {sum_micro_credits}", now)
-
-    def idle_while_waiting(self, node_id: str, idle_seconds: float, now: float) -> None:
-        """A node could take a request that waits, and has had nothing to do for so long."""
-        if idle_seconds > IDLE_SECONDS_MAX:
-            self.break_of(Invariant.IDLE_WHILE_WAITING, f"{node_id} idles for {idle_seconds:.1f} s", now)

@@ -7,6 +7,7 @@ from then until it is heard of again is it looked at. It must not know requests.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -39,8 +40,8 @@ class Session:
         "attempts",
         "busy_since",
         "epoch",
+        "heard_at",
         "heartbeat_at",
-        "idle_since",
         "link_lost_at",
         "node",
         "open",
@@ -56,10 +57,11 @@ class Session:
         self.watched = False
         self.attempts: dict[int, Attempt] = {}
         self.heartbeat_at = now
-        """While it is silent: when it was last heard of."""
+        """While it is silent: when its last heartbeat came."""
+        self.heard_at = now
+        """The same of whatever it sent: one that answers sends tokens all the time."""
         self.asked_at: float | None = None
         self.busy_since: float | None = None
-        self.idle_since = now
         self.link_lost_at: float | None = None
 
     @property
@@ -103,10 +105,13 @@ class Watch:
         self._lost_at: deque[float] = deque()
         self._doubt: Doubt | None = None
         self.doubt_count = 0
+        self.doubted_at = -math.inf
+        """When it last doubted itself: nobody was evicted until then."""
 
     def begin(self, session: Session) -> None:
         """It has just fallen silent, or its link broke."""
-        session.heartbeat_at = self._agenda.now
+        session.heartbeat_at = session.node.lease.heard_at
+        session.heard_at = self._agenda.now if session.busy_since is not None else session.heartbeat_at
         session.asked_at = None
         if session.link_lost_at is not None:
             self._suspect(session, suspect=True)
@@ -129,7 +134,9 @@ class Watch:
         if self._policy.keeps_leases:
             self._judge_attempts(session, now)
             self._update_doubt(now)
-            if not is_in_doubt(self._doubt, now) and end_of_session(signs, session.link_lost_at, now, self._limits) is not None:
+            if is_in_doubt(self._doubt, now):
+                self.doubted_at = now
+            elif end_of_session(signs, session.link_lost_at, now, self._limits) is not None:
                 session.watched = False
                 self._watched.pop(session, None)
                 self._lost_at.append(now)
@@ -157,8 +164,8 @@ class Watch:
         unread = [attempt.prompt_tokens for attempt in session.attempts.values() if attempt.first_token_at is None]
         for attempt in tuple(session.attempts.values()):
             quiet = Quiet(
-                attempt_seconds=now - max(attempt.began_at, session.heartbeat_at),
-                node_seconds=now - session.heartbeat_at,
+                attempt_seconds=now - max(attempt.began_at, session.heard_at),
+                node_seconds=now - session.heard_at,
                 asked_seconds=None if session.asked_at is None else now - session.asked_at,
                 streams=True,
                 begun=attempt.first_token_at is not None,

@@ -40,6 +40,7 @@ class Frame:
     cached_tokens: int = 0
     """Of the prompt, by the engine's count; told with the end."""
     refused: bool = False
+    """The engine's context has no room for the prompt."""
     died: bool = False
 
 

@@ -14,27 +14,27 @@ from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.simulation.agenda import Agenda
 from potluck_coordinator.simulation.card_model import CardPolicy, Cards
 from potluck_coordinator.simulation.engine_model import Engine, Happening
+from potluck_coordinator.simulation.lease_record import LeaseRecord
 from potluck_coordinator.simulation.link_model import Coordinator, Frame, NodeAttempt, Work
 from potluck_coordinator.simulation.node_counts import NodeCounts
+from potluck_coordinator.simulation.own_lease import TICK_SECONDS, OwnLease
 from potluck_coordinator.simulation.scenario import NodeClass
+from potluck_coordinator.simulation.uplink import Uplink
 from potluck_protocol.values import NodeId
 
-TOKEN_BYTES: Final = 250
-"""Of one token on the link: an engine's event with its JSON."""
 GARBLED_FLUSH_SECONDS: Final = 0.25
 """How often a node sends what it has while its frames are garbled; else a frame is modelled only where it changes something."""
-GARBLED_SHARE: Final = 0.3
-GARBLED_LATE_SECONDS_MAX: Final = 0.6
 FROZEN_READ_SECONDS: Final = 0.5
 """What is sent to a frozen node waits in its socket; looked at again after so long."""
 RECONNECT_SECONDS: Final = (0.5, 5.0)
-"""Back-off of an agent that dials."""
+"""Back-off of an agent that dials, by its own clock."""
 
 
 class Node:
-    """One node. Whoever makes it gives it its coordinator before it connects."""
+    """One node. Whoever makes it gives it its coordinator, and the world's record of leases, before it connects."""
 
     coordinator: Coordinator
+    record: LeaseRecord
 
     def __init__(
         self, node_id: NodeId, node_class: NodeClass, agenda: Agenda, random: Random, card_policy: CardPolicy | None, limits: LivenessLimits
@@ -42,7 +42,7 @@ class Node:
         self.node_id = node_id
         self.node_class = node_class
         self.round_trip_seconds = node_class.line.round_trip_ms / 1000 * math.exp(random.gauss(0.0, node_class.line.spread))
-        self.clock_skew = 0.0
+        self.lease = OwnLease(limits, self.round_trip_seconds)
         self.epoch = 0
         self.here = False
         """Its owner has it running; what a dead process comes back to."""
@@ -56,15 +56,13 @@ class Node:
         self.death_count = 0
         self._agenda = agenda
         self._random = random
-        self._limits = limits
         self._life = 0
-        self._link = 0
+        self.link_number = 0
+        """Of the link that stands now; another number means that it broke in between."""
         self._version = 0
         self._busy_seconds_seen = 0.0
         self._slow_share = 1.0
-        self._garbled_until = -1.0
-        self._held: list[Frame] = []
-        """Of a frozen agent's engine."""
+        self._uplink = Uplink(agenda, random)
         self._told_second = -1
         self._told_kv_tokens = 0.0
         self._newest_kv_tokens = 0.0
@@ -92,7 +90,7 @@ class Node:
             return
         self.death_count += 1
         self._stop_process()
-        self._agenda.after(self.node_class.engine.restart_seconds, self._start_engine, self._life)
+        self._agenda.after(self.lease.seconds(self.node_class.engine.restart_seconds), self._start_engine, self._life)
 
     def freeze(self, seconds: float, *, with_engine: bool) -> None:
         """Its agent, or the whole machine, stands still for so long, and its link stays open.
@@ -102,6 +100,7 @@ class Node:
         if self.engine is None or self.frozen:
             return
         self.stream_out()
+        self._fall_silent()
         self.frozen = True
         self.silent_since = self._agenda.now
         if with_engine:
@@ -116,9 +115,7 @@ class Node:
             return
         self.stream_out()
         self._break_link()
-        self._agenda.after(seconds, self._heal, self._life, self._link)
-        lease_seconds = self._limits.lease_ttl_seconds * (1.0 + self.clock_skew)
-        self._agenda.after(lease_seconds, self._lease_ended, self._life, self._link)
+        self._agenda.after(seconds, self._heal, self._life, self.link_number)
 
     def be_slow(self, share: float, seconds: float) -> None:
         """It has this share of its speed for so long: another program, a bad fan, a narrow slot."""
@@ -127,29 +124,32 @@ class Node:
 
     def garble(self, seconds: float) -> None:
         """Its frames come twice, or late and in the wrong order, for so long."""
-        if self._garbled_until < self._agenda.now:
-            self._garbled_until = self._agenda.now + seconds
+        if not self._uplink.is_garbled:
+            self._uplink.garble(seconds)
             self._flush_garbled()
 
     # What the coordinator does to it.
 
     def start(self, work: Work, link: int) -> None:
         """An attempt arrives by that link."""
-        if link != self._link or not self.linked or self.engine is None:
+        if link != self.link_number or not self.linked or self.engine is None:
             return
         if self.frozen:
             self._agenda.after(FROZEN_READ_SECONDS, self.start, work, link)
             return
         attempt = NodeAttempt(work)
+        if not self.engine.submit(attempt.sequence, self._agenda.now):
+            self._uplink.send(self, Frame(work.attempt_id, self.epoch, 0, work.first_token_index, 0, ends=True, refused=True))
+            return
         self.attempts[work.attempt_id] = attempt
-        self.engine.submit(attempt.sequence, self._agenda.now)
+        self.lease.be_busy(self._agenda.now, busy=True)
         self._reschedule()
 
     def be_told_to_cancel(self, attempt_id: int, link: int) -> None:
         """The coordinator's word arrives by that link; a frozen node reads it when it thaws, after it has sent what it has."""
         if self.frozen:
             self._agenda.after(FROZEN_READ_SECONDS, self.be_told_to_cancel, attempt_id, link)
-        elif link == self._link:
+        elif link == self.link_number:
             self.cancel(attempt_id)
 
     def cancel(self, attempt_id: int) -> None:
@@ -158,37 +158,29 @@ class Node:
         if attempt is not None and self.engine is not None:
             attempt.over = True
             self.engine.cancel(attempt.sequence, self._agenda.now)
+            self.lease.be_busy(self._agenda.now, busy=bool(self.attempts))
             self._reschedule()
 
     def welcome(self, epoch: int, resume_points: dict[int, int]) -> None:
         """The coordinator's answer to a hello: what is not named there it does not want any more; of the rest it names what comes next."""
         self.epoch = epoch
+        self.lease.welcomed(self._agenda.now)
+        self.record.granted(self.node_id, epoch)
         for attempt_id in [attempt_id for attempt_id in self.attempts if attempt_id not in resume_points]:
             self.cancel(attempt_id)
         for attempt_id, sequence in resume_points.items():
             attempt = self.attempts.get(attempt_id)
             if attempt is None:
-                self._send(Frame(attempt_id, epoch, sequence, 0, 0, ends=True, died=True))
+                self._uplink.send(self, Frame(attempt_id, epoch, sequence, 0, 0, ends=True, died=True))
             else:
                 for frame in attempt.chunks[sequence:]:
-                    self._send(frame)
-
-    @property
-    def link_number(self) -> int:
-        """Of the link that stands now; another number means that it broke in between."""
-        return self._link
-
-    @property
-    def delay_seconds(self) -> float:
-        """One way, for a token behind those of the other answers."""
-        running = self.engine.running_count if self.engine is not None else 0
-        return self.round_trip_seconds / 2 + running * TOKEN_BYTES * 8 / (self.node_class.line.upload_mbit * 1e6)
+                    self._uplink.send(self, frame)
 
     def stream_out(self) -> None:
         """Has the coordinator know what of every answer would have reached it by now: a frame a token, which nobody modelled."""
         if self.linked and not self.frozen and self.engine is not None:
             for attempt in tuple(self.attempts.values()):
-                if (frame := self._frame(attempt, self._agenda.now - self.delay_seconds)) is not None:
+                if (frame := self._frame(attempt, self._agenda.now - self._uplink.delay_seconds(self))) is not None:
                     self.coordinator.receive(self, frame)
 
     def look_at_cards(self, seconds: float) -> None:
@@ -215,7 +207,7 @@ class Node:
         if life != self._life or not self.here:
             return
         self.count()
-        self.engine = Engine(self.node_class.engine, self._agenda.now)
+        self.engine = Engine(self.node_class.engine, self._agenda.now, self.node_class.context_tokens)
         self._busy_seconds_seen = 0.0
         self._set_speed()
         self._dial(life)
@@ -227,7 +219,8 @@ class Node:
         self.frozen = False
         self.silent_since = None
         self.attempts.clear()
-        self._held.clear()
+        self.lease.be_busy(self._agenda.now, busy=False)
+        self._uplink.held.clear()
         self.count()
         self.engine = None
         self._break_link(goodbye=goodbye)
@@ -237,44 +230,66 @@ class Node:
         self.counts.add(self.engine, self._agenda.now, here=self.here)
 
     def _break_link(self, *, goodbye: bool = False) -> None:
-        self._link += 1
-        if self.linked:
-            self.linked = False
+        was_linked = self.linked
+        self._unlink()
+        if was_linked:
             self.coordinator.link_broke(self, goodbye=goodbye)
+
+    def _unlink(self) -> None:
+        """The lease runs on by the node's own clock, which nobody sets right."""
+        self.link_number += 1
+        self.linked = False
+        self._fall_silent()
+        self._agenda.at(self.lease.ends_at, self._lease_ended, self._life, self.link_number)
+
+    def _fall_silent(self) -> None:
+        heard_at = self.lease.fall_silent(self._agenda.now)
+        self.record.silent(self.node_id, heard_at, self._is_at_work)
+
+    def _is_at_work(self) -> bool:
+        """It has work in hand, and could look at its clock."""
+        return bool(self.attempts) and not self.frozen
 
     def lose_coordinator(self, seconds: float) -> None:
         """The coordinator's end of the link is gone, and answers again after so long."""
-        self._link += 1
-        self.linked = False
-        self._agenda.after(seconds + self._random.uniform(*RECONNECT_SECONDS), self._heal, self._life, self._link)
+        self._unlink()
+        pause_seconds = self.lease.seconds(self._random.uniform(*RECONNECT_SECONDS))
+        self._agenda.after(seconds + pause_seconds, self._heal, self._life, self.link_number)
 
     def _heal(self, life: int, link: int) -> None:
-        if life == self._life and link == self._link and not self.linked and self.engine is not None:
-            if self.frozen:
-                self._agenda.after(1.0, self._heal, life, link)
-            else:
-                self._dial(life)
+        if life == self._life and link == self.link_number and not self.linked and self.engine is not None:
+            self._dial(life)
 
     def _dial(self, life: int) -> None:
         """One round trip for the handshake, roughly."""
-        self._agenda.after(self.round_trip_seconds, self._connected, life, self._link)
+        self._agenda.after(self.round_trip_seconds, self._connected, life, self.link_number)
 
     def _connected(self, life: int, link: int) -> None:
-        if life == self._life and link == self._link and not self.linked:
-            self.linked = True
-            self.coordinator.hello(self)
+        if life != self._life or link != self.link_number or self.linked:
+            return
+        if self.frozen:
+            self._agenda.after(1.0, self._connected, life, link)
+            return
+        self.linked = True
+        self.coordinator.hello(self)
 
     def turned_away(self) -> None:
         """Its session is over, and it hears so: it dials again."""
-        self._link += 1
-        self.linked = False
+        self._unlink()
         self._dial(self._life)
 
     def _lease_ended(self, life: int, link: int) -> None:
-        """By its own clock nobody has renewed its lease since the link broke."""
-        if life == self._life and link == self._link and not self.linked:
-            for attempt_id in tuple(self.attempts):
-                self.cancel(attempt_id)
+        """By its own clock nobody has renewed its lease since the link broke. Whoever is frozen looks when it thaws."""
+        if life == self._life and link == self.link_number and not self.linked and not self.frozen:
+            self._fence()
+
+    def _fence(self) -> None:
+        """Nothing of its lease goes on, and a link that stands is made anew."""
+        for attempt_id in tuple(self.attempts):
+            self.cancel(attempt_id)
+        if self.linked:
+            self._break_link()
+            self._dial(self._life)
 
     def _thaw(self, life: int) -> None:
         if life != self._life or self.engine is None:
@@ -284,17 +299,30 @@ class Node:
         self.engine.stop_or_go(self._agenda.now, stopped=False)
         self._reschedule()
         # It does not know that it was away: the first thing it does is to send what it has.
-        held, self._held = self._held, []
+        held, self._uplink.held = self._uplink.held, []
         for frame in held:
-            self._send(frame)
+            self._uplink.send(self, frame)
         for attempt in tuple(self.attempts.values()):
             if (made := self._frame(attempt, self._agenda.now)) is not None:
-                self._send(made)
-        self._agenda.after(self.round_trip_seconds / 2, self._beat, self._link)
+                self._uplink.send(self, made)
+        self.record.awake(self.node_id, self._is_at_work)
+        self._agenda.after(self.lease.seconds(TICK_SECONDS), self._tick, life)
+
+    def _tick(self, life: int) -> None:
+        """Its first look at its clock after it stood still."""
+        if life != self._life or self.frozen:
+            return
+        if self._agenda.now >= self.lease.ends_at:
+            self._fence()
+        elif self.linked and self.lease.is_silent:
+            self.lease.resumed(self._agenda.now)
+            self._agenda.after(self.round_trip_seconds / 2, self._beat, self.link_number)
 
     def _beat(self, link: int) -> None:
-        if link == self._link and self.linked:
+        if link == self.link_number and self.linked:
             self.coordinator.heartbeat(self)
+            if self.linked:
+                self.record.renewed(self.node_id, self.epoch)
 
     def _set_slow(self, share: float) -> None:
         self._slow_share = share
@@ -332,7 +360,7 @@ class Node:
             assert isinstance(attempt, NodeAttempt)
             frame = self._frame(attempt, self._agenda.now, ends=happening is Happening.FINISHED)
             if frame is not None:
-                self._send(frame)
+                self._uplink.send(self, frame)
         self._reschedule()
 
     def _frame(self, attempt: NodeAttempt, at: float, *, ends: bool = False) -> Frame | None:
@@ -357,32 +385,14 @@ class Node:
         attempt.over = ends
         return frame
 
-    def _send(self, frame: Frame) -> None:
-        if not self.linked:
-            return
-        if self.frozen:
-            self._held.append(frame)
-            return
-        delay = self.delay_seconds
-        if self._agenda.now < self._garbled_until:
-            drawn = self._random.random()
-            if drawn < GARBLED_SHARE:
-                self._agenda.after(delay + self._random.uniform(0, GARBLED_LATE_SECONDS_MAX), self._arrive, frame, self._link)
-            elif drawn < 2 * GARBLED_SHARE:
-                delay += self._random.uniform(0, GARBLED_LATE_SECONDS_MAX)
-        self._agenda.after(delay, self._arrive, frame, self._link)
-
-    def _arrive(self, frame: Frame, link: int) -> None:
-        if link == self._link and self.linked:
-            self.coordinator.receive(self, frame)
-
     def forget(self, attempt_id: int) -> None:
         """The coordinator has all of it."""
         self.attempts.pop(attempt_id, None)
+        self.lease.be_busy(self._agenda.now, busy=bool(self.attempts))
 
     def _flush_garbled(self) -> None:
-        if self._agenda.now < self._garbled_until and self.engine is not None and not self.frozen:
+        if self._uplink.is_garbled and self.engine is not None and not self.frozen:
             for attempt in tuple(self.attempts.values()):
                 if (frame := self._frame(attempt, self._agenda.now)) is not None:
-                    self._send(frame)
-            self._agenda.after(GARBLED_FLUSH_SECONDS, self._flush_garbled)
+                    self._uplink.send(self, frame)
+            self._agenda.after(self.lease.seconds(GARBLED_FLUSH_SECONDS), self._flush_garbled)

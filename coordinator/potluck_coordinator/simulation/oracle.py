@@ -15,7 +15,7 @@ from typing import Final
 from potluck_coordinator.simulation.asking import Request
 from potluck_coordinator.simulation.engine_model import Engine, EngineModel
 from potluck_coordinator.simulation.node_model import Node
-from potluck_coordinator.simulation.policy import Attempt, Go, Hold, Refuse, Verdict
+from potluck_coordinator.simulation.policy import Attempt, Beliefs, Go, Hold, Refuse, Verdict
 from potluck_coordinator.simulation.scenario import Scenario
 from potluck_protocol.values import NodeId
 
@@ -30,6 +30,7 @@ class Oracle:
 
     name = "oracle"
     keeps_leases = True
+    beliefs: Beliefs | None = None
 
     def __init__(self, random: Random, scenario: Scenario) -> None:
         del random
@@ -57,6 +58,8 @@ class Oracle:
                 del self._queue[request.number]
                 return request, node_id
         return None
+
+    def heard(self, now: float) -> None: ...
 
     def sweep(self, now: float) -> list[tuple[Request, Refuse]]:
         late = [request for request in self._queue.values() if now - request.arrived_at > self._objective.first_token_seconds]

@@ -20,7 +20,7 @@ from potluck_coordinator.domain.admission import (
     Queued,
     Wait,
     admit,
-    has_free_slots,
+    is_half_empty,
     is_hopeless,
     is_promised,
     predicted_wait_seconds,
@@ -36,9 +36,10 @@ from potluck_coordinator.gateway.model_line import ModelLine
 from potluck_coordinator.gateway.queues import CONTINUED_WAIT_SECONDS_MAX, OVERTAKEN_SECONDS_MAX, REVIEW_SECONDS
 from potluck_coordinator.simulation.asking import Request
 from potluck_coordinator.simulation.node_model import Node
+from potluck_coordinator.simulation.ours_beliefs import OurBeliefs
 from potluck_coordinator.simulation.ours_pool import Pool
 from potluck_coordinator.simulation.ours_words import Ended, Waiting, Words, words_of
-from potluck_coordinator.simulation.policy import Attempt, Go, Hold, Refuse, Verdict
+from potluck_coordinator.simulation.policy import Attempt, Beliefs, Go, Hold, Refuse, Verdict
 from potluck_coordinator.simulation.scenario import Scenario
 from potluck_protocol.errors import ErrorCode
 from potluck_protocol.values import NodeId, Usage
@@ -60,6 +61,7 @@ class Ours:
         self._limits = AdmissionLimits(queue_wait_seconds_max=scenario.queue_wait_seconds)
         self._pool = Pool(random, scenario.objective.token_seconds)
         self._line = ModelLine()
+        self.beliefs: Beliefs | None = OurBeliefs(self._pool, self._line, RESERVE_PERCENT)
         self._words: dict[Request, Words] = {}
         self._waiting: dict[Request, Waiting] = {}
         self._sent_away: list[tuple[Request, Refuse]] = []
@@ -76,12 +78,19 @@ class Ours:
         words.work = work = self._pool.expectations.work(words.live)
         line = self._line
         line.seen(words.live, now)
-        if self._pool.has_free and line.held_for is None and self._may_fill(words, now):
-            node_id = self._pool.place(words, work)
-            if node_id is not None:
-                line.appointments[words.tier].keep(words.live)
-                return Go(node_id)
+        node_id = self._room_for(words, work, now)
+        if node_id is None and self._pool.hear_all():
+            node_id = self._room_for(words, work, now)
+        if node_id is not None:
+            line.appointments[words.tier].keep(words.live)
+            return Go(node_id)
         return self._wait_or_refuse(words, work, now)
+
+    def _room_for(self, words: Words, work: Work, now: float) -> NodeId | None:
+        """Where it can run now; nowhere while one that was overtaken waits for room."""
+        if not self._pool.has_free or self._line.held_for is not None or not self._may_fill(words, now):
+            return None
+        return self._pool.place(words, work)
 
     def _wait_or_refuse(self, words: Words, work: Work, now: float) -> Verdict:
         line, request = self._line, words.request
@@ -135,16 +144,21 @@ class Ours:
             if node_id is not None:
                 self._forget(words.request)
                 return (words.request, node_id), True
-            if self._pool.slots(words.request.excluded)[1] > 0:
+            if self._pool.lacks_cache(words.request.excluded):
                 lacking_tokens = waiting.work.wanted_tokens
                 if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
                     self._line.held_for = waiting
                     return None, False
         return None, True
 
-    def sweep(self, now: float) -> list[tuple[Request, Refuse]]:
+    def heard(self, now: float) -> None:
         self._pool.now = now
         self._changed = True
+        if self._waiting:
+            self._pool.hear_all()
+
+    def sweep(self, now: float) -> list[tuple[Request, Refuse]]:
+        self._pool.now = now
         for waiting in [waiting for waiting in self._waiting.values() if waiting.deadline_seconds <= now]:
             self._send_away(waiting, now)
         self._review(now)
@@ -240,7 +254,7 @@ class Ours:
             ahead = self._line.ahead_of(words.live, counts_expected=counts_expected)
         is_full = self._line.waiting_count >= self._limits.queue_length_max and self._gives_way(words) is None
         work, reading_seconds = self._pool.expectations.work(words.live), math.inf
-        if has_free_slots(capacity, ahead) and self._may_fill(words, now):
+        if is_half_empty(capacity, ahead) and self._may_fill(words, now):
             reading_seconds = self._pool.reading_seconds(words, work)
         return ModelLoad(capacity, work.wanted_tokens, ahead, self._line.pace(now), reading_seconds, is_full=is_full)
 

@@ -13,7 +13,8 @@ from typing import Final
 from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.forecast import Work
 from potluck_coordinator.domain.pace import slots_in_pace
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, Draw, ReplicaView, hurdle, place, reading_seconds
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, Draw, ReplicaView, hurdle, place, reading_seconds, tokens_wanted
+from potluck_coordinator.domain.speeds import Speeds
 from potluck_coordinator.domain.survival import History, losses_per_second
 from potluck_coordinator.gateway.expectations import Expectations
 from potluck_coordinator.gateway.measures import Measures
@@ -39,6 +40,7 @@ class Pool:
         self.nodes: dict[NodeId, Node] = {}
         self._suspects: set[NodeId] = set()
         self._in_flight: dict[NodeId, int] = {}
+        self._heard_second = -1
         self._statuses: dict[NodeId, EngineStatus] = {}
         self._histories: dict[NodeId, tuple[float, int]] = {}
         self._losses: dict[NodeId, float] = {}
@@ -60,11 +62,18 @@ class Pool:
             work,
             endpoint=ENDPOINT,
             excluded=words.request.excluded,
-            tokens_min=1,
+            tokens_min=self._tokens_wanted(words),
             takes_any_slot=takes_any_slot,
             warm=warm,
             chance=self._random.random,
         )
+
+    def _tokens_wanted(self, words: Words) -> int:
+        """What its node's context has to hold."""
+        kinds = [kind for kind in self.roster.kinds(MODEL) if hurdle(kind.sample) is None]
+        out = words.request.excluded
+        contexts = (kind.sample.context_length_tokens for kind in kinds if not out or len(kind) > self.roster.count_on(kind, out)[0])
+        return tokens_wanted(contexts, words.request.prompt_tokens + words.request.delivered_tokens, words.completion_tokens_max)
 
     @property
     def has_free(self) -> bool:
@@ -91,6 +100,11 @@ class Pool:
                 usable += kind.slot_count - out_slots
                 free += kind.free_slot_count - out_free
         return usable, free
+
+    def lacks_cache(self, excluded: frozenset[NodeId]) -> bool:
+        """Whether a slot is free for one that could not be placed, and no node barred to it that others like it may go to."""
+        is_barred = any(node_id in self.nodes for node_id in excluded)
+        return not is_barred and self.slots(excluded)[1] > 0
 
     # What becomes of nodes and attempts.
 
@@ -141,11 +155,33 @@ class Pool:
             self._in_flight[attempt.node_id] -= 1
             self.see(attempt.node_id)
 
+    def hear_all(self) -> bool:
+        """The heartbeats of this second, which matter where somebody finds no room: what caches hold now. False: they were heard."""
+        if int(self.now) <= self._heard_second:
+            return False
+        self._heard_second = int(self.now)
+        for node_id, in_flight_count in self._in_flight.items():
+            if in_flight_count:
+                self.see(node_id)
+        return True
+
     def see(self, node_id: NodeId) -> None:
         """The roster is told what a node's replica is now."""
         node = self.nodes.get(node_id)
         if node is not None:
             self.roster.enter(node_id, (self._view(node),))
+
+    def view(self, node_id: NodeId) -> ReplicaView | None:
+        """A node's replica as it is now; None: it is no node of the pool's."""
+        node = self.nodes.get(node_id)
+        return None if node is None else self._view(node)
+
+    def speeds(self, node_id: NodeId) -> Speeds | None:
+        """As learned of it; None as above."""
+        node = self.nodes.get(node_id)
+        if node is None:
+            return None
+        return self.measures.hear(ReplicaId(node_id), self._statuses[node_id], node.node_class.engine.kv_tokens)
 
     def _view(self, node: Node) -> ReplicaView:
         node_id, orders, model = node.node_id, node.cards.orders, node.node_class.engine
@@ -167,7 +203,7 @@ class Pool:
             node_suspect=node_id in self._suspects,
             link_up=True,
             endpoints=(ENDPOINT,),
-            context_length_tokens=node.node_class.context_tokens,
+            context_length_tokens=node.node_class.request_tokens_max,
             kv_capacity_tokens=model.kv_tokens,
             kv_used_tokens=int(node.told_kv_tokens()),
             committed_tokens=load.committed_tokens,

@@ -12,7 +12,7 @@ from random import Random
 
 from potluck_coordinator.simulation.asking import Request
 from potluck_coordinator.simulation.node_model import Node
-from potluck_coordinator.simulation.policy import Attempt, Go, Refuse, Verdict
+from potluck_coordinator.simulation.policy import Attempt, Beliefs, Go, Refuse, Verdict
 from potluck_protocol.values import NodeId
 
 RETRY_AFTER_SECONDS = 5.0
@@ -23,6 +23,7 @@ class Balancer:
 
     name = ""
     keeps_leases = False
+    beliefs: Beliefs | None = None
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -39,6 +40,8 @@ class Balancer:
 
     def next_up(self, now: float) -> tuple[Request, NodeId] | None:  # noqa: ARG002
         return None
+
+    def heard(self, now: float) -> None: ...
 
     def sweep(self, now: float) -> list[tuple[Request, Refuse]]:  # noqa: ARG002
         return []

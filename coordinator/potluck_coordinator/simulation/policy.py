@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from potluck_coordinator.domain.admission import Capacity
+from potluck_coordinator.domain.speeds import Speeds
 from potluck_coordinator.gateway.relay import Relay
 from potluck_coordinator.simulation.asking import Request
 from potluck_coordinator.simulation.node_model import Node
@@ -68,10 +70,25 @@ class Attempt:
         """By the engine's count, at a whole answer's end."""
 
 
+class Beliefs(Protocol):
+    """What a policy may give as a reason for which somebody waits; the world checks each as far as it can."""
+
+    def speeds(self, node_id: NodeId) -> Speeds | None:
+        """Of a node, as learned; None: it knows no such node."""
+
+    def lacks_room(self, request: Request, node_id: NodeId) -> bool:
+        """Whether the request would fill the node's cache."""
+
+    def is_kept_from(self, request: Request, capacity: Capacity, now: float) -> bool:
+        """Whether what is free of so much is somebody else's."""
+
+
 class Policy(Protocol):
     """Who takes which request, when."""
 
     name: str
+    beliefs: Beliefs | None
+    """None: it keeps requests from free nodes as it likes."""
     keeps_leases: bool
     """It knows suspect from lost nodes, and has an answer that broke off continued elsewhere; else its client gets an error."""
 
@@ -80,8 +97,11 @@ class Policy(Protocol):
     def next_up(self, now: float) -> tuple[Request, NodeId] | None:
         """Asked whenever something may have become free, until it has nobody more."""
 
+    def heard(self, now: float) -> None:
+        """Told every second: the nodes' heartbeats have come."""
+
     def sweep(self, now: float) -> list[tuple[Request, Refuse]]:
-        """Asked every second: who has waited for too long."""
+        """Asked after that, once all have been served who could be: who has waited for too long."""
 
     def waiting(self) -> list[Request]:
         """Some of those that wait, each of which is next for some node; empty: nobody waits."""

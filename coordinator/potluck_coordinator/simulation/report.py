@@ -17,6 +17,7 @@ COLUMNS: Final[tuple[tuple[str, str, _Cell], ...]] = (
     ("ASKED", "{:,.0f}", lambda figures: figures.asked_count),
     ("SERVED", "{:,.0f}", lambda figures: figures.served_count),
     ("REFUSED", "{:,.0f}", lambda figures: figures.refused_count),
+    ("TOO LONG", "{:,.0f}", lambda figures: figures.too_long_count),
     ("FAILED", "{:,.0f}", lambda figures: figures.failed_count + figures.left_count),
     ("GOOD/S", "{:,.3f}", lambda figures: figures.goodput_per_second),
     ("FIRST P50", "{:.2f} s", lambda figures: figures.first_token_seconds.p50),

@@ -55,6 +55,11 @@ class NodeClass:
     power_is_set: bool = True
     """Whether the agent may set its cards' power cap."""
 
+    @property
+    def request_tokens_max(self) -> int:
+        """What one request may have here: engines start with no more context than their cache holds."""
+        return min(self.context_tokens, self.engine.kv_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Users:
@@ -151,3 +156,8 @@ class Scenario:
     def seconds(self) -> float:
         """How long it lasts."""
         return self.hours * 3600
+
+    @property
+    def request_tokens_max(self) -> int:
+        """What no node takes more of, prompt and answer together: the context that its catalogue would name."""
+        return max(node_class.request_tokens_max for node_class in self.nodes)

@@ -80,6 +80,9 @@ def parse_scenario(table: Mapping[str, Any], place: str, base: Path | None = Non
     for users in scenario.users:
         if sum(rate > 0 for rate in (users.requests_per_second, users.sessions_per_hour, users.people)) != 1:
             raise _error(f"{place}: users {users.name!r} need one of requests_per_second, sessions_per_hour and people.")
+        if (mean := users.shared_prefix_tokens + users.prompt_tokens) >= (room := scenario.request_tokens_max):
+            words = f"prompts of {mean:g} tokens in the mean, and no node has a context and a cache (kv_tokens) for more than {room}"
+            raise _error(f"{place}: users {users.name!r} send {words}.")
     return replace(scenario, nodes=tuple(_with_trace(node_class, base) for node_class in scenario.nodes)) if base else scenario
 
 

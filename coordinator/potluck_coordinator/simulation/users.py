@@ -55,7 +55,7 @@ class Crowd:
         self._ask = ask
         self._until = scenario.seconds if users.for_seconds == 0 else min(scenario.seconds, users.from_seconds + users.for_seconds)
         self._tries: dict[int, int] = {}
-        self._context_tokens = max(node_class.context_tokens for node_class in scenario.nodes)
+        self._context_tokens = scenario.request_tokens_max
         """What is longer no node takes: a conversation that comes so far is over."""
 
     def begin(self) -> None:
@@ -75,7 +75,7 @@ class Crowd:
         tries = self._tries.pop(request.number, 0)
         if request.outcome is Outcome.SERVED:
             if isinstance(session, Session):
-                session.context_tokens = request.prompt_tokens + request.answer_tokens
+                session.context_tokens = request.prompt_tokens + request.delivered_tokens
                 if session.context_tokens + self.users.prompt_tokens + self.users.answer_tokens_max > self._context_tokens:
                     session.turns_left = 0
                 self.finished_session_count += session.turns_left == 0
@@ -83,6 +83,11 @@ class Crowd:
                     self._agenda.after(session.random.expovariate(1 / self.users.think_seconds), self._turn, session)
                 else:
                     self._over(session)
+            return
+        if request.outcome is Outcome.TOO_LONG:
+            # Whoever comes back with the same hears the same.
+            if isinstance(session, Session):
+                self._over(session)
             return
         if tries < self.users.retries_max and request.outcome is not Outcome.LEFT:
             self.retry_count += 1

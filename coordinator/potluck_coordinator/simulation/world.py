@@ -6,7 +6,9 @@ users, homes and faults.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from random import Random
 from time import perf_counter, process_time
@@ -20,6 +22,7 @@ from potluck_coordinator.simulation.faults import Misfortune
 from potluck_coordinator.simulation.figures import Figures, Look, figures_of
 from potluck_coordinator.simulation.homes import Homes
 from potluck_coordinator.simulation.invariants import Invariants
+from potluck_coordinator.simulation.lease_record import LeaseRecord
 from potluck_coordinator.simulation.node_model import Node
 from potluck_coordinator.simulation.policies import card_policy_of, policy_of
 from potluck_coordinator.simulation.scenario import Scenario
@@ -47,18 +50,22 @@ class World:
         self.limits = LivenessLimits()
         random = Random(f"{scenario.name}/{seed}")
         self.policy = policy_of(policy_name, Random(random.getrandbits(64)), scenario)
-        self.coordinator = CoordinatorModel(self.agenda, self.policy, self.invariants, self.limits, self._ended)
+        # Whoever grants no leases has nodes that keep to none.
+        node_limits = self.limits if self.policy.keeps_leases else replace(self.limits, lease_ttl_seconds=math.inf)
+        record = LeaseRecord(self.agenda, self.invariants, node_limits.lease_ttl_seconds, lambda: self.coordinator.doubted_at)
+        self.coordinator = CoordinatorModel(self.agenda, self.policy, self.invariants, self.limits, scenario, record, self._ended)
         self.nodes: list[Node] = []
         self.homes: list[Homes] = []
         for node_class in scenario.nodes:
             node_random = Random(random.getrandbits(64))
             card_policy = card_policy_of(policy_name, node_class)
             nodes = [
-                Node(NodeId(f"{node_class.name}-{number}"), node_class, self.agenda, node_random, card_policy(), self.limits)
+                Node(NodeId(f"{node_class.name}-{number}"), node_class, self.agenda, node_random, card_policy(), node_limits)
                 for number in range(node_class.count)
             ]
             for node in nodes:
                 node.coordinator = self.coordinator
+                node.record = record
             self.nodes += nodes
             self.homes.append(Homes(node_class.churn, scenario, self.agenda, Random(random.getrandbits(64)), nodes))
         self.misfortune = Misfortune(
