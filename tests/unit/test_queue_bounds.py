@@ -59,6 +59,15 @@ async def test_whoever_fills_the_queues_bytes_gives_way_to_others_and_is_told_wh
     assert front.requests.queues.queued_count(MODEL) == 3
 
 
+async def test_the_large_one_gives_way_before_the_many_small_ones(front):
+    large = front.ask(account_id=GUEST, body=b"x" * 500)
+    small = [front.ask(account_id=GUEST, body=b"x" * 20) for _ in range(20)]
+    await settle()
+    polite = front.ask(account_id=POLITE, body=b"y" * 300)
+    await settle()
+    assert (large.done(), polite.done(), any(one.done() for one in small)) == (True, False, False)
+
+
 async def test_a_large_newcomer_does_not_push_out_those_who_hold_less(front):
     small = [front.ask(account_id=AccountId(f"a{number}"), body=b"x" * 90) for number in range(10)]
     await settle()

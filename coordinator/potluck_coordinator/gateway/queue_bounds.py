@@ -1,7 +1,8 @@
 """The hard bounds of what waits: so many requests for each model, and so many bytes of bodies for all of them together.
 
 Decides when a bound is reached, and who gives way at it, so that nobody can fill what all share: at the bound of requests whom the line
-names, at that of bytes whoever holds the most of them, if it is more than the newcomer would hold. It must not know replicas or waits.
+names, at that of bytes the largest of whoever holds the most of them, if it is more than the newcomer would hold. It must not know
+replicas or waits.
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ class QueueBounds:
         if line.waiting_count >= self._limits.queue_length_max and (gone := line.gives_way(request)) is not None:
             yield gone
         while self._lacks_bytes(request) and (holder := self._holder_of_most(request)) is not None:
-            # Nobody takes the rest of an answer away that has begun.
-            newest = next((waiting for waiting in reversed(holder.waiting) if waiting.request.continued is None), None)
-            if newest is None:
+            # Nobody takes the rest of an answer away that has begun. Of equals the newest goes.
+            theirs = (waiting for waiting in reversed(holder.waiting) if waiting.request.continued is None)
+            largest = max(theirs, key=lambda waiting: len(waiting.request.body), default=None)
+            if largest is None:
                 return
-            yield newest
+            yield largest
 
     def _lacks_bytes(self, request: InferenceRequest) -> bool:
         return self._bytes + len(request.body) > self._limits.queue_bytes_max
