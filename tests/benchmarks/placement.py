@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from potluck_coordinator.domain.cost import cost
 from potluck_coordinator.domain.forecast import Forecast, Work
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, ReplicaView, is_free, lacks_room, place
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, NEW_SHARE, ReplicaView, is_free, lacks_room, place
 from potluck_coordinator.domain.prefixes import CacheState, block_names, cached_tokens
 from potluck_coordinator.domain.speeds import Speeds
 from potluck_coordinator.gateway.prefix_map import PrefixMap
@@ -188,9 +188,10 @@ def regret(seed: int, node_count: int = 300, decision_count: int = 1500, load: f
         names = block_names(prompt)
         depths = world.prefixes.holders(names, world.now, WARM_MAX)
         warm = {replica_id: cached_tokens(depth, len(prompt), work.prompt_tokens) for replica_id, depth in depths.items()}
-        explores = chance.random() < EXPLORE_SHARE
+        curiosity = chance.random()
+        explores = curiosity < EXPLORE_SHARE
         drawn = world.roster.draw(MODEL, work, endpoint=CHAT, tokens_min=1, warm={} if explores else warm, chance=chance.random)
-        placement = place(drawn, work, chance.random(), world.now, explores=explores)
+        placement = place(drawn, work, chance.random(), world.now, explores=explores, tries_new=curiosity < NEW_SHARE)
         if placement.chosen is None:
             continue
         number = int(placement.chosen.node_id.removeprefix("node"))

@@ -171,6 +171,26 @@ def test_one_that_explores_looks_away_from_caches():
     assert (placement.chosen, placement.explores) == (replicas[1], True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [
+        ({"speeds": Speeds(1000.0, 0.1, 0.0)}, True),  # a guess: nobody has ever tried it
+        ({"speeds": Speeds(1000.0, 0.1, 0.0, 9, 9, 960.0)}, True),
+        ({"speeds": Speeds(1000.0, 0.1, 0.0, 9, 9, 980.0)}, False),  # twenty seconds ago it was so slow
+        ({"speeds": Speeds(1000.0, 0.1, 0.0, 9, 9, 960.0), "in_flight_count": 1}, False),  # it is being tried
+        ({"speeds": Speeds(1000.0, 0.2, 0.0, 9, 9, 960.0)}, False),  # that would be too long for a client
+    ],
+)
+def test_one_that_explores_tries_an_idle_replica_that_was_slow_long_ago(changes, tried):
+    known = replica_view("known", speeds=Speeds(1000.0, 0.05, 0.0, 9, 9, 995.0), in_flight_count=1)
+    draw = Draw((Offer(known, "least work"), Offer(replica_view("other", **changes), "least work")), ())
+    assert place(draw, WORK, 0.0, 1000.0).chosen == known
+    placement = place(draw, WORK, 0.0, 1000.0, explores=True)
+    assert placement.chosen.node_id == ("other" if tried else "known")
+    assert (("quicker; another was not tried for long", 1) in reasons(placement)) is tried
+    assert place(draw, WORK, 0.0, 1000.0, tries_new=True).chosen.node_id == ("known" if changes["speeds"].decode_sample_count else "other")
+
+
 def test_equals_share_the_work_by_chance():
     roster, chance = roster_of([replica_view(name) for name in "abcdefgh"]), Random(1).random
     choices = Counter(place(roster.draw(MODEL, WORK, endpoint=CHAT, chance=chance), WORK, chance(), 0.0).chosen.node_id for _ in range(800))

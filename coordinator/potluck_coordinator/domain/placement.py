@@ -27,7 +27,14 @@ CACHE_SHARE_MAX: Final = 0.9
 BACKLOG_SECONDS_MAX: Final = 0.15
 """Of reading may wait at a replica: enough for it never to stand still, and all else waits here, where it can still go elsewhere."""
 EXPLORE_SHARE: Final = 0.01
-"""Of requests that are placed as if nothing were cached, so that a beginning which many share comes to be in more than one cache."""
+"""Of requests that are placed as if nothing were cached, so that a beginning which many share comes to be in more than one cache; and with
+an idle replica that nobody has tried for long, so that what it once was, or was guessed to be, is not held against it for ever."""
+NEW_SHARE: Final = 0.1
+"""Of requests that try an idle replica of which nobody knows anything yet, if there is one: what is guessed may be far too little."""
+TRIED_SECONDS: Final = 30.0
+"""For so long a replica is what it was when it answered last."""
+TRIED_COST_MAX: Final = 3.0
+"""Times the least: what an idle one may seem to cost to be tried anew. A client waits for it."""
 ROUND_TRIP_SECONDS_GUESS: Final = 0.03
 """Of a line that was not measured."""
 TRIED: Final = "tried before"
@@ -296,7 +303,7 @@ def reading_seconds(draw: Draw, work: Work, now: float) -> float:
     return min((cost(replica, work, now).waiting_seconds for replica in roomy), default=math.inf)
 
 
-def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool = False) -> Placement:
+def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool = False, tries_new: bool = False) -> Placement:
     """Chooses the offer with the lowest cost.
 
     Args:
@@ -304,12 +311,15 @@ def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool =
         work: the request's, as expected.
         chance: in [0, 1), breaks ties, so that equal nodes share the work.
         now: monotonic seconds.
-        explores: looks away from caches, as `EXPLORE_SHARE` of requests do.
+        explores: looks away from caches, and at who was not tried for long, as `EXPLORE_SHARE` of requests do.
+        tries_new: looks at who was never tried, as `NEW_SHARE` of them do.
     """
     roomy = [offer for offer in draw.offers if not lacks_room(offer.replica, work)]
     costs = [cost(offer.replica, work, now, 0.0 if explores else offer.cached_tokens) for offer in roomy]
     totals = [each.total_seconds for each in costs]
     winner = _winner(roomy, totals, chance)
+    if roomy and (explores or tries_new):
+        winner = _least_tried(roomy, totals, winner, now - TRIED_SECONDS if explores else -math.inf)
     candidates = [_full(offer) for offer in draw.offers if offer not in roomy] if len(roomy) < len(draw.offers) else []
     for index, (offer, terms) in enumerate(zip(roomy, costs, strict=True)):
         reason = CHOSEN if index == winner else _lost(totals[index], totals[winner])
@@ -329,8 +339,22 @@ def _winner(offers: Sequence[Offer], totals: Sequence[float], chance: float) -> 
     return ties[int(chance * len(ties))]
 
 
-def _lost(total: float, least: float) -> str:
-    return "as good" if total <= least * (1 + TIE_SHARE) else "slower"
+def _least_tried(offers: Sequence[Offer], totals: Sequence[float], winner: int, tried_before: float) -> int:
+    """Of the idle ones that nobody has tried since, that of longest ago, unless it is believed to be far worse; else the winner."""
+
+    def tried_at(index: int) -> float:
+        speeds = offers[index].replica.speeds
+        return speeds.learned_at_seconds if speeds.decode_sample_count else -math.inf
+
+    bearable = TRIED_COST_MAX * totals[winner]
+    idle = (index for index, offer in enumerate(offers) if not offer.replica.in_flight_count and totals[index] <= bearable)
+    return min((index for index in idle if tried_at(index) <= tried_before), key=tried_at, default=winner)
+
+
+def _lost(total: float, chosen: float) -> str:
+    if total < chosen * (1 - TIE_SHARE):
+        return "quicker; another was not tried for long"
+    return "as good" if total <= chosen * (1 + TIE_SHARE) else "slower"
 
 
 def _full(offer: Offer) -> Candidate:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.admission import Capacity
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, hurdle, place, reading_seconds, rejection, tokens_wanted
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, NEW_SHARE, hurdle, place, reading_seconds, rejection, tokens_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,8 @@ class Placing:
             work: what it is expected to be.
             kept_for: another request, which has all room wherever it may go.
         """
-        now, explores = self._clock.monotonic_seconds(), self._draw() < EXPLORE_SHARE
+        now, curiosity = self._clock.monotonic_seconds(), self._draw()
+        explores = curiosity < EXPLORE_SHARE
         # Of one replica alone it does not matter what it holds.
         has_choice = self._links.roster().replica_count(request.model_id) > 1
         warm = self._links.measures.warm(request, work) if has_choice else {}
@@ -62,7 +63,7 @@ class Placing:
             drawn = self._drawn(
                 request, excluded | shunned, work, kept_for, warm={} if explores else warm, takes_any_slot=_takes_any_slot(request)
             )
-            placement = place(drawn, work, self._draw(), now, explores=explores and bool(warm))
+            placement = place(drawn, work, self._draw(), now, explores=explores, tries_new=curiosity < NEW_SHARE)
             if placement.chosen is not None:
                 break
         return placement
