@@ -7,12 +7,13 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from potluck_coordinator.domain.suspicion import Standing
+from potluck_coordinator.gateway.dispatching import Dispatching
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.raw_node import RawNode
 from tests.support.request_path import read_all
@@ -129,6 +130,32 @@ async def test_a_node_that_passes_probes_and_fails_what_another_answers_is_suspe
         bad.probe_status = 200
         assert await ask_often(pool, 4) == {"ok": 4}
         assert standing(pool, bad) is not Standing.TRUSTED
+
+
+@pytest.mark.parametrize(
+    ("kinds", "trusted"), [(("scripted", "scripted"), False), (("scripted", "other"), True), (("attach", "attach"), True)]
+)
+async def test_requests_that_only_the_other_node_takes_tell_of_engines_of_one_kind_alone(tmp_path, monkeypatch, kinds, trusted):
+    async with two_owners(tmp_path) as pool, served(pool, 400, 200) as (picky, _):
+        kind_by_node = dict(zip([node.credentials.node_id for node in pool.nodes], kinds, strict=True))
+        plain = Dispatching.dispatch
+
+        def of_kind(self, request, entry, replica, *others, **options):
+            return plain(self, request, entry, replace(replica, engine_kind=kind_by_node[replica.node_id]), *others, **options)
+
+        monkeypatch.setattr(Dispatching, "dispatch", of_kind)
+        picky.probe_status = 200
+        seen = set()
+        for _ in range(4):
+            assert await ask_often(pool, 6, 0.1) == {"ok": 6}
+            seen.add(standing(pool, picky))
+        assert (seen == {Standing.TRUSTED}) is trusted
+        assert standing(pool, picky) is not Standing.SUSPECTED, "it passes its probes"
+        picky.status = 200
+        assert await ask_often(pool, 6, 0.1) == {"ok": 6}
+        await until(lambda: standing(pool, picky) is not Standing.SUSPECTED)
+        assert await ask_often(pool, 6, 0.1) == {"ok": 6}
+        assert standing(pool, picky) is Standing.TRUSTED
 
 
 async def test_requests_that_every_engine_refuses_take_no_trust_from_any(tmp_path):

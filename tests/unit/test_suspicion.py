@@ -21,6 +21,7 @@ from potluck_coordinator.domain.suspicion import (
     after_failure,
     after_probe,
     after_refusal,
+    after_refused_body,
     after_success,
     is_forgotten,
     kind_of,
@@ -94,6 +95,27 @@ def test_refusals_excuse_no_failure_and_a_refusal_while_half_open_is_a_failed_pr
     assert after_refusal(half, 2.0) == after_failure(half, 2.0)
     assert not is_forgotten(after_refusal(Suspicion(), 0.0), 1.0)
     assert is_forgotten(after_refusal(Suspicion(), 0.0), WINDOW_SECONDS)
+
+
+def test_a_body_that_its_like_answers_counts_as_a_refusal_of_a_trusted_one_and_of_no_other():
+    trusted = Suspicion()
+    for number in range(REFUSALS_MAX + 1):
+        assert after_refused_body(trusted, float(number)) == after_refusal(trusted, float(number))
+        trusted = after_refused_body(trusted, float(number))
+    assert trusted.standing is Standing.SUSPECTED
+    half = after_probe(suspected(), 1.0, succeeded=True)
+    for other in (half, suspected()):
+        assert after_refused_body(other, 2.0) == other, "one client's odd request keeps nobody out"
+
+
+def test_after_a_good_probe_and_a_good_answer_pauses_begin_anew():
+    suspicion = suspected()
+    for _ in range(5):
+        suspicion = after_probe(suspicion, suspicion.probe_at, succeeded=False)
+    back = after_success(after_probe(suspicion, suspicion.probe_at, succeeded=True))
+    assert (suspicion.failed_probe_count, back) == (5, Suspicion())
+    again = after_failure(after_failure(back, 500.0), 500.0)
+    assert after_probe(again, 500.0, succeeded=False).probe_at == 500.0 + PROBE_PAUSE_FIRST_SECONDS
 
 
 def test_attempts_that_ran_before_change_nothing_of_a_suspected_one():

@@ -256,20 +256,50 @@ async def test_an_engine_that_says_it_is_busy_where_it_had_a_slot_has_refused(po
     ("code", "count"),
     [(ErrorCode.ENGINE_FAILED, 2), (ErrorCode.INVALID_REQUEST, REFUSALS_MAX + 1), (ErrorCode.CONTEXT_LENGTH_EXCEEDED, None)],
 )
-async def test_what_another_node_answers_was_this_ones_failure_and_its_refusals_count_while_it_answers_nothing(pool, code, count):
+async def test_what_its_like_answers_was_this_ones_failure_and_its_refusals_count_while_it_answers_nothing(pool, code, count):
     node = await pool.add("node")
     outdone = []
     while standing(pool, node) is Standing.TRUSTED and len(outdone) < 10:
         outdone.append(code)
-        pool.links.suspicions.outdone(node.session, node.replica_id, code)
+        pool.links.suspicions.outdone(node.session, node.replica_id, code, by_its_like=True)
         pool.clock.seconds += 1
     assert len(outdone) == (count or 10)
     taker = await pool.add("taker")
     for _ in range(10):
-        pool.links.suspicions.outdone(taker.session, taker.replica_id, ErrorCode.INVALID_REQUEST)
+        pool.links.suspicions.outdone(taker.session, taker.replica_id, ErrorCode.INVALID_REQUEST, by_its_like=True)
         pool.clock.seconds += 1
         pool.end(taker, pool.start(taker))
     assert standing(pool, taker) is Standing.TRUSTED
+
+
+async def test_a_body_that_another_kind_of_engine_takes_is_an_error_that_a_probe_decides(pool):
+    node = await pool.add("node")
+    node.talks = False
+    for _ in range(20):
+        answers(pool, node, 400)
+        pool.links.suspicions.outdone(node.session, node.replica_id, ErrorCode.INVALID_REQUEST, by_its_like=False)
+        pool.clock.seconds += 1
+    assert standing(pool, node) is Standing.TRUSTED
+    await pool.wait(0.5)
+    (probe,) = probes(node)
+    answer_probe(pool, node, probe, status=400)
+    await pool.wait(0.25)
+    assert standing(pool, node) is Standing.SUSPECTED
+
+
+@pytest.mark.parametrize("by_its_like", [True, False])
+async def test_a_body_that_another_node_takes_keeps_no_replica_out_that_has_passed_its_probe(pool, by_its_like):
+    node = await pool.add("node")
+    node.talks = False
+    answer_probe(pool, node, await suspected(pool, node))
+    await pool.wait(0.5)
+    for _ in range(10):
+        answers(pool, node, 400)
+        pool.links.suspicions.outdone(node.session, node.replica_id, ErrorCode.INVALID_REQUEST, by_its_like=by_its_like)
+        pool.clock.seconds += 1
+    assert standing(pool, node) is Standing.HALF_OPEN
+    pool.end(node, pool.start(node))
+    assert standing(pool, node) is Standing.TRUSTED
 
 
 async def test_a_client_that_goes_away_is_held_against_no_replica(pool):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from potluck_coordinator.domain.delivered_text import UNSEEN_TOKENS_ALLOWANCE, UNSEEN_TOKENS_PER_CALL_ALLOWANCE
+from potluck_coordinator.gateway.said_values import ITEM_COUNT_MAX, OBJECT_BYTES_MAX, READ_BYTES_MAX, VALUE_COUNT_MAX
 from potluck_coordinator.gateway.text_meter import UNREAD_BYTES_MAX, TextMeter
 from tests.support.http_edge import DONE, chat_event, event, usage_event
 
@@ -51,10 +52,23 @@ def call(**fields: object) -> dict[str, object]:
         (call(function={"name": "f", "arguments": ""}), 1 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
         (call(custom={"name": "f", "input": "x = 1"}), 6 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
         ({"function_call": {"name": "f", "arguments": "{}"}}, 3 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
+        # What some servers send in another shape.
+        ({"content": {"type": "text", "text": "Hello"}}, 5),
+        ({"content": "Hello", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}, {"summary": "so"}, {"data": PAD}]}, 9),
+        ({"reasoning": "hm", "reasoning_details": [{"text": "hm"}, {"text": "hm"}], "thinking": {"thinking": "hmm"}}, 4),
+        ({"content": None, "audio": {"id": PAD, "data": PAD, "transcript": "Hello"}}, 5),
+        ({"content": "Hello", "audio": {"transcript": "Hello"}}, 5),
+        ({"content": [{"text": "hm", "thinking": "hm", "summary": "hm"}]}, 2),
+        (call(function={"name": "f", "arguments": {"a": [1, {"b": "\u00fc"}]}}), 1 + 20 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
+        (call(custom={"name": "f", "input": [1, 2]}), 1 + 5 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
+        (call(function={"name": "f", "arguments": "{}", "input": "{}"}), 3 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
+        (call(function={"name": "f"}) | {"function_call": {"name": "f"}}, 1 + UNSEEN_TOKENS_PER_CALL_ALLOWANCE),
         # None of it is text that a client is shown.
         ({"role": PAD}, 0),
         ({"content": "", "pad": PAD}, 0),
-        ({"content": {"text": PAD}}, 0),
+        ({"content": {"pad": PAD, "text": {"text": PAD}}}, 0),
+        ({"content": [{"thinking": [{"thinking": [{"thinking": [{"text": PAD}]}]}]}]}, 0),
+        ({"audio": PAD, "reasoning_details": [PAD, {"data": PAD}]}, 0),
         ({"content": [PAD, [PAD], {"pad": PAD}, {"text": [{"text": PAD}]}]}, 0),
         ({"name": PAD, "arguments": PAD, "function": {"name": PAD}}, 0),
         ({"tool_calls": PAD}, 0),
@@ -107,6 +121,12 @@ def test_an_event_in_pieces_is_read_as_one() -> None:
     assert counted(whole.removesuffix(b"\n\n") + b"y") == 0
 
 
+def test_blanks_and_names_that_come_twice_in_an_object_of_arguments_are_worth_nothing() -> None:
+    padded = b'{"a":"%s", %s "a":1}' % (PAD.encode(), b" " * 999)
+    said = b'{"tool_calls":[{"function":{"arguments":%s}}]}'
+    assert counted(b'data: {"choices":[{"delta":' + said % padded + b"}]}\n\n") == len('{"a":1}')
+
+
 def test_each_of_several_answers_has_its_text_and_its_end() -> None:
     pieces = [chat_event({"content": "Hello"}, index=index) for index in range(4)]
     assert counted(*pieces, answer_count=4) == 20
@@ -140,6 +160,47 @@ def test_an_honest_count_is_never_cut() -> None:
     for text in ("", "", "", "\U0001f600") * 10:
         halves.add(chat_event({"content": text}))
     assert (halves.relayed(40), halves.counted(41)) == (40, 41)
+
+
+EMPTIES = b"[" + b"[]," * 700_000 + b"[]]"
+OBJECTS = b"[" + b"{}," * 700_000 + b"{}]"
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        b'[{"message":%s}]' % EMPTIES,
+        b'[{"message":{"content":"Hello","pad":%s},"logprobs":%s}]' % (EMPTIES, OBJECTS),
+        b'[{"message":{"content":"Hello","reasoning_details":%s}}]' % EMPTIES,
+        b'[{"message":{"content":%s}}]' % OBJECTS,
+        b'[{"message":{"tool_calls":%s}}]' % OBJECTS,
+        b'[{"message":{"tool_calls":[{"function":{"arguments":{"a":%s}}}]}}]' % EMPTIES,
+        b'[{"message":{"tool_calls":[%s]}}]' % b",".join([b'{"function":{"arguments":[%s[]]}}' % (b"[]," * 20_000)] * 40),
+        b'[{"message":{"content":[%s]}}]' % b",".join([b'{"thinking":[%s{}]}' % (b'{"text":"y"},' * 255)] * 255),
+        b'[{"index":%s,"message":{"content":"Hello"}}]' % EMPTIES,
+        OBJECTS,
+    ],
+)
+def test_what_a_node_sends_in_place_of_an_answer_takes_no_memory(choices: bytes) -> None:
+    document, events = b'{"choices":%s}' % choices, b'data: {"choices":%s}\n\n' % choices.replace(b'"message"', b'"delta"')
+    one, other = meter(), meter()
+    tracemalloc.start()
+    one.counted_of_document(document, CLAIM)
+    other._read_event(events.removesuffix(b"\n\n"))
+    held_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held_bytes < 3 * len(document) + (4 << 20), "copies of an event's bytes, and little more, instead of 40 MB"
+    assert one.counted_of_document(b"{}", CLAIM) < UNSEEN_TOKENS_ALLOWANCE + OBJECT_BYTES_MAX
+
+
+def test_an_answer_in_many_parts_counts_as_far_as_it_is_read() -> None:
+    parts = [{"type": "text", "text": "y"}] * (ITEM_COUNT_MAX + 1)
+    assert counted(choice_event(delta={"content": parts})) == ITEM_COUNT_MAX
+    assert counted(choice_event(delta={"content": [{"thinking": parts}] * 99})) < VALUE_COUNT_MAX
+    whole = {"choices": [{"index": 0, "message": {"content": "y" * 50_000, "reasoning": "y" * 40_000}}]}
+    assert meter().counted_of_document(json.dumps(whole).encode(), CLAIM) == 90_000 + UNSEEN_TOKENS_ALLOWANCE
+    too_long = {"choices": [{"index": 0, "message": {"content": "y" * READ_BYTES_MAX}}]}
+    assert meter().counted_of_document(json.dumps(too_long).encode(), CLAIM) == UNSEEN_TOKENS_ALLOWANCE
 
 
 def test_only_as_much_is_kept_and_read_as_there_is_need_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,15 @@ def after_refusal(suspicion: Suspicion, now: float) -> Suspicion:
     return Suspicion(Standing.SUSPECTED, probe_at=now)
 
 
+def after_refused_body(suspicion: Suspicion, now: float) -> Suspicion:
+    """It blamed a request that another replica on the same kind of engine answers.
+
+    That takes trust away as other refusals do. What has passed its probe it neither opens nor closes: versions differ, too, and a client
+    with one such request would keep an honest replica out for as long as it asks.
+    """
+    return after_refusal(suspicion, now) if suspicion.standing is Standing.TRUSTED else suspicion
+
+
 def after_success(suspicion: Suspicion) -> Suspicion:
     """An attempt was answered well. Of a trusted one it excuses no failure: half of its answers may fail."""
     return Suspicion() if suspicion.standing is Standing.HALF_OPEN else replace(suspicion, refused_at=(), errors_at=())

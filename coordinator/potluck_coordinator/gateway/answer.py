@@ -247,7 +247,7 @@ class Answer:
                 # Whoever was outrun had no part in it.
                 self.node_ids = (*(() if step == TakeHedge(HedgeEnd.WON) else self.node_ids), attempt.node_id)
                 for failed, code in self._errors:
-                    failed.outdone(code)
+                    failed.outdone(code, attempt)
                 self._errors.clear()
                 return
 

@@ -62,7 +62,8 @@ class Attempt:
         release: gives the slot back; called once.
         take: opens the hold of one that has none.
         late_after_seconds: from its dispatch; without a first token by then it may be hedged. None: never.
-        on_outdone: called with its error where it answered one and another node an answer.
+        engine_kind: whose answer it is.
+        on_outdone: called with its error, and with the other's kind of engine, where it answered one and another node an answer.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Attempt:
         release: Callable[[], None],
         take: Callable[[], asyncio.Future[LedgerOutcome]] | None = None,
         late_after_seconds: float | None = None,
-        on_outdone: Callable[[ErrorCode], None] = lambda _: None,
+        engine_kind: str = "",
+        on_outdone: Callable[[ErrorCode, str], None] = lambda _code, _kind: None,
     ) -> None:
         self._request = request
         self._entry = entry
@@ -107,6 +109,7 @@ class Attempt:
         if hold is not None:
             self._stand_on(hold)
         self.node_id = node_id
+        self.engine_kind = engine_kind
         self.deadline_at_seconds = deadline_at_seconds
         self.document = b""
         """An unstreamed answer, once it is complete."""
@@ -195,10 +198,10 @@ class Attempt:
             self.was_outrun = True
             self._relay.fail(PotluckError(ErrorCode.NODE_LOST, "Another node gave the first token sooner."))
 
-    def outdone(self, code: ErrorCode) -> None:
-        """Another node has begun a good answer to what became of this attempt that error."""
+    def outdone(self, code: ErrorCode, by: Attempt) -> None:
+        """Another node's attempt has begun a good answer to what became of this one that error."""
         if self._relay.answer_kind is AnswerKind.ERROR:
-            self._on_outdone(code)
+            self._on_outdone(code, by.engine_kind)
 
     async def next_data(self, pass_on: PassOn | None = None) -> bytes | None:
         """The next bytes for the client, None at the complete end; raises PotluckError where the answer breaks off.

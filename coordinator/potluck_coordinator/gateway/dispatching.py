@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from potluck_coordinator.domain.catalogue import ATTACH_KIND
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.pricing import hold_amount
@@ -106,12 +107,11 @@ class Dispatching:
         assert session is not None, "placement saw the session in this same turn of the loop"
         attempt_id, now, amount = self._books.new_attempt_id(), self._clock.monotonic_seconds(), _hold_of(request, entry)
         relay = self._send(attempt_id, request, replica, session=session, tried=tried)
-        opening = partial(self._hold, attempt_id, request.account_id, replica.replica_id, session.owner_account_id, amount)
         finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
         charged: list[float] = []
 
         def take() -> asyncio.Future[LedgerOutcome]:
-            hold = self._books.ledger.submit(opening())
+            hold = self._books.ledger.submit(self._hold(attempt_id, request.account_id, replica.replica_id, session, amount))
             charged.append(self._on_start(request))
             return hold
 
@@ -143,7 +143,8 @@ class Dispatching:
             release=release,
             take=take,
             late_after_seconds=self._links.measures.foresee(attempt_id, replica),
-            on_outdone=partial(self._outdone, session, replica.replica_id),
+            engine_kind=replica.engine_kind,
+            on_outdone=partial(self._outdone, session, replica),
         )
         deadline = self._expiring(attempt, now, finish)
         self._quarantine.begin(attempt_id, session.node_id, request)
@@ -160,8 +161,10 @@ class Dispatching:
         self._links.node_changed(session.node_id)
         return relay
 
-    def _outdone(self, session: NodeSession, replica_id: ReplicaId, code: ErrorCode) -> None:
-        self._links.suspicions.outdone(session, replica_id, code)
+    def _outdone(self, session: NodeSession, replica: ReplicaView, code: ErrorCode, by_engine_kind: str) -> None:
+        # An owner's own server may be any engine, of any version.
+        by_its_like = by_engine_kind == replica.engine_kind != ATTACH_KIND
+        self._links.suspicions.outdone(session, replica.replica_id, code, by_its_like=by_its_like)
         self._links.node_changed(session.node_id)
 
     def _expiring(self, attempt: Attempt, now: float, finish: Callable[[], None]) -> asyncio.TimerHandle:
@@ -174,12 +177,12 @@ class Dispatching:
         self._on_slot()
 
     def _hold(
-        self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, owner: AccountId, amount_micro_credits: int
+        self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, session: NodeSession, amount_micro_credits: int
     ) -> OpenHold:
         return OpenHold(
             hold_id=attempt_id,
             payer=payer,
-            payees=self._books.replica_payees().get(replica_id, (PayeeShare(owner, 1),)),
+            payees=self._books.replica_payees().get(replica_id, (PayeeShare(session.owner_account_id, 1),)),
             amount_micro_credits=amount_micro_credits,
             expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
             gateway_epoch=self._books.gateway_epoch,

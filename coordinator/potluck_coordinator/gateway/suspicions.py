@@ -19,6 +19,7 @@ from potluck_coordinator.domain.suspicion import (
     after_failure,
     after_probe,
     after_refusal,
+    after_refused_body,
     after_success,
     is_forgotten,
     probe_is_due,
@@ -80,17 +81,20 @@ class Suspicions:
             case AnswerKind.ERROR:
                 self._put(replica_id, after_error(self._suspicions.get(replica_id, Suspicion()), self._now()))
 
-    def outdone(self, session: NodeSession, replica_id: ReplicaId, code: ErrorCode) -> None:
+    def outdone(self, session: NodeSession, replica_id: ReplicaId, code: ErrorCode, *, by_its_like: bool) -> None:
         """Another node answers what this replica had that error for: then it was not the request.
 
-        What one engine takes for nonsense another may know how to answer, so refusals count only while nothing else is answered. That
-        contexts differ in length is no fault.
+        What one engine stumbles over another may know how to answer, so it counts only where an engine of the same kind (`by_its_like`)
+        answers. Elsewhere it stays what `over` has counted it for: an error, of which a probe shows whose it was. That contexts differ in
+        length is no fault.
         """
+        if not by_its_like:
+            return
         match code:
             case ErrorCode.ENGINE_FAILED:
                 self.failed(replica_id)
-            case ErrorCode.INVALID_REQUEST:
-                self.refused(session, replica_id)
+            case ErrorCode.INVALID_REQUEST if session.state is NodeState.SERVING:
+                self._put(replica_id, after_refused_body(self._suspicions.get(replica_id, Suspicion()), self._now()))
 
     def probed(self, replica_id: ReplicaId, *, succeeded: bool, answered: bool) -> None:
         """What a probe has shown."""
