@@ -215,6 +215,7 @@ def test_bad_chat_bodies(content: object, param: str | None) -> None:
         (COMPLETIONS, {"model": "m", "prompt": ["a"] * 3, "n": 2}, "prompt"),
         (COMPLETIONS, {"model": "m", "prompt": "a", "best_of": 2}, "best_of"),
         (COMPLETIONS, {"model": "m", "prompt": "a", "echo": True}, "echo"),
+        (CHAT, {"model": "m", "messages": [{"role": "user", "content": "a"}], "include_reasoning": False}, "include_reasoning"),
         (COMPLETIONS, {"model": "m", "prompt": "a", "suffix": "b"}, "suffix"),
         (COMPLETIONS, {"model": "m", "prompt": "a", "logprobs": 6}, "logprobs"),
         (COMPLETIONS, {"model": "m", "prompt": "a", "logprobs": -1}, "logprobs"),

@@ -34,7 +34,8 @@ _SPACE: Final = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_LINES: Final = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _NAME: Final = re.compile(r"[A-Za-z0-9-]+")
 _TOKEN: Final = re.compile(r"!?<(?:\[[0-9]{1,9}\]|[^>]*)>")
-_REPEAT: Final = re.compile(r"\{[ \t]*([0-9]{1,9})[ \t]*(?:(,)[ \t]*([0-9]{1,9})?[ \t]*)?\}")
+_REPEAT: Final = re.compile(r"\{[ \t]*+([0-9]{1,9}+)[ \t]*+(?:(,)[ \t]*+([0-9]{1,9}+)?+[ \t]*+)?+\}")
+_PLAIN: Final = re.compile(r'[^"\\]+')
 _HEXADECIMAL: Final = {"x": re.compile(r"[0-9a-fA-F]{2}"), "u": re.compile(r"[0-9a-fA-F]{4}"), "U": re.compile(r"[0-9a-fA-F]{8}")}
 _ESCAPES: Final = {"t": "\t", "r": "\r", "n": "\n", "\\": "\\", '"': '"', "[": "[", "]": "]", "-": "-"}
 _SIGNS: Final = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -59,6 +60,10 @@ class Rules:
     copies: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """Rules that stand for one copy of what repeats: the repeat's number, the copy's, and how many copies there are in truth."""
     written_count: int = 0
+    read_count: int = 0
+    """Signs, names, sets and literals of the text."""
+    is_exact: bool = True
+    """Every repeat is as it is in the grammar, with `has_loops` or without."""
 
     def number(self, name: str) -> int:
         if name not in self.numbers:
@@ -78,6 +83,8 @@ class Rules:
         if self.written_count > ELEMENTS_MAX:
             raise GrammarSizeError(f"more than {ELEMENTS_MAX} elements once its repeats are written out")
         copy_count = max(least, most if most is not None else least + 1)
+        if copy_count > COPIES_MAX:
+            self.is_exact = False
         if copy_count <= COPIES_MAX or (self.has_loops and least == most and least <= EXACT_MAX):
             return (*(inner * least), *self._optional(inner, least, most))
         if self.has_loops:
@@ -173,6 +180,7 @@ class _Reader:
         last: Sequence | None = None
         space = _SPACE_AND_LINES if is_nested else _SPACE
         while sign := self._sign():
+            self.rules.read_count += 1
             if sign in "*+?{":
                 if not last:
                     raise self._unreadable("something that can be repeated")
@@ -202,6 +210,11 @@ class _Reader:
         self.place += 1
         characters: list[Element] = []
         while self._sign() != '"':
+            found = _PLAIN.match(self.text, self.place)
+            if found is not None:
+                characters += [((code, code),) for code in map(ord, found[0])]
+                self.place = found.end()
+                continue
             code = self._character()
             characters.append(((code, code),))
         self.place += 1
@@ -217,6 +230,8 @@ class _Reader:
             if self._sign() == "-" and self.text[self.place + 1 : self.place + 2] != "]":
                 self.place += 1
                 last = self._character()
+            if last < first:  # which llama.cpp keeps, and nothing fits
+                raise self._unreadable("a range that goes up")
             ranges.append((first, last))
         self.place += 1
         if not ranges:  # llama.cpp writes nothing for either

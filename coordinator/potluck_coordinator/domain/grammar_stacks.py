@@ -11,11 +11,15 @@ from collections import defaultdict
 from math import ceil
 from typing import Final, TypeAlias
 
+from potluck_coordinator.domain.grammar_firsts import Firsts
 from potluck_coordinator.domain.grammar_rules import COPIES_MAX
 from potluck_coordinator.domain.grammar_walk import STACK_DEPTH_MAX, GrammarBranchesError, Place, Stack, Walker, factors
 
 STACKS_MAX: Final = 256
 """Open at once. Each of them looks at a whole vocabulary for a token: some milliseconds."""
+
+_ALL: Final = -1
+"""In the place of an alternative's number: any of them."""
 
 _Frame: TypeAlias = frozenset[Place]
 _Set: TypeAlias = frozenset[Stack]
@@ -23,14 +27,15 @@ _End: Final[_Frame] = frozenset()
 """Nothing beneath: the answer's end."""
 
 
-def check_stacks(walker: Walker, root: int, copies: dict[int, tuple[int, int, int]]) -> None:
+def check_stacks(walker: Walker, firsts: Firsts, root: int, copies: dict[int, tuple[int, int, int]]) -> None:
     """Raises GrammarBranchesError."""
-    _Stacks(walker, copies).run(root)
+    _Stacks(walker, firsts, copies).run(root)
 
 
 class _Stacks:
-    def __init__(self, walker: Walker, copies: dict[int, tuple[int, int, int]]) -> None:
+    def __init__(self, walker: Walker, firsts: Firsts, copies: dict[int, tuple[int, int, int]]) -> None:
         self.walker = walker
+        self.firsts = firsts
         self.copies = copies
         self.frames: dict[_Set | _Frame, set[_Frame]] = defaultdict(set)
         """Beneath a set of stacks, and beneath another frame."""
@@ -75,6 +80,14 @@ class _Stacks:
             self._go_on_beneath(self.ending[target], frame)
 
     def _look_at(self, stacks: _Set) -> None:
+        if len(stacks) == 1 and len(only := next(iter(stacks))) == 1:
+            ((rule, number, _),) = only
+            if number == _ALL:
+                self._open(rule, stacks)
+                return
+            if self.firsts.is_settled(only[0]):
+                self._pass(only[0], stacks)
+                return
         leaves = tuple(dict.fromkeys(leaf for stack in stacks for leaf in self.walker.opened(stack)))
         self.sizes[stacks] = self._size(leaves)
         if () in leaves and len(leaves) > 1:
@@ -83,6 +96,34 @@ class _Stacks:
                 self._go_on_beneath(leaves, frame)
         for taken in self.walker.taken_together(leaf for leaf in leaves if leaf):
             self._push(stacks, frozenset(map(self.walker.after, taken)))
+
+    def _pass(self, place: Place, source: _Set) -> None:
+        """One character leaves one way there: no set of stacks, but that of the rule within, and the place behind it."""
+        self.walker.step()
+        self.sizes[source] = self._few(self.firsts.of_place(place).count)
+        element = self.walker.element(place)
+        if not isinstance(element, int):
+            self._push(source, frozenset({self.walker.past_characters((place,))}))
+            return
+        within, behind = frozenset({((element, _ALL, 0),)}), self.walker.after((place,))
+        self._note(within)
+        if behind:
+            alone = frozenset({behind})
+            self._note(alone)
+            for target in (alone, frozenset(behind)):
+                self._pass_on(source, target)
+            self.news.append((within, frozenset(behind)))
+        else:
+            self._pass_on(source, within)
+
+    def _open(self, rule: int, source: _Set) -> None:
+        """All alternatives of it, of which the next character takes one."""
+        for number, sequence in enumerate(self.walker.rules[rule]):
+            self.walker.step()
+            if sequence:
+                alone = frozenset({((rule, number, 0),)})
+                self._note(alone)
+                self._pass_on(source, alone)
 
     def _go_on_beneath(self, leaves: tuple[Stack, ...], frame: _Frame) -> None:
         """One of them is at its end while others are not: the bottoms beneath them go on with it."""

@@ -7,17 +7,19 @@ walks are the domain's. It must not know models.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from potluck_coordinator.domain.grammar_readings import check_readings
-from potluck_coordinator.domain.grammar_rules import ROOT, GrammarSizeError, GrammarUnreadableError, read_grammar
-from potluck_coordinator.domain.grammar_stacks import check_stacks
-from potluck_coordinator.domain.grammar_walk import GrammarBranchesError, Steps, Walker, check_left_ends
+from potluck_coordinator.domain.grammar_check import check_grammar
+from potluck_coordinator.domain.grammar_rules import GrammarSizeError, GrammarUnreadableError
+from potluck_coordinator.domain.grammar_walk import GrammarBranchesError, Steps
 from potluck_coordinator.domain.pattern_grammar import pattern_grammar
 from potluck_coordinator.domain.schema_branches import check_schema_branches
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -38,11 +40,14 @@ TOOL_COUNT_MAX: Final = 128
 TOOLS_BYTES_MAX: Final = 256 * 1024
 """Of the descriptions and schemas of all of them together: they also stand in the prompt."""
 
-WALKED_GRAMMARS_MAX: Final = 64
-"""That passed, and are remembered."""
+WALKED_GRAMMARS_MAX: Final = 1024
+"""And patterns, that passed and are remembered."""
+VALUES_BY_STEP: Final = 8
+PATTERN_CHARACTERS_BY_STEP: Final = 4
 
 _REPEATS: Final = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
-_REPEAT: Final = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+_REPEAT: Final = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?+\}")
+"""Gives nothing back once it has taken it: else many spaces would be tried in every way to share them out."""
 
 _OTHER_GRAMMARS: Final = "%llguidance"
 """How a grammar begins that llama.cpp hands on to a library which has bounds of its own."""
@@ -81,33 +86,34 @@ class Guides(Struct, kw_only=True):
     ebnf: Grammar | None = None
 
 
-def check_guides(guides: Guides) -> None:
-    """Raises INVALID_REQUEST for what is over the bounds, with `param` naming it."""
+def check_guides(guides: Guides, steps: Steps) -> None:
+    """Raises INVALID_REQUEST for what is over the bounds, with `param` naming it. `steps` are all that the request's checks may take."""
     structured = guides.structured_outputs or StructuredOutputs()
-    for param, schema in (
+    schemas = (
         ("json_schema", guides.json_schema),
         ("guided_json", guides.guided_json),
         ("structured_outputs.json", structured.json),
         ("structured_outputs.structural_tag", structured.structural_tag),
-    ):
-        check_schema(schema, param)
+    )
+    size_bytes = 0
+    for param, schema in schemas:
+        size_bytes += len(bytes(schema))
+        if size_bytes > SCHEMA_BYTES_MAX:
+            raise _refused(param, f"{size_bytes} bytes of schemas; up to {SCHEMA_BYTES_MAX} are taken")
+    for param, schema in schemas:
+        check_schema(schema, param, steps)
     patterns = (("guided_regex", guides.guided_regex), ("regex", guides.regex), ("structured_outputs.regex", structured.regex))
     grammars = (("grammar", guides.grammar), ("guided_grammar", guides.guided_grammar), ("ebnf", guides.ebnf))
     for param, text in (*patterns, *grammars, ("structured_outputs.grammar", structured.grammar)):
         if text is not None:
             _check_repeats(text, param, is_walked=param == "grammar")
     if guides.grammar and not guides.grammar.startswith(_OTHER_GRAMMARS):
-        try:
-            _walk_whole(guides.grammar)
-        except (GrammarUnreadableError, GrammarBranchesError) as error:
-            raise _refused("grammar", str(error)) from None
+        with _refusing("grammar"):
+            _walk(guides.grammar, steps)
 
 
-def check_schema(raw: Raw, param: str, steps: Steps | None = None) -> None:
-    """The same of a JSON schema, or of JSON that holds some; one that is written as a text is looked into, and none passes.
-
-    `steps` are what several schemas of one request may take together.
-    """
+def check_schema(raw: Raw, param: str, steps: Steps) -> None:
+    """The same of a JSON schema, or of JSON that holds some; one that is written as a text is looked into, and none passes."""
     if not bytes(raw):
         return
     if len(bytes(raw)) > SCHEMA_BYTES_MAX:
@@ -119,17 +125,30 @@ def check_schema(raw: Raw, param: str, steps: Steps | None = None) -> None:
     except (msgspec.DecodeError, RecursionError):
         # As a text it may be something else; the engine says what it thinks of that. Text alone compiles to nothing large.
         return
-    patterns = _check_tree(value, param)
-    try:
+    with _refusing(param):
+        patterns = _check_tree(value, param, steps)
         if isinstance(value, dict):
-            check_schema_branches(value)
-        _check_patterns(patterns, steps or Steps())
-    except (GrammarSizeError, GrammarBranchesError) as error:
+            check_schema_branches(value, steps)
+        _check_patterns(patterns, steps)
+
+
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """Whatever the checks find is the request's fault, also where they find no end to it."""
+    try:
+        yield
+    except (GrammarUnreadableError, GrammarBranchesError) as error:
         raise _refused(param, str(error)) from None
+    except RecursionError:
+        raise _refused(param, "nested too deep to be looked through") from None
 
 
 def _check_patterns(patterns: set[str], steps: Steps) -> None:
-    for grammar in filter(None, map(pattern_grammar, sorted(patterns))):
+    for pattern in sorted(patterns):
+        steps.take(1 + len(pattern) // PATTERN_CHARACTERS_BY_STEP)
+        grammar = pattern_grammar(pattern)
+        if grammar is None:
+            continue
         try:
             _walk(grammar, steps)
         except GrammarSizeError:
@@ -138,21 +157,46 @@ def _check_patterns(patterns: set[str], steps: Steps) -> None:
             continue
 
 
-@lru_cache(maxsize=WALKED_GRAMMARS_MAX)
-def _walk_whole(grammar: str) -> None:
-    """A request's own, which has all the steps: an application sends the same one again and again."""
-    _walk(grammar, Steps())
-
-
 def _walk(grammar: str, steps: Steps) -> None:
-    rules, loops = read_grammar(grammar), read_grammar(grammar, has_loops=True)
-    walker, root = Walker(rules, steps), rules.numbers[ROOT]
-    check_left_ends(walker)
-    check_readings(Walker(loops, steps), loops.numbers[ROOT])
-    check_stacks(walker, root, rules.copies)
+    if grammar not in _walked:
+        check_grammar(grammar, steps)
+        _walked.add(grammar)
 
 
-def _check_tree(value: Any, param: str) -> set[str]:
+class _Walked:
+    """Texts that passed, by their hashes: an application sends the same ones again and again."""
+
+    def __init__(self) -> None:
+        self._digests: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, text: str) -> bool:
+        digest = self._digest(text)
+        if digest not in self._digests:
+            return False
+        self._digests.move_to_end(digest)
+        return True
+
+    def add(self, text: str) -> None:
+        self._digests[self._digest(text)] = None
+        if len(self._digests) > WALKED_GRAMMARS_MAX:
+            self._digests.popitem(last=False)
+
+    def clear(self) -> None:
+        self._digests.clear()
+
+    def _digest(self, text: str) -> bytes:
+        return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+_walked: Final = _Walked()
+
+
+def forget_walked() -> None:
+    """As after a start."""
+    _walked.clear()
+
+
+def _check_tree(value: Any, param: str, steps: Steps) -> set[str]:
     """The patterns in it."""
     patterns: set[str] = set()
     node_count = 0
@@ -161,9 +205,11 @@ def _check_tree(value: Any, param: str) -> set[str]:
         node_count += len(level)
         if node_count > SCHEMA_NODES_MAX:
             raise _refused(param, f"more than {SCHEMA_NODES_MAX} values in it")
+        steps.take(len(level) // VALUES_BY_STEP)
         below: list[Any] = []
         for node in level:
             if isinstance(node, dict):
+                steps.take(1)
                 patterns |= _check_node(node, param)
                 below += node.values()
             elif isinstance(node, list):

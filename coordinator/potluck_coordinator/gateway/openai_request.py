@@ -135,6 +135,8 @@ class _ChatBody(_Generation, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    """vLLM's."""
 
 
 class _CompletionBody(_Generation, kw_only=True):
@@ -255,11 +257,16 @@ def _invalid_field(explanation: str) -> PotluckError:
 
 def _check_meaning(parsed: _Parsed) -> None:
     """What types cannot say."""
-    check_guides(parsed)
+    steps = Steps()
+    check_guides(parsed, steps)
     if not isinstance(parsed, _EmbeddingBody):
-        _check_response_format(parsed.response_format)
+        _check_response_format(parsed.response_format, steps)
     if isinstance(parsed, _ChatBody):
-        _check_tools(parsed.tools or [])
+        if parsed.include_reasoning is False:
+            # A node is paid for what its client gets.
+            words = "`include_reasoning: false` is not supported: what is generated is sent."
+            raise PotluckError(ErrorCode.INVALID_REQUEST, words, param="include_reasoning")
+        _check_tools(parsed.tools or [], steps)
         for index, message in enumerate(parsed.messages):
             if message.content is None and message.role not in _MAY_BE_EMPTY:
                 param = f"messages[{index}].content"
@@ -273,26 +280,25 @@ def _check_meaning(parsed: _Parsed) -> None:
             raise PotluckError(ErrorCode.INVALID_REQUEST, "`best_of` above `n` is not supported.", param="best_of")
 
 
-def _check_response_format(response_format: _ResponseFormat | None) -> None:
+def _check_response_format(response_format: _ResponseFormat | None, steps: Steps) -> None:
     if response_format is None:
         return
-    for name, schema in (response_format.json_schema or {}).items():
-        check_schema(schema, f"response_format.json_schema.{name}")
-    check_schema(response_format.schema, "response_format.schema")
+    schema = (response_format.json_schema or {}).get("schema", ABSENT)
+    check_schema(schema, "response_format.json_schema.schema", steps)
+    check_schema(response_format.schema, "response_format.schema", steps)
 
 
-def _check_tools(tools: list[_Tool]) -> None:
+def _check_tools(tools: list[_Tool], steps: Steps) -> None:
     """An engine makes a grammar of them, and they stand in the prompt, too."""
-    size_bytes, steps = 0, Steps()
-    for index, tool in enumerate(tools):
-        function = tool.function or _Function("")
-        size_bytes += len(function.description or "")
-        for schema, param in ((function.parameters, "function.parameters"), (tool.custom, "custom")):
-            check_schema(schema, f"tools[{index}].{param}", steps)
-            size_bytes += len(bytes(schema))
+    functions = [tool.function or _Function("") for tool in tools]
+    size_bytes = sum(len(function.description or "") + len(bytes(function.parameters)) for function in functions)
+    size_bytes += sum(len(bytes(tool.custom)) for tool in tools)
     if size_bytes > TOOLS_BYTES_MAX:
         message = f"`tools` has more than {TOOLS_BYTES_MAX} bytes of descriptions and parameters."
         raise PotluckError(ErrorCode.INVALID_REQUEST, message, param="tools")
+    for index, (tool, function) in enumerate(zip(tools, functions, strict=True)):
+        check_schema(function.parameters, f"tools[{index}].function.parameters", steps)
+        check_schema(tool.custom, f"tools[{index}].custom", steps)
 
 
 def _prompt_tokens_min(parsed: _Parsed) -> int:
