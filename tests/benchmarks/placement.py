@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from potluck_coordinator.domain.cost import cost
 from potluck_coordinator.domain.forecast import Forecast, Work
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, NEW_SHARE, ReplicaView, is_free, lacks_room, place
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, ReplicaView, is_free, lacks_room, place
 from potluck_coordinator.domain.prefixes import CacheState, block_names, cached_tokens
 from potluck_coordinator.domain.speeds import Speeds
 from potluck_coordinator.gateway.prefix_map import PrefixMap
@@ -191,7 +191,7 @@ def regret(seed: int, node_count: int = 300, decision_count: int = 1500, load: f
         curiosity = chance.random()
         explores = curiosity < EXPLORE_SHARE
         drawn = world.roster.draw(MODEL, work, endpoint=CHAT, tokens_min=1, warm={} if explores else warm, chance=chance.random)
-        placement = place(drawn, work, chance.random(), world.now, explores=explores, tries_new=curiosity < NEW_SHARE)
+        placement = place(drawn, work, chance.random(), world.now, curiosity=curiosity)
         if placement.chosen is None:
             continue
         number = int(placement.chosen.node_id.removeprefix("node"))

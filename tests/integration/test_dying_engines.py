@@ -11,10 +11,8 @@ from potluck_node import attempts as attempts_module
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, EngineState, FailureKind
 from tests.support.engines import MovedClock, pinned, running, script_file, supervisor_of, wished
-from tests.support.hearing import hearing
+from tests.support.hearing import TOKEN, hearing
 from tests.support.node_engine import REPLICA, DirectedEngine, FixedReplicas, directed_engine
-
-TOKEN = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 
 
 @pytest.fixture

@@ -16,11 +16,10 @@ from potluck_node import supervisor as supervisor_module
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, Endpoint, EngineState, FailureKind, ReplicaId
 from tests.support.engines import MovedClock, Watched, children_of, pinned, running, supervisor_of, wished
-from tests.support.hearing import hearing
+from tests.support.hearing import TOKEN, hearing
 from tests.support.node_engine import DirectedEngine, FixedReplicas, directed_engine
 from tests.support.tiny_gguf import write_tiny_gguf
 
-TOKEN = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 BODY = {"messages": [{"role": "user", "content": "count"}], "max_tokens": 2000, "ignore_eos": True}
 
 

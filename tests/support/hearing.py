@@ -18,6 +18,7 @@ from potluck_protocol.values import AttemptId, Endpoint, NodeState, ReplicaId, S
 from tests.support.engines import MovedClock
 from tests.support.node_engine import REPLICA
 
+TOKEN = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 BODY = {"messages": [{"role": "user", "content": "count"}], "max_tokens": 2000, "ignore_eos": True}
 
 

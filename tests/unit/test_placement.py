@@ -15,6 +15,7 @@ from potluck_coordinator.domain.cost import cost
 from potluck_coordinator.domain.forecast import Work
 from potluck_coordinator.domain.placement import (
     BACKLOG_SECONDS_MAX,
+    EXPLORE_SHARE,
     TIE_SHARE,
     Draw,
     Offer,
@@ -167,7 +168,7 @@ def test_one_that_explores_looks_away_from_caches():
     replicas = (replica_view("warm", speeds=SPEEDS, in_flight_count=1), replica_view("cold", speeds=SPEEDS))
     draw = Draw((Offer(replicas[0], "warm", 390.0), Offer(replicas[1], "by chance")), ())
     assert place(draw, WORK, 0.0, 0.0).chosen == replicas[0]
-    placement = place(draw, WORK, 0.0, 0.0, explores=True)
+    placement = place(draw, WORK, 0.0, 0.0, curiosity=0.0)
     assert (placement.chosen, placement.explores) == (replicas[1], True)
 
 
@@ -185,10 +186,12 @@ def test_one_that_explores_tries_an_idle_replica_that_was_slow_long_ago(changes,
     known = replica_view("known", speeds=Speeds(1000.0, 0.05, 0.0, 9, 9, 995.0), in_flight_count=1)
     draw = Draw((Offer(known, "least work"), Offer(replica_view("other", **changes), "least work")), ())
     assert place(draw, WORK, 0.0, 1000.0).chosen == known
-    placement = place(draw, WORK, 0.0, 1000.0, explores=True)
+    placement = place(draw, WORK, 0.0, 1000.0, curiosity=0.0)
     assert placement.chosen.node_id == ("other" if tried else "known")
     assert (("quicker; another was not tried for long", 1) in reasons(placement)) is tried
-    assert place(draw, WORK, 0.0, 1000.0, tries_new=True).chosen.node_id == ("known" if changes["speeds"].decode_sample_count else "other")
+    assert place(draw, WORK, 0.0, 1000.0, curiosity=EXPLORE_SHARE).chosen.node_id == (
+        "known" if changes["speeds"].decode_sample_count else "other"
+    )
 
 
 def test_equals_share_the_work_by_chance():

@@ -303,7 +303,7 @@ def reading_seconds(draw: Draw, work: Work, now: float) -> float:
     return min((cost(replica, work, now).waiting_seconds for replica in roomy), default=math.inf)
 
 
-def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool = False, tries_new: bool = False) -> Placement:
+def place(draw: Draw, work: Work, chance: float, now: float, *, curiosity: float = 1.0) -> Placement:
     """Chooses the offer with the lowest cost.
 
     Args:
@@ -311,14 +311,15 @@ def place(draw: Draw, work: Work, chance: float, now: float, *, explores: bool =
         work: the request's, as expected.
         chance: in [0, 1), breaks ties, so that equal nodes share the work.
         now: monotonic seconds.
-        explores: looks away from caches, and at who was not tried for long, as `EXPLORE_SHARE` of requests do.
-        tries_new: looks at who was never tried, as `NEW_SHARE` of them do.
+        curiosity: in [0, 1). Below `NEW_SHARE` the request may go to an idle one that was never tried; below `EXPLORE_SHARE` to one that was
+            not for long, and caches count for nothing.
     """
+    explores = curiosity < EXPLORE_SHARE
     roomy = [offer for offer in draw.offers if not lacks_room(offer.replica, work)]
     costs = [cost(offer.replica, work, now, 0.0 if explores else offer.cached_tokens) for offer in roomy]
     totals = [each.total_seconds for each in costs]
     winner = _winner(roomy, totals, chance)
-    if roomy and (explores or tries_new):
+    if roomy and curiosity < NEW_SHARE:
         winner = _least_tried(roomy, totals, winner, now - TRIED_SECONDS if explores else -math.inf)
     candidates = [_full(offer) for offer in draw.offers if offer not in roomy] if len(roomy) < len(draw.offers) else []
     for index, (offer, terms) in enumerate(zip(roomy, costs, strict=True)):

@@ -191,11 +191,6 @@ class _Walked:
 _walked: Final = _Walked()
 
 
-def forget_walked() -> None:
-    """As after a start."""
-    _walked.clear()
-
-
 def _check_tree(value: Any, param: str, steps: Steps) -> set[str]:
     """The patterns in it."""
     patterns: set[str] = set()

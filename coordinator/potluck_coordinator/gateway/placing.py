@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.admission import Capacity
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, NEW_SHARE, hurdle, place, reading_seconds, rejection, tokens_wanted
+from potluck_coordinator.domain.placement import EXPLORE_SHARE, hurdle, place, reading_seconds, rejection, tokens_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +63,7 @@ class Placing:
             drawn = self._drawn(
                 request, excluded | shunned, work, kept_for, warm={} if explores else warm, takes_any_slot=_takes_any_slot(request)
             )
-            placement = place(drawn, work, self._draw(), now, explores=explores, tries_new=curiosity < NEW_SHARE)
+            placement = place(drawn, work, self._draw(), now, curiosity=curiosity)
             if placement.chosen is not None:
                 break
         return placement

@@ -13,7 +13,7 @@ from typing import Final
 from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.forecast import Work
 from potluck_coordinator.domain.pace import slots_in_pace
-from potluck_coordinator.domain.placement import EXPLORE_SHARE, NEW_SHARE, Draw, ReplicaView, hurdle, place, reading_seconds, tokens_wanted
+from potluck_coordinator.domain.placement import Draw, ReplicaView, hurdle, place, reading_seconds, tokens_wanted
 from potluck_coordinator.domain.speeds import Speeds
 from potluck_coordinator.domain.survival import History, losses_per_second
 from potluck_coordinator.gateway.expectations import Expectations
@@ -49,8 +49,7 @@ class Pool:
         """As the gateway does it: candidates, costs, the lowest."""
         chance = self._random.random
         draw = self._drawn(words, work, self.measures.warm(words.live, work))
-        tie, curiosity = chance(), chance()
-        chosen = place(draw, work, tie, self.now, explores=curiosity < EXPLORE_SHARE, tries_new=curiosity < NEW_SHARE).chosen
+        chosen = place(draw, work, chance(), self.now, curiosity=chance()).chosen
         return None if chosen is None else chosen.node_id
 
     def reading_seconds(self, words: Words, work: Work) -> float:
