@@ -311,8 +311,8 @@ def place(draw: Draw, work: Work, chance: float, now: float, *, curiosity: float
         work: the request's, as expected.
         chance: in [0, 1), breaks ties, so that equal nodes share the work.
         now: monotonic seconds.
-        curiosity: in [0, 1). Below `NEW_SHARE` the request may go to an idle one that was never tried; below `EXPLORE_SHARE` to one that was
-            not for long, and caches count for nothing.
+        curiosity: in [0, 1). Below `NEW_SHARE` the request may go to an idle one that was never tried.
+            Below `EXPLORE_SHARE` it may go to one that was not for long, and caches count for nothing.
     """
     explores = curiosity < EXPLORE_SHARE
     roomy = [offer for offer in draw.offers if not lacks_room(offer.replica, work)]
