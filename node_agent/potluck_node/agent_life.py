@@ -144,6 +144,7 @@ class Agent:
             self._news.clear()
             status = replace(
                 self._report.status(self._link.session, self._link.trouble),
+                drain_seconds=self._settings.drain_seconds,
                 engine_lines_are_kept=self._settings.keep_engine_lines,
                 rest=self._resting.line,
             )

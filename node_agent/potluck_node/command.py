@@ -34,7 +34,7 @@ from potluck_node.engines import last_lines
 from potluck_node.engines_command import engines_app, missing_engine_hint
 from potluck_node.heat_words import heat_lines
 from potluck_node.identity_store import StateFolder
-from potluck_node.node_meant import settings_of_node_meant, settings_of_node_named
+from potluck_node.node_meant import folder_of_node_meant, settings_of_node_named
 from potluck_node.probe.inventory import take_inventory
 from potluck_node.progress import ProgressLine, attached_words, engine_words, link_words
 from potluck_node.rest_command import finish, pause, resume
@@ -67,7 +67,7 @@ _HELP: Final = """Give this machine's spare time to a pool.
 
 `potluck node pause` gives you the machine back within seconds, `finish` after the answers under way, and `resume` shares it again.
 
-Your limits win over the pool's wishes. Set them in node.toml, as POTLUCK_NODE_* variables, or as flags of `run`.
+Your limits win over the pool's wishes. Set them in node.toml or as POTLUCK_NODE_* variables, some as flags of `run`.
 """
 
 app = typer.Typer(name="node", help=_HELP, no_args_is_help=True, rich_markup_mode=None)
@@ -203,8 +203,7 @@ def status(
 ) -> None:
     """Show this node, its link and its engines, with an engine's last words when it failed."""
     with _explained():
-        settings = settings_of_node_meant(state_dir)
-        folder = StateFolder(settings.state_dir)
+        folder = folder_of_node_meant(state_dir)
         identity = folder.identity()
         running = folder.locked
         current = read_status(folder.path) if running else None

@@ -12,11 +12,11 @@ import json
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import TypeAdapter
 
-from potluck_node.domain.rest import NO_WORD, SERVING, Rest, Word
+from potluck_node.domain.rest import NO_WORD, SERVING, UNREADABLE_WORD, Rest, Word
 from potluck_protocol.private_files import read_json, write_private
 
 POLL_SECONDS: Final = 1.0
@@ -137,6 +137,8 @@ class AgentStatus:
     cards: tuple[CardLine, ...] = ()
     cap_refusal: str = ""
     """Why the agent could not cap a card's power when that was called for; empty where it could, or nothing was."""
+    drain_seconds: float = 10.0
+    """What FINISH gives answers under way: the agent's own setting, as the next."""
     engine_lines_are_kept: bool = False
     """Whether the owner wants the last lines of engines that fail: a setting of the agent's, which the command's own shell may not have."""
 
@@ -146,13 +148,15 @@ _WORD_FORM: Final = TypeAdapter(Word)
 
 
 def read_control(folder: Path) -> Control:
-    """What the owner wants; the default where nothing was asked, or the file is damaged."""
-    fields = _read(folder / _CONTROL)
-    said_at_unix_ms = fields.get("said_at_unix_ms")
+    """What the owner wants: the default where nothing was ever said, and rest where what was said cannot be read."""
     try:
-        word = _WORD_FORM.validate_json(json.dumps(fields.get("word", {})), strict=True)
-    except (ValueError, RecursionError):
-        word = NO_WORD
+        fields = read_json(folder / _CONTROL)
+        word = _WORD_FORM.validate_json(json.dumps(fields["word"]), strict=True)
+    except FileNotFoundError:
+        return Control()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Control(UNREADABLE_WORD)
+    said_at_unix_ms = fields.get("said_at_unix_ms")
     return Control(word, said_at_unix_ms if isinstance(said_at_unix_ms, int) else 0, fields.get("leaving") is True)
 
 
@@ -194,11 +198,3 @@ def remove_status(folder: Path) -> None:
     """The agent stopped in order. A file that cannot be removed does no harm: without a running agent nobody reads it."""
     with contextlib.suppress(OSError):
         (folder / _STATUS).unlink()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}

@@ -15,7 +15,7 @@ import platformdirs
 import typer
 
 from potluck_node.identity_store import StateFolder
-from potluck_node.settings import Settings, load_settings
+from potluck_node.settings import NodePlace, Settings, load_place, load_settings
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.places import LOCAL_POOL_FOLDER, NODE_FOLDER, STATE_FOLDER
 
@@ -49,32 +49,47 @@ def settings_of_node_meant(state_dir: Path | None, *, only_joined: bool = True) 
     Raises:
         PotluckError: NOT_FOUND where only `potluck up` has a node here, and it does not run; and as `load_settings`.
     """
-    settings, usual, local_pools = _places(state_dir)
-    if local_pools is None:
-        return settings
-    place, words = meant(usual, local_pools)
-    if only_joined and local_pools.joined and not place.joined:
-        raise _not_joined(usual, f"The node of `potluck up` does not run: start it so, or name it with {_flag(local_pools)}.")
-    if words:
-        typer.echo(words, err=True)
-    return settings.model_copy(update={"state_dir": place.path})
+    settings = load_settings(state_dir=state_dir)
+    return settings.model_copy(update={"state_dir": _folder_meant(settings, only_joined=only_joined)})
+
+
+def folder_of_node_meant(state_dir: Path | None) -> StateFolder:
+    """The same for what needs the folder only: a slip in another setting is told of, and keeps nobody from their own machine."""
+    try:
+        place: NodePlace = load_settings(state_dir=state_dir)
+    except PotluckError as error:
+        typer.echo(f"warning: {error.message}", err=True)
+        place = load_place(state_dir)
+    return StateFolder(_folder_meant(place, only_joined=True))
 
 
 def settings_of_node_named(state_dir: Path | None) -> Settings:
     """The settings, for what cannot be taken back: the node of `potluck up` has to be named; raises PotluckError as the other."""
-    settings, usual, local_pools = _places(state_dir)
+    settings = load_settings(state_dir=state_dir)
+    usual, local_pools = _places(settings)
     if local_pools is not None and local_pools.joined and not usual.joined:
         raise _not_joined(usual, f"For the node of `potluck up`, name it with {_flag(local_pools)}.")
     return settings
 
 
-def _places(state_dir: Path | None) -> tuple[Settings, Place, Place | None]:
-    """The settings, the place that they name, and that of `potluck up`, unless somebody named one."""
-    settings = load_settings(state_dir=state_dir)
+def _folder_meant(settings: NodePlace, *, only_joined: bool) -> Path:
+    usual, local_pools = _places(settings)
+    if local_pools is None:
+        return usual.path
+    place, words = meant(usual, local_pools)
+    if only_joined and local_pools.joined and not place.joined:
+        raise _not_joined(usual, f"The node of `potluck up` does not run: start it so, or name it with {_flag(local_pools)}.")
+    if words:
+        typer.echo(words, err=True)
+    return place.path
+
+
+def _places(settings: NodePlace) -> tuple[Place, Place | None]:
+    """The place that the settings name, and that of `potluck up`, unless somebody named one."""
     usual = _place(settings.state_dir)
     if "state_dir" in settings.model_fields_set:
-        return settings, usual, None
-    return settings, usual, _place(platformdirs.user_state_path(STATE_FOLDER) / LOCAL_POOL_FOLDER / NODE_FOLDER)
+        return usual, None
+    return usual, _place(platformdirs.user_state_path(STATE_FOLDER) / LOCAL_POOL_FOLDER / NODE_FOLDER)
 
 
 def _place(path: Path) -> Place:

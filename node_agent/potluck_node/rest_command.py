@@ -19,9 +19,8 @@ from rich.console import Console
 from potluck_node.control import STATUS_STALE_MS, AgentStatus, Control, Stage, read_control, read_status, write_control
 from potluck_node.domain.rest import NO_WORD, Posture, Word, reasons_of_word
 from potluck_node.identity_store import StateFolder
-from potluck_node.node_meant import settings_of_node_meant
+from potluck_node.node_meant import folder_of_node_meant
 from potluck_node.rest_words import date_words, is_said_by_owner, reason_words, stage_words
-from potluck_node.settings import Settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -55,8 +54,7 @@ def finish(as_json: AsJson = False, state_dir: StateDir = None) -> None:
 
 def resume(as_json: AsJson = False, state_dir: StateDir = None) -> None:
     """Share this machine: after `pause` or `finish`, and once after joining."""
-    settings = settings_of_node_meant(state_dir)
-    folder = StateFolder(settings.state_dir)
+    folder = folder_of_node_meant(state_dir)
     control = _say(folder, NO_WORD)
     status = _heard(folder, control) if folder.locked else None
     reasons = [reason_words(reason) for reason in status.rest.rest.reasons if not is_said_by_owner(reason)] if status else []
@@ -73,7 +71,7 @@ def resume(as_json: AsJson = False, state_dir: StateDir = None) -> None:
 
 def parse_duration(words: str) -> float:
     """Seconds; raises typer.BadParameter for what is no duration, or one of more than a year."""
-    parts = re.findall(r"(\d+)([smhd])", words.strip().lower())
+    parts = re.findall(r"(\d{1,9})([smhd])", words.strip().lower())
     seconds = sum(int(count) * _SECONDS[unit] for count, unit in parts)
     if "".join(count + unit for count, unit in parts) != words.strip().lower() or not 0 < seconds <= PAUSE_DAYS_MAX * _SECONDS["d"]:
         raise typer.BadParameter(f"{words!r} is no time to pause for: write 90s, 30m, 2h or 1d, up to {PAUSE_DAYS_MAX}d.")
@@ -86,12 +84,11 @@ def _say(folder: StateFolder, word: Word) -> Control:
 
 
 def _rest(state_dir: Path | None, word: Word, name: str, *, as_json: bool) -> None:
-    settings = settings_of_node_meant(state_dir)
-    folder = StateFolder(settings.state_dir)
+    folder = folder_of_node_meant(state_dir)
     control = _say(folder, word)
     began_at = time.monotonic()
     try:
-        running = folder.locked and _until_free(folder, control, settings)
+        running = folder.locked and _until_free(folder, control)
     except KeyboardInterrupt:
         typer.echo(f"What you said stands: the node goes on to {name}. `potluck node status` shows how far it is.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -113,10 +110,9 @@ def _done_words(word: Word, *, running: bool) -> str:
     return f"{'Paused, memory free.' if running else 'No agent is running, so it holds no memory; it starts paused.'} {back}"
 
 
-def _until_free(folder: StateFolder, control: Control, settings: Settings) -> bool:
+def _until_free(folder: StateFolder, control: Control) -> bool:
     """Shows how the node comes to rest, until it is there; False where no agent is running any more: it took its engines with it."""
-    limit_seconds = settings.drain_seconds + FREE_SECONDS_MAX
-    deadline = time.monotonic() + limit_seconds
+    began_at, limit_seconds = time.monotonic(), FREE_SECONDS_MAX
     console, told = Console(stderr=True), ""
     with console.status("waiting for the agent") as live:
         while folder.locked:
@@ -126,12 +122,14 @@ def _until_free(folder: StateFolder, control: Control, settings: Settings) -> bo
             if status is not None and status.rest.stage is Stage.FREE:
                 return True
             words = "waiting for the agent" if status is None else stage_words(status)
+            if status is not None:
+                limit_seconds = status.drain_seconds + FREE_SECONDS_MAX
             if words != told:
                 live.update(words)
                 if not console.is_terminal:
                     console.print(words, markup=False, highlight=False, soft_wrap=True)
                 told = words
-            if time.monotonic() > deadline:
+            if time.monotonic() - began_at > limit_seconds:
                 text = f"The node is not at rest after {limit_seconds:.0f} s ({words}). What you said stands; see `potluck node status`."
                 raise PotluckError(ErrorCode.INTERNAL_ERROR, text)
             time.sleep(LOOK_SECONDS)

@@ -6,16 +6,21 @@ These limits win over any wish of the coordinator.
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from potluck_node.domain.attached import parse_attached
 from potluck_node.domain.hours import WINDOWS_MAX, parse_window
 from potluck_protocol.errors import ErrorCode, PotluckError
+
+PREFIX: Final = "POTLUCK_NODE_"
 
 
 def config_path() -> Path:
@@ -23,14 +28,45 @@ def config_path() -> Path:
     return platformdirs.user_config_path("potluck") / "node.toml"
 
 
-class Settings(BaseSettings):
+def _in_whose_home(path: Path) -> Path:
+    """No shell has looked at what stands in a file."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+UsersPath = Annotated[Path, AfterValidator(_in_whose_home)]
+Folder = Annotated[UsersPath, AfterValidator(Path.absolute)]
+"""From the root: what is told of it is the same from everywhere, and is taken out as a whole of what is pasted in public."""
+
+
+class NodePlace(BaseSettings):
+    """Where a node's files are: all that its owner's word needs, whatever is wrong with other settings."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    state_dir: Folder = Field(default_factory=lambda: platformdirs.user_state_path("potluck") / "node", validate_default=True)
+    """The node's key, certificate and control files."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class names them
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_path())
+
+
+class Settings(NodePlace):
     """One agent's settings, fixed for its life."""
 
-    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="POTLUCK_NODE_", frozen=True, extra="forbid")
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(extra="forbid")
 
-    state_dir: Path = Field(default_factory=lambda: platformdirs.user_state_path("potluck") / "node", validate_default=True)
-    """The node's key, certificate and control files."""
-    cache_dir: Path = Field(default_factory=lambda: platformdirs.user_cache_path("potluck"), validate_default=True)
+    cache_dir: Folder = Field(default_factory=lambda: platformdirs.user_cache_path("potluck"), validate_default=True)
     """Where model files are kept, and the environments of engines. Agents that run at the same time keep their own model files there."""
     disk_budget_bytes: int | None = Field(default=None, gt=0)
     """How much the model files may take together; none: whatever the disk has free."""
@@ -65,11 +101,11 @@ class Settings(BaseSettings):
     """Accounts of other owners whose nodes may be in a group with this one, if they trust this one's owner, too."""
     attach_urls: Annotated[tuple[str, ...], NoDecode] = Field(default=(), max_length=16)
     """Servers that run here already and are shared as they are: "http://127.0.0.1:11434", with the file of their key after a blank."""
-    vllm_python: Path | None = None
+    vllm_python: UsersPath | None = None
     """The Python of an environment with vLLM in it; none: of the one that `potluck node engines install vllm` made, if it did."""
-    sglang_python: Path | None = None
+    sglang_python: UsersPath | None = None
     """The same for SGLang."""
-    drain_seconds: float = Field(default=10.0, ge=0)
+    drain_seconds: float = Field(default=10.0, ge=0, le=86_400, allow_inf_nan=False)
     """How long answers under way may go on after the first Ctrl-C, after `potluck node finish`, and after the last of the `hours`."""
     url: str | None = None
     """Where the coordinator answers now, if it moved since the node joined; it must still be the same pool."""
@@ -84,13 +120,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         """The environment gives one text: `model-a,model-b`."""
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return _parts(value, ",") if isinstance(value, str) else value
 
     @field_validator("hours", mode="before")
     @classmethod
     def _split_hours(cls, value: object) -> object:
         """The environment gives one text, `mon-fri 22:00-07:00; sat,sun 00:00-24:00`: a comma stands between days."""
-        return tuple(part.strip() for part in value.split(";") if part.strip()) if isinstance(value, str) else value
+        return _parts(value, ";") if isinstance(value, str) else value
 
     @field_validator("hours")
     @classmethod
@@ -99,36 +135,10 @@ class Settings(BaseSettings):
             parse_window(words)
         return hours
 
-    @field_validator("state_dir", "cache_dir", "vllm_python", "sglang_python")
-    @classmethod
-    def _in_whose_home(cls, path: Path | None) -> Path | None:
-        """No shell has looked at what stands in a file."""
-        try:
-            return None if path is None else path.expanduser()
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
-
-    @field_validator("state_dir", "cache_dir")
-    @classmethod
-    def _from_the_root(cls, path: Path) -> Path:
-        """What is told of a folder is the same from everywhere, and is taken out as a whole of what is pasted in public."""
-        return path.absolute()
-
     @field_validator("attach_urls")
     @classmethod
     def _on_loopback(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(parse_attached(url)) for url in urls)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class names them
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_path())
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -138,10 +148,71 @@ def load_settings(**flags: Any) -> Settings:
         PotluckError: INVALID_REQUEST, naming each setting that is wrong and where it may come from.
     """
     try:
+        _check_names(os.environ)
+        if config_path().is_dir():
+            raise IsADirectoryError("it is a folder")
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors())
-        text = f"A setting is wrong ({faults}). Settings come from flags, POTLUCK_NODE_* variables and {config_path()}."
+        faults = "; ".join(
+            _fault_words(fault["type"], ".".join(str(part) for part in fault["loc"]), fault["msg"]) for fault in error.errors()
+        )
+        text = f"A setting is wrong ({faults}). Settings come from flags, {PREFIX}* variables and {config_path()}."
         raise PotluckError(ErrorCode.INVALID_REQUEST, text) from None
+    except OSError as error:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{config_path()} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"{config_path()} cannot be read as TOML: {error}") from None
+
+
+def load_place(state_dir: Path | None) -> NodePlace:
+    """The same of the node's folder alone; without the file, where that cannot be read.
+
+    Raises:
+        PotluckError: INVALID_REQUEST, where what is said of the folder is wrong.
+    """
+    flags = {} if state_dir is None else {"state_dir": state_dir}
+    try:
+        return NodePlace(**flags)
+    except ValidationError as error:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"state_dir: {error.errors()[0]['msg']}; name it with --state-dir.") from None
+    except (OSError, ValueError, RecursionError):
+        return _PlaceWithoutFile(**flags)
+
+
+class _PlaceWithoutFile(NodePlace):
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the base class names them
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+
+def _check_names(environment: Mapping[str, str]) -> None:
+    """A limit that was written wrong is none, and nobody would hear of it."""
+    for variable in environment:
+        name = variable.upper().removeprefix(PREFIX).lower()
+        if variable.upper().startswith(PREFIX) and name not in Settings.model_fields:
+            words = _fault_words("extra_forbidden", name, "")
+            raise PotluckError(ErrorCode.INVALID_REQUEST, f"The variable {variable} sets nothing ({words}); correct it, or unset it.")
+
+
+def _fault_words(kind: str, name: str, message: str) -> str:
+    if kind == "tuple_type":
+        return f'{name}: it is a list, such as ["a", "b"]'
+    if kind != "extra_forbidden":
+        return f"{name}: {message}"
+    near = difflib.get_close_matches(name, Settings.model_fields, 1)
+    return f"{name}: there is no such setting" + (f", is {near[0]} meant?" if near else "")
+
+
+def _parts(text: str, separator: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(separator) if part.strip())
+    if text and not parts:
+        # An empty list allows everything.
+        raise ValueError("it names nothing; leave it out, or name something")
+    return parts

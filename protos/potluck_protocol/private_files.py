@@ -6,6 +6,7 @@ is in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -28,6 +29,11 @@ def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if os.geteuid() == 0:
+                # A command under sudo: the file is of those whose folder it is, or they could not read it. A container may not know them.
+                folder = path.parent.stat()
+                with contextlib.suppress(OSError):
+                    os.fchown(descriptor, folder.st_uid, folder.st_gid)
             file.write(content)
             if durable:
                 file.flush()

@@ -16,6 +16,7 @@ from potluck_coordinator.settings import load_settings as load_coordinator_setti
 from potluck_node import ceilings, control, line_watch
 from potluck_node import settings as node_settings
 from potluck_node.command import app
+from potluck_node.domain.rest import NO_WORD, UNREADABLE_WORD
 from potluck_node.engines.environments import MARKER, environments
 from potluck_node.identity_store import StateFolder
 from potluck_node.model_store.verification import Stamps
@@ -55,11 +56,19 @@ def test_files_that_are_made_anew_count_as_none(tmp_path: Path, content: bytes) 
     assert known_operator_key(kept(tmp_path / "operator.json", content)) is None
     assert line_watch.kept_measurement(kept(tmp_path / line_watch._FILE, content).parent) is None
     assert not any("subject" in entry for entry in ceilings._read(kept(tmp_path / ceilings.FILE_NAME, content)))
-    assert control.read_control(kept(tmp_path / control._CONTROL, content).parent) == control.Control()
     assert control.read_status(kept(tmp_path / control._STATUS, content).parent) is None
     assert Stamps(tmp_path)._read(kept(tmp_path / "aa.json", content).stem) == {}
     kept(tmp_path / "engines/vllm-0.32.0-processors-1" / MARKER, content)
     assert environments(tmp_path / "engines") == []
+
+
+@damages
+def test_a_word_that_cannot_be_read_may_have_been_a_pause(tmp_path: Path, content: bytes) -> None:
+    folder = kept(tmp_path / control._CONTROL, content).parent
+    assert control.read_control(folder) == control.Control(UNREADABLE_WORD)
+    # A start that changes nothing leaves it as it is; the next word counts.
+    assert control.write_control(folder, leaving=False) == control.Control(UNREADABLE_WORD)
+    assert control.write_control(folder, word=NO_WORD, said_at_unix_ms=5) == control.read_control(folder) == control.Control(NO_WORD, 5)
 
 
 @damages
@@ -105,7 +114,7 @@ def test_a_damaged_toml_file_of_the_operator_is_told(tmp_path: Path, content: by
 def test_a_damaged_node_toml_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     path = kept(tmp_path / "node.toml", content)
     monkeypatch.setattr(node_settings, "config_path", lambda: path)
-    answered = CliRunner().invoke(app, ["status"])
+    answered = CliRunner().invoke(app, ["run"])
     assert (answered.exit_code, str(path) in answered.stderr, answered.stderr.count("\n")) == (1, True, 1)
 
 

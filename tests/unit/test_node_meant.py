@@ -106,6 +106,35 @@ def test_of_an_up_that_does_not_run_it_is_said_how_to_reach_its_node(machine: Ma
     assert typed(command, *shlex.split(flag(machine.of_up))).exit_code == 0
 
 
+@pytest.mark.parametrize("text", ["temprature_celsius_max = 60", "hours = 5", "drain_seconds = inf", "[node", "state_dir = 'none'\n[node"])
+@pytest.mark.parametrize("command", ["pause", "finish", "resume", "status"])
+def test_a_slip_in_the_settings_is_told_of_and_keeps_nobody_from_their_machine(machine: Machine, tmp_path: Path, command: str, text: str):
+    machine.joins(machine.usual, USUAL)
+    file = tmp_path / "config" / "potluck" / "node.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    answered = typed(command)
+    assert (answered.exit_code, "warning: " in answered.stderr, str(file) in answered.stderr) == (0, True, True), answered.output
+    assert read_control(machine.usual.path).word.posture.value == {"pause": "hand_over", "finish": "finish"}.get(command, "serve")
+    named = typed(command, *shlex.split(flag(machine.usual)))
+    assert named.exit_code == 0
+
+
+def test_a_folder_that_the_file_names_counts_whatever_else_is_wrong_there(machine: Machine, tmp_path: Path):
+    machine.joins(machine.usual, USUAL)
+    elsewhere = StateFolder(tmp_path / "elsewhere")
+    machine.joins(elsewhere, OF_UP)
+    file = tmp_path / "config" / "potluck" / "node.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"state_dir = '{elsewhere.path}'\ntemprature_celsius_max = 60")
+    assert typed("pause").exit_code == 0
+    assert read_control(elsewhere.path).word.posture is Posture.HAND_OVER
+    assert read_control(machine.usual.path).word.posture is Posture.SERVE
+    file.write_text("state_dir = 5")
+    refused = typed("pause")
+    assert (refused.exit_code, "--state-dir" in refused.stderr) == (1, True)
+
+
 def test_a_machine_without_any_node_is_told_to_join(machine: Machine):
     refused = typed("pause")
     assert (refused.exit_code, "run `potluck node join INVITE` first" in refused.stderr) == (1, True)

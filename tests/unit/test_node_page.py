@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from potluck_node import command, settings
-from potluck_node.domain.rest import GIB, LEFT_BYTES, LEFT_SECONDS, TAKEN_BYTES
+from potluck_node.domain.rest import EDGE_BYTES, GIB, LEFT_BYTES, LEFT_SECONDS, TAKEN_BYTES
 from potluck_node.rest_command import parse_duration
 from potluck_node.settings import Settings, load_settings
 
@@ -73,8 +73,11 @@ def test_every_command_that_stands_there_is_one():
 
 
 def test_the_figures_that_stand_there_are_the_codes_own():
-    assert f"takes {TAKEN_BYTES // GIB} GiB or more of a card" in PAGE
-    assert f"below {LEFT_BYTES // GIB} GiB for a minute" in PAGE
+    assert f"hold {TAKEN_BYTES // GIB} GiB or more of a card" in PAGE
+    assert f"less than {LEFT_BYTES // GIB} GiB for a minute" in PAGE
+    edge, most = EDGE_BYTES / GIB, (TAKEN_BYTES - EDGE_BYTES) / GIB
+    assert f"{LEFT_BYTES / GIB - edge} GiB before" in PAGE
+    assert f"{edge} GiB more than that, up to {most} GiB" in PAGE
     assert LEFT_SECONDS == 60
     assert "up to 1440" in PAGE
     assert max(part.le for part in Settings.model_fields["idle_minutes"].metadata if hasattr(part, "le")) == 1440

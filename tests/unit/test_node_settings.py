@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from pydantic import ValidationError
@@ -140,12 +142,10 @@ def test_a_full_disk_keeps_no_agent_from_a_start_that_changes_nothing(tmp_path: 
         write_control(tmp_path, leaving=True)
 
 
-def test_control_keeps_what_is_not_named_and_survives_damage(tmp_path: Path) -> None:
+def test_control_keeps_what_is_not_named_and_a_damaged_status_is_none(tmp_path: Path) -> None:
     assert read_control(tmp_path) == Control()
     write_control(tmp_path, word=PAUSE, said_at_unix_ms=5)
     assert write_control(tmp_path, leaving=True) == read_control(tmp_path) == Control(PAUSE, 5, leaving=True)
-    (tmp_path / "control.json").write_text("[1]")
-    assert read_control(tmp_path) == Control()
     assert read_status(tmp_path) is None
     (tmp_path / "status.json").write_text('{"pid": 1, "engines": [{}]}')
     assert read_status(tmp_path) is None
@@ -188,7 +188,7 @@ def test_a_pause_may_have_an_end_which_is_kept_as_a_date(config: Path, tmp_path:
     assert date_words(until_unix_ms) in paused.stdout
 
 
-@pytest.mark.parametrize("words", ["", "2", "h", "2 h", "-2h", "0s", "2w", "366d", "1h x", "1.5h"])
+@pytest.mark.parametrize("words", ["", "2", "h", f"{'9' * 4400}s", "2 h", "-2h", "0s", "2w", "366d", "1h x", "1.5h"])
 def test_what_is_no_time_to_pause_for_is_refused_and_changes_nothing(config: Path, tmp_path: Path, words: str) -> None:
     folder = joined_folder(tmp_path)
     refused = CliRunner().invoke(app, ["pause", f"--for={words}", "--state-dir", str(folder.path)])
@@ -204,6 +204,11 @@ def test_what_is_no_time_to_pause_for_is_refused_and_changes_nothing(config: Pat
         ('hours = ["22:00-22:00"]', "hours", "empty"),
         ('hours = ["abc 22:00-23:00"]', "hours", "abc"),
         (f"hours = {['22:00-23:00'] * 33}", "hours", "32"),
+        ("hours = 5", "hours", "a list"),
+        ("temprature_celsius_max = 60", "temprature_celsius_max", "is temperature_celsius_max meant?"),
+        ("colour = 1", "colour", "no such setting"),
+        ("drain_seconds = inf", "drain_seconds", "finite"),
+        ("drain_seconds = 1e9", "drain_seconds", "86400"),
         ("idle_minutes = 0", "idle_minutes", "greater than 0"),
         ("card_memory_bytes_max = -1", "card_memory_bytes_max", "greater than 0"),
         ("upload_bytes_per_second_max = 10", "upload_bytes_per_second_max", "1000"),
@@ -216,6 +221,35 @@ def test_a_wrong_limit_is_named_with_its_file_and_what_is_wrong(config: Path, te
     assert raised.value.code is ErrorCode.INVALID_REQUEST
     for words in (str(config), setting, why):
         assert words in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("POTLUCK_NODE_TEMPERATURE_MAX", "60", "is temperature_celsius_max meant?"),
+        ("potluck_node_hour", "22:00-07:00", "is hours meant?"),
+        ("POTLUCK_NODE_COLOUR", "red", "no such setting"),
+        ("POTLUCK_NODE_MODELS_ALLOWED", " , ", "names nothing"),
+        ("POTLUCK_NODE_HOURS", ";", "names nothing"),
+    ],
+)
+def test_a_limit_that_was_written_wrong_in_a_variable_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(PotluckError, match=re.escape(words)):
+        load_settings()
+
+
+def test_a_file_that_is_a_folder_or_anothers_is_told(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.mkdir()
+    with pytest.raises(PotluckError, match=r"node\.toml cannot be read: it is a folder"):
+        load_settings()
+    config.rmdir()
+    config.write_text("hours = []")
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(PotluckError, match=r"node\.toml cannot be read: Permission denied"):
+        load_settings()
 
 
 def test_hours_come_from_the_file_as_a_list_and_from_the_environment_with_semicolons(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,3 +37,11 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path, monk
         write_private(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["node.key"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes into other users' folders")
+def test_what_root_writes_into_another_users_folder_is_that_users(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65_534, 65_533)
+    path = tmp_path / "control.json"
+    write_private(path, b"paused")
+    assert (path.stat().st_uid, path.stat().st_gid, path.stat().st_mode & 0o777) == (65_534, 65_533, 0o600)

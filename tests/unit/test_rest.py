@@ -9,12 +9,15 @@ import pytest
 
 from potluck_node.domain.hours import parse_window
 from potluck_node.domain.rest import (
+    EDGE_BYTES,
     FIRST_WORD,
     GIB,
     LEFT_BYTES,
     LEFT_SECONDS,
     SERVING,
     TAKEN_BYTES,
+    UNREADABLE_WORD,
+    USE_KEPT_SECONDS,
     CardUse,
     Facts,
     Memory,
@@ -49,6 +52,7 @@ def card(foreign_bytes: int | None, *, ours: bool = True, uuid: str = "GPU-a") -
         (Rules(), Facts(), Posture.SERVE, [], None),
         (Rules(), Facts(Word(Posture.HAND_OVER)), Posture.HAND_OVER, [RestCause.OWNER], None),
         (Rules(), Facts(FIRST_WORD), Posture.HAND_OVER, [RestCause.FIRST_RUN], None),
+        (Rules(), Facts(UNREADABLE_WORD), Posture.HAND_OVER, [RestCause.OWNER], None),
         (Rules(), Facts(Word(Posture.FINISH)), Posture.FINISH, [RestCause.OWNER], None),
         (Rules(), Facts(Word(Posture.HAND_OVER, NOW.unix_ms + 5)), Posture.HAND_OVER, [RestCause.OWNER], 5),
         (Rules(), Facts(Word(Posture.HAND_OVER, NOW.unix_ms)), Posture.SERVE, [], None),
@@ -92,6 +96,9 @@ def test_every_reason_says_what_ends_it_where_no_date_does():
     assert "8.0 GiB of card GPU-a" in words[RestCause.OTHER_PROGRAM]
     (paused,) = decide(Rules(), Facts(Word(Posture.HAND_OVER)), Memory(), NOW)[0].reasons
     assert "`potluck node resume`" in paused.words
+    (unread,) = decide(Rules(), Facts(UNREADABLE_WORD), Memory(), NOW)[0].reasons
+    assert "control.json" in unread.words
+    assert "`potluck node resume`" in unread.words
 
 
 def postures(looks: list[tuple[float, int | None, bool]], rules: Rules = Rules()) -> list[str]:  # noqa: B008 - it is frozen
@@ -117,6 +124,45 @@ def test_a_card_that_was_taken_is_used_again_only_after_it_stayed_free():
         (41 + LEFT_SECONDS, gone, True),
     ]
     assert postures(looks) == ["serve", *["hand_over"] * 6, "serve", "serve"]
+
+
+@pytest.mark.parametrize(
+    ("desktop", "back", "left"),
+    [
+        (0, LEFT_BYTES - 1, True),
+        (0, LEFT_BYTES, False),
+        (5 * GIB // 4, 5 * GIB // 4, True),
+        (5 * GIB // 4, 5 * GIB // 4 + EDGE_BYTES, False),
+        (TAKEN_BYTES - EDGE_BYTES, TAKEN_BYTES - EDGE_BYTES - 1, True),
+        # So near to what takes a card it would be taken again by the first ripple.
+        (TAKEN_BYTES - 1, TAKEN_BYTES - EDGE_BYTES, False),
+    ],
+)
+def test_a_card_whose_desktop_holds_much_is_free_again_when_the_game_has_left(desktop, back, left):
+    looks = [(second, desktop, True) for second in range(0, 200, 5)]
+    # It loads for half a minute.
+    looks += [(200 + second, desktop + second * (TAKEN_BYTES - desktop) // 30, True) for second in range(0, 35, 5)]
+    looks += [(240, 8 * GIB, False), (250, back, False), (250 + LEFT_SECONDS, back, False), (255 + LEFT_SECONDS, back, True)]
+    told = postures(looks)
+    assert (told[40:46], told[47:49]) == (["serve"] * 6, ["hand_over"] * 2)
+    assert told[-2:] == (["serve"] * 2 if left else ["hand_over"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("idle_seconds", "passed_seconds", "posture"),
+    [
+        (590.0, 5.0, Posture.HAND_OVER),
+        (590.0, 10.0, Posture.SERVE),
+        (9_000.0, USE_KEPT_SECONDS, Posture.SERVE),
+        (9_000.0, USE_KEPT_SECONDS + 1, Posture.FINISH),
+    ],
+)
+def test_a_look_at_the_use_that_tells_nothing_is_made_up_for_by_the_last_one(idle_seconds, passed_seconds, posture):
+    _, memory = decide(WHEN_IDLE, Facts(use=Use(idle_seconds)), Memory(), NOW)
+    rest, memory = decide(WHEN_IDLE, Facts(use=Use(None, "no logind")), memory, later(passed_seconds))
+    assert rest.posture is posture
+    rest, _ = decide(WHEN_IDLE, Facts(use=Use(0.0)), memory, later(passed_seconds))
+    assert rest.posture is Posture.HAND_OVER, "what is told counts at once"
 
 
 def test_what_cannot_be_told_changes_nothing():

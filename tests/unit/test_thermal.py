@@ -170,11 +170,28 @@ def test_a_card_that_is_hot_again_right_after_it_got_more_waits_twice_as_long_un
     assert walk(looks(85), rested)[-1].patience_seconds == PATIENCE_SECONDS
 
 
-def test_a_card_that_stays_cool_with_the_first_that_it_got_back_does_not_wait_so_long_for_the_rest():
-    state = replace(standing_on(R.CAP_2), patience_seconds=PATIENCE_SECONDS_MAX)
-    changes = sorted({one.changed_at_seconds for one in walk(looks(*[60] * 600), state)})
-    assert [later - earlier for earlier, later in itertools.pairwise(changes)][-1] == PATIENCE_SECONDS
-    assert changes[1] - 1_005.0 >= PATIENCE_SECONDS_MAX, "since it was first seen cool"
+@pytest.mark.parametrize(
+    ("relapsed_rung", "waits"),
+    [
+        (None, [PATIENCE_SECONDS] * 3),
+        (R.COOL, [PATIENCE_SECONDS, PATIENCE_SECONDS, PATIENCE_SECONDS_MAX]),
+        (R.CAP_1, [PATIENCE_SECONDS, PATIENCE_SECONDS_MAX, PATIENCE_SECONDS_MAX]),
+    ],
+)
+def test_only_where_a_card_was_soon_hot_again_does_it_come_down_late(relapsed_rung, waits):
+    state = replace(standing_on(R.CAP_3), patience_seconds=PATIENCE_SECONDS_MAX, relapsed_rung=relapsed_rung)
+    changes = sorted({one.changed_at_seconds for one in walk(looks(*[60] * 1000), state)})[1:]
+    assert [later - earlier for earlier, later in itertools.pairwise([1_005.0, *changes])] == waits, "since it was first seen cool"
+
+
+def test_a_relapse_is_forgotten_only_where_the_card_did_well_on_that_rung():
+    relapsed = replace(standing_on(R.CAP_2), patience_seconds=PATIENCE_SECONDS_MAX, relapsed_rung=R.COOL)
+    well_above = walk(looks(*[60] * 150), relapsed)[-1]
+    assert well_above.rung is R.CAP_1
+    assert walk(looks(85), well_above)[-1].relapsed_rung is R.COOL
+    well = walk(looks(*[60] * 700), relapsed)[-1]
+    assert well.rung is R.COOL
+    assert walk(looks(85), well)[-1].relapsed_rung is None
 
 
 def test_however_often_a_card_is_looked_at_only_so_many_looks_are_kept():
@@ -307,23 +324,32 @@ class Cooler:
 
     KELVIN_PER_WATT, SETTLING_SECONDS, IDLE_WATTS = 0.157, 58.0, 30.0
 
-    def __init__(self, air_celsius: float) -> None:
+    def __init__(self, air_celsius: float, kelvin_per_watt: float = KELVIN_PER_WATT, settling_seconds: float = SETTLING_SECONDS) -> None:
         self.air_celsius = air_celsius
-        self.celsius = air_celsius + self.KELVIN_PER_WATT * self.IDLE_WATTS
+        self.kelvin_per_watt = kelvin_per_watt
+        self.settling_seconds = settling_seconds
+        self.celsius = air_celsius + self.kelvin_per_watt * self.IDLE_WATTS
 
     def after(self, seconds: float, watts: float) -> int:
-        goal = self.air_celsius + self.KELVIN_PER_WATT * watts
-        self.celsius += (goal - self.celsius) * min(1.0, seconds / self.SETTLING_SECONDS)
+        goal = self.air_celsius + self.kelvin_per_watt * watts
+        self.celsius += (goal - self.celsius) * min(1.0, seconds / self.settling_seconds)
         return round(self.celsius)
 
 
-def cooled(air_celsius: Callable[[float], float], hours: float, power: PowerRange | None = RTX_3090) -> list[ThermalState]:
+def cooled(
+    air_celsius: Callable[[float], float],
+    hours: float,
+    power: PowerRange | None = RTX_3090,
+    *,
+    cooler: Cooler | None = None,
+    is_busy: Callable[[float], bool] = lambda _: True,
+) -> list[ThermalState]:
     """A card under as much load as it may take; without the right to cap it, as much as its slots take."""
-    cooler, state, states = Cooler(air_celsius(0.0)), ThermalState(), []
+    cooler, state, states = cooler or Cooler(air_celsius(0.0)), ThermalState(), []
     for number in range(int(hours * 3600 / LOOK_SECONDS)):
         now_seconds = number * LOOK_SECONDS
         cooler.air_celsius = air_celsius(now_seconds)
-        load = slots_at(state.rung, 8) / 8
+        load = slots_at(state.rung, 8) / 8 * is_busy(now_seconds)
         cap_watts = (cap_at(state.rung, power, None) if power else 350_000) / 1000
         # One answer at a time takes most of what eight do: decoding waits for the memory.
         watts = cooler.IDLE_WATTS + (min(cap_watts, 350.0) - cooler.IDLE_WATTS) * (0.0 if not load else 0.6 + 0.4 * load)
@@ -341,6 +367,21 @@ def test_under_full_load_a_card_settles_below_its_throttle_point_and_hardly_move
     assert len(rungs(last_hour)) <= 5, "it looks at most every half hour whether it may do more"
     assert min(state.rung for state in last_hour) < R.DRAIN
     assert (states[-1].rung is R.COOL) == (air_celsius <= 27 or len(rungs(states)) == 1)
+
+
+@pytest.mark.parametrize(
+    ("kelvin_per_watt", "settling_seconds", "busy_seconds", "rest_seconds"),
+    [(0.14, 30.0, 1, 0), (0.14, 58.0, 180, 120), (0.16, 58.0, 180, 120), (0.145, 30.0, 1, 0), (0.15, 58.0, 60, 60)],
+)
+def test_a_card_that_is_hot_only_with_everything_tries_that_every_half_hour_at_most(
+    kelvin_per_watt, settling_seconds, busy_seconds, rest_seconds
+):
+    """The rungs on the way there count for nothing: that it does well on them says nothing of the last one."""
+    cooler = Cooler(35.0, kelvin_per_watt, settling_seconds)
+    states = cooled(lambda _: 35.0, 8, cooler=cooler, is_busy=lambda seconds: seconds % (busy_seconds + rest_seconds) < busy_seconds)
+    settled = rungs(states[2160:])
+    assert settled.count(R.COOL) <= 11, "in five hours"
+    assert len(settled) <= 5 * 11
 
 
 def test_a_heat_wave_comes_and_goes():

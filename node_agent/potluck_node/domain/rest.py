@@ -4,7 +4,8 @@ Decides from what the owner said, their hours, whether they use the machine, who
 for. The strictest reason wins; all are kept, for the owner to read. It must not know clocks, files, cards or engines: `resting` gathers the
 facts, keeps what a decision has to remember, and carries the decision out.
 
-What can flap waits: a card counts as taken from `TAKEN_BYTES` on and as left only below `LEFT_BYTES`, for `LEFT_SECONDS` without a break.
+What can flap waits: a card counts as taken from `TAKEN_BYTES` on and as left only below `LEFT_BYTES`, or what was held of it before, for
+`LEFT_SECONDS` without a break. A look at the machine's use that tells nothing is made up for by the last one, for `USE_KEPT_SECONDS`.
 Hours do not flap: their edges are instants. Nor do idle minutes: they are counted from the last use.
 """
 
@@ -25,8 +26,13 @@ TAKEN_BYTES: Final = 2 * GIB
 """Of a card by programs that are not ours: a desktop with its browser holds about one, a game, a renderer or a training run holds more."""
 LEFT_BYTES: Final = GIB
 """Below the other bound, so that a program at the edge of it does not start and stop engines."""
+EDGE_BYTES: Final = GIB // 4
+"""A card whose desktop alone holds much is as free as it can be once others hold hardly more than they did before: by less than so much,
+and still by so much below what takes a card."""
 LEFT_SECONDS: Final = 60.0
 """How long a card has to stay free: games load the next level, and a training run starts its next step."""
+USE_KEPT_SECONDS: Final = 30.0
+"""A session that ends while it is looked at, or a logind that starts anew, is over long before."""
 RESUME_COMMAND: Final = "potluck node resume"
 
 
@@ -64,11 +70,15 @@ class Word:
     """From then on it counts no more; None: until the next word."""
     first_run: bool = False
     """It was not said but assumed: this machine has not served yet."""
+    is_unreadable: bool = False
+    """Something was said, and nobody can tell what."""
 
 
 NO_WORD: Final = Word()
 FIRST_WORD: Final = Word(Posture.HAND_OVER, first_run=True)
 """Of a machine that has just joined: its owner has not yet said that it is to serve."""
+UNREADABLE_WORD: Final = Word(Posture.HAND_OVER, is_unreadable=True)
+"""It may have been a pause: nobody's machine works against their word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +142,18 @@ class TakenCard:
     left_since_seconds: float | None = None
     """Since when it is seen free again without a break."""
     expected_bytes: int = 0
+    left_bytes: int = LEFT_BYTES
+    """Beside those: who holds less has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The least that others held of a card, beside what is expected, in this minute and in the one before."""
+
+    least_bytes: int
+    since_seconds: float
+    least_before_bytes: int | None = None
+    """None: there was none before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +164,11 @@ class Memory:
     """By the cards' uuids."""
     expected_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """What others held of a card while no engine of ours was there, where `others_expected`."""
+    held: Mapping[str, Held] = field(default_factory=lambda: MappingProxyType({}))
+    """Of cards that are not taken."""
+    use: Use = Use()
+    """The last that told anything."""
+    use_at_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +187,11 @@ SERVING: Final = Rest()
 
 def decide(rules: Rules, facts: Facts, memory: Memory, now: Moment) -> tuple[Rest, Memory]:
     """What the node does now, and what the next decision has to remember."""
-    memory = _after_look(rules, facts.cards, memory, now.monotonic_seconds)
+    memory = _after_use(_after_look(rules, facts.cards, memory, now.monotonic_seconds), facts.use, now.monotonic_seconds)
     found = (
         *reasons_of_word(facts.word, now.unix_ms),
         *_by_hours(rules, now.unix_ms),
-        *_by_use(rules, facts.use, now.unix_ms),
+        *_by_use(rules, _use_now(memory, facts.use, now.monotonic_seconds), now.unix_ms),
         *_by_programs(facts.cards, memory, now),
         *(reason for reason in facts.others if reason.posture is not Posture.SERVE),
     )
@@ -182,6 +209,9 @@ def reasons_of_word(word: Word, now_unix_ms: int) -> tuple[Reason, ...]:
         return ()
     if word.first_run:
         return (Reason(RestCause.FIRST_RUN, word.posture, f"has not served yet, and begins with `{RESUME_COMMAND}`"),)
+    if word.is_unreadable:
+        words = f"cannot read what its owner said last (control.json in its state folder), until `{RESUME_COMMAND}`"
+        return (Reason(RestCause.OWNER, word.posture, words),)
     said = "pause" if word.posture is Posture.HAND_OVER else "finish"
     words = f"was told to {said}" + ("" if word.until_unix_ms is not None else f", until `{RESUME_COMMAND}`")
     return (Reason(RestCause.OWNER, word.posture, words, word.until_unix_ms),)
@@ -226,7 +256,7 @@ def _taken_words(uuid: str, card: CardUse | None, taken: TakenCard, now: Moment)
 
 def _after_look(rules: Rules, cards: tuple[CardUse, ...], memory: Memory, now_seconds: float) -> Memory:
     looked_at = {card.uuid: card for card in cards}
-    expected = dict(memory.expected_bytes)
+    expected, held = dict(memory.expected_bytes), dict(memory.held)
     for card in cards:
         if rules.others_expected and card.foreign_bytes is not None and not card.ours and card.uuid not in memory.taken:
             expected[card.uuid] = card.foreign_bytes
@@ -236,17 +266,50 @@ def _after_look(rules: Rules, cards: tuple[CardUse, ...], memory: Memory, now_se
         if after is not None:
             taken[uuid] = after
     for card in cards:
-        beside_bytes = (card.foreign_bytes or 0) - expected.get(card.uuid, 0)
-        if card.ours and card.uuid not in memory.taken and beside_bytes >= TAKEN_BYTES:
-            taken[card.uuid] = TakenCard(expected_bytes=expected.get(card.uuid, 0))
-    return Memory(MappingProxyType(taken), MappingProxyType(expected))
+        if card.uuid in memory.taken or card.foreign_bytes is None:
+            continue
+        beside_bytes = card.foreign_bytes - expected.get(card.uuid, 0)
+        if card.ours and beside_bytes >= TAKEN_BYTES:
+            left_bytes = _left_bytes(held.pop(card.uuid, None))
+            taken[card.uuid] = TakenCard(expected_bytes=expected.get(card.uuid, 0), left_bytes=left_bytes)
+        else:
+            held[card.uuid] = _held(held.get(card.uuid), beside_bytes, now_seconds)
+    return replace(memory, taken=MappingProxyType(taken), expected_bytes=MappingProxyType(expected), held=MappingProxyType(held))
+
+
+def _held(before: Held | None, beside_bytes: int, now_seconds: float) -> Held:
+    if before is None:
+        return Held(beside_bytes, now_seconds)
+    if now_seconds - before.since_seconds >= LEFT_SECONDS:
+        return Held(beside_bytes, now_seconds, before.least_bytes)
+    return replace(before, least_bytes=min(before.least_bytes, beside_bytes))
+
+
+def _left_bytes(held: Held | None) -> int:
+    """Below which a card that is taken now will have been left. A program takes less than a minute to take what it needs."""
+    if held is None:
+        return LEFT_BYTES
+    before_bytes = held.least_bytes if held.least_before_bytes is None else held.least_before_bytes
+    return max(LEFT_BYTES, min(before_bytes + EDGE_BYTES, TAKEN_BYTES - EDGE_BYTES))
 
 
 def _still_taken(taken: TakenCard, card: CardUse | None, now_seconds: float) -> TakenCard | None:
     """None once it has been free for long enough. A card that is not there any more is nobody's; one that tells nothing is as it was."""
     if card is not None and card.foreign_bytes is None:
         return taken
-    if card is not None and card.foreign_bytes is not None and card.foreign_bytes - taken.expected_bytes >= LEFT_BYTES:
+    if card is not None and card.foreign_bytes is not None and card.foreign_bytes - taken.expected_bytes >= taken.left_bytes:
         return replace(taken, left_since_seconds=None)
     since_seconds = now_seconds if taken.left_since_seconds is None else taken.left_since_seconds
     return None if now_seconds - since_seconds >= LEFT_SECONDS else replace(taken, left_since_seconds=since_seconds)
+
+
+def _after_use(memory: Memory, use: Use, now_seconds: float) -> Memory:
+    return memory if use.idle_seconds is None else replace(memory, use=use, use_at_seconds=now_seconds)
+
+
+def _use_now(memory: Memory, use: Use, now_seconds: float) -> Use:
+    """As it is told; where nothing tells just now, the last that did, with what has passed since."""
+    passed_seconds = now_seconds - memory.use_at_seconds
+    if use.idle_seconds is not None or memory.use.idle_seconds is None or passed_seconds > USE_KEPT_SECONDS:
+        return use
+    return replace(memory.use, idle_seconds=memory.use.idle_seconds + passed_seconds)

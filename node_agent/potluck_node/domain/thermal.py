@@ -2,7 +2,7 @@
 
 Decides which rung of `thermal_ladder` a card stands on, from its looks so far. It climbs before the card slows down by itself: where the
 rise of the last minute would reach that point soon. It comes down a rung at a time, only after the card was well below that point for
-long, and for twice as long where coming down has just made it hot again; between the two nothing happens, so that a ripple moves nothing.
+long, and for ever longer to a rung on which it was soon hot again; between the two nothing happens, so that a ripple moves nothing.
 A card that tells its temperature no more may be as hot as it was: it gets nothing back until it tells one again. It must not know drivers,
 engines or clocks.
 """
@@ -45,7 +45,7 @@ PATIENCE_SECONDS: Final = 120.0
 """How long a card is cool before it gets more to do: twice what its cooler needs to settle."""
 PATIENCE_SECONDS_MAX: Final = 1_800.0
 RELAPSE_SECONDS: Final = 600.0
-"""A card that is hot again so soon after it got more to do will wait for twice as long the next time."""
+"""A card that is hot again so soon after it got more to do will wait for twice as long before it comes there the next time."""
 GAP_SECONDS_MAX: Final = 15.0
 """Of the time between two looks, more than this was not seen, and counts for nothing."""
 SAMPLES_MAX: Final = 64
@@ -90,7 +90,10 @@ class ThermalState:
     """Moved on by the time in which it told no temperature: nobody knows what that was."""
     recovered_at_seconds: float | None = None
     """When it last came down a rung."""
+    relapsed_rung: ThermalRung | None = None
+    """Where it was soon hot again when it last came down; None: it did well."""
     patience_seconds: float = PATIENCE_SECONDS
+    """How long it is cool before it comes down there, or below."""
     throttle_seconds: float = 0.0
     """How long it was slowed down by heat in all, as far as was seen."""
 
@@ -119,9 +122,9 @@ def next_state(state: ThermalState, look: CardLook, limits: HeatLimits, now_seco
     wanted = _hotter(state, look, limits, now_seconds)
     if wanted is not None and wanted > state.rung:
         return _climbed(state, wanted, now_seconds)
-    if _may_recover(state, now_seconds):
-        below = [rung for rung in _rungs(look, limits) if rung < state.rung]
-        return replace(_at(state, below[-1], now_seconds), recovered_at_seconds=now_seconds, patience_seconds=_patience_seconds(state))
+    below = [rung for rung in _rungs(look, limits) if rung < state.rung]
+    if below and _may_recover(state, below[-1], now_seconds):
+        return replace(_at(state, below[-1], now_seconds), recovered_at_seconds=now_seconds)
     return state
 
 
@@ -219,15 +222,12 @@ def _is_at_limit(look: CardLook, limit: int) -> bool:
     return look.temperature_celsius is not None and look.temperature_celsius >= limit - HOT_MARGIN_CELSIUS
 
 
-def _may_recover(state: ThermalState, now_seconds: float) -> bool:
-    if state.rung is ThermalRung.COOL or is_silent(state) or state.cool_since_seconds is None or state.changed_at_seconds is None:
+def _may_recover(state: ThermalState, rung: ThermalRung, now_seconds: float) -> bool:
+    if is_silent(state) or state.cool_since_seconds is None or state.changed_at_seconds is None:
         return False
-    return now_seconds - max(state.cool_since_seconds, state.changed_at_seconds) >= _patience_seconds(state)
-
-
-def _patience_seconds(state: ThermalState) -> float:
-    """Where it stays cool with the last thing that it got back, the next one is not waited for so long."""
-    return state.patience_seconds if state.recovered_at_seconds is None else PATIENCE_SECONDS
+    relapsed = state.relapsed_rung is not None and rung <= state.relapsed_rung
+    patience_seconds = state.patience_seconds if relapsed else PATIENCE_SECONDS
+    return now_seconds - max(state.cool_since_seconds, state.changed_at_seconds) >= patience_seconds
 
 
 def _rungs(look: CardLook, limits: HeatLimits) -> tuple[ThermalRung, ...]:
@@ -235,13 +235,16 @@ def _rungs(look: CardLook, limits: HeatLimits) -> tuple[ThermalRung, ...]:
 
 
 def _climbed(state: ThermalState, rung: ThermalRung, now_seconds: float) -> ThermalState:
-    recovered_at_seconds = state.recovered_at_seconds
-    relapsed = recovered_at_seconds is not None and now_seconds - recovered_at_seconds < RELAPSE_SECONDS
-    patience_seconds = min(PATIENCE_SECONDS_MAX, 2 * state.patience_seconds) if relapsed else state.patience_seconds
-    if recovered_at_seconds is not None and not relapsed:
-        patience_seconds = PATIENCE_SECONDS
     # One relapse counts once, however many steps follow it.
-    return replace(_at(state, rung, now_seconds), recovered_at_seconds=None, patience_seconds=patience_seconds)
+    after = replace(_at(state, rung, now_seconds), recovered_at_seconds=None)
+    if state.recovered_at_seconds is None:
+        return after
+    if now_seconds - state.recovered_at_seconds < RELAPSE_SECONDS:
+        return replace(after, relapsed_rung=state.rung, patience_seconds=min(PATIENCE_SECONDS_MAX, 2 * state.patience_seconds))
+    if state.relapsed_rung is None or state.rung <= state.relapsed_rung:
+        # It did well for long where it had not done.
+        return replace(after, relapsed_rung=None, patience_seconds=PATIENCE_SECONDS)
+    return after
 
 
 def _at(state: ThermalState, rung: ThermalRung, now_seconds: float) -> ThermalState:
