@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from potluck_coordinator.offline_command import application, option, refuse
 from potluck_protocol.errors import PotluckError
@@ -25,6 +26,14 @@ SEEDS_MAX: Final = 10_000
 BAR_STEPS: Final = 1000
 
 app = application("simulate")
+
+
+class OneScenario(TyperGroup):
+    """Has no commands below it, so that a word too many is not one that is unknown."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> NoReturn:  # noqa: ARG002 - as Typer calls it
+        """Refuses the first word after the scenario."""
+        refuse(f"one scenario at a time: {args[0]!r} is a word too many. Policies stand after --policy, other values after --sweep.")
 
 
 ScenarioName = Annotated[str | None, typer.Argument(help="A scenario of Potluck's own, or a TOML file.", show_default=False)]
@@ -38,7 +47,7 @@ Listing = Annotated[bool, typer.Option("--list", help="List the scenarios that c
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.callback()
+@app.callback(cls=OneScenario)
 def simulate(  # noqa: PLR0917 - a command's parameters are its flags
     scenario: ScenarioName = None,
     policies: Policies = None,
@@ -77,9 +86,10 @@ def simulate(  # noqa: PLR0917 - a command's parameters are its flags
         found = scenario_file.load_scenario(scenario)
         names = _policies(policies or found.policies)
         wanted = runs.runs_of(found, names, range(seed, seed + seeds), sweeps or (), looks=plot is not None)
+        if plot is not None:
+            plots.prepare(plot)
         with _bar(found.name, len(wanted)) as progress:
             results = runs.carry_out(wanted, partial(_spread, ray_address), progress)
-        pictures = plots.draw(results, plot) if plot is not None else []
     except PotluckError as error:
         refuse(error.message)
     if as_json:
@@ -88,8 +98,13 @@ def simulate(  # noqa: PLR0917 - a command's parameters are its flags
         typer.echo(f"{found.name}: {found.about}" if found.about else found.name)
         typer.echo(f"{found.hours:g} h, {sum(one.count for one in found.nodes)} nodes, {seeds} seed{'s' if seeds > 1 else ''}\n")
         typer.echo("\n".join(report.table(results)))
-        for path in pictures:
-            typer.echo(f"wrote {path}")
+    if plot is not None:
+        try:
+            pictures = plots.draw(results, plot)
+        except PotluckError as error:
+            refuse(error.message)
+        if not as_json:
+            typer.echo("\n".join(f"wrote {path}" for path in pictures))
     if any(each.figures.break_counts for each in results):
         raise typer.Exit(EXIT_BROKEN)
 

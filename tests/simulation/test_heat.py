@@ -10,7 +10,8 @@ from potluck_coordinator.simulation.card_model import Cards
 from potluck_coordinator.simulation.engine_model import EngineModel
 from potluck_coordinator.simulation.heat import HeatModel, clock_share, governed_watts, speed_shares
 from potluck_coordinator.simulation.node_side import LiveCardPolicy
-from potluck_coordinator.simulation.scenario import NodeClass
+from potluck_coordinator.simulation.scenario import NodeClass, Scenario, Users
+from potluck_coordinator.simulation.world import World
 
 ENGINE = EngineModel(2500, 0.02, 0.001, 40_000)
 
@@ -74,3 +75,22 @@ def test_orders_come_back_when_the_card_is_cool_again() -> None:
     assert cards.orders.cap_watts < 350
     warmed(cards, 7200, busy_share=0.0, began_at=now)
     assert (cards.orders.cap_watts, cards.orders.slot_count) == (350, 16)
+
+
+@pytest.mark.parametrize("power_is_set", [True, False], ids=["caps and slots", "slots alone"])
+def test_a_node_that_got_hot_serves_again_when_it_has_cooled(power_is_set: bool) -> None:
+    node_class = NodeClass("n", 1, ENGINE, HeatModel(ambient_celsius=40, celsius_per_watt=0.16), power_is_set=power_is_set)
+    crowd = Users("crowd", requests_per_second=2, retries_max=0, for_seconds=300)
+    late = Users("late", requests_per_second=0.1, retries_max=0, from_seconds=3600)
+    world = World(Scenario("hot-room", "", 1.1, (node_class,), (crowd, late)), "ours", 1)
+    (node,) = world.nodes
+    usual = node.cards.orders
+    held_back: list[bool] = []
+    for at_seconds in (300.0, 3600.0):
+        world.agenda.at(at_seconds, lambda: held_back.append(node.cards.orders != usual))
+
+    figures = world.run()
+
+    assert held_back == [True, False]
+    assert figures.users["late"].served_count > 20
+    assert not figures.breaks

@@ -10,9 +10,13 @@ import pytest
 from potluck_coordinator.simulation import books, coordinator_model, faults, lease_model, ours_pool
 from potluck_coordinator.simulation.agenda import Agenda
 from potluck_coordinator.simulation.asking import Outcome
+from potluck_coordinator.simulation.card_model import Cards
+from potluck_coordinator.simulation.engine_model import EngineModel
+from potluck_coordinator.simulation.heat import HeatModel
 from potluck_coordinator.simulation.invariants import Invariant, Invariants
 from potluck_coordinator.simulation.lease_record import LATE_SECONDS, MARGIN_SECONDS, LeaseRecord
 from potluck_coordinator.simulation.policies import NAMES
+from potluck_coordinator.simulation.scenario import NodeClass, Scenario, Users
 from potluck_coordinator.simulation.world import World
 from potluck_protocol.values import NodeId
 from tests.simulation.fault_mix import FAULTS, fault_mix, world
@@ -212,6 +216,19 @@ def test_a_coordinator_that_uses_some_of_its_slots_only_is_found(slot_count_used
     # Of five: each node has something to do all the time, and room for more.
     monkeypatch.setattr(ours_pool, "slots_in_pace", lambda slot_count, *_: min(slot_count, slot_count_used))
     assert breaks(*range(4)) == {Invariant.IDLE_WHILE_WAITING}
+
+
+def test_a_cool_card_that_nobody_looks_at_any_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    hot_room = HeatModel(ambient_celsius=40, celsius_per_watt=0.16)
+    node_class = NodeClass("hot", 1, EngineModel(2500, 0.02, 0.001, kv_tokens=8000), hot_room, power_is_set=False)
+    scenario = Scenario("hot-room", "", 1.5, (node_class,), (Users("people", requests_per_second=2, retries_max=0),))
+    # It is held back again and again, by all that its policy has, and for half an hour at last.
+    figures = World(scenario, "ours", 1).run()
+    assert figures.users["people"].refused_count > 9000
+    assert not figures.breaks
+
+    monkeypatch.setattr(Cards, "is_settled", lambda self: self.celsius < 46 and self.orders.slot_count == 0)
+    assert World(scenario, "ours", 1).run().break_counts == {Invariant.HELD_BACK_COOL.value: 2}
 
 
 def waits(policy, request, now):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from potluck_coordinator.simulation.figures import Figures
+from potluck_coordinator.simulation.runs import runs_of
+from potluck_coordinator.simulation.scenario_checks import refuse_impossible
 from potluck_coordinator.simulation.scenario_file import load_scenario, parse_scenario, scenario_names, with_value
 from potluck_coordinator.simulation.world import World
 from potluck_protocol.errors import PotluckError
@@ -95,6 +97,15 @@ def test_a_large_pool_costs_less_than_its_share_of_a_minute() -> None:
         ({"hours": "one"}, "hours is a number, not 'one'"),
         ({"hours": 0}, "hours is above zero, not 0"),
         ({"hours": True}, "hours is a number, not True"),
+        ({"hours": 10**400}, "hours is no more than 1e+12, not 1000"),
+        ({"hours": 16**5000}, "hours is no more than 1e+12, not a number of thousands of digits"),
+        ({"hours": float("nan")}, "hours is a number, not nan"),
+        ({"nodes": [{"name": "n", "count": 10**400, "engine": ENGINE}]}, "nodes[0].count is no more than 1e+12"),
+        ({"name": ""}, "name is up to 100 letters, digits, dots, dashes and underscores, of which the first is a letter or digit, not ''"),
+        ({"name": "a/b"}, "not 'a/b'"),
+        ({"name": ".hidden"}, "not '.hidden'"),
+        ({"name": "n" * 101}, "not 'nnn"),
+        ({"name": 16**5000}, "name is a text, not a number of thousands of digits"),
         ({"nodes": []}, "at least one [[nodes]]"),
         ({"nodes": [{"name": "n", "count": 1.5, "engine": ENGINE}]}, "nodes[0].count is a whole number, not 1.5"),
         ({"nodes": [{"name": "n", "count": 1}]}, "nodes[0].engine is missing"),
@@ -120,6 +131,13 @@ def test_a_scenario_that_cannot_be_is_refused_by_its_key(changes: dict[str, obje
         parse_scenario(GOOD | changes, "mine.toml")
 
 
+@pytest.mark.parametrize(
+    ("place", "name"), [("a b/my pool (2).toml", "my-pool-2-"), ("größe.toml", "größe"), ("_.x_1.toml", "x_1"), ("( ).toml", "scenario")]
+)
+def test_a_scenario_without_a_name_has_its_files_as_far_as_a_name_may_be_so(place: str, name: str) -> None:
+    assert parse_scenario(GOOD, place).name == name
+
+
 def test_a_value_is_changed_by_its_path() -> None:
     scenario = parse_scenario(GOOD, "mine.toml")
     assert with_value(scenario, "users.u.requests_per_second", "3").users[0].requests_per_second == 3
@@ -129,6 +147,44 @@ def test_a_value_is_changed_by_its_path() -> None:
         with_value(scenario, "nodes.0.engine.kv_token", "99")
     with pytest.raises(PotluckError, match=r"nodes\.0 is a table; name one of its values"):
         with_value(scenario, "nodes.0", "3")
+    with pytest.raises(PotluckError, match=r"hours\.x: what stands before \.x is a value, and has no others below it"):
+        with_value(scenario, "hours.x", "1")
+    with pytest.raises(PotluckError, match=r"policies\.0 is in a list, which only a file changes"):
+        with_value(scenario, "policies.0", "ours")
+    for text in ("9" * 5000, "[" * 3000 + "]" * 3000):
+        with pytest.raises(PotluckError, match="hours is a number, not '"):
+            with_value(scenario, "hours", text)
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        *("nodes.n.count=1000000000", "hours=1000", "warm_up_seconds=3600", "users.u.requests_per_second=0", "nodes.n.engine.kv_tokens=10"),
+        *("users.u.people=3", "name=a/b", "nodes.n.churn.trace=no-such.csv"),
+    ],
+)
+def test_a_sweep_is_held_to_what_a_file_is_before_anything_runs(sweep: str) -> None:
+    scenario = parse_scenario(GOOD, "mine.toml")
+    key, _, value = sweep.partition("=")
+    with pytest.raises(PotluckError) as in_a_file:
+        refuse_impossible(with_value(scenario, key, value), "mine.toml")
+    with pytest.raises(PotluckError) as swept:
+        runs_of(scenario, ["ours"], range(1), [sweep], looks=False)
+
+    words = in_a_file.value.message.removeprefix("mine.toml")
+    assert swept.value.message in {f"--sweep {sweep}{words}", words}
+
+
+def test_values_that_only_fit_together_are_swept_together() -> None:
+    sweeps = ["users.u.prompt_tokens=9000", "nodes.n.engine.kv_tokens=20000", "nodes.n.context_tokens=20000"]
+    (run,) = runs_of(parse_scenario(GOOD, "mine.toml"), ["ours"], range(1), sweeps, looks=False)
+    assert run.scenario.users[0].prompt_tokens == 9000
+
+
+def test_runs_are_counted_before_they_are_made() -> None:
+    values = "hours=" + ",".join(["1"] * 100)
+    with pytest.raises(PotluckError, match="These are 1000000000000 runs; 10000 are the most"):
+        runs_of(parse_scenario(GOOD, "mine.toml"), ["ours"], range(1), [values] * 6, looks=False)
 
 
 def test_a_trace_says_who_is_there_and_a_bad_line_is_named(tmp_path: Path) -> None:
@@ -140,4 +196,12 @@ def test_a_trace_says_who_is_there_and_a_bad_line_is_named(tmp_path: Path) -> No
 
     (tmp_path / "homes.csv").write_text("0,0,0.05\n7,0,1\n")
     with pytest.raises(PotluckError, match=r"homes\.csv, line 2: a line is NODE,HOUR IT CAME,HOUR IT LEFT, with a node from 0 to 1"):
-        World(parse_scenario(table, "mine.toml", tmp_path), "ours", 1).run()
+        parse_scenario(table, "mine.toml", tmp_path)
+
+
+def test_a_trace_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    table = GOOD | {"nodes": [{"name": "n", "count": 2, "engine": ENGINE, "churn": {"trace": "homes.csv"}}]}
+    for content in (b"\xff\xfe0,0,1", b'0,0,"' + b"1" * 200_000):
+        (tmp_path / "homes.csv").write_bytes(content)
+        with pytest.raises(PotluckError, match=r"churn\.trace: '.*homes\.csv' cannot be read: .+\."):
+            parse_scenario(table, "mine.toml", tmp_path)

@@ -81,6 +81,48 @@ def test_plots_are_written_as_png_and_svg(scenario: Path, tmp_path: Path) -> Non
     assert f"wrote {tmp_path / 'plots/small.svg'}" in result.output
 
 
+@pytest.mark.parametrize("folder", ["/proc/no-such", "small.toml"])
+def test_plots_that_cannot_be_written_are_refused_before_anything_runs(
+    folder: str, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    monkeypatch.setattr(world.World, "run", lambda *_: pytest.fail("it ran"))
+    result = run(scenario, "--policy", "ours", "--plot", folder)
+    assert result.exit_code == EXIT_USAGE
+    assert f"Plots cannot be written to {folder}: " in result.output
+
+
+def test_without_matplotlib_nothing_runs_for_plots(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(world.World, "run", lambda *_: pytest.fail("it ran"))
+    result = run(scenario, "--policy", "ours", "--plot", scenario.parent / "plots")
+    assert result.exit_code == EXIT_USAGE
+    assert "pip install 'potluck[simulation]'" in result.output
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["table", "json"])
+def test_what_was_run_is_printed_even_if_its_plots_cannot_be_written_after_all(words: list[str], scenario: Path, tmp_path: Path) -> None:
+    for suffix in ("png", "svg"):
+        (tmp_path / f"small.{suffix}").mkdir()
+    result = run(scenario, "--policy", "ours", "--plot", tmp_path, *words)
+    assert result.exit_code == EXIT_USAGE
+    assert "Plots cannot be written to" in result.output
+    assert (json.loads(result.stdout)[0]["served_count"] > 100) if words else ("\nours " in result.stdout)
+
+
+def test_a_scenario_may_be_about_dollars(scenario: Path, tmp_path: Path) -> None:
+    scenario.write_text(SMALL.replace("Two nodes", "Between $5_{ and $6: two nodes"))
+    assert run(scenario, "--policy", "ours", "--plot", tmp_path / "plots").exit_code == 0
+
+
+def test_the_same_run_gives_the_same_json_but_for_the_time_that_it_took(scenario: Path) -> None:
+    one, other = (json.loads(run(scenario, "--policy", "ours", "--json").output)[0] for _ in range(2))
+    timing = one.pop("timing")
+    other.pop("timing")
+    assert sorted(timing) == ["cpu_seconds", "wall_seconds"]
+    assert one == other
+
+
 def test_several_runs_are_spread_and_come_back_in_their_order(scenario: Path) -> None:
     result = run(scenario, "--seeds", 2, "--sweep", "users.people.requests_per_second=1,2", "--json")
 
@@ -103,6 +145,10 @@ def test_several_runs_are_spread_and_come_back_in_their_order(scenario: Path) ->
         (["flood", "--sweep", "hours"], "--sweep is KEY=VALUE,VALUE"),
         (["flood", "--sweep", "houres=1"], "houres: there is no 'houres'; do you mean hours?"),
         (["flood", "--seeds", "0"], "--seeds is from 1 to"),
+        (["flood", "--sweep", "nodes.0.count=1000000000"], "--sweep nodes.0.count=1000000000: a world has up to 100000 nodes"),
+        (["flood", "--sweep", "hours.x=1"], "hours.x: what stands before .x is a value"),
+        (["flood", "heatwave"], "one scenario at a time: 'heatwave' is a word too many. Policies stand after --policy"),
+        (["x" * 300], f"{'x' * 300} cannot be read: "),
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_says_what_is_wrong(words: list[str], said: str) -> None:
@@ -111,11 +157,21 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_wrong(words: list[str], sai
     assert said in result.output
 
 
-def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text("hours = = 1")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("hours = = 1", "bad.toml is not TOML: "),
+        ("hours = " + "[" * 3000 + "]" * 3000, "bad.toml is not TOML that can be read: its brackets are nested too deeply."),
+        ("about = 'long'\nhours = " + "9" * 5000, "bad.toml, line 2: a number has too many digits."),
+        (SMALL.replace("0.05", "1" + "0" * 400), "bad.toml: hours is no more than 1e+12, not 1000"),
+    ],
+    ids=["wrong", "nested", "digits", "huge"],
+)
+def test_a_file_that_cannot_be_read_is_named_in_a_sentence(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text(content)
     result = run(tmp_path / "bad.toml")
     assert result.exit_code == EXIT_USAGE
-    assert "bad.toml is not TOML" in result.output
+    assert said in result.output
 
 
 def test_the_list_names_every_scenario() -> None:

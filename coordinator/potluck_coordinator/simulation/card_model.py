@@ -49,6 +49,7 @@ class Cards:
         "_decay_seconds",
         "_policy",
         "_power_is_set",
+        "_usual",
         "case_celsius",
         "celsius",
         "celsius_max",
@@ -63,7 +64,7 @@ class Cards:
 
     def __init__(self, model: HeatModel, slot_count: int, policy: CardPolicy | None, *, power_is_set: bool) -> None:
         self.model = model
-        self.orders = CardOrders(model.full_watts, slot_count)
+        self.orders = self._usual = CardOrders(model.full_watts, slot_count)
         self._decay = 1.0
         self._decay_seconds = 0.0
         self.watts = model.idle_watts
@@ -117,9 +118,12 @@ class Cards:
         """As warm as it gets with nothing to do, and nothing ordered: looking again would change nothing until it has work."""
         model = self.model
         balance = self.case_celsius + model.celsius_per_watt * model.idle_watts
-        return (
-            abs(self.celsius - balance) < SETTLED_CELSIUS and not model.case_celsius_per_watt and self.orders.cap_watts == model.full_watts
-        )
+        return abs(self.celsius - balance) < SETTLED_CELSIUS and not model.case_celsius_per_watt and not self.is_held_back
+
+    @property
+    def is_held_back(self) -> bool:
+        """The agent has taken something away, watts or slots."""
+        return self.orders != self._usual
 
     @property
     def speed_shares(self) -> tuple[float, float]:

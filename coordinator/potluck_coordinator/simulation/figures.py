@@ -111,8 +111,9 @@ class Figures:
     looks: tuple[Look, ...]
 
     def as_json(self, *, looks: bool = False) -> dict[str, Any]:
-        """For programs; the points of the plots only if they are asked for."""
+        """For programs; the points of the plots only if they are asked for. What differs between two equal runs is in "timing"."""
         values = asdict(self)
+        values["timing"] = {name: values.pop(name) for name in ("wall_seconds", "cpu_seconds")}
         if not looks:
             del values["looks"]
         return values

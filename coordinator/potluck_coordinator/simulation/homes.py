@@ -86,10 +86,13 @@ def read_trace(path: Path, node_count: int) -> list[tuple[int, float, float]]:
     """
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise PotluckError(ErrorCode.INVALID_REQUEST, f"The trace {path} cannot be read: {error.strerror}.") from error
+        rows = list(csv.reader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        # A ValueError is bytes that are no text, or a path with a zero byte in it.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"churn.trace: {str(path)!r} cannot be read: {reason}.") from error
     sessions: list[tuple[int, float, float]] = []
-    for place, cells in enumerate(csv.reader(lines), start=1):
+    for place, cells in enumerate(rows, start=1):
         if not cells or cells[0].startswith("#"):
             continue
         try:

@@ -23,6 +23,7 @@ class Invariant(StrEnum):
     SUM_NOT_ZERO = "postings sum to zero"
     GHOST_LEASE = "no word counts that came without a lease"
     IDLE_WHILE_WAITING = "no request waits or is refused while a node could take it"
+    HELD_BACK_COOL = "no card is held back that has long been cool"
 
 
 class Invariants:

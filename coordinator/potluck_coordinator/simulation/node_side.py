@@ -9,8 +9,17 @@ from __future__ import annotations
 from typing import Final
 
 from potluck_coordinator.simulation.card_model import CardOrders
+from potluck_coordinator.simulation.heat import HeatModel
 from potluck_coordinator.simulation.scenario import NodeClass
-from potluck_node.domain.thermal import CardLook, HeatLimits, ThermalState, next_state
+from potluck_node.domain.thermal import (
+    COOL_MARGIN_CELSIUS,
+    PATIENCE_SECONDS,
+    PATIENCE_SECONDS_MAX,
+    CardLook,
+    HeatLimits,
+    ThermalState,
+    next_state,
+)
 from potluck_node.domain.thermal_ladder import PowerRange, ThermalRung, cap_at, slots_at
 
 LOWEST_POWER_SHARE: Final = 100 / 350
@@ -18,7 +27,14 @@ LOWEST_POWER_SHARE: Final = 100 / 350
 SLOWED_BY_HEAT: Final = ("software_thermal",)
 QUIET_CELSIUS: Final = 20
 """So far below its throttle point a card on the lowest rung is not looked at: nothing could come of it before the next look."""
+COOL_SECONDS_MAX: Final = PATIENCE_SECONDS_MAX + PATIENCE_SECONDS
+"""Of looks at a cool card, in which the agent gives something back: one that rests drains first, and of that nothing is seen."""
 _NO_LIMITS: Final = HeatLimits()
+
+
+def is_cool(heat: HeatModel, celsius: float) -> bool:
+    """Whether the agent sees a card at this temperature as cool enough to get something back."""
+    return celsius <= round(heat.throttle_celsius) - COOL_MARGIN_CELSIUS
 
 
 class LiveCardPolicy:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 from potluck_coordinator.simulation.figures import Look
@@ -29,27 +30,37 @@ PANELS: Final[tuple[tuple[str, Callable[[Look], float]], ...]] = (
 )
 
 
-def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Writes one picture in every format; of several seeds the first is drawn.
+def prepare(folder: Path) -> None:
+    """Before the first run, so that none is lost: makes the folder, and sees whether something can be drawn into it.
 
     Raises:
         PotluckError: INVALID_REQUEST where matplotlib is not installed, or the folder cannot be written.
     """
+    _matplotlib()
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - only who draws needs it
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise PotluckError(ErrorCode.INVALID_REQUEST, "Plots need matplotlib. Run: pip install 'potluck[simulation]'") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Writes one picture in every format into a folder that is prepared; of several seeds the first is drawn.
+
+    Raises:
+        PotluckError: INVALID_REQUEST where the folder cannot be written any more.
+    """
+    new_canvas, new_figure = _matplotlib()
     scenario = results[0].run.scenario
-    figure: Any = Figure(figsize=(9, 10), layout="constrained")
-    canvas: Any = FigureCanvasAgg
-    canvas(figure)
-    figure.suptitle(f"{scenario.name}: {scenario.about}", fontsize=10, wrap=True)
+    figure = new_figure(figsize=(9, 10), layout="constrained")
+    new_canvas(figure)
+    figure.suptitle(_plain(f"{scenario.name}: {scenario.about}"), fontsize=10, wrap=True)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
     for policy, looks in _first_of_each(results).items():
         minutes = [look.at_seconds / 60 for look in looks]
         for axis, (_, of) in zip(axes, PANELS, strict=True):
-            axis.plot(minutes, [of(look) for look in looks], label=policy, color=COLOURS.get(policy), linewidth=1.2)
+            axis.plot(minutes, [of(look) for look in looks], label=_plain(policy), color=COLOURS.get(policy), linewidth=1.2)
     for axis, (words, _) in zip(axes, PANELS, strict=True):
         axis.set_ylabel(words, fontsize=8)
         axis.grid(visible=True, alpha=0.3)
@@ -59,14 +70,32 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     axes[0].legend(loc="lower right", fontsize=8)
     axes[-1].set_xlabel("minutes")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{scenario.name}.{suffix}" for suffix in FORMATS]
         for path in paths:
             # Without the day of drawing, so that the same run gives the same file.
             figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
     except OSError as error:
-        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{folder} cannot be written: {error.strerror or error}.") from error
+        raise _unwritable(folder, error) from error
     return paths
+
+
+def _plain(words: str) -> str:
+    """Between two dollars matplotlib would look for a formula."""
+    return words.replace("$", r"\$")
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """The canvas and the figure of it."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - only who draws needs it
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, "Plots need matplotlib. Run: pip install 'potluck[simulation]'") from error
+    return FigureCanvasAgg, Figure
+
+
+def _unwritable(folder: Path, error: OSError) -> PotluckError:
+    return PotluckError(ErrorCode.INVALID_REQUEST, f"Plots cannot be written to {folder}: {error.strerror or error}.")
 
 
 def _first_of_each(results: Sequence[Result]) -> dict[str, tuple[Look, ...]]:

@@ -5,6 +5,7 @@ Decides that one world runs here and several run beside each other, by whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -12,6 +13,7 @@ from typing import Final
 
 from potluck_coordinator.simulation.figures import Figures
 from potluck_coordinator.simulation.scenario import Scenario
+from potluck_coordinator.simulation.scenario_checks import refuse_impossible
 from potluck_coordinator.simulation.scenario_file import with_value
 from potluck_coordinator.simulation.world import Progress, World
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -48,7 +50,7 @@ def runs_of(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int], s
     """Every combination.
 
     Raises:
-        PotluckError: INVALID_REQUEST; a sweep that is none, or too many runs.
+        PotluckError: INVALID_REQUEST; a sweep that is none, a scenario that could not be as a file either, or too many runs.
     """
     keys: list[tuple[str, list[str]]] = []
     for sweep in sweeps:
@@ -57,15 +59,18 @@ def runs_of(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int], s
         if not sign or not told:
             raise PotluckError(ErrorCode.INVALID_REQUEST, f"--sweep is KEY=VALUE,VALUE,… such as hours=1,2, not {sweep!r}.")
         keys.append((key.strip(), told))
+    run_count = math.prod(len(told) for _, told in keys) * len(policies) * len(seeds)
+    if run_count > RUNS_MAX:
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"These are {run_count} runs; {RUNS_MAX} are the most.")
     runs: list[Run] = []
     for chosen in product(*(told for _, told in keys)):
         changes = tuple((key, value) for (key, _), value in zip(keys, chosen, strict=True))
         changed = scenario
         for key, value in changes:
             changed = with_value(changed, key, value)
+        if changes:
+            refuse_impossible(changed, "--sweep " + " ".join(f"{key}={value}" for key, value in changes))
         runs += [Run(changed, policy, seed, changes, looks) for policy in policies for seed in seeds]
-    if len(runs) > RUNS_MAX:
-        raise PotluckError(ErrorCode.INVALID_REQUEST, f"These are {len(runs)} runs; {RUNS_MAX} are the most.")
     return runs
 
 

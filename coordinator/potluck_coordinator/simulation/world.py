@@ -20,6 +20,7 @@ from potluck_coordinator.simulation.asking import Request
 from potluck_coordinator.simulation.coordinator_model import CoordinatorModel
 from potluck_coordinator.simulation.faults import Misfortune
 from potluck_coordinator.simulation.figures import Figures, Look, figures_of
+from potluck_coordinator.simulation.holding_back import HoldingBack
 from potluck_coordinator.simulation.homes import Homes
 from potluck_coordinator.simulation.invariants import Invariants
 from potluck_coordinator.simulation.lease_record import LeaseRecord
@@ -45,6 +46,7 @@ class World:
         self.seed = seed
         self.agenda = Agenda()
         self.invariants = Invariants()
+        self._holding_back = HoldingBack(self.invariants, scenario.heat_step_seconds)
         self.requests: list[Request] = []
         self.looks: list[Look] = []
         self.limits = LivenessLimits()
@@ -107,6 +109,7 @@ class World:
     def _look_at_cards(self) -> None:
         for node in self.nodes:
             node.look_at_cards(self.scenario.heat_step_seconds)
+        self._holding_back.look(self.nodes, self.agenda.now)
         self.agenda.after(self.scenario.heat_step_seconds, self._look_at_cards)
 
     def _sweep(self) -> None:
