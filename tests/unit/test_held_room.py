@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.gateway import queues as queues_module
+from potluck_coordinator.gateway.free_room import OVERTAKEN_SECONDS_MAX
 from potluck_protocol.values import ReplicaId
 from tests.support.judged_pool import HandClock
 from tests.support.request_path import request_by
@@ -33,7 +33,7 @@ async def test_room_that_is_held_for_one_whose_client_goes_is_free_at_once(front
     await settle()
     large = front.ask(prompt_bytes=7000)
     await settle()
-    front.clock.seconds += queues_module.OVERTAKEN_SECONDS_MAX + 0.1
+    front.clock.seconds += OVERTAKEN_SECONDS_MAX + 0.1
     front.requests.queues.serve_all()
     assert front.requests.queues.line(MODEL).held_for is not None
 
@@ -54,7 +54,7 @@ async def held_for_room_at_a_trusted_node(front):
         front.ask(prompt_bytes=prompt_bytes, trusted_only=True)
         await settle()
     free = await front.joined("free", **room)
-    front.clock.seconds += queues_module.OVERTAKEN_SECONDS_MAX + 0.1
+    front.clock.seconds += OVERTAKEN_SECONDS_MAX + 0.1
     front.requests.queues.serve_all()
     assert front.requests.queues.line(MODEL).held_for is not None
     return safe, free
@@ -79,7 +79,7 @@ async def test_nothing_is_held_for_a_suspect_that_waits_for_another_owners_node(
     front.links.suspect_requests = {suspect.fingerprint(front.links.culprits): witness.owner_account_id}
     front.ask()
     await settle()
-    front.clock.seconds += queues_module.OVERTAKEN_SECONDS_MAX + 0.1
+    front.clock.seconds += OVERTAKEN_SECONDS_MAX + 0.1
     witness.heartbeat_at = front.clock.seconds
     front.requests.queues.serve_all()
     assert front.requests.queues.line(MODEL).held_for is None
@@ -95,7 +95,7 @@ async def test_room_is_not_held_where_the_context_is_too_short_for_the_one_it_is
         front.ask(prompt_bytes=prompt_bytes, prompt_tokens_min=1500)
         await settle()
     short_one = await front.joined("short", context_length_tokens=1000)
-    front.clock.seconds += queues_module.OVERTAKEN_SECONDS_MAX + 0.1
+    front.clock.seconds += OVERTAKEN_SECONDS_MAX + 0.1
     front.requests.queues.serve_all()
     assert front.requests.queues.line(MODEL).held_for is not None
     front.ask()

@@ -70,13 +70,30 @@ def left_to_flex(capacity: Capacity, default_use: Capacity, reserve_percent: int
     return replace(capacity, slot_count=capacity.slot_count - kept_slots, kv_tokens=capacity.kv_tokens - kept_tokens)
 
 
+def flex_lacks_slots(left: Capacity) -> bool:
+    """Whether what is kept leaves no slot to any flex request, however small; where nothing runs, nothing is kept from anyone."""
+    return left.in_flight_count > 0 and left.in_flight_count >= left.slot_count
+
+
 def flex_fits(left: Capacity, wanted_tokens: float) -> bool:
     """Whether a flex request stays out of what is kept; where nothing runs, nothing is kept from anyone."""
     if left.in_flight_count == 0:
         return True
-    if left.in_flight_count >= left.slot_count:
+    if flex_lacks_slots(left):
         return False
     return not left.kv_tokens or left.committed_tokens + wanted_tokens <= KV_SHARE_MAX * left.kv_tokens
+
+
+def flex_comes_free(left: Capacity, default_use: Capacity, wanted_tokens: float) -> bool:
+    """Whether a flex request would fit if no other one of flex ran, so that room which is held for it will be enough some time.
+
+    Args:
+        left: what flex may fill, and what both tiers have of it.
+        default_use: what the default tier has of it.
+        wanted_tokens: what there has to be room for.
+    """
+    others = replace(left, in_flight_count=default_use.in_flight_count, committed_tokens=default_use.committed_tokens)
+    return flex_fits(others, wanted_tokens)
 
 
 @dataclass(frozen=True, slots=True)

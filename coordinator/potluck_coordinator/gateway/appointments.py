@@ -56,13 +56,14 @@ class Appointments:
     def __len__(self) -> int:
         return len(self._appointments)
 
-    @property
-    def expected(self) -> Mapping[AccountId, Expected]:
-        """What each account is expected to come back with, by the share of appointments that was kept lately."""
-        share = self._kept_share
+    def expected_beside(self, request: InferenceRequest) -> Mapping[AccountId, Expected]:
+        """What each account is expected to come back with beside the request, by the share of appointments that was kept lately."""
+        share, sums, own = self._kept_share, dict(self._sums), self._appointments.get(_key(request))
+        if own is not None:
+            _add(sums, request.account_id, own.expected, -1)
         return {
-            account_id: Expected(share * sums.service, Queued(share * sums.queued.count, share * sums.queued.tokens))
-            for account_id, sums in self._sums.items()
+            account_id: Expected(share * each.service, Queued(share * each.queued.count, share * each.queued.tokens))
+            for account_id, each in sums.items()
         }
 
     def find(self, request: InferenceRequest, now: float) -> Appointment | None:
@@ -85,7 +86,7 @@ class Appointments:
         self._remove(key)
         if len(self._appointments) < APPOINTMENTS_MAX:
             self._appointments[key] = Appointment(due_at_seconds, expected)
-            self._add(key[0], expected, 1)
+            _add(self._sums, key[0], expected, 1)
 
     def _sweep(self, now: float) -> None:
         """Forgets those that nobody kept. They stand in the order of making, which is nearly that of their times."""
@@ -100,16 +101,17 @@ class Appointments:
         gone = self._appointments.pop(key, None)
         if gone is None:
             return False
-        self._add(key[0], gone.expected, -1)
+        _add(self._sums, key[0], gone.expected, -1)
         return True
 
-    def _add(self, account_id: AccountId, change: Expected, sign: int) -> None:
-        known = self._sums.get(account_id, Expected(0.0, Queued()))
-        count, tokens = known.queued.count + sign * change.queued.count, known.queued.tokens + sign * change.queued.tokens
-        if count < 1:
-            self._sums.pop(account_id, None)
-        else:
-            self._sums[account_id] = Expected(known.service + sign * change.service, Queued(count, tokens))
+
+def _add(sums: dict[AccountId, Expected], account_id: AccountId, change: Expected, sign: int) -> None:
+    known = sums.get(account_id, Expected(0.0, Queued()))
+    count, tokens = known.queued.count + sign * change.queued.count, known.queued.tokens + sign * change.queued.tokens
+    if count < 1:
+        sums.pop(account_id, None)
+    else:
+        sums[account_id] = Expected(known.service + sign * change.service, Queued(count, tokens))
 
 
 def _key(request: InferenceRequest) -> _Key:

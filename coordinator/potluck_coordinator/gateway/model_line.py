@@ -55,7 +55,7 @@ class ModelLine:
         self.announced = NOBODY
         """Requests that may come in a moment, and are let in then if nobody else has come: see `announce`."""
         self.held_for: WaitingRequest | None = None
-        """One that needs much of a cache was passed by long enough: what becomes free is its own, until it leaves."""
+        """One that needs much of a cache was passed by long enough: what becomes free is its own, until it leaves. See `held_from`."""
         self._uses = {tier: _Use() for tier in ServiceTier}
         self._ended_count = 0
         self._hold_seconds = HOLD_SECONDS_GUESS
@@ -89,14 +89,21 @@ class ModelLine:
         elif waiting in self.continued:
             self.continued.remove(waiting)
 
+    def held_from(self, request: InferenceRequest) -> WaitingRequest | None:
+        """For whom room is held that the request may not take. Nobody holds up one whose turn is earlier than its own: None."""
+        held = self.held_for
+        if held is None or held.request is request or _turn_of(request) < _turn_of(held.request):
+            return None
+        return held
+
     def ahead_of(self, request: InferenceRequest, *, counts_expected: bool) -> Queued:
         """What comes before one more request: the better tier, and in its own what is served before its account's turn.
 
         Args:
             request: the one more.
-            counts_expected: those that were told to come back count like those that wait.
+            counts_expected: those that were told to come back count like those that wait, the request itself apart.
         """
-        expected = self.appointments[request.tier].expected if counts_expected else {}
+        expected = self.appointments[request.tier].expected_beside(request) if counts_expected else {}
         ahead = self.queues[request.tier].ahead_of(request, expected) + Queued(len(self.continued))
         return ahead + self.queues[ServiceTier.DEFAULT].waiting if request.tier is ServiceTier.FLEX else ahead
 
@@ -193,6 +200,17 @@ class ModelLine:
         whole = replace(whole, in_flight_count=sum(use.count for use in uses), committed_tokens=sum(use.tokens for use in uses))
         if tier is ServiceTier.DEFAULT or self._default_seen_at is None:
             return whole
-        default = self._uses[ServiceTier.DEFAULT]
-        default_use = Capacity(in_flight_count=default.count, committed_tokens=default.tokens)
-        return left_to_flex(whole, default_use, reserve_percent, now - self._default_seen_at)
+        return left_to_flex(whole, self.default_use, reserve_percent, now - self._default_seen_at)
+
+    @property
+    def default_use(self) -> Capacity:
+        """What the default tier has in use."""
+        use = self._uses[ServiceTier.DEFAULT]
+        return Capacity(in_flight_count=use.count, committed_tokens=use.tokens)
+
+
+def _turn_of(request: InferenceRequest) -> int:
+    """Which turn a request has its place in: continued ones have the first."""
+    if request.continued is not None:
+        return 0
+    return 1 if request.tier is ServiceTier.DEFAULT else 2

@@ -1,9 +1,9 @@
 """Who gets room and when: at once, after waiting in the model's queue, or not at all.
 
-Decides nothing of its own: whether to wait is `domain.admission`, whose turn it is `domain.fairness` in each `model_line`, where to run
-`placing`; what has its turn is handed to the `dispatch`. Requests wait here and not at nodes, so that late comers of a better tier or of an
-account that had little still come first, and the loss of a node costs nobody who waits. It must not know nodes, holds, or what an answer is
-made of.
+Decides nothing of its own: whether to wait is `domain.admission`, whose turn it is `domain.fairness` in each `model_line`, who may take
+what is free `free_room`, where to run `placing`; what has its turn is handed to the `dispatch`. Requests wait here and not at nodes, so
+that late comers of a better tier or of an account that had little still come first, and the loss of a node costs nobody who waits. It must
+not know nodes, holds, or what an answer is made of.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from potluck_coordinator.domain.admission import (
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.decisions import StepKind
 from potluck_coordinator.domain.tiers import flex_fits
+from potluck_coordinator.gateway.free_room import FreeRoom
 from potluck_coordinator.gateway.model_line import ModelLine
 from potluck_coordinator.gateway.queue_bounds import QueueBounds
 from potluck_coordinator.gateway.refusals import Refusals, refusal_words
@@ -39,7 +40,7 @@ from potluck_coordinator.gateway.waiting import WaitingRequest
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection
     from typing import Protocol
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry
@@ -60,8 +61,6 @@ if TYPE_CHECKING:
 
 REVIEW_SECONDS: Final = 0.25
 """Between two looks at whether those that wait will have their turn in time."""
-OVERTAKEN_SECONDS_MAX: Final = 5.0
-"""How long a request that needs much of a cache lets smaller ones pass. After that those behind it wait until it has its room."""
 _NOWHERE: Final[frozenset[NodeId]] = frozenset()
 CONTINUED_WAIT_SECONDS_MAX: Final = 30.0
 """How long a client whose answer stands still waits for another node."""
@@ -96,6 +95,7 @@ class Queues:
         self._limits = limits
         self._clock = clock
         self._reserve_percent = reserve_percent
+        self._free_room = FreeRoom(placing, expectations, clock, reserve_percent)
         self._decisions = decisions
         self._refusals = Refusals(clock)
         self._lines: dict[ModelId, ModelLine] = {}
@@ -121,7 +121,7 @@ class Queues:
             PotluckError: NO_CAPACITY, QUEUE_FULL or QUEUE_TIMEOUT, or the dispatch's own.
         """
         line, now = self._arrived(request)
-        chosen = self._placed(request, self._room_for(line, request, excluded, now))
+        chosen = self._placed(request, self._free_room.room_for(line, request, excluded, now))
         if chosen is not None:
             line.appointments[request.tier].keep(request)
             return self.dispatch(request, entry, chosen, excluded)
@@ -140,7 +140,7 @@ class Queues:
         line, now = self._arrived(request)
         load = self._load(line, request, _NOWHERE, now, announced=line.announced)
         fits = line.announced is NOBODY or flex_fits(load.capacity, load.wanted_tokens)
-        if not fits or self._room_for(line, request, _NOWHERE, now) is None:
+        if not fits or self._free_room.room_for(line, request, _NOWHERE, now) is None:
             self._wait_seconds_max(line, request, _NOWHERE, 0.0, line.announced)
         return line.announce(Queued(1, load.wanted_tokens))
 
@@ -159,8 +159,6 @@ class Queues:
         appointments, now = line.appointments[request.tier], self._clock.monotonic_seconds()
         appointment = appointments.find(request, now)
         was_promised = appointment is not None and appointments.is_due(appointment, now)
-        if appointment is not None and not was_promised and request.continued is None:
-            raise self._refused(request, excluded, ErrorCode.QUEUE_FULL, appointment.due_at_seconds - now)
         ahead = line.ahead_of(request, counts_expected=not was_promised)
         load = self._load(line, request, excluded, now, ahead=ahead, announced=announced)
         if request.continued is not None:
@@ -171,14 +169,17 @@ class Queues:
             case Wait(wait_seconds_max):
                 return wait_seconds_max
             case Refuse(code, retry_after, predicted_seconds):
-                if code is ErrorCode.QUEUE_FULL:
+                if code is ErrorCode.QUEUE_FULL and appointment is not None and not was_promised:
+                    # Whoever comes too early, or asks the same once more beside it, is anybody until then, and what was promised stands.
+                    retry_after = appointment.due_at_seconds - now
+                elif code is ErrorCode.QUEUE_FULL:
                     self._expect_back(line, request, retry_after)
                 raise self._refused(request, excluded, code, retry_after, predicted_seconds)
 
     def spare(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> Placement | None:
         """Where a second attempt could run now, if anywhere; None: somebody waits, or what is free is kept for a better tier."""
         line = self.line(request.model_id)
-        if line.waiting_count or not self._may_fill(line, request, self._clock.monotonic_seconds()):
+        if line.waiting_count or not self._free_room.may_fill(line, request, self._clock.monotonic_seconds()):
             return None
         return self._placing.place(request, excluded, self._expectations.work(request))
 
@@ -239,34 +240,9 @@ class Queues:
     def serve(self, model_id: ModelId) -> None:
         """Gives one model's free room to those whose turn it is: to continued requests, to the default tier, to flex."""
         line = self.line(model_id)
-        line.held_for = None
-        for turn in (tuple(line.continued), *(line.queues[tier].in_turn() for tier in (ServiceTier.DEFAULT, ServiceTier.FLEX))):
-            if not self._serve_in_turn(line, turn):
-                return
-
-    def _serve_in_turn(self, line: ModelLine, turn: Iterable[WaitingRequest]) -> bool:
-        """Whether there may be something left for those that come after these."""
-        lacking_tokens: dict[tuple[object, ...], int | float] = {}
-        now = self._clock.monotonic_seconds()
-        for waiting in turn:
-            request, held = waiting.request, line.held_for.request if line.held_for else None
-            if not self._placing.has_free_slot(request, held):
-                return False
-            places = (request.trusted_only, request.endpoint, request.engine_kinds)
-            if waiting.work.wanted_tokens >= lacking_tokens.get(places, math.inf):
-                continue
-            if not self._may_fill(line, request, now):
-                return True
-            chosen = self._placed(request, self._placing.place(request, waiting.excluded, waiting.work, held))
-            if chosen is not None:
+        for waiting, placement in self._free_room.given(line):
+            if (chosen := self._placed(waiting.request, placement)) is not None:
                 self._give(line, waiting, chosen)
-            elif held is None and self._placing.lacks_cache(request, waiting.excluded):
-                # A slot would be free for it, and the cache behind it is not: smaller ones may pass, for a while. Then they go elsewhere.
-                lacking_tokens[places] = waiting.work.wanted_tokens
-                if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
-                    line.held_for = waiting
-            # One that no free replica suits does not hold up those behind it.
-        return True
 
     def _give(self, line: ModelLine, waiting: WaitingRequest, chosen: ReplicaView) -> None:
         line.leave(waiting)
@@ -337,19 +313,11 @@ class Queues:
             position_in_account=own_position,
             waiting_count=len(line.queues[request.tier]),
             waited_seconds=now - waiting.arrived_at_seconds,
-            waits_for=waits_for(usable_count, free_count, may_fill=self._may_fill(line, request, now), withheld=withheld),
+            waits_for=waits_for(usable_count, free_count, may_fill=self._free_room.may_fill(line, request, now), withheld=withheld),
             predicted_wait_seconds=predicted if math.isfinite(predicted) else None,
             deadline_seconds=waiting.deadline_seconds - now,
             candidates=self._placing.place(request, waiting.excluded, waiting.work).candidates,
         )
-
-    def _room_for(self, line: ModelLine, request: InferenceRequest, excluded: frozenset[NodeId], now: float) -> Placement | None:
-        """Where the request can run now; not where one that was overtaken long enough waits for room."""
-        held = line.held_for.request if line.held_for else None
-        if not self._placing.has_free_slot(request, held) or not self._may_fill(line, request, now):
-            return None
-        placement = self._placing.place(request, excluded, self._expectations.work(request), held)
-        return None if placement.chosen is None else placement
 
     def _placed(self, request: InferenceRequest, placement: Placement | None) -> ReplicaView | None:
         """Where the request is to run now, if placement has found room; it is dispatched there."""
@@ -357,13 +325,6 @@ class Queues:
             return None
         self._decisions.note(request, StepKind.PLACED, node_id=placement.chosen.node_id, placement=placement)
         return placement.chosen
-
-    def _may_fill(self, line: ModelLine, request: InferenceRequest, now: float) -> bool:
-        """Whether the request would stay out of what is kept for a better tier."""
-        if request.tier is ServiceTier.DEFAULT or request.continued is not None:
-            return True
-        left = line.capacity(self._placing.capacity(request.model_id), request.tier, self._reserve_percent, now)
-        return flex_fits(left, self._expectations.work(request).wanted_tokens)
 
     def _load(
         self,
@@ -382,9 +343,8 @@ class Queues:
         ahead = (line.ahead_of(request, counts_expected=False) if ahead is None else ahead) + waits
         is_full = self._bounds.are_reached(line, request, waits.count)
         work, reading_seconds = self._expectations.work(request), math.inf
-        if is_half_empty(capacity, ahead) and self._may_fill(line, request, now):
-            held = line.held_for.request if line.held_for else None
-            reading_seconds = self._placing.reading_seconds(request, excluded, work, held)
+        if is_half_empty(capacity, ahead):
+            reading_seconds = self._free_room.reading_seconds(line, request, excluded, work, now)
         return ModelLoad(capacity, work.wanted_tokens, ahead, line.pace(now), reading_seconds, is_full=is_full)
 
     def _refused(

@@ -46,11 +46,8 @@ class Conserving:
             return
         takers = self._takers()
         capacity = self._capacity(takers)
-        kept_tiers: set[str] = set()
         for request in waiting:
-            # Whoever may not fill what is kept for others holds up those behind it, too.
-            if request.tier in kept_tiers or self._beliefs.is_kept_from(request, capacity, now):
-                kept_tiers.add(request.tier)
+            if self._beliefs.is_kept_from(request, capacity, now):
                 continue
             node_id = self._taker_of(request, takers, now)
             if node_id is None:

@@ -2,7 +2,8 @@
 
 Decides nothing: whether a request goes, waits or is refused is `domain.admission`, whose turn it is and what is kept for which tier are
 the gateway's `model_line` over `domain.fairness` and `domain.tiers`, where it goes `ours_pool`. `gateway.queues` itself cannot run here,
-for its requests wait as tasks in real time. It must not know how long answers will be.
+for its requests wait as tasks in real time; who passes whom is said once more here, as `gateway.free_room` says it of live nodes. It must
+not know how long answers will be.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import (
     AdmissionLimits,
+    Capacity,
     ModelLoad,
     Queued,
     Wait,
@@ -30,10 +32,11 @@ from potluck_coordinator.domain.admission import Refuse as Refusal
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.fairness import service
 from potluck_coordinator.domain.forecast import Work
-from potluck_coordinator.domain.tiers import RESERVE_PERCENT, flex_fits
+from potluck_coordinator.domain.tiers import RESERVE_PERCENT, flex_comes_free, flex_fits, flex_lacks_slots
 from potluck_coordinator.gateway.appointments import Expected
+from potluck_coordinator.gateway.free_room import OVERTAKEN_SECONDS_MAX
 from potluck_coordinator.gateway.model_line import ModelLine
-from potluck_coordinator.gateway.queues import CONTINUED_WAIT_SECONDS_MAX, OVERTAKEN_SECONDS_MAX, REVIEW_SECONDS
+from potluck_coordinator.gateway.queues import CONTINUED_WAIT_SECONDS_MAX, REVIEW_SECONDS
 from potluck_coordinator.simulation.asking import Request
 from potluck_coordinator.simulation.node_model import Node
 from potluck_coordinator.simulation.ours_beliefs import OurBeliefs
@@ -87,8 +90,8 @@ class Ours:
         return self._wait_or_refuse(words, work, now)
 
     def _room_for(self, words: Words, work: Work, now: float) -> NodeId | None:
-        """Where it can run now; nowhere while one that was overtaken waits for room."""
-        if not self._pool.has_free or self._line.held_for is not None or not self._may_fill(words, now):
+        """Where it can run now; nowhere while one that was overtaken waits for room, whose turn is no later."""
+        if not self._pool.has_free or self._line.held_from(words.live) is not None or not self._may_fill(words, now):
             return None
         return self._pool.place(words, work)
 
@@ -97,8 +100,6 @@ class Ours:
         appointments = line.appointments[words.tier]
         appointment = appointments.find(words.live, now)
         was_promised = appointment is not None and appointments.is_due(appointment, now)
-        if appointment is not None and not was_promised and not words.continued:
-            return self._refused(request, appointment.due_at_seconds - now)
         load = self._load(words, now, counts_expected=not was_promised)
         if words.continued and load.capacity.slot_count > 0:
             return self._keep(words, work, now, CONTINUED_WAIT_SECONDS_MAX)
@@ -110,6 +111,8 @@ class Ours:
                 self._send_away(gone, now)
             return self._keep(words, work, now, verdict.wait_seconds_max)
         assert isinstance(verdict, Refusal), "there was no room, and nothing was said of any"
+        if verdict.code is ErrorCode.QUEUE_FULL and appointment is not None and not was_promised:
+            return self._refused(request, appointment.due_at_seconds - now)
         if verdict.code is ErrorCode.QUEUE_FULL:
             self._expect_back(words, work, verdict.retry_after_seconds, now)
         return self._refused(request, verdict.retry_after_seconds)
@@ -138,17 +141,22 @@ class Ours:
             if waiting.work.wanted_tokens >= lacking_tokens:
                 continue
             words = words_of(waiting)
-            if not self._may_fill(words, now):
-                return None, True
-            node_id = self._pool.place(words, waiting.work)
-            if node_id is not None:
+            left, lacks_cache = self._left_to_flex(words, now), False
+            if left is not None and not flex_fits(left, waiting.work.wanted_tokens):
+                if flex_lacks_slots(left):
+                    return None, True
+                lacking_tokens = waiting.work.wanted_tokens
+                lacks_cache = flex_comes_free(left, self._line.default_use, lacking_tokens) and self._pool.lacks_cache(
+                    words.request.excluded
+                )
+            elif (node_id := self._pool.place(words, waiting.work)) is not None:
                 self._forget(words.request)
                 return (words.request, node_id), True
-            if self._pool.lacks_cache(words.request.excluded):
+            elif lacks_cache := self._pool.lacks_cache(words.request.excluded):
                 lacking_tokens = waiting.work.wanted_tokens
-                if now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
-                    self._line.held_for = waiting
-                    return None, False
+            if lacks_cache and now - waiting.arrived_at_seconds > OVERTAKEN_SECONDS_MAX:
+                self._line.held_for = waiting
+                return None, False
         return None, True
 
     def heard(self, now: float) -> None:
@@ -241,10 +249,14 @@ class Ours:
 
     def _may_fill(self, words: Words, now: float) -> bool:
         """Whether the request would stay out of what is kept for a better tier."""
+        left = self._left_to_flex(words, now)
+        return left is None or flex_fits(left, self._pool.expectations.work(words.live).wanted_tokens)
+
+    def _left_to_flex(self, words: Words, now: float) -> Capacity | None:
+        """What requests of its tier may fill; None: whatever there is."""
         if words.tier is ServiceTier.DEFAULT or words.continued:
-            return True
-        left = self._line.capacity(self._pool.capacity, words.tier, RESERVE_PERCENT, now)
-        return flex_fits(left, self._pool.expectations.work(words.live).wanted_tokens)
+            return None
+        return self._line.capacity(self._pool.capacity, words.tier, RESERVE_PERCENT, now)
 
     def _load(self, words: Words, now: float, *, ahead: Queued | None = None, counts_expected: bool = False) -> ModelLoad:
         capacity = self._line.capacity(self._pool.capacity, words.tier, RESERVE_PERCENT, now)

@@ -43,10 +43,9 @@ class OurBeliefs:
 
     def is_kept_from(self, request: Request, capacity: Capacity, now: float) -> bool:
         """Whether what is free in so much is kept for somebody else: for one that was overtaken too often, or for the better tier."""
-        held_for = self._line.held_for
-        if held_for is not None and words_of(held_for).request is not request:
+        words, held_for = Words(request), self._line.held_for
+        if held_for is not None and words_of(held_for).request is not request and self._line.held_from(words.live) is not None:
             return True
-        words = Words(request)
         if words.tier is ServiceTier.DEFAULT or words.continued:
             return False
         left = self._line.capacity(capacity, words.tier, self._reserve_percent, now)
