@@ -12,9 +12,10 @@ from potluck import AsyncClient
 from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.pricing import hold_amount
+from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import Usage
+from potluck_protocol.values import Endpoint, RequestId, Usage
 from tests.support.coordinator import TINY
 from tests.support.request_path import read_all
 from tests.support.two_owners import (
@@ -26,6 +27,7 @@ from tests.support.two_owners import (
     crash_engine,
     delta,
     end,
+    event,
     role,
     same,
     stall,
@@ -165,6 +167,34 @@ async def test_an_answer_that_only_lacks_its_end_is_finished_here(tmp_path, has_
         spent, earned = await pool.paid()
         assert spent == earned[pool.number(first)] == len(words) * 4
         assert sum(len(node.starts()) for node in pool.nodes) == 1
+
+
+def of_the_first(word: str, finish_reason: str | None = None, *, is_chat: bool) -> bytes:
+    choice = {"delta": {"content": word} if word else {}} if is_chat else {"text": word}
+    return event("first", {"choices": [{"index": 0, "finish_reason": finish_reason, **choice}]})
+
+
+@pytest.mark.parametrize("has_reason", [True, False], ids=["its reason to end was said", "its tokens are used up"])
+@pytest.mark.parametrize("is_chat", [True, False], ids=["two choices", "two prompts"])
+async def test_of_several_answers_one_that_has_ended_alone_is_no_whole_answer(tmp_path, is_chat, has_reason):
+    async with two_owners(tmp_path) as pool:
+        body = {"model": TINY, "prompt": ["aaa", "bbb"], "stream": True, "max_tokens": 10}
+        request = parse_request(Endpoint.COMPLETIONS, json.dumps(body).encode(), RequestId("request"), pool.client)
+        asking = asyncio.ensure_future(pool.coordinator.gateway.requests.begin(pool.request(n=2) if is_chat else request))
+        node, start = await pool.started()
+        words = ["Once", " upon"] if has_reason else [" and"] * 10
+        events = [of_the_first(word, is_chat=is_chat) for word in words]
+        events += [of_the_first("", "stop", is_chat=is_chat)] if has_reason else []
+        await node.chunk(start.attempt_id, 0, b"".join(events))
+        answer = await asyncio.wait_for(asking, 5)
+        await asyncio.wait_for(answer.next_data(), 5)
+        node.call.cancel()
+        with pytest.raises(PotluckError, match="It cannot be continued elsewhere: ") as failure:
+            await read_all(answer)
+        await answer.close()
+        assert failure.value.code is ErrorCode.NODE_LOST
+        spent, _ = await pool.paid()
+        assert spent == len(words) * 4
 
 
 async def test_a_request_is_tried_three_times_and_never_twice_on_one_node(tmp_path):

@@ -271,7 +271,7 @@ async def test_holds_of_a_gateway_that_died_are_settled_at_their_last_mark(tmp_p
         while received.count(b"\n\n") < 2:
             received += await answer.next_data()
         async with asyncio.timeout(5):
-            while answer._attempt.marked_micro_credits != 8:
+            while answer.attempt.marked_micro_credits != 8:
                 await asyncio.sleep(0.05)
         await asyncio.sleep(0.1)
         await coordinator.directory.pool.register_gateway()  # what a new gateway does first

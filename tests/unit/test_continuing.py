@@ -97,3 +97,12 @@ def test_of_several_choices_one_reason_to_end_says_nothing_of_the_others():
     judged = said(CHAT, BODY | {"n": 2}, Delivered("Once", 20, "stop", frozenset({"choices"})), 10)
     assert not judged.whole
     assert judged.why_not is not None
+
+
+@pytest.mark.parametrize("delivered", [Delivered("Once", 2, "stop"), Delivered("Once", 10)], ids=["it has ended", "its tokens are used up"])
+def test_of_several_answers_one_that_has_spoken_alone_is_not_all(delivered):
+    assert said(CHAT, BODY, delivered, 10, 1).whole
+    judged = said(CHAT, BODY | {"n": 2}, delivered, 10, 2)
+    assert (judged.whole, judged.why_not) == (False, "it has several choices")
+    of_two_prompts = said(COMPLETIONS, {"model": "tiny", "prompt": ["a", "b"]}, delivered, 10, 2)
+    assert (of_two_prompts.whole, of_two_prompts.why_not) == (False, "its prompt is not one text")

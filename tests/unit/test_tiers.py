@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from potluck_coordinator.domain.admission import Capacity
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.gate_counts import GateCounts
-from potluck_coordinator.domain.quotas import DAY_MS, NO_QUOTAS, KeyDay, KeyQuotas, KeyUse, begun, ended, refusal, taken_back, today
+from potluck_coordinator.domain.quotas import DAY_MS, NO_QUOTAS, Claim, KeyDay, KeyQuotas, KeyUse, begun, ended, refusal, taken_back, today
 from potluck_coordinator.domain.tiers import (
     HOUR_SECONDS,
     NONE,
@@ -133,18 +133,18 @@ NOW_MS = 10 * DAY_MS + DAY_MS // 2
 
 @pytest.mark.parametrize(
     ("quotas", "use", "words", "seconds"),
-    [
+    [  # of a request that claims a hundred tokens and 50 micro-credits
         (NO_QUOTAS, KeyUse(10, 10**9, 1e12, 10**15, 10**6), None, 0),
         (KeyQuotas(requests_per_day=5), KeyUse(10, request_count=4), None, 0),
         (KeyQuotas(requests_per_day=5), KeyUse(10, request_count=5), "5 requests a day", 12 * 3600),
         (KeyQuotas(tokens_per_day=1000), KeyUse(10, token_count=800, pending_tokens=100), None, 0),
-        (KeyQuotas(tokens_per_day=1000), KeyUse(10, token_count=850, pending_tokens=100), "1000 tokens a day", 12 * 3600),
+        (KeyQuotas(tokens_per_day=1000), KeyUse(10, token_count=950), "1000 tokens a day", 12 * 3600),
         (KeyQuotas(concurrent_max=2), KeyUse(10, running_count=2), "2 requests running at a time", 1),
         (KeyQuotas(spend_micro_credits_per_day=2_500_000), KeyUse(10, spend_micro_credits=2_499_990), "spend 2.5 credits a day", 12 * 3600),
     ],
 )
 def test_a_key_s_quotas(quotas, use, words, seconds):
-    found = refusal(quotas, use, 100.0, 50, NOW_MS)
+    found = refusal(quotas, use, Claim(100.0, 50, 100.0, 50), NOW_MS)
     if words is None:
         assert found is None
     else:
@@ -199,9 +199,22 @@ def test_the_request_after_an_hour_s_last_waits_until_the_first_is_an_hour_ago()
     assert not windows.has_room(ann)
     clock.now_seconds += 0.2
     assert windows.has_room(ann), "what it was told is true"
-    windows.count(ann)
-    windows.take_back(ann)
+    windows.take_back(ann, windows.count(ann))
     assert windows.allowance(ann).remaining_count == 1
+
+
+def test_what_is_taken_back_is_that_request_and_no_other():
+    """Requests may wait for longer than the window is, and be refused after others were counted."""
+    clock = MovedClock()
+    windows, ann = RateWindows(rate_limit("5 per 10 seconds"), clock.monotonic_seconds), AccountId("ann")
+    waiting = [windows.count(ann) for _ in range(5)]
+    clock.now_seconds += 12.0
+    for _ in range(5):
+        windows.count(ann)
+    for moment in waiting:
+        windows.take_back(ann, moment)
+    assert windows.allowance(ann).remaining_count == 0
+    windows.take_back(AccountId("nobody"), 1.0)
 
 
 def test_accounts_are_remembered_within_bounds(monkeypatch):

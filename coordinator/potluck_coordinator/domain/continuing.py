@@ -129,19 +129,23 @@ def _why_not_by_input(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None
     return None
 
 
-def said(endpoint: Endpoint, body: Mapping[str, Any], delivered: Delivered, completion_tokens_max: int | None) -> Said:
+def said(
+    endpoint: Endpoint, body: Mapping[str, Any], delivered: Delivered, completion_tokens_max: int | None, answer_count: int = 1
+) -> Said:
     """What a failed attempt's request is judged by.
 
     Args:
         endpoint: what was asked.
         body: the request's, decoded.
         delivered: what has reached the client.
-        completion_tokens_max: as the client asked; None: no bound.
+        completion_tokens_max: as the client asked, for each answer; None: no bound.
+        answer_count: how many the request gets, over all its prompts.
     """
     if not delivered.anything:
         return Said()
     used_up = completion_tokens_max is not None and delivered.token_count >= completion_tokens_max
-    several = "choices" in delivered.extras
+    # What was said of one says nothing of the others, and those that have not spoken yet are not seen at all.
+    several = answer_count > 1 or "choices" in delivered.extras
     return Said(
         anything=True,
         whole=not several and (delivered.finish_reason is not None or used_up),

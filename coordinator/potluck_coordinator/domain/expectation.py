@@ -94,6 +94,20 @@ def expected_of(own: Lengths | None, model: Lengths, tokens_max: int | None) -> 
     return expected(own if own is not None and own.weight >= OWN_ANSWERS_MIN else model, tokens_max)
 
 
+def teaches(tokens: float, tokens_max: int | None, present: AnswerExpectation) -> bool:
+    """Whether an answer says how long answers are. One that its client's bound has cut would have been longer, and says only that.
+
+    It is learned from where it is longer than what is expected as it is.
+
+    Args:
+        tokens: that it had.
+        tokens_max: that its client allowed; None: as many as it takes.
+        present: what was expected of an answer without a bound.
+    """
+    was_cut = tokens_max is not None and 0 < tokens_max <= tokens
+    return not was_cut or tokens > present.mean
+
+
 def work_of(
     forecast: Forecast,
     own: Lengths | None,

@@ -28,13 +28,16 @@ def hold_amount(entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max:
         answer_count: how many answers the request gets, over all its prompts.
         prompt_count: how many prompts, or inputs to embed, it has; each of them may fill the context.
     """
+    return charge(entry, most_tokens(entry, prompt_bytes, completion_tokens_max, answer_count, prompt_count))
+
+
+def most_tokens(entry: CatalogueEntry, prompt_bytes: int, completion_tokens_max: int | None, answer_count: int, prompt_count: int) -> Usage:
+    """The most tokens that a request can come to; it is told what `hold_amount` is told."""
     context = entry.context_length_tokens
     # What an engine puts around each of several prompts is no more than the quotes and commas around it in the body.
     prompt_tokens = min(max(0, prompt_bytes) + TEMPLATE_TOKENS_ALLOWANCE, context * max(1, prompt_count))
     completion_tokens = context if completion_tokens_max is None else min(max(0, completion_tokens_max), context)
-    return (
-        prompt_tokens * entry.prompt_price_micro_credits + completion_tokens * max(1, answer_count) * entry.completion_price_micro_credits
-    )
+    return Usage(prompt_tokens, completion_tokens * max(1, answer_count))
 
 
 def believable(usage: Usage, prompt_tokens_max: int, completion_tokens_max: int) -> Usage:

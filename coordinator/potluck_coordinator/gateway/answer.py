@@ -104,7 +104,7 @@ class Answer:
         self._begin_hedge = begin_hedge
         self._race = Race(self._hedge_of, self._perform, note)
         self._course = Course()
-        self._attempt: Attempt | None = None
+        self.attempt: Attempt | None = None
         self._deadline_at: float | None = None
         self._hold_micro_credits = 0
         self._so_far = SoFar()
@@ -128,7 +128,7 @@ class Answer:
         self._is_kept_alive = False
         """The client has got bytes, and none that say anything: what comes next is its first."""
         self.first_token_at_seconds: float | None = None
-        """Monotonic; of an unstreamed answer when its first attempt was dispatched, for its tokens come together."""
+        """Monotonic; of an unstreamed answer when the first attempt that its node took was dispatched, for its tokens come together."""
 
     @property
     def request_id(self) -> RequestId:
@@ -169,7 +169,7 @@ class Answer:
         As `Attempt.next_data`. Where an attempt fails, this waits for the next one's first bytes.
         """
         while self._course.stage is Stage.RUNNING:
-            attempt = self._attempt
+            attempt = self.attempt
             assert attempt is not None, "it runs"
             try:
                 data = await attempt.next_data(None if self._is_kept_alive else pass_on if self._splice is None else self._spliced(pass_on))
@@ -282,16 +282,20 @@ class Answer:
             self._loss = error
         if failure is Failure.UNFIT:
             self._refusal = error
+        if failure is Failure.REFUSED and not (self._has_begun or self._course.was_lost):
+            self.first_token_at_seconds = None
         if isinstance(step, Place) and not step.if_spare:
             self._note(_STEPS[step.continuing], f"after {self._token_count} tokens" if step.continuing else "")
         return step
 
     def _started(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+        self.attempt = attempt
         if may_be_hedged(self._course):
             self._race.watch(attempt, self._course.excluded)
         if self._request.stream:
             attempt.keep = self._so_far.add
+        elif self.first_token_at_seconds is None:
+            self.first_token_at_seconds = self._clock.monotonic_seconds()
         if self._deadline_at is None:
             self._deadline_at = attempt.deadline_at_seconds
             self._hold_micro_credits = attempt.hold_micro_credits
@@ -326,7 +330,7 @@ class Answer:
 
     async def _settle(self, *, whole: bool) -> None:
         """Pays the attempt; its slot is free and its node told before anything else is tried."""
-        attempt = self._attempt
+        attempt = self.attempt
         assert attempt is not None, "only an attempt is settled"
         self._race.stop()
         await attempt.close(whole=whole)
@@ -341,14 +345,14 @@ class Answer:
         if not delivered.anything:
             return Said()
         body = _body_decoder.decode(self._request.body)
-        return said(self._request.endpoint, body, delivered, self._request.completion_tokens_max)
+        return said(self._request.endpoint, body, delivered, self._request.completion_tokens_max, self._request.answer_count)
 
     def _delivered(self, attempt: Attempt) -> Delivered:
         return self._so_far.delivered(attempt.tokens_before + attempt.relayed_token_count)
 
     def _asked_of(self, place: Place) -> InferenceRequest:
         """The request of the next attempt."""
-        if self._attempt is None:
+        if self.attempt is None:
             return self._request
         request = replace(self._request, deadline_at_seconds=self._deadline_at)
         if not self._course.was_lost:

@@ -320,7 +320,8 @@ class Attempt:
         self._pieces.append(data)
         if self._relay.received_bytes > DOCUMENT_BYTES_MAX:
             self.broken_off = True  # another engine's would be, too
-            raise PotluckError(ErrorCode.ENGINE_FAILED, "The engine's answer is too large.")
+            words = f"The engine's answer is larger than {DOCUMENT_BYTES_MAX >> 20} MiB. Ask for less at a time, for embeddings in base64."
+            raise PotluckError(ErrorCode.ENGINE_FAILED, words)
 
     async def _error_body(self) -> bytes:
         body = b""

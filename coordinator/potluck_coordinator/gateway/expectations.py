@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain import forecast as forecasts
-from potluck_coordinator.domain.expectation import Lengths, guessed, learned, work_of
+from potluck_coordinator.domain.expectation import AnswerExpectation, Lengths, expected, expected_of, guessed, learned, teaches, work_of
 from potluck_coordinator.domain.forecast import Forecast, Work
 
 if TYPE_CHECKING:
@@ -58,9 +58,15 @@ class Expectations:
         """One more whole answer, by its engine's count; of that no more is believed than can be true."""
         model = self._models.setdefault(request.model_id, _Model())
         tokens = min(max(0, usage.completion_token_count), completion_tokens_max) / max(1, request.answer_count)
-        model.everybody = learned(model.everybody, tokens)
         own = model.accounts.pop(request.account_id, Lengths())
-        model.accounts[request.account_id] = learned(own, tokens)
+        own_expected, everybodys = expected_of(own, model.everybody, None), expected(model.everybody, None)
+        if teaches(tokens, request.completion_tokens_max, own_expected):
+            own = learned(own, tokens)
+        if teaches(tokens, request.completion_tokens_max, everybodys):
+            model.everybody = learned(model.everybody, tokens)
+        model.accounts[request.account_id] = own
         while len(model.accounts) > ACCOUNTS_REMEMBERED_MAX:
             del model.accounts[next(iter(model.accounts))]
-        model.forecast = forecasts.learned(model.forecast, request.prompt_bytes, usage.prompt_token_count, tokens)
+        usual = model.forecast.answer_tokens
+        taught = tokens if teaches(tokens, request.completion_tokens_max, AnswerExpectation(usual, usual)) else usual
+        model.forecast = forecasts.learned(model.forecast, request.prompt_bytes, usage.prompt_token_count, taught)

@@ -17,12 +17,15 @@ from potluck_coordinator.domain import quotas as key_quotas
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.fairness import weight_of
 from potluck_coordinator.domain.gate_counts import GateCounts
+from potluck_coordinator.domain.pricing import most_tokens
 from potluck_coordinator.domain.quotas import NO_USE, KeyDay, KeyUse
 from potluck_coordinator.domain.tiers import NONE, RESERVE_PERCENT, Compliance, PromiseCount, PromiseRecord, choose, is_kept
+from potluck_coordinator.gateway.engine_errors import INPUT_PARAM
 from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.rate_windows import RateWindows
 from potluck_coordinator.rate_text import rate_limit
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.desks import KeyIdentity
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.domain.forecast import Work
+    from potluck_coordinator.domain.quotas import Claim
     from potluck_coordinator.gateway.expectations import Expectations
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.clock import Clock
@@ -67,17 +71,27 @@ class Visit:
         gate: where it is counted.
         request: with its tier and its work.
         work: what it is expected to be.
-        counted: whether it counts against its account's hour.
-        micro_credits: expected of it.
+        claim: what it may come to; the most of that is set aside of its key's day.
+        counted_at: the moment by which it counts against its account's hour; None: it does not.
     """
 
-    def __init__(self, gate: Gate, request: InferenceRequest, work: Work, *, counted: bool, micro_credits: int) -> None:
+    def __init__(self, gate: Gate, request: InferenceRequest, work: Work, claim: Claim, counted_at: float | None) -> None:
         self._gate = gate
         self._work = work
-        self._counted = counted
-        self._micro_credits = micro_credits
+        self._claim = claim
+        self._counted_at = counted_at
+        self._marked = NO_USE
+        """What of it is counted already."""
         self._over = False
         self.request = request
+
+    def mark(self, token_count: int, charge_micro_credits: int) -> None:
+        """So much has come of it, and it runs on: its key's day has that, should this gateway die before its end."""
+        before, now = self._marked, KeyDay(0, float(token_count), charge_micro_credits)
+        if self._over or now == before:
+            return
+        self._marked = now
+        self._gate.use(self.request, lambda use: key_quotas.marked(use, self._claim, before, now))
 
     def end(
         self,
@@ -105,9 +119,9 @@ class Visit:
         else:
             # Whoever hangs up in the middle has had the prompt read, and what was relayed.
             tokens = relayed_token_count + (self._work.prompt_tokens if first_token_seconds is not None else 0.0)
-        self._gate.use(
-            self.request, lambda use: key_quotas.ended(use, self._work.tokens, self._micro_credits, tokens, charge_micro_credits)
-        )
+        set_aside, marked = key_quotas.set_aside(self._claim, self._marked), self._marked
+        more_tokens, more_micro_credits = tokens - marked.token_count, charge_micro_credits - marked.spend_micro_credits
+        self._gate.use(self.request, lambda use: key_quotas.ended(use, *set_aside, more_tokens, more_micro_credits))
         # Whoever goes before his time was up says nothing of the promise.
         if first_token_seconds is not None or waited_seconds > self._gate.limits.first_token_seconds:
             self._gate.judge(self.request, first_token_seconds)
@@ -117,9 +131,10 @@ class Visit:
         if self._over:
             return
         self._over = True
-        if self._counted:
-            self._gate.windows.take_back(self.request.account_id)
-        self._gate.use(self.request, lambda use: key_quotas.taken_back(use, self._work.tokens, self._micro_credits))
+        if self._counted_at is not None:
+            self._gate.windows.take_back(self.request.account_id, self._counted_at)
+        set_aside = key_quotas.set_aside(self._claim, self._marked)
+        self._gate.use(self.request, lambda use: key_quotas.taken_back(use, *set_aside))
 
     def refuse(self, error: PotluckError) -> None:
         """It got no answer, by no fault of its own or by its own: only the promise is told of it."""
@@ -157,18 +172,18 @@ class Gate:
         """Lets a request in, with its tier and its work.
 
         Raises:
-            PotluckError: RATE_LIMITED, QUOTA_EXCEEDED, or INVALID_REQUEST for a tier that the model is not offered in.
+            PotluckError: RATE_LIMITED, QUOTA_EXCEEDED, or INVALID_REQUEST for a tier that the model is not offered in, and for what its key
+                may not use on any day.
         """
         choice = choose(request.asked_tier, self._offered(request.model_id), allowance_left=self.windows.has_room(request.account_id))
         if choice.tier is None:
             raise self._no_tier(request)
         work = self._expectations.work(request)
-        price = work.prompt_tokens * entry.prompt_price_micro_credits + work.answer_tokens * entry.completion_price_micro_credits
-        self._check_quotas(request, work.tokens, round(price))
-        if choice.counts:
-            self.windows.count(request.account_id)
-        self.use(request, lambda use: key_quotas.begun(use, work.tokens, round(price)))
-        return Visit(self, replace(request, tier=choice.tier, work=work), work, counted=choice.counts, micro_credits=round(price))
+        claim = _claim_of(request, entry, work)
+        self._check_quotas(request, claim)
+        counted_at = self.windows.count(request.account_id) if choice.counts else None
+        self.use(request, lambda use: key_quotas.begun(use, claim.tokens_max, claim.micro_credits_max))
+        return Visit(self, replace(request, tier=choice.tier, work=work), work, claim, counted_at)
 
     def use(self, request: InferenceRequest, change: Callable[[KeyUse], KeyUse]) -> None:
         """Counts for the request's key, if that has bounds."""
@@ -229,12 +244,17 @@ class Gate:
         """How the promise was kept."""
         return self._record.compliance(self._clock.unix_ms() / 1000)
 
-    def _check_quotas(self, request: InferenceRequest, tokens: float, micro_credits: int) -> None:
+    def _check_quotas(self, request: InferenceRequest, claim: Claim) -> None:
         caller, now_ms = request.caller, self._clock.unix_ms()
         use = key_quotas.today(self._uses.get(caller.key_prefix, KeyUse()), now_ms)
-        refusal = key_quotas.refusal(caller.quotas, use, tokens, micro_credits, now_ms)
-        if refusal is not None:
-            raise PotluckError(ErrorCode.QUOTA_EXCEEDED, refusal.words, retry_after_seconds=refusal.retry_after_seconds)
+        refusal = key_quotas.refusal(caller.quotas, use, claim, now_ms)
+        if refusal is None:
+            return
+        if refusal.retry_after_seconds is None:
+            # Not QUOTA_EXCEEDED: clients would ask the same again, now or tomorrow.
+            param = INPUT_PARAM[request.endpoint] if request.endpoint is Endpoint.EMBEDDINGS else "max_tokens"
+            raise PotluckError(ErrorCode.INVALID_REQUEST, refusal.words, param=param)
+        raise PotluckError(ErrorCode.QUOTA_EXCEEDED, refusal.words, retry_after_seconds=refusal.retry_after_seconds)
 
     def _offered(self, model_id: ModelId) -> ServiceTier:
         return ServiceTier.FLEX if model_id in self._flex_models() else ServiceTier.DEFAULT
@@ -249,3 +269,9 @@ class Gate:
             f" {allowance.reset_seconds:.0f} s. With service_tier flex, or without the field, requests are answered meanwhile."
         )
         return PotluckError(ErrorCode.RATE_LIMITED, words, retry_after_seconds=allowance.reset_seconds)
+
+
+def _claim_of(request: InferenceRequest, entry: CatalogueEntry, work: Work) -> Claim:
+    asked = request.completion_tokens_max
+    most = most_tokens(entry, request.prompt_bytes, asked, request.answer_count, request.prompt_count)
+    return key_quotas.claim(entry, most, work.prompt_tokens, work.answer_tokens if asked is None else None)

@@ -247,7 +247,7 @@ class Gateway:
         self._serve_queues()
 
     async def _report(self) -> None:
-        self.requests.dispatching.mark_delivered()
+        self.requests.mark_delivered()
         await self._links.report(self.requests.waiting_counts)
         await self._note_counts()
 

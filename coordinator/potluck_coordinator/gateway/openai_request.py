@@ -145,7 +145,7 @@ class _CompletionBody(_Generation, kw_only=True):
     suffix: Literal[""] | None = None
     """This one and the next two are refused: the engines would leave them out in silence."""
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
 
 
 class _EmbeddingBody(_Body, kw_only=True):
@@ -332,6 +332,9 @@ def _check_inputs(inputs: str | list[str | int | list[int]], param: str) -> int:
         return 1
     if len(inputs) > INPUT_COUNT_MAX:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"`{param}` has more than {INPUT_COUNT_MAX} items.", param=param)
+    if [] in inputs:
+        empty = f"{param}[{inputs.index([])}]"
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"`{empty}` is empty: a prompt has a token at least.", param=empty)
     return len(inputs)
 
 

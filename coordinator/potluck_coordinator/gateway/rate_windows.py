@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -71,10 +72,15 @@ class _Moments(Storage, MovingWindowSupport):
         moments.extend([now] * amount)
         return True
 
-    def take_back(self, key: str) -> None:
-        """The newest was none after all."""
-        if moments := self._moments.get(key):
-            moments.pop()
+    def newest(self, key: str) -> float:
+        """When the last one was made."""
+        moments = self._moments.get(key)
+        return moments[-1] if moments else -math.inf
+
+    def take_back(self, key: str, moment: float) -> None:
+        """The one that was made then was none after all, if it is still counted."""
+        with suppress(ValueError):
+            self._moments.get(key, deque()).remove(moment)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """The window's oldest moment, and how many it has."""
@@ -148,13 +154,14 @@ class RateWindows:
         """Whether one more request would be within the window."""
         return self._limiter.test(self._limit, account_id)
 
-    def count(self, account_id: AccountId) -> None:
-        """One more; the caller has asked `has_room`."""
+    def count(self, account_id: AccountId) -> float:
+        """One more; the caller has asked `has_room`. Gives the moment by which it is taken back."""
         self._limiter.hit(self._limit, account_id)
+        return self._moments.newest(self._limit.key_for(account_id))
 
-    def take_back(self, account_id: AccountId) -> None:
-        """A request that was counted got no answer, by no fault of its own."""
-        self._moments.take_back(self._limit.key_for(account_id))
+    def take_back(self, account_id: AccountId, moment: float) -> None:
+        """The request that was counted then got no answer, by no fault of its own. One that has left the window takes no other with it."""
+        self._moments.take_back(self._limit.key_for(account_id), moment)
 
     def allowance(self, account_id: AccountId) -> Allowance:
         """What the account has left."""

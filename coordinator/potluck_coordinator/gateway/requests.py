@@ -112,6 +112,8 @@ class RequestService:
             on_slot=self.queues.serve_all,
         )
         self.queues.dispatch = self.dispatching.dispatch
+        self._bounded: dict[Answer, Visit] = {}
+        """Those under way whose keys have bounds."""
         self.hedging = Hedging(
             queues=self.queues,
             dispatching=self.dispatching,
@@ -160,6 +162,8 @@ class RequestService:
             note=partial(self.decisions.note, visit.request),
             begin_hedge=partial(self.hedging.begin, entry),
         )
+        if request.caller.quotas.any:
+            self._bounded[answer] = visit
         try:
             await answer.open()
         except BaseException as error:
@@ -210,7 +214,17 @@ class RequestService:
             self.decisions.note(request, StepKind.REFUSED, error.message)
             raise
 
+    def mark_delivered(self) -> None:
+        """Writes down what unfinished answers came to so far, in ledger and keys' days, for the case that this gateway dies."""
+        self.dispatching.mark_delivered()
+        for answer, visit in self._bounded.items():
+            attempt = answer.attempt
+            if attempt is not None and attempt.attempt_id in self.dispatching.attempts:
+                charge_micro_credits = answer.charge_micro_credits + attempt.charge_so_far()
+                visit.mark(attempt.tokens_before + attempt.relayed_token_count, charge_micro_credits)
+
     def _end_visit(self, visit: Visit, arrived_at: float, answer: Answer) -> None:
+        self._bounded.pop(answer, None)
         first = answer.first_token_at_seconds
         first_token_seconds = None if first is None else first - arrived_at
         waited_seconds = self._clock.monotonic_seconds() - arrived_at
