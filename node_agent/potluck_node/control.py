@@ -151,11 +151,16 @@ def read_control(folder: Path) -> Control:
     """What the owner wants: the default where nothing was ever said, and rest where what was said cannot be read."""
     try:
         fields = read_json(folder / _CONTROL)
-        word = _WORD_FORM.validate_json(json.dumps(fields["word"]), strict=True)
     except FileNotFoundError:
         return Control()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError):
+        fields = None
+    if not isinstance(fields, dict):
         return Control(UNREADABLE_WORD)
+    try:
+        word = _WORD_FORM.validate_json(json.dumps(fields.get("word")), strict=True)
+    except (ValueError, RecursionError):
+        word = UNREADABLE_WORD
     said_at_unix_ms = fields.get("said_at_unix_ms")
     return Control(word, said_at_unix_ms if isinstance(said_at_unix_ms, int) else 0, fields.get("leaving") is True)
 

@@ -79,7 +79,8 @@ def parse_duration(words: str) -> float:
 
 
 def _say(folder: StateFolder, word: Word) -> Control:
-    folder.identity()
+    if not folder.locked:
+        folder.identity()  # raises what there is to do; of a node that runs nothing keeps its owner from their machine
     return write_control(folder.path, word=word, said_at_unix_ms=SystemClock().unix_ms())
 
 

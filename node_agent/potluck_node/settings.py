@@ -165,18 +165,31 @@ def load_settings(**flags: Any) -> Settings:
 
 
 def load_place(state_dir: Path | None) -> NodePlace:
-    """The same of the node's folder alone; without the file, where that cannot be read.
+    """The same of the node's folder alone; without the file, where that cannot be read and does not name one.
 
     Raises:
-        PotluckError: INVALID_REQUEST, where what is said of the folder is wrong.
+        PotluckError: INVALID_REQUEST, where what is said of the folder is wrong, or cannot be read.
     """
     flags = {} if state_dir is None else {"state_dir": state_dir}
     try:
-        return NodePlace(**flags)
+        try:
+            return NodePlace(**flags)
+        except ValidationError:
+            raise
+        except (OSError, ValueError, RecursionError):
+            place = _PlaceWithoutFile(**flags)
     except ValidationError as error:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"state_dir: {error.errors()[0]['msg']}; name it with --state-dir.") from None
-    except (OSError, ValueError, RecursionError):
-        return _PlaceWithoutFile(**flags)
+    if "state_dir" not in place.model_fields_set and _may_name_a_folder(config_path()):
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{config_path()} may name the node's folder: name it with --state-dir.")
+    return place
+
+
+def _may_name_a_folder(path: Path) -> bool:
+    try:
+        return b"state_dir" in path.read_bytes()
+    except OSError:
+        return True
 
 
 class _PlaceWithoutFile(NodePlace):

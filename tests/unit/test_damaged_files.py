@@ -13,10 +13,10 @@ from potluck.commands import local_pool, session
 from potluck_coordinator.catalogue_file import read_catalogue
 from potluck_coordinator.directory.operator_file import known_operator_key
 from potluck_coordinator.settings import load_settings as load_coordinator_settings
-from potluck_node import ceilings, control, line_watch
+from potluck_node import ceilings, control, line_watch, rest_command
 from potluck_node import settings as node_settings
 from potluck_node.command import app
-from potluck_node.domain.rest import NO_WORD, UNREADABLE_WORD
+from potluck_node.domain.rest import NO_WORD, UNREADABLE_WORD, Posture, Word
 from potluck_node.engines.environments import MARKER, environments
 from potluck_node.identity_store import StateFolder
 from potluck_node.model_store.verification import Stamps
@@ -41,6 +41,7 @@ DAMAGED = {
     "wrong words": WRONG_WORDS,
     "a number of many digits": b'{"pid": ' + b"9" * 5000 + b"}",
 }
+PAUSE = Word(Posture.HAND_OVER)
 damages = pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 
 
@@ -65,10 +66,24 @@ def test_files_that_are_made_anew_count_as_none(tmp_path: Path, content: bytes) 
 @damages
 def test_a_word_that_cannot_be_read_may_have_been_a_pause(tmp_path: Path, content: bytes) -> None:
     folder = kept(tmp_path / control._CONTROL, content).parent
-    assert control.read_control(folder) == control.Control(UNREADABLE_WORD)
+    assert control.read_control(folder).word == UNREADABLE_WORD
     # A start that changes nothing leaves it as it is; the next word counts.
-    assert control.write_control(folder, leaving=False) == control.Control(UNREADABLE_WORD)
+    assert control.write_control(folder, leaving=False).word == UNREADABLE_WORD
+    assert (folder / control._CONTROL).read_bytes() == content
     assert control.write_control(folder, word=NO_WORD, said_at_unix_ms=5) == control.read_control(folder) == control.Control(NO_WORD, 5)
+
+
+def test_a_wish_to_leave_stands_beside_a_word_that_cannot_be_read(tmp_path: Path) -> None:
+    kept(tmp_path / control._CONTROL, b'{"word": null, "leaving": true}')
+    assert control.read_control(tmp_path) == control.Control(UNREADABLE_WORD, leaving=True)
+
+
+@damages
+def test_a_node_that_runs_hears_its_owner_whatever_has_become_of_its_files(tmp_path: Path, content: bytes) -> None:
+    kept(tmp_path / "node.json", content)
+    folder = StateFolder(tmp_path)
+    with folder.lock():
+        assert rest_command._say(folder, PAUSE).word == control.read_control(tmp_path).word == PAUSE
 
 
 @damages

@@ -155,11 +155,12 @@ async def test_one_that_is_too_large_beside_the_default_tier_holds_up_nobody_and
     small = await ask(front, FLEX, account_id="other")
     assert (bodies_at(session), held_body(front)) == ([chat, small], None)
     await end(front, chat)
-    # Nothing of the default tier runs: what keeps it out is flex alone.
-    assert held_body(front) == large
-    await ask(front, FLEX, account_id="third")
-    assert bodies_at(session) == [small]
+    # Nothing of the default tier runs, and what is kept for it still is.
+    await later(front, session)
+    another = await ask(front, FLEX, account_id="third")
+    assert (bodies_at(session), held_body(front)) == ([small, another], None)
     await end(front, small)
+    await end(front, another)
     assert bodies_at(session)[0] == large
 
 
@@ -243,7 +244,8 @@ def test_where_no_flex_request_may_run_however_small(slot_count, in_flight_count
         (Capacity(in_flight_count=1, committed_tokens=1_000), 8_000, True),
         (Capacity(in_flight_count=1, committed_tokens=1_001), 8_000, False),
         (Capacity(in_flight_count=20, committed_tokens=1_000), 10, False),
-        (Capacity(), 12_000, True),  # it runs once nothing else does, and of flex all goes
+        (Capacity(), 9_000, True),
+        (Capacity(), 9_001, False),  # it runs once nothing does, and for that nobody waits
         (Capacity(in_flight_count=1), 12_000, False),
     ],
 )

@@ -106,7 +106,7 @@ def test_of_an_up_that_does_not_run_it_is_said_how_to_reach_its_node(machine: Ma
     assert typed(command, *shlex.split(flag(machine.of_up))).exit_code == 0
 
 
-@pytest.mark.parametrize("text", ["temprature_celsius_max = 60", "hours = 5", "drain_seconds = inf", "[node", "state_dir = 'none'\n[node"])
+@pytest.mark.parametrize("text", ["temprature_celsius_max = 60", "hours = 5", "drain_seconds = inf", "[node"])
 @pytest.mark.parametrize("command", ["pause", "finish", "resume", "status"])
 def test_a_slip_in_the_settings_is_told_of_and_keeps_nobody_from_their_machine(machine: Machine, tmp_path: Path, command: str, text: str):
     machine.joins(machine.usual, USUAL)
@@ -130,9 +130,14 @@ def test_a_folder_that_the_file_names_counts_whatever_else_is_wrong_there(machin
     assert typed("pause").exit_code == 0
     assert read_control(elsewhere.path).word.posture is Posture.HAND_OVER
     assert read_control(machine.usual.path).word.posture is Posture.SERVE
-    file.write_text("state_dir = 5")
-    refused = typed("pause")
-    assert (refused.exit_code, "--state-dir" in refused.stderr) == (1, True)
+    typed("resume")
+    for text in ("state_dir = 5", f"state_dir = '{elsewhere.path}'\nhours = ['22:00-07:00'"):
+        file.write_text(text)
+        refused = typed("pause")
+        assert (refused.exit_code, "--state-dir" in refused.stderr) == (1, True)
+        assert {read_control(folder.path).word.posture for folder in (elsewhere, machine.usual)} == {Posture.SERVE}, "nobody else's"
+        assert typed("pause", *shlex.split(flag(elsewhere))).exit_code == 0
+        typed("resume", *shlex.split(flag(elsewhere)))
 
 
 def test_a_machine_without_any_node_is_told_to_join(machine: Machine):

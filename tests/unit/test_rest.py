@@ -14,10 +14,12 @@ from potluck_node.domain.rest import (
     GIB,
     LEFT_BYTES,
     LEFT_SECONDS,
+    NO_WORD,
     SERVING,
     TAKEN_BYTES,
     UNREADABLE_WORD,
     USE_KEPT_SECONDS,
+    WORD_KEPT_SECONDS,
     CardUse,
     Facts,
     Memory,
@@ -163,6 +165,21 @@ def test_a_look_at_the_use_that_tells_nothing_is_made_up_for_by_the_last_one(idl
     assert rest.posture is posture
     rest, _ = decide(WHEN_IDLE, Facts(use=Use(0.0)), memory, later(passed_seconds))
     assert rest.posture is Posture.HAND_OVER, "what is told counts at once"
+
+
+@pytest.mark.parametrize(
+    ("word", "passed_seconds", "posture"),
+    [
+        (NO_WORD, WORD_KEPT_SECONDS, Posture.SERVE),
+        (NO_WORD, WORD_KEPT_SECONDS + 1, Posture.HAND_OVER),
+        (Word(Posture.FINISH), WORD_KEPT_SECONDS, Posture.FINISH),
+        (Word(Posture.FINISH, NOW.unix_ms + 1), 5.0, Posture.SERVE),
+    ],
+)
+def test_a_word_that_cannot_be_read_for_once_is_as_it_was(word, passed_seconds, posture):
+    _, memory = decide(Rules(), Facts(word), Memory(), NOW)
+    rest, _ = decide(Rules(), Facts(UNREADABLE_WORD), memory, later(passed_seconds))
+    assert rest.posture is posture
 
 
 def test_what_cannot_be_told_changes_nothing():

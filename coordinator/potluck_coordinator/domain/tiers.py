@@ -85,15 +85,17 @@ def flex_fits(left: Capacity, wanted_tokens: float) -> bool:
 
 
 def flex_comes_free(left: Capacity, default_use: Capacity, wanted_tokens: float) -> bool:
-    """Whether a flex request would fit if no other one of flex ran, so that room which is held for it will be enough some time.
+    """Whether a flex request would fit beside what is kept if no other one of flex ran, so that room held for it will be enough some time.
 
     Args:
         left: what flex may fill, and what both tiers have of it.
         default_use: what the default tier has of it.
         wanted_tokens: what there has to be room for.
     """
-    others = replace(left, in_flight_count=default_use.in_flight_count, committed_tokens=default_use.committed_tokens)
-    return flex_fits(others, wanted_tokens)
+    if default_use.in_flight_count >= left.slot_count:
+        return False
+    # By what is kept even where nothing of the default tier runs: for what fits an empty pool only nobody is to wait.
+    return not left.kv_tokens or default_use.committed_tokens + wanted_tokens <= KV_SHARE_MAX * left.kv_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ for. The strictest reason wins; all are kept, for the owner to read. It must not
 facts, keeps what a decision has to remember, and carries the decision out.
 
 What can flap waits: a card counts as taken from `TAKEN_BYTES` on and as left only below `LEFT_BYTES`, or what was held of it before, for
-`LEFT_SECONDS` without a break. A look at the machine's use that tells nothing is made up for by the last one, for `USE_KEPT_SECONDS`.
+`LEFT_SECONDS` without a break. A look that tells nothing is made up for by the last one, for a while.
 Hours do not flap: their edges are instants. Nor do idle minutes: they are counted from the last use.
 """
 
@@ -33,6 +33,8 @@ LEFT_SECONDS: Final = 60.0
 """How long a card has to stay free: games load the next level, and a training run starts its next step."""
 USE_KEPT_SECONDS: Final = 30.0
 """A session that ends while it is looked at, or a logind that starts anew, is over long before."""
+WORD_KEPT_SECONDS: Final = 10.0
+"""A file that cannot be opened for once, as where a process has too many open, says nothing new."""
 RESUME_COMMAND: Final = "potluck node resume"
 
 
@@ -169,6 +171,9 @@ class Memory:
     use: Use = Use()
     """The last that told anything."""
     use_at_seconds: float = 0.0
+    word: Word = UNREADABLE_WORD
+    """The last that could be read."""
+    word_at_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +192,9 @@ SERVING: Final = Rest()
 
 def decide(rules: Rules, facts: Facts, memory: Memory, now: Moment) -> tuple[Rest, Memory]:
     """What the node does now, and what the next decision has to remember."""
-    memory = _after_use(_after_look(rules, facts.cards, memory, now.monotonic_seconds), facts.use, now.monotonic_seconds)
+    memory = _after_telling(_after_look(rules, facts.cards, memory, now.monotonic_seconds), facts, now.monotonic_seconds)
     found = (
-        *reasons_of_word(facts.word, now.unix_ms),
+        *reasons_of_word(_word_now(memory, facts.word, now.monotonic_seconds), now.unix_ms),
         *_by_hours(rules, now.unix_ms),
         *_by_use(rules, _use_now(memory, facts.use, now.monotonic_seconds), now.unix_ms),
         *_by_programs(facts.cards, memory, now),
@@ -303,8 +308,14 @@ def _still_taken(taken: TakenCard, card: CardUse | None, now_seconds: float) -> 
     return None if now_seconds - since_seconds >= LEFT_SECONDS else replace(taken, left_since_seconds=since_seconds)
 
 
-def _after_use(memory: Memory, use: Use, now_seconds: float) -> Memory:
-    return memory if use.idle_seconds is None else replace(memory, use=use, use_at_seconds=now_seconds)
+def _after_telling(memory: Memory, facts: Facts, now_seconds: float) -> Memory:
+    if facts.use.idle_seconds is not None:
+        memory = replace(memory, use=facts.use, use_at_seconds=now_seconds)
+    return memory if facts.word.is_unreadable else replace(memory, word=facts.word, word_at_seconds=now_seconds)
+
+
+def _word_now(memory: Memory, word: Word, now_seconds: float) -> Word:
+    return memory.word if word.is_unreadable and now_seconds - memory.word_at_seconds <= WORD_KEPT_SECONDS else word
 
 
 def _use_now(memory: Memory, use: Use, now_seconds: float) -> Use:
