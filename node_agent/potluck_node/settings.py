@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -170,19 +171,26 @@ def load_place(state_dir: Path | None) -> NodePlace:
     Raises:
         PotluckError: INVALID_REQUEST, where what is said of the folder is wrong, or cannot be read.
     """
-    flags = {} if state_dir is None else {"state_dir": state_dir}
+    path, flags = config_path(), {} if state_dir is None else {"state_dir": state_dir}
+    is_readable = _is_readable(path)
     try:
-        try:
-            return NodePlace(**flags)
-        except ValidationError:
-            raise
-        except (OSError, ValueError, RecursionError):
-            place = _PlaceWithoutFile(**flags)
+        place = NodePlace(**flags) if is_readable else _PlaceWithoutFile(**flags)
     except ValidationError as error:
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"state_dir: {error.errors()[0]['msg']}; name it with --state-dir.") from None
-    if "state_dir" not in place.model_fields_set and _may_name_a_folder(config_path()):
-        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{config_path()} may name the node's folder: name it with --state-dir.")
+    if not is_readable and "state_dir" not in place.model_fields_set and _may_name_a_folder(path):
+        raise PotluckError(ErrorCode.INVALID_REQUEST, f"{path} may name the node's folder: name it with --state-dir.")
     return place
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the file can be read as TOML, or there is none."""
+    if not path.is_file():
+        return True
+    try:
+        tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _may_name_a_folder(path: Path) -> bool:

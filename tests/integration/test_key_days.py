@@ -9,15 +9,18 @@ import pytest
 
 from potluck_coordinator.domain.quotas import CONCURRENT_RETRY_SECONDS, NO_USE, KeyDay, KeyQuotas
 from potluck_coordinator.domain.tiers import PromiseCount
+from potluck_coordinator.gateway.gate import TIER_LIMITS_DEFAULT
 from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import EndReason, KeyPrefix, RequestId
 from tests.support.coordinator import TINY
+from tests.support.open_pool import ShiftedClock
 from tests.support.request_path import read_all
 from tests.support.two_owners import CHAT, USER, end, role, text, two_owners, until
 
 KEY = KeyPrefix("kkkkkkkk")
+PAST_PROMISE_SECONDS = TIER_LIMITS_DEFAULT.first_token_seconds + 1
 DOCUMENT = b'{"choices":[{"index":0,"message":{"content":"hello"}}],"usage":{"prompt_tokens":5,"completion_tokens":1}}'
 
 
@@ -99,14 +102,15 @@ async def test_a_key_is_told_to_wait_for_what_runs_and_not_for_midnight(tmp_path
         await read(again)
 
 
-async def test_whoever_hangs_up_on_an_answer_in_one_piece_has_used_its_prompt_and_had_its_promise(tmp_path):
-    async with two_owners(tmp_path, default_tier_first_token_seconds=0.2) as pool:
-        key = Asking(pool, tokens_per_day=10_000)
+async def test_whoever_hangs_up_on_an_answer_in_one_piece_has_used_its_prompt_and_had_its_promise(tmp_path, monkeypatch):
+    async with two_owners(tmp_path) as pool:
+        key, clock = Asking(pool, tokens_per_day=10_000), ShiftedClock()
+        monkeypatch.setattr(pool.coordinator.gateway.requests, "_clock", clock)
         used = [0.0]
         for _ in range(2):
             asking = key.ask(stream=False, max_tokens=100)
             await key.started()
-            await asyncio.sleep(0.3)  # longer than is promised
+            clock.shift_seconds += PAST_PROMISE_SECONDS
             asking.cancel()
             await asyncio.wait([asking])
             used.append(key.use.token_count)
@@ -114,19 +118,20 @@ async def test_whoever_hangs_up_on_an_answer_in_one_piece_has_used_its_prompt_an
         assert key.gate.compliance().hour == PromiseCount(2, 2)
         asking = key.ask(stream=False, max_tokens=100)
         node, start = await key.started()
-        await asyncio.sleep(0.3)
+        clock.shift_seconds += PAST_PROMISE_SECONDS
         await node.chunk(start.attempt_id, 0, DOCUMENT)
         await node.end(start.attempt_id, 1)
         await read(asking)
         assert key.gate.compliance().hour == PromiseCount(3, 3), "an engine had begun with it in time"
 
 
-async def test_a_node_that_would_not_take_an_answer_in_one_piece_has_not_begun_with_it(tmp_path):
-    async with two_owners(tmp_path, default_tier_first_token_seconds=0.2) as pool:
-        key = Asking(pool, tokens_per_day=10_000)
+async def test_a_node_that_would_not_take_an_answer_in_one_piece_has_not_begun_with_it(tmp_path, monkeypatch):
+    async with two_owners(tmp_path) as pool:
+        key, clock = Asking(pool, tokens_per_day=10_000), ShiftedClock()
+        monkeypatch.setattr(pool.coordinator.gateway.requests, "_clock", clock)
         asking = key.ask(stream=False, max_tokens=100)
         node, start = await key.started()
-        await asyncio.sleep(0.3)
+        clock.shift_seconds += PAST_PROMISE_SECONDS
         await node.end(start.attempt_id, 0, EndReason.REFUSED)
         node, start = await key.started()
         await node.chunk(start.attempt_id, 0, DOCUMENT)

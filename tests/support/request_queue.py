@@ -137,6 +137,12 @@ class Front:
         await self.links.stop()
 
 
+async def settle() -> None:
+    """Whatever can go on without an answer does."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
 def bodies_at(session: NodeSession) -> list[bytes]:
     """What each request at a node is, in the order of their coming."""
     return [request.body for request in session.requests.values()]

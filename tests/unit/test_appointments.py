@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from potluck_coordinator.domain.admission import Queued
@@ -12,7 +10,7 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, GoodbyeReason
 from tests.support.judged_pool import HandClock
 from tests.support.request_path import request_by
-from tests.support.request_queue import MODEL, SLOTS, Front
+from tests.support.request_queue import MODEL, SLOTS, Front, settle
 
 ANA, BOB = AccountId("ana"), AccountId("bob")
 
@@ -25,11 +23,6 @@ def refusal_of(front, request):
     with pytest.raises(PotluckError) as refused:
         front.requests.announce(request)
     return refused.value
-
-
-async def settle():
-    for _ in range(30):
-        await asyncio.sleep(0)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from potluck_protocol.values import ReplicaId
 from tests.support import request_queue
 from tests.support.judged_pool import HandClock
 from tests.support.request_path import request_by
-from tests.support.request_queue import MODEL, Front, bodies_at
+from tests.support.request_queue import MODEL, Front, bodies_at, settle
 
 DEFAULT, FLEX = AskedTier.DEFAULT, AskedTier.FLEX
 SMALL_BYTES = 100
@@ -35,11 +35,6 @@ async def front(monkeypatch):
     front = Front(HandClock())
     yield front
     await front.stop()
-
-
-async def settle():
-    for _ in range(30):
-        await asyncio.sleep(0)
 
 
 async def joined(front, name="a", **changes):

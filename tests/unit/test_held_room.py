@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from potluck_coordinator.gateway.free_room import OVERTAKEN_SECONDS_MAX
 from potluck_protocol.values import ReplicaId
 from tests.support.judged_pool import HandClock
 from tests.support.request_path import request_by
-from tests.support.request_queue import CONTEXT_TOKENS, MODEL, SLOTS, Front, bodies_at
+from tests.support.request_queue import CONTEXT_TOKENS, MODEL, SLOTS, Front, bodies_at, settle
 
 
 @pytest.fixture
@@ -19,11 +18,6 @@ async def front():
     front = Front(HandClock())
     yield front
     await front.stop()
-
-
-async def settle():
-    for _ in range(30):
-        await asyncio.sleep(0)
 
 
 async def test_room_that_is_held_for_one_whose_client_goes_is_free_at_once(front):

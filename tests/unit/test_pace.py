@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -12,7 +10,7 @@ from potluck_coordinator.domain.admission import WaitsFor
 from potluck_coordinator.domain.pace import PACE_SHARE, SAMPLES_MIN, STRETCH_MIN, slots_in_pace
 from potluck_coordinator.domain.speeds import AttemptTimes, Speeds, learned, prior
 from potluck_protocol.values import AccountId, ReplicaId, RequestId
-from tests.support.request_queue import MODEL, SLOTS, Front
+from tests.support.request_queue import MODEL, SLOTS, Front, settle
 
 PACE = 0.1
 """Of a promise; 90 ms are aimed at."""
@@ -76,11 +74,6 @@ def test_whatever_a_replica_is_it_comes_to_a_batch_that_keeps_the_pace_or_to_one
     assert slots == 1 or base + each * slots <= PACE
     if base + each < 0.8 * PACE:
         assert base + each * (slots + 3) > PACE_SHARE * PACE, "and to no smaller one than it has to"
-
-
-async def settle():
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def test_a_slow_replica_of_a_gateway_gets_fewer_at_a_time_and_whoever_waits_hears_why() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
@@ -20,15 +19,10 @@ from potluck_protocol.values import AccountId
 from tests.support.judged_pool import HandClock
 from tests.support.replicas import catalogue_entry
 from tests.support.request_path import request_by
-from tests.support.request_queue import MODEL, SLOTS, Front
+from tests.support.request_queue import MODEL, SLOTS, Front, settle
 
 GUEST, POLITE = AccountId("guest"), AccountId("polite")
 BYTES_MAX = 1000
-
-
-async def settle():
-    for _ in range(30):
-        await asyncio.sleep(0)
 
 
 @pytest.fixture

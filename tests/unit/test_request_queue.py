@@ -19,7 +19,7 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId, RequestId
 from tests.support.replicas import roster_of
 from tests.support.request_path import request_by
-from tests.support.request_queue import MODEL, SLOTS, Front, bodies_at, hello_of, status_of, wish
+from tests.support.request_queue import MODEL, SLOTS, Front, bodies_at, hello_of, settle, status_of, wish
 
 FEW = 10
 """Replicas that are looked at, where there are 300 nodes and 64 requests wait."""
@@ -48,11 +48,6 @@ def beat(front, session, state=NodeState.SERVING, **changes):
     heartbeat = Heartbeat(1, state, (status_of(session.node_id, **changes),), 0)
     servicer = LinkServicer(front.links, front.directory, front.clock)
     servicer._take_heartbeat(codec.heartbeat_message(heartbeat), session, session.outbox, front.clock.seconds)
-
-
-async def settle():
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def test_whoever_waits_longest_has_the_next_slot_and_nobody_overtakes(front):
