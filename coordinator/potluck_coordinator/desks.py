@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from potluck_coordinator.domain.gate_counts import GateCounts
 from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
+    from potluck_coordinator.domain.gateways import GatewayRecord
     from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
     from potluck_coordinator.domain.payees import PayeeShare
     from potluck_coordinator.domain.repository import ModelWishes
@@ -55,15 +55,6 @@ class KeyIdentity:
     quotas: KeyQuotas = NO_QUOTAS
     earned_micro_credits: int = 0
     """What its account's nodes earned within `fairness.EARNED_DAYS`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerIdentity:
-    """What a gateway serves its gRPC and link ports with. The key lives in memory only."""
-
-    private_key_pem: bytes = field(repr=False)
-    certificate_chain_pem: bytes
-    ca_certificate_pem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +177,8 @@ class PoolSnapshot:
     """Requests that had one engine to themselves when it died, and whose it was."""
     flex_models: frozenset[ModelId] = frozenset()
     """Models that are deployed in the flex tier, and promise nothing."""
+    gateways: Mapping[int, GatewayRecord] = field(default_factory=dict)
+    """Those that others may count on, by epoch: their ports are open, and they were heard of lately."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,19 +222,6 @@ class NodeVerdictRecord:
     verdict: str
     """A word of `domain.planning.explain.Verdict`; "group" in what is said of groups."""
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayGrant:
-    """What a gateway needs to serve: whose holds are its own, and who it proves to be."""
-
-    epoch: int
-    pool_id: str
-    server: ServerIdentity
-    fingerprint_key: bytes = field(default=b"", repr=False)
-    """What requests that kill engines are hashed with; empty for one of the gateway's own."""
-    gate_counts: GateCounts = field(default_factory=GateCounts)
-    """How the default tier's promise was kept, as far as the books go, and what keys used today."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,16 +319,19 @@ class NodeDesk(Protocol):
     async def list_nodes(self) -> tuple[NodeRecord, ...]: ...
     async def revoke_node(self, node_id: NodeId, reason: str) -> None: ...
     async def set_node_trust(self, node_id: NodeId, *, trusted: bool) -> None: ...
-    async def open_session(self, hello: Hello) -> SessionGrant:
-        """A new epoch for an active node; raises INVALID_CERTIFICATE for one that is revoked, left or unknown."""
+    async def open_session(self, hello: Hello, *, gateway_epoch: int) -> SessionGrant:
+        """A new epoch for an active node that dialled that gateway; raises INVALID_CERTIFICATE for a revoked, left or unknown one."""
         ...
 
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
         """The session has ended: by that goodbye, be it the coordinator's own, or (None) by silence, a lost link, or a newer agent."""
         ...
 
-    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:
-        """A gateway's nodes, and how many requests wait there for a slot of which model, or people were refused one in the last minute."""
+    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int], *, gateway_epoch: int) -> None:
+        """A gateway's nodes, and how many requests wait there for a slot of which model, or people were refused one in the last minute.
+
+        Raises ALREADY_EXISTS for a gateway whose number another process has by now.
+        """
         ...
 
 

@@ -5,13 +5,37 @@ Two of the desks of `desks`, whose values these are. It must not know how a call
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from potluck_coordinator.domain.gate_counts import GateCounts
+
 if TYPE_CHECKING:
-    from potluck_coordinator.desks import GatewayGrant, PoolSnapshot
-    from potluck_coordinator.domain.gate_counts import GateCounts
+    from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.domain.lethal import LoneDeath
     from potluck_protocol.culprits import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class ServerIdentity:
+    """What a gateway serves its gRPC and link ports with. The key lives in memory only."""
+
+    private_key_pem: bytes = field(repr=False)
+    certificate_chain_pem: bytes
+    ca_certificate_pem: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayGrant:
+    """What a gateway needs to serve: whose holds are its own, and who it proves to be."""
+
+    epoch: int
+    pool_id: str
+    server: ServerIdentity
+    fingerprint_key: bytes = field(default=b"", repr=False)
+    """What requests that kill engines are hashed with; empty for one of the gateway's own."""
+    gate_counts: GateCounts = field(default_factory=GateCounts)
+    """How the default tier's promise was kept, as far as the books go, and what keys used today."""
 
 
 class LethalDesk(Protocol):
@@ -29,8 +53,15 @@ class LethalDesk(Protocol):
 class PoolDesk(Protocol):
     """What gateways must know."""
 
-    async def register_gateway(self) -> GatewayGrant:
-        """Leave to serve, with a new gateway epoch. Settles, at their last mark, the holds that earlier epochs left open."""
+    async def register_gateway(self, number: int) -> GatewayGrant:
+        """Leave to serve as the gateway of that number, under a new epoch; whoever had the number before may open nothing any more.
+
+        Settles, at their last mark, the open holds of all epochs that are nobody's now. Raises INVALID_REQUEST for a number of none.
+        """
+        ...
+
+    async def announce_gateway(self, epoch: int, peer_address: str, link_address: str) -> None:
+        """Its ports are open: where other gateways reach it, and where nodes do. Raises ALREADY_EXISTS where another has its number."""
         ...
 
     async def note_counts(self, counts: GateCounts) -> None:

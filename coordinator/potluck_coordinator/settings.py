@@ -53,11 +53,15 @@ class Settings(BaseModel):
     """0 takes any free port, once, at start."""
     public_host: str | None = None
     """The name or address that others reach this coordinator by, where it is not the one in the URL they used."""
+    public_hosts: Mapping[str, str] = Field(default_factory=dict)
+    """The same for each machine of a cluster, by its address in the cluster, where nodes reach it by another one."""
     http_tls_certificate: Path | None = None
     http_tls_key: Path | None = None
 
     ray_address: str | None = None
     """An existing Ray cluster of the operator's to join; None starts one on this machine, loopback only."""
+    gateways: int = Field(default=1, ge=1, le=64)
+    """Data-plane processes, spread over the cluster's machines; those of one machine share its three ports."""
 
     catalogue_file: Path | None = None
     """TOML with models beside the built-in ones."""

@@ -75,7 +75,7 @@ class Pool:
         sent = pickle.dumps([self._report(view) for view in self.views.values()])
         await asyncio.sleep(0.005)
         self.is_gateways_turn = False
-        await self.nodes.report(pickle.loads(sent), {})
+        await self.nodes.report(pickle.loads(sent), {}, gateway_epoch=1)
 
     def churn(self) -> None:
         """Some pause or come back."""

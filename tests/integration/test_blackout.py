@@ -16,7 +16,7 @@ async def pool_of(books, nodes):
     """Ten nodes that serve, six of them with the replicas that are wished; those with one, and the others."""
     books.run_now(lambda work: work.catalogue.deploy(Deployment(ModelId("tiny"), WISHED_COUNT, ServiceTier.DEFAULT)))
     for name in NAMES:
-        await nodes.open_session(hello(name))
+        await nodes.open_session(hello(name), gateway_epoch=1)
     await passes(books, nodes, 180)
     holders = holding(nodes)
     assert len(holders) == WISHED_COUNT
@@ -34,7 +34,7 @@ async def passes(books, nodes, seconds, *, silent=(), gone=()):
         books.clock.advance(1)
         told = [report(name) for name in NAMES if name not in gone]
         told = [replace(said, covered_seconds=0.0, suspect=True) if said.node_id in silent else said for said in told]
-        await nodes.report(told, {})
+        await nodes.report(told, {}, gateway_epoch=1)
         await nodes.judge_minutes()
         await nodes.refresh_old_plan()
 
@@ -63,7 +63,7 @@ async def test_the_silence_of_one_is_its_own(tmp_path):
 async def test_many_that_do_not_come_back_after_a_restart_of_the_gateway_are_planned_away_after_ten_minutes_only(tmp_path):
     async with node_desk(tmp_path, *NAMES) as (books, _, nodes):
         holders, _ = await pool_of(books, nodes)
-        nodes.gateway_started()
+        nodes.gateway_started({2})
         await passes(books, nodes, 590, gone=holders[:5])
         assert holding(nodes) == holders
         await passes(books, nodes, 200, gone=holders[:5])

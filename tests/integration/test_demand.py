@@ -118,7 +118,7 @@ async def test_what_nobody_deployed_is_no_demand_however_often_it_is_asked_for(t
         await coordinator.directory.catalogue.undeploy(WANTED)
         await refused(coordinator)
         assert coordinator.gateway.requests.waiting_counts == {WANTED: 1}
-        await coordinator.directory.nodes.report([], coordinator.gateway.requests.waiting_counts)
+        await coordinator.directory.nodes.report([], coordinator.gateway.requests.waiting_counts, gateway_epoch=1)
         assert (await coordinator.directory.nodes.standings())[1] == {}
 
 

@@ -55,7 +55,7 @@ class Pool:
 
     async def join(self, name):
         hello = Hello(1, NodeId(name), SessionId("s"), "1", self.inventory(name), NodeState.SERVING)
-        self.epochs[name] = (await self.nodes.open_session(hello)).epoch
+        self.epochs[name] = (await self.nodes.open_session(hello, gateway_epoch=1)).epoch
         self.engines[name], self.measured[name] = (), ()
 
     async def leave(self, name, reason=None):
@@ -76,7 +76,7 @@ class Pool:
             )
             for name, epoch in self.epochs.items()
         ]
-        await self.nodes.report(reports, {})
+        await self.nodes.report(reports, {}, gateway_epoch=1)
 
     def desired(self, name):
         return self.board.snapshot.desired[NodeId(name)]
@@ -218,7 +218,7 @@ async def test_everyone_is_told_their_part(pool):
 
 async def come_back_to_another_gateway(pool, engines):
     pool.epochs.clear()
-    pool.nodes.gateway_started()
+    pool.nodes.gateway_started({2})
     for name in OWNERS:
         await pool.join(name)
         pool.engines[name] = engines[name]

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, SettleHold
-from potluck_coordinator.storage.state import StateName
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import GRANT, open_books, open_hold
 
@@ -102,7 +101,8 @@ async def test_whoever_does_not_come_back_pays_by_shares_too(books):
     await books.ledger.apply([open_hold("orphan", payees={"bob": 1, "cat": 3}), MarkDelivered("orphan", 40)])
     assert await books.ledger.settle_expired(books.clock.unix_ms() + 1000) == 1
     assert ((await position(books, "bob"))[2], (await position(books, "cat"))[2]) == (19, 19)
-    assert await books.ledger.settle_orphans(2) == 1
+    books.gateways_are(2)
+    assert await books.ledger.settle_orphans() == 1
     assert ((await position(books, "bob"))[2], (await position(books, "cat"))[2]) == (19 + 10, 19 + 28)  # 38 is 9.5 and 28.5
 
 
@@ -116,19 +116,20 @@ async def test_a_hold_past_its_deadline_is_settled_at_its_mark(books):
 
 
 async def test_holds_of_earlier_gateways_are_settled_at_their_marks(books):
+    books.gateways_are(1, 2)
     await books.ledger.apply([open_hold(f"old{n}", amount=1, epoch=1) for n in range(300)] + [open_hold("new", epoch=2)])
     await books.ledger.apply([MarkDelivered("old0", 1)])
-    assert await books.ledger.settle_orphans(2) == 300
+    assert await books.ledger.settle_orphans() == 0, "both gateways live"
+    books.gateways_are(3, 2)
+    assert await books.ledger.settle_orphans() == 300
     assert await position(books, "ann") == (GRANT - 1 - 100, 100, 0)
-    assert await books.ledger.settle_orphans(2) == 0
+    assert await books.ledger.settle_orphans() == 0
 
 
 async def test_a_replaced_gateways_last_commands_open_nothing(books):
-    advance = lambda work: work.state.advance(StateName.GATEWAY_EPOCH)  # noqa: E731
-    assert await books.store.run(advance) == 1
     await books.ledger.apply([open_hold("before", amount=1, epoch=1)])
-    assert await books.store.run(advance) == 2
-    assert await books.ledger.settle_orphans(2) == 1
+    books.gateways_are(2)
+    assert await books.ledger.settle_orphans() == 1
     late = [open_hold("late", epoch=1), MarkDelivered("late", 1), SettleHold("late", 1), open_hold("before", amount=1, epoch=1)]
     assert await books.ledger.apply([*late, open_hold("new", epoch=2)]) == (CONFLICT, CONFLICT, CONFLICT, APPLIED, APPLIED)
     assert await position(books, "ann") == (GRANT - 100, 100, 0)

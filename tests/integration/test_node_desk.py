@@ -79,7 +79,7 @@ async def serve(books, nodes, seconds, *names, every_seconds=1):
     """Lets the time pass, with a gateway that reports the named nodes each second, or as seldom as told."""
     for _ in range(0, seconds, every_seconds):
         books.clock.advance(every_seconds)
-        await nodes.report([report(name, covered_seconds=every_seconds) for name in names], {})
+        await nodes.report([report(name, covered_seconds=every_seconds) for name in names], {}, gateway_epoch=1)
         await nodes.judge_minutes()
 
 
@@ -94,7 +94,7 @@ async def test_every_active_node_gets_the_models_and_an_outcast_none(tmp_path):
         assert board.snapshot.outcasts == {"b": "test"}
         assert set(board.snapshot.desired) == {"a"}
         with pytest.raises(PotluckError) as failure:
-            await nodes.open_session(hello("b"))
+            await nodes.open_session(hello("b"), gateway_epoch=1)
         assert failure.value.code is ErrorCode.INVALID_CERTIFICATE
 
 
@@ -106,21 +106,21 @@ async def test_what_others_hold_of_a_nodes_cards_stands_until_it_says_something_
         return replace(report("a", epoch), cards=(CardTelemetry("gpu", memory_foreign_bytes=foreign_bytes),))
 
     async with node_desk(tmp_path, "a") as (books, _, nodes):
-        await nodes.open_session(hello("a"))
-        await nodes.report([told(1, 5 << 30)], {})
-        await nodes.report([told(1, None)], {})
+        await nodes.open_session(hello("a"), gateway_epoch=1)
+        await nodes.report([told(1, 5 << 30)], {}, gateway_epoch=1)
+        await nodes.report([told(1, None)], {}, gateway_epoch=1)
         assert books.run_now(lambda work: held(nodes, work)) == {"gpu": 5 << 30}
         # In a container, with an engine on the card, it cannot tell after its link has broken what it could tell before.
         await nodes.close_session(NodeId("a"), 1, None)
-        await nodes.open_session(hello("a"))
+        await nodes.open_session(hello("a"), gateway_epoch=1)
         assert books.run_now(lambda work: held(nodes, work)) == {"gpu": 5 << 30}
-        await nodes.report([told(2, None)], {})
-        nodes.gateway_started()
-        await nodes.report([told(2, None)], {})
+        await nodes.report([told(2, None)], {}, gateway_epoch=1)
+        nodes.gateway_started({2})
+        await nodes.report([told(2, None)], {}, gateway_epoch=1)
         assert books.run_now(lambda work: held(nodes, work)) == {"gpu": 5 << 30}
-        await nodes.report([told(2, 0)], {})
+        await nodes.report([told(2, 0)], {}, gateway_epoch=1)
         assert books.run_now(lambda work: held(nodes, work)) == {}
-        await nodes.report([told(2, 1 << 30)], {})
+        await nodes.report([told(2, 1 << 30)], {}, gateway_epoch=1)
         await nodes.close_session(NodeId("a"), 2, GoodbyeReason.LEAVING)
         assert nodes._card_foreign_bytes == {}
 
@@ -128,7 +128,7 @@ async def test_what_others_hold_of_a_nodes_cards_stands_until_it_says_something_
 async def test_a_directory_that_begins_anew_hears_with_the_first_word_how_a_nodes_cards_are(tmp_path):
     async with node_desk(tmp_path, "a") as (books, _, nodes):
         cards = (CardTelemetry("gpu", memory_foreign_bytes=5 << 30), CardTelemetry("other", lost=True))
-        await nodes.open_session(replace(hello("a"), cards=cards))
+        await nodes.open_session(replace(hello("a"), cards=cards), gateway_epoch=1)
         view = books.run_now(lambda work: nodes._known(work)[0].nodes[NodeId("a")])
         assert view.card_foreign_bytes == {"gpu": 5 << 30}
         assert nodes._live[NodeId("a")].lost_cards == {"other"}
@@ -155,7 +155,7 @@ async def test_where_planning_fails_the_last_plan_holds_and_outcasts_are_out(tmp
             raise ZeroDivisionError
 
         monkeypatch.setattr(nodes._planner, "advance", fail)
-        assert (await nodes.open_session(hello("a"))).desired == before[NodeId("a")]
+        assert (await nodes.open_session(hello("a"), gateway_epoch=1)).desired == before[NodeId("a")]
         await nodes.revoke_node(NodeId("b"), "test")
         assert board.snapshot.outcasts == {"b": "test"}
         assert board.snapshot.desired == before
@@ -163,16 +163,16 @@ async def test_where_planning_fails_the_last_plan_holds_and_outcasts_are_out(tmp
 
 async def test_every_session_has_a_higher_epoch_even_after_a_restart(tmp_path):
     async with node_desk(tmp_path, "a") as (books, board, nodes):
-        first = await nodes.open_session(hello("a"))
-        second = await nodes.open_session(hello("a"))
-        third = await Nodes(books.store, board, books.clock, 15.0).open_session(hello("a"))
+        first = await nodes.open_session(hello("a"), gateway_epoch=1)
+        second = await nodes.open_session(hello("a"), gateway_epoch=1)
+        third = await Nodes(books.store, board, books.clock, 15.0).open_session(hello("a"), gateway_epoch=1)
         assert first.epoch < second.epoch < third.epoch
 
 
 async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path):
     async with node_desk(tmp_path, "a") as (_, _, nodes):
-        old = await nodes.open_session(hello("a"))
-        await nodes.open_session(hello("a"))
+        old = await nodes.open_session(hello("a"), gateway_epoch=1)
+        await nodes.open_session(hello("a"), gateway_epoch=1)
         for goodbye in (None, GoodbyeReason.LEAVING):
             await nodes.close_session(NodeId("a"), old.epoch, goodbye)
             assert (await nodes.list_nodes())[0].connection == "connected"
@@ -180,19 +180,19 @@ async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path)
 
 async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(tmp_path):
     async with node_desk(tmp_path, "a") as (_, _, nodes):
-        old = await nodes.open_session(hello("a"))
-        new = await nodes.open_session(hello("a"))
-        await nodes.report([replace(report("a", epoch=old.epoch), suspect=True, state=NodeState.PAUSED)], {})
+        old = await nodes.open_session(hello("a"), gateway_epoch=1)
+        new = await nodes.open_session(hello("a"), gateway_epoch=1)
+        await nodes.report([replace(report("a", epoch=old.epoch), suspect=True, state=NodeState.PAUSED)], {}, gateway_epoch=1)
         (record,) = await nodes.list_nodes()
         assert (record.connection, record.state) == ("connected", NodeState.SERVING)
-        await nodes.report([replace(report("a", epoch=new.epoch), state=NodeState.PAUSED)], {})
+        await nodes.report([replace(report("a", epoch=new.epoch), state=NodeState.PAUSED)], {}, gateway_epoch=1)
         (record,) = await nodes.list_nodes()
         assert (record.connection, record.state) == ("connected", NodeState.PAUSED)
 
 
 async def test_leaving_is_for_good(tmp_path):
     async with node_desk(tmp_path, "a") as (_, board, nodes):
-        grant = await nodes.open_session(hello("a"))
+        grant = await nodes.open_session(hello("a"), gateway_epoch=1)
         await nodes.close_session(NodeId("a"), grant.epoch, GoodbyeReason.LEAVING)
         assert (await nodes.list_nodes())[0].connection == "left"
         assert board.snapshot.outcasts == {"a": "taken out by its owner"}
@@ -201,7 +201,7 @@ async def test_leaving_is_for_good(tmp_path):
 @pytest.mark.parametrize("every_seconds", [1, 5])
 async def test_minutes_are_counted_by_what_gateways_saw(tmp_path, every_seconds):
     async with node_desk(tmp_path, "a", "b") as (books, _, nodes):
-        nodes.gateway_started()
+        nodes.gateway_started({2})
         await serve(books, nodes, 6 * 60, "a", every_seconds=every_seconds)
         counted = await minutes(nodes)
         up, down, unknown = counted["a"]
@@ -213,12 +213,12 @@ async def test_minutes_are_counted_by_what_gateways_saw(tmp_path, every_seconds)
 
 async def test_a_coordinator_outage_is_charged_to_nobody(tmp_path):
     async with node_desk(tmp_path, "a") as (books, board, nodes):
-        nodes.gateway_started()
+        nodes.gateway_started({2})
         await serve(books, nodes, 4 * 60, "a")
         up_before, _, _ = (await minutes(nodes))["a"]
         books.clock.advance(3600)  # the whole coordinator was away
         restarted = Nodes(books.store, board, books.clock, 15.0)
-        restarted.gateway_started()
+        restarted.gateway_started({2})
         await serve(books, restarted, 4 * 60, "a")
         up, down, unknown = (await minutes(restarted))["a"]
         assert down == 0
@@ -228,7 +228,7 @@ async def test_a_coordinator_outage_is_charged_to_nobody(tmp_path):
 
 async def test_while_no_gateway_reports_nobody_is_judged(tmp_path):
     async with node_desk(tmp_path, "a") as (books, _, nodes):
-        nodes.gateway_started()
+        nodes.gateway_started({2})
         await serve(books, nodes, 3 * 60, "a")
         before = await minutes(nodes)
         for _ in range(600):
@@ -241,11 +241,11 @@ async def test_while_no_gateway_reports_nobody_is_judged(tmp_path):
 
 async def test_time_in_which_the_coordinator_stood_still_is_neither_for_nor_against_a_node(tmp_path):
     async with node_desk(tmp_path, "here", "away") as (books, _, nodes):
-        nodes.gateway_started()
+        nodes.gateway_started({2})
         await serve(books, nodes, 4 * 60, "here")
         before = await minutes(nodes)
         books.clock.advance(7 * 24 * 3600)
-        await nodes.report([report("here", covered_seconds=7 * 24 * 3600.0)], {})
+        await nodes.report([report("here", covered_seconds=7 * 24 * 3600.0)], {}, gateway_epoch=1)
         await nodes.judge_minutes()
         assert {name: counted[:2] for name, counted in (await minutes(nodes)).items()} == {
             name: counted[:2] for name, counted in before.items()
@@ -258,10 +258,10 @@ async def test_time_in_which_the_coordinator_stood_still_is_neither_for_nor_agai
 
 async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
     async with node_desk(tmp_path, "a") as (books, board, nodes):
-        grant = await nodes.open_session(hello("a"))
+        grant = await nodes.open_session(hello("a"), gateway_epoch=1)
         restarted = Nodes(books.store, board, books.clock, 15.0)
         assert (await restarted.list_nodes())[0].connection == "offline"
-        await restarted.report([report("a", epoch=grant.epoch)], {})
+        await restarted.report([report("a", epoch=grant.epoch)], {}, gateway_epoch=1)
         assert (await restarted.list_nodes())[0].connection == "connected"
 
 
@@ -269,16 +269,16 @@ async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
 async def test_what_a_node_was_answering_ends_with_its_session(tmp_path, comes_back_first):
     """Else a replica of the next session would seem to answer for ever, and neither rest nor leave at once."""
     async with node_desk(tmp_path, "a") as (books, board, nodes):
-        await nodes.open_session(hello("a"))
+        await nodes.open_session(hello("a"), gateway_epoch=1)
         tiny = ReplicaId("a/tiny")
-        await nodes.report([report("a", attempt_counts={tiny: 2})], {})
+        await nodes.report([report("a", attempt_counts={tiny: 2})], {}, gateway_epoch=1)
         if comes_back_first:
-            await nodes.open_session(hello("a"))
+            await nodes.open_session(hello("a"), gateway_epoch=1)
         await nodes.close_session(NodeId("a"), 1, None)
         if not comes_back_first:
-            await nodes.open_session(hello("a"))
+            await nodes.open_session(hello("a"), gateway_epoch=1)
         starting = EngineStatus(tiny, ModelId("tiny"), EngineState.STARTING, "llamacpp")
-        await nodes.report([report("a", epoch=2, engines=(starting,))], {})
+        await nodes.report([report("a", epoch=2, engines=(starting,))], {}, gateway_epoch=1)
         books.run_now(lambda work: work.catalogue.withdraw(ModelId("tiny")))
         await nodes.refresh()
         assert board.snapshot.leaving == frozenset()
@@ -287,13 +287,13 @@ async def test_what_a_node_was_answering_ends_with_its_session(tmp_path, comes_b
 
 async def test_what_is_leaving_finishes_its_answers_and_then_goes(tmp_path):
     async with node_desk(tmp_path, "a") as (books, board, nodes):
-        await nodes.open_session(hello("a"))
+        await nodes.open_session(hello("a"), gateway_epoch=1)
         tiny = ReplicaId("a/tiny")
-        await nodes.report([report("a", attempt_counts={tiny: 2})], {})
+        await nodes.report([report("a", attempt_counts={tiny: 2})], {}, gateway_epoch=1)
         books.run_now(lambda work: work.catalogue.withdraw(ModelId("tiny")))
         await nodes.refresh()
         assert board.snapshot.leaving == {tiny}
         # The gateway names one that has ended once, and never again; that word may have been lost.
-        await nodes.report([report("a")], {})
+        await nodes.report([report("a")], {}, gateway_epoch=1)
         await nodes.refresh()
         assert board.snapshot.leaving == frozenset()

@@ -246,7 +246,7 @@ async def test_trust_is_kept_by_the_books_and_ends_with_membership(tmp_path):
         await again.set_node_trust("b", trusted=False)
         await again.set_node_trust("b", trusted=False)
         assert board.snapshot.trusted_replicas == {"a/tiny"}
-        grant = await again.open_session(hello_of("a"))
+        grant = await again.open_session(hello_of("a"), gateway_epoch=1)
         await again.close_session("a", grant.epoch, GoodbyeReason.LEAVING)
         assert board.snapshot.trusted_replicas == set()
         with pytest.raises(PotluckError, match="not in the pool any more"):

@@ -20,7 +20,7 @@ async def passes(books, nodes, paces, minutes, tokens_per_second):
     """So many minutes with an answer each at that speed."""
     for _ in range(minutes):
         said = report("a", engines=(STATUS,), decode_tokens_per_second={REPLICA: tokens_per_second} if tokens_per_second else {})
-        await nodes.report([said], {})
+        await nodes.report([said], {}, gateway_epoch=1)
         books.clock.advance(60)
         await paces.judge_minute()
 
@@ -89,5 +89,5 @@ async def test_a_nodes_word_about_another_ones_replica_or_nonsense_is_dropped(tm
         said = report(
             "a", engines=(replace(STATUS, replica_id=ReplicaId("other")),), decode_tokens_per_second={REPLICA: 80.0, "other": -1.0}
         )
-        await nodes.report([said], {})
+        await nodes.report([said], {}, gateway_epoch=1)
         assert paces._samples == {}

@@ -16,7 +16,7 @@ import pytest
 from potluck_coordinator.gateway import attempt as attempt_module
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import EndReason, GoodbyeReason, ModelId, NodeState, Usage
-from tests.support.coordinator import TINY, running_coordinator
+from tests.support.coordinator import TINY, replace_gateway_in_books, running_coordinator
 from tests.support.raw_node import enrol, raw_link
 from tests.support.request_path import DONE, USAGE_EVENT, begin, first_of, pool, read_all, request_of, settled_balance, token, without_tier
 
@@ -274,7 +274,7 @@ async def test_holds_of_a_gateway_that_died_are_settled_at_their_last_mark(tmp_p
             while answer.attempt.marked_micro_credits != 8:
                 await asyncio.sleep(0.05)
         await asyncio.sleep(0.1)
-        await coordinator.directory.pool.register_gateway()  # what a new gateway does first
+        await replace_gateway_in_books(coordinator)
         balance = await settled_balance(coordinator)
         assert balance.earned_micro_credits == 8
         await answer.close()  # the ghost's own settlement changes nothing any more

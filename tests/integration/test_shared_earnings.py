@@ -16,6 +16,7 @@ from potluck_coordinator.domain.payees import PayeeShare
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import open_hold
+from tests.support.coordinator import replace_gateway_in_books
 from tests.support.request_path import DONE, USAGE_EVENT, begin, first_of, pool, read_all, settled_balance, token
 
 PRICE = 10 * 1 + 2 * 4
@@ -98,7 +99,7 @@ async def test_a_gateway_that_died_pays_a_groups_owners_at_its_last_mark(tmp_pat
         answer, start = await begin(coordinator, node)
         assert await first_of(answer) == token("one")
         assert await coordinator.directory.ledger.apply([MarkDelivered(start.attempt_id, 9)]) == (LedgerOutcome.APPLIED,)
-        await coordinator.directory.pool.register_gateway()  # what a new gateway does first
+        await replace_gateway_in_books(coordinator)
         await settled_balance(coordinator)
         assert [await lines_of(coordinator, owner, start.attempt_id) for owner in owners] == [[("earnings", 6)], [("earnings", 3)]]
         await answer.close()

@@ -37,7 +37,7 @@ def channel_of(coordinator):
 
 @pytest.mark.timeout(120)
 async def test_what_a_client_is_told_of_its_tier(tmp_path):
-    async with pool(tmp_path, default_tier_rate="2/hour") as (coordinator, node):
+    async with pool(tmp_path, default_tier_rate="2/hour", gateways=2) as (coordinator, node):
         requests, metadata = coordinator.gateway.requests, ((AUTHORIZATION, f"Bearer {coordinator.operator_key}"),)
         for number in range(2):
             answer, start = await begin(coordinator, node, number)
@@ -75,7 +75,7 @@ async def test_what_a_client_is_told_of_its_tier(tmp_path):
             assert (tiers.hour.request_count, tiers.hour.kept_count) == (2, 2), "flex has no promise"
 
         async with asyncio.timeout(5):
-            while not (hours := (await coordinator.directory.pool.register_gateway()).gate_counts.promise_hours):
+            while not (hours := (await coordinator.directory.pool.register_gateway(1)).gate_counts.promise_hours):
                 await asyncio.sleep(0.1)
         assert sum(hours.values(), PromiseCount()) == PromiseCount(2, 2), "and a restart does not forget"
         assert requests.in_flight_count == 0

@@ -1,5 +1,7 @@
 """A state machine that drives the ledger's desk and a model of a few dictionaries side by side, and compares them after every step.
 
+Several gateways open holds, under an epoch each, and die and come back one by one; a directory that starts anew may run fewer of them.
+
 The model shares no code with the ledger. It says what each command must answer and what everybody must then own.
 """
 
@@ -14,19 +16,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 from sqlalchemy import text
 
+from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.gateways import Gateways
 from potluck_coordinator.directory.ledger import LedgerDesk
 from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
-from potluck_coordinator.storage.state import StateName
 from potluck_protocol.values import AccountId
 from tests.support.books import FEE_BASIS_POINTS, Books
 
 PEOPLE = ("ann", "bob", "cat")
 GRANT = 1_000
+GATEWAYS = 3
 OPERATIONS: Counter[str] = Counter()
 """Commands that went to the ledger, by outcome, over all runs of this process."""
 
 amounts = st.integers(0, 400)
+numbers = st.integers(0, GATEWAYS - 1)
 people = st.sampled_from(PEOPLE)
 everybody = st.sampled_from([*PEOPLE, "nobody"])
 
@@ -59,7 +64,8 @@ class Model:
         self.fees = 0
         self.holds: dict[str, ModelHold] = {}
         self.claims: dict[tuple[str, str], int] = {}
-        self.epoch = 0
+        self.epochs: dict[int, int] = {}
+        """Of each gateway's number, the one that holds."""
 
     def held(self, person: str) -> int:
         return sum(hold.amount for hold in self.holds.values() if hold.payer == person and hold.paid is None)
@@ -85,7 +91,7 @@ class Model:
         known = self.holds.get(command.hold_id)
         if known is not None:
             return "applied" if known.opened_as == values else "conflict"
-        if not proportions.keys() <= set(PEOPLE) or command.gateway_epoch < self.epoch:
+        if not proportions.keys() <= set(PEOPLE) or command.gateway_epoch not in self.epochs.values():
             return "conflict"
         if command.payer not in PEOPLE or self.spendable[command.payer] - self.held(command.payer) < command.amount_micro_credits:
             return "insufficient_credits"
@@ -134,25 +140,30 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.books = Books("sqlite://")
+        self.books.gateways_are()
         self.books.add_people(*PEOPLE, grant=GRANT)
         self.model = Model()
         self.hold_count = 0
-        self.epoch = 0
-        self.gateway_is_replaced()
+        self.newest_epoch = 0
+        self.directory_is_replaced(GATEWAYS)
+        for number in range(GATEWAYS):
+            self.gateway_is_replaced(number)
 
     def send(self, *commands) -> None:
         outcomes = self.books.apply_now(*commands)
         OPERATIONS.update(str(outcome) for outcome in outcomes)
         assert [str(outcome) for outcome in outcomes] == [self.model.answer(command) for command in commands]
 
-    def new_hold(self, payer: str, payees: list[tuple[str, int]], amount: int, lifetime_ms: int) -> OpenHold:
+    def new_hold(self, payer: str, payees: list[tuple[str, int]], amount: int, lifetime_ms: int, number: int = 0) -> OpenHold:
+        """Of the gateway with that number; of a number that is not run any more, under an epoch that is nobody's."""
         self.hold_count += 1
+        epoch = self.model.epochs.get(number, self.newest_epoch + 1)
         expires = self.books.clock.now_ms + lifetime_ms
-        return OpenHold(f"h{self.hold_count}", AccountId(payer), shares_of(payees), amount, expires, self.epoch)
+        return OpenHold(f"h{self.hold_count}", AccountId(payer), shares_of(payees), amount, expires, epoch)
 
-    @rule(target=commands, payer=people, payees=payees, amount=amounts, lifetime_ms=st.integers(0, 5_000))
-    def open(self, payer, payees, amount, lifetime_ms):
-        command = self.new_hold(payer, payees, amount, lifetime_ms)
+    @rule(target=commands, payer=people, payees=payees, amount=amounts, lifetime_ms=st.integers(0, 5_000), number=numbers)
+    def open(self, payer, payees, amount, lifetime_ms, number):
+        command = self.new_hold(payer, payees, amount, lifetime_ms, number)
         self.send(command)
         return command
 
@@ -172,9 +183,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.send(command)
         return command
 
-    @rule(payer=people, payees=payees, amount=amounts)
-    def a_replaced_gateway_speaks(self, payer, payees, amount):
-        self.send(replace(self.new_hold(payer, payees, amount, 1_000), gateway_epoch=self.epoch - 1))
+    @rule(payer=people, payees=payees, amount=amounts, back=st.integers(0, 2 * GATEWAYS))
+    def an_earlier_epoch_speaks(self, payer, payees, amount, back):
+        self.send(replace(self.new_hold(payer, payees, amount, 1_000), gateway_epoch=self.newest_epoch - back))
 
     @rule(known=commands)
     def repeat(self, known):
@@ -182,7 +193,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(known=commands, payer=people, amount=amounts)
     def contradict(self, known, payer, amount):
-        self.send(OpenHold(known.hold_id, AccountId(payer), shares_of([("bob", 1)]), amount, self.books.clock.now_ms, self.epoch))
+        self.send(OpenHold(known.hold_id, AccountId(payer), shares_of([("bob", 1)]), amount, self.books.clock.now_ms, self.newest_epoch))
 
     @rule(known=commands, payees=payees)
     def contradict_the_shares(self, known, payees):
@@ -208,13 +219,21 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.loop.run_until_complete(self.books.ledger.settle_expired(now)) == len(due)
         OPERATIONS["expired"] += 1
 
-    @rule()
-    def gateway_is_replaced(self):
-        self.epoch = self.model.epoch = self.books.run_now(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
-        orphans = [hold for hold in self.model.holds.values() if hold.paid is None and hold.epoch < self.epoch]
+    @rule(number=numbers)
+    def gateway_is_replaced(self, number):
+        if number >= self.gateway_count:
+            return
+        epoch = self.loop.run_until_complete(self.gateways.register(number))
+        assert epoch > self.newest_epoch
+        self.newest_epoch = self.model.epochs[number] = epoch
+        self.orphans_are_settled()
+
+    def orphans_are_settled(self) -> None:
+        """Those of epochs that are nobody's, at their marks; no others."""
+        orphans = [hold for hold in self.model.holds.values() if hold.paid is None and hold.epoch not in self.model.epochs.values()]
         for hold in orphans:
             self.model.pay(hold, hold.mark)
-        assert self.loop.run_until_complete(self.books.ledger.settle_orphans(self.epoch)) == len(orphans)
+        assert self.loop.run_until_complete(self.books.ledger.settle_orphans()) == len(orphans)
         OPERATIONS["orphaned"] += 1
 
     @rule(person=people, claim_id=st.sampled_from(["c1", "c2", "c3"]))
@@ -223,8 +242,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.loop.run_until_complete(self.books.ledger.claim_earnings(AccountId(person), claim_id)) == expected
         OPERATIONS["claimed"] += 1
 
-    @rule()
-    def directory_is_replaced(self):
+    @rule(gateway_count=st.integers(1, GATEWAYS))
+    def directory_is_replaced(self, gateway_count):
+        self.gateway_count = gateway_count
+        self.gateways = Gateways(self.books.store, SnapshotBoard(1), self.books.clock, gateway_count)
+        self.loop.run_until_complete(self.gateways.load())
+        self.model.epochs = {number: epoch for number, epoch in self.model.epochs.items() if number < gateway_count}
+        assert self.gateways.epochs == set(self.model.epochs.values())
+        self.orphans_are_settled()
         self.books.ledger = LedgerDesk(self.books.store, self.books.clock, fee_basis_points=FEE_BASIS_POINTS)
         assert self.books.audit_now().findings == ()
 

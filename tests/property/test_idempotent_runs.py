@@ -136,6 +136,7 @@ class World:
 
     def start(self) -> None:
         self._epoch += 1
+        self._books.gateways_are(self._epoch)
         self._desk = Mortal(self._keys)
         self.gateway = KeyedRequests(
             self.pool, self._desk, self._books.clock, hash_key=HASH_KEY, gateway_epoch=self._epoch, bounds=self._bounds

@@ -17,6 +17,7 @@ from potluck_coordinator.directory.accounts import Accounts, open_account
 from potluck_coordinator.directory.bootstrap import found_pool
 from potluck_coordinator.directory.enrolment import Enrolments
 from potluck_coordinator.directory.ledger import LedgerDesk
+from potluck_coordinator.domain.gateways import GatewayRecord
 from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.storage import schema
@@ -80,6 +81,7 @@ class Books:
         self.joins = 0
         self.store = Store(url)
         self.store.migrate()
+        self.gateways_are(1)
         self.authority = CountingAuthority()
         self.ledger = LedgerDesk(self.store, self.clock, fee_basis_points=FEE_BASIS_POINTS)
         self.accounts = Accounts(
@@ -101,6 +103,16 @@ class Books:
                 open_account(work, record, grant)
 
         self.run_now(add)
+
+    def gateways_are(self, *epochs: int) -> None:
+        """The gateways 0, 1, ... have these epochs now, and nobody has any other."""
+
+        def put(work) -> None:
+            work.gateways.retire(len(epochs))
+            for number, epoch in enumerate(epochs):
+                work.gateways.put(GatewayRecord(number, epoch))
+
+        self.run_now(put)
 
     def run_now(self, work):
         """As `Store.run`, for threads and machines that have no event loop; the coordinator has one wherever it uses its store."""

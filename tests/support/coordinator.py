@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from potluck_coordinator.directory.directory import Directory
+from potluck_coordinator.domain.gateways import GatewayRecord
 from potluck_coordinator.gateway import gateway as gateway_module
 from potluck_coordinator.gateway.gateway import Endpoints, Gateway
 from potluck_coordinator.settings import Settings
+from potluck_coordinator.storage.state import StateName
 from potluck_protocol.clock import Clock, SystemClock
 from potluck_protocol.values import ModelId
 
@@ -47,6 +49,14 @@ class Coordinator:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.endpoints.http_port}"
+
+
+async def replace_gateway_in_books(coordinator: Coordinator) -> None:
+    """What comes of a new gateway's registration in the books; the one that runs is not told, and goes on as a ghost."""
+    store = coordinator.directory._store
+    epoch = await store.run(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
+    await store.run(lambda work: work.gateways.put(GatewayRecord(0, epoch)))
+    await coordinator.directory.ledger.settle_orphans()
 
 
 @asynccontextmanager

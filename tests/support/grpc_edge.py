@@ -11,7 +11,7 @@ from typing import Any, Final, Self, cast
 
 import grpc
 
-from potluck_coordinator.desks import GatewayGrant, KeyIdentity
+from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.gateway.grpc_server import build_grpc_server
@@ -23,6 +23,7 @@ from potluck_coordinator.gateway.keyed_requests import KeyedRequests
 from potluck_coordinator.gateway.rate_windows import Allowance
 from potluck_coordinator.gateway.requests import RequestService
 from potluck_coordinator.metrics import Metrics
+from potluck_coordinator.pool_desk import GatewayGrant
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError

@@ -57,7 +57,7 @@ class Desk:
         self.closed: list[tuple[NodeId, GoodbyeReason | None]] = []
         self.deaths: list[object] = []
 
-    async def open_session(self, hello: Hello) -> SessionGrant:
+    async def open_session(self, hello: Hello, *, gateway_epoch: int) -> SessionGrant:
         return SessionGrant(1, AccountId(f"owner of {hello.node_id}"), self.desired[hello.node_id])
 
     async def close_session(self, node_id: NodeId, _epoch: int, reason: GoodbyeReason | None) -> None:

@@ -56,7 +56,7 @@ class OpenDoor:
         self.asked.append(node_id)
         return True
 
-    async def open_session(self, hello: Hello) -> SessionGrant:
+    async def open_session(self, hello: Hello, *, gateway_epoch: int) -> SessionGrant:
         return SessionGrant(next(self.epochs), AccountId(f"owner of {hello.node_id}"), wish(hello.node_id))
 
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:

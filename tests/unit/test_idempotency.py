@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.idempotency import (
+    IN_FLIGHT_RETRY_SECONDS,
     KEY_KEPT_MS,
     LINGER_SECONDS,
     Kept,
@@ -18,6 +19,7 @@ from potluck_coordinator.domain.idempotency import (
     KeyUse,
     Standing,
     WhenGone,
+    as_known_now,
     has_claimed,
     has_spent,
     is_too_much,
@@ -85,11 +87,17 @@ def test_every_refusal_names_the_first_request_and_the_way_out() -> None:
     assert "1234 micro-credits as request first" in spent.message
     assert "another idempotency key" in spent.message
 
-    interrupted = not_kept(replace(RECORD, state=KeyState.CLAIMED), 4)
+    claimed = replace(RECORD, state=KeyState.CLAIMED)
+    interrupted = not_kept(as_known_now(claimed, {4}), 4)
     assert interrupted.code is ErrorCode.IDEMPOTENCY_KEY_SPENT
     assert "begun as request first" in interrupted.message
 
-    in_flight = not_kept(replace(RECORD, state=KeyState.CLAIMED), 3)
+    elsewhere = not_kept(as_known_now(claimed, {3, 4}), 4)
+    assert (elsewhere.code, elsewhere.retry_after_seconds) == (ErrorCode.IDEMPOTENCY_KEY_IN_FLIGHT, IN_FLIGHT_RETRY_SECONDS)
+    assert "by another of the pool's gateways" in elsewhere.message
+
+    assert as_known_now(RECORD, {4}) == RECORD, "what is spent stays so"
+    in_flight = not_kept(as_known_now(claimed, {3}), 3)
     assert (in_flight.code, in_flight.spec.http_status) == (ErrorCode.IDEMPOTENCY_KEY_IN_FLIGHT, 409)
     assert in_flight.retry_after_seconds
 

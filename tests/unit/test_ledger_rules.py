@@ -75,12 +75,22 @@ APPLIED, CONFLICT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT
     ],
 )
 def test_judge(hold, command, expected):
-    assert judge(hold, command, OPENED.gateway_epoch) is expected
+    assert judge(hold, command, {OPENED.gateway_epoch}) is expected
 
 
-@pytest.mark.parametrize(("newest_epoch", "hold", "expected"), [(2, None, CONFLICT), (1, None, None), (0, None, None), (2, HOLD, APPLIED)])
-def test_a_replaced_gateway_opens_nothing(newest_epoch, hold, expected):
-    assert judge(hold, OPENED, newest_epoch) is expected
+@pytest.mark.parametrize(
+    ("epochs", "hold", "expected"),
+    [
+        ({2}, None, CONFLICT),
+        (set(), None, CONFLICT),
+        ({1}, None, None),
+        ({1, 2}, None, None),
+        ({0, 2}, None, CONFLICT),
+        ({2}, HOLD, APPLIED),
+    ],
+)
+def test_a_gateway_whose_epoch_is_nobodys_opens_nothing(epochs, hold, expected):
+    assert judge(hold, OPENED, epochs) is expected
 
 
 @pytest.mark.parametrize("amount", [-1, AMOUNT_MICRO_CREDITS_MAX + 1])

@@ -143,7 +143,7 @@ class SlowDirectory:
         self.nodes = self
         self._meanwhile = meanwhile
 
-    async def open_session(self, hello):
+    async def open_session(self, hello, *, gateway_epoch):
         self._meanwhile()
         return SessionGrant(1, AccountId("owner"), DesiredState())
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from potluck_coordinator.desks import ServerIdentity
+from potluck_coordinator.pool_desk import ServerIdentity
 from potluck_protocol.channels import SERVER_NAME
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import new_private_key, node_id_of_public_key, node_uri, public_key_der

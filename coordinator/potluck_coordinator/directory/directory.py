@@ -21,6 +21,7 @@ from potluck_coordinator.directory.bootstrap import found_pool, offer, operator_
 from potluck_coordinator.directory.catalogue import Catalogue
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.directory.enrolment import Enrolments
+from potluck_coordinator.directory.gateways import Gateways
 from potluck_coordinator.directory.hub import Hub
 from potluck_coordinator.directory.idempotency import IdempotencyKeys
 from potluck_coordinator.directory.ledger import LedgerDesk
@@ -62,6 +63,11 @@ async def _board(store: Store) -> SnapshotBoard:
     return SnapshotBoard(await store.run(lambda work: work.state.advance(StateName.SNAPSHOT_VERSION)) * SNAPSHOT_VERSIONS_PER_START)
 
 
+async def _tell_operator(settings: Settings, accounts: Accounts, url: str) -> None:
+    api_key = await operator_key(accounts, known_operator_key(settings.operator_file))
+    write_operator_file(settings.operator_file, url, api_key)
+
+
 class Directory:
     """`DirectoryPort` in this process; `open` makes one."""
 
@@ -79,6 +85,7 @@ class Directory:
         idempotency: IdempotencyKeys,
         absences: Absences,
         paces: Paces,
+        gateways: Gateways,
         pool: Pool,
     ) -> None:
         self._store = store
@@ -93,7 +100,9 @@ class Directory:
         self.pool: Final = pool
         self._absences = absences
         self._paces = paces
+        self._gateways = gateways
         nodes.on_reports = paces.take
+        nodes.gateway_speaks = gateways.hear
 
     @classmethod
     async def open(cls, settings: Settings, clock: Clock) -> Directory:
@@ -115,23 +124,24 @@ class Directory:
                 store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits, key_was_revoked=board.forget_keys
             )
             ledger = LedgerDesk(store, clock, fee_basis_points=settings.fee_basis_points)
+            gateways = Gateways(store, board, clock, settings.gateways)
             nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
-            catalogue = Catalogue(store, nodes, built_in_catalogue(), lambda stop: Hub(None, stop))
             lethal = LethalRequests(store, board, clock)
             pool = Pool(
                 pool_id=pool_id,
                 store=store,
                 board=board,
                 authority=authority,
+                gateways=gateways,
                 ledger=ledger,
                 nodes=nodes,
                 fingerprint_key=fingerprint_key,
                 clock=clock,
             )
+            await pool.load()
             await lethal.load()
             await nodes.refresh()
-            api_key = await operator_key(accounts, known_operator_key(settings.operator_file))
-            write_operator_file(settings.operator_file, local_url(settings, certificate_hash(authority.ca_certificate_pem)), api_key)
+            await _tell_operator(settings, accounts, local_url(settings, certificate_hash(authority.ca_certificate_pem)))
         except BaseException:
             store.close()
             raise
@@ -142,11 +152,12 @@ class Directory:
             ledger=ledger,
             enrolment=Enrolments(store, clock, authority, node_has_joined=nodes.refresh),
             nodes=nodes,
-            catalogue=catalogue,
+            catalogue=Catalogue(store, nodes, built_in_catalogue(), lambda stop: Hub(None, stop)),
             lethal=lethal,
             idempotency=IdempotencyKeys(store, clock),
             absences=Absences(store, board, clock),
             paces=Paces(store, board, clock),
+            gateways=gateways,
             pool=pool,
         )
 
@@ -160,6 +171,7 @@ class Directory:
                 gc.collect()
             try:
                 await self.ledger.settle_expired(self._clock.unix_ms())
+                self._gateways.look()
                 await self.nodes.judge_minutes()
                 await self.nodes.refresh_old_plan()
                 await self.lethal.forget_old()

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from potluck_coordinator.domain.idempotency import KEY_KEPT_MS, KeyRecord, KeyState, KeyUse, Standing, has_claimed, standing
+from potluck_coordinator.domain.idempotency import (
+    KEY_KEPT_MS,
+    KeyRecord,
+    KeyState,
+    KeyUse,
+    Standing,
+    as_known_now,
+    has_claimed,
+    standing,
+)
 
 if TYPE_CHECKING:
     from potluck_coordinator.storage.store import Store
@@ -41,7 +50,7 @@ class IdempotencyKeys:
         def write(work: UnitOfWork) -> KeyRecord | None:
             known = work.idempotency.get(use.account_id, use.key_hash)
             if known is not None and not has_claimed(known, use) and standing(known, use, now_ms) is not Standing.FREE:
-                return known
+                return as_known_now(known, work.gateways.epochs())
             work.idempotency.put(KeyRecord(use, KeyState.CLAIMED, 0, now_ms))
             return None
 

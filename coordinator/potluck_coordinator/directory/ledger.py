@@ -8,6 +8,7 @@ Refusals are found out before anything is written, so one command's refusal neve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import structlog
@@ -27,7 +28,6 @@ from potluck_coordinator.domain.ledger import (
     SettleHold,
     ledger_account_id,
 )
-from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
@@ -65,8 +65,8 @@ class LedgerDesk:
         now_ms = self._clock.unix_ms()
 
         def apply(work: UnitOfWork) -> tuple[LedgerOutcome, ...]:
-            gateway_epoch = work.state.counter(StateName.GATEWAY_EPOCH)
-            return tuple(self._apply(work, command, gateway_epoch, now_ms) for command in commands)
+            gateway_epochs = work.gateways.epochs()
+            return tuple(self._apply(work, command, gateway_epochs, now_ms) for command in commands)
 
         return apply
 
@@ -119,9 +119,9 @@ class LedgerDesk:
         """Settles open holds past their deadline at their delivered marks; how many there were."""
         return await self._reap(lambda work: work.holds.overdue(now_unix_ms, REAPED_COUNT_MAX))
 
-    async def settle_orphans(self, before_epoch: int) -> int:
-        """As `settle_expired` for the holds of gateways before that epoch, which will not come back to settle them."""
-        return await self._reap(lambda work: work.holds.orphaned(before_epoch, REAPED_COUNT_MAX))
+    async def settle_orphans(self) -> int:
+        """As `settle_expired` for the holds of epochs that are nobody's any more, and that nobody will come back to settle."""
+        return await self._reap(lambda work: work.holds.orphaned(REAPED_COUNT_MAX))
 
     async def _reap(self, find: Callable[[UnitOfWork], tuple[Hold, ...]]) -> int:
         def settle_some(work: UnitOfWork) -> int:
@@ -138,9 +138,9 @@ class LedgerDesk:
             _log.info("holds_settled_for_absent_gateway", hold_count=settled_count)
         return settled_count
 
-    def _apply(self, work: UnitOfWork, command: LedgerCommand, gateway_epoch: int, now_ms: int) -> LedgerOutcome:
+    def _apply(self, work: UnitOfWork, command: LedgerCommand, gateway_epochs: AbstractSet[int], now_ms: int) -> LedgerOutcome:
         hold = work.holds.get(command.hold_id)
-        outcome = ledger.judge(hold, command, gateway_epoch)
+        outcome = ledger.judge(hold, command, gateway_epochs)
         if outcome is not None:
             return outcome
         match command:

@@ -5,14 +5,15 @@ Decides which of a node's words may change a plan at once, and what counts for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.planning.node_kinds import cards_of
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
-from potluck_protocol.values import NodeState
+from potluck_protocol.values import ModelId, NodeState
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class LiveNode:
     report: NodeReport
     reported_at_seconds: float
     card_foreign_bytes: Mapping[str, int]
+    gateway_epoch: int
+    """Of the gateway that has its link."""
 
     def planned_by(self) -> object:
         """What of it may change a plan at once."""
@@ -74,3 +77,11 @@ def connection_word(status: NodeStatus, live: LiveNode | None) -> str:
     if live is None:
         return "offline"
     return "suspect" if live.report.suspect else "connected"
+
+
+def summed(counts: Iterable[Mapping[ModelId, int]]) -> dict[ModelId, int]:
+    """What waits at all gateways together, by model."""
+    sums: Counter[ModelId] = Counter()
+    for of_gateway in counts:
+        sums.update(of_gateway)
+    return dict(sums)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ import structlog
 from potluck_coordinator.desks import NodeRecord, NodeReport, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.kept_plan import KeptPlan
-from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view
+from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.node_view import foreign_bytes_known
@@ -57,13 +58,16 @@ class Nodes:
         self._clock = clock
         self._silence_seconds_max = silence_seconds_max
         self._live: dict[NodeId, LiveNode] = {}
+        self.gateway_speaks: Callable[[int], None] = lambda _: None
+        """Called with the epoch of each gateway that reports; raises for one that was replaced."""
         self.on_reports: Callable[[Sequence[NodeReport]], None] = lambda _: None
         """Called with what gateways report of nodes."""
         self._said_goodbye: set[NodeId] = set()  # of those that are not connected; the others fell silent
         self._card_foreign_bytes: dict[NodeId, Mapping[str, int]] = {}
         """Of every node that said so since this process began, until it is out: a link that breaks takes nothing back."""
         self._used_at: dict[ReplicaId, float] = {}
-        self._waiting_counts: Mapping[ModelId, int] = {}
+        self._waiting: dict[int, Mapping[ModelId, int]] = {}
+        """By the epoch of the gateway where they wait."""
         self._kept_plan = KeptPlan(store)
         self._planner: Planner | None = None
         self._facts = PoolFacts((), {}, {})
@@ -77,6 +81,7 @@ class Nodes:
         self._steady_offset_ms = clock.unix_ms() - clock.monotonic_seconds() * 1000
         self._uptime = uptime.start(self._steady_ms())
         self._reported_at_ms = self._steady_ms()
+        self._reported_at_ms_by_gateway: dict[int, int] = {}
 
     async def refresh(self) -> None:
         """Plans anew and tells the gateways: called at start, when models or wishes may have changed, and when nodes come, go or do."""
@@ -140,7 +145,7 @@ class Nodes:
                 assert self._planner is not None, "the directory plans before it serves"
                 if (known := self._standings) is None:
                     known = self._standings = await _to_its_end(partial(self._planner.standings, self._facts, self._now()))
-        return known, self._waiting_counts
+        return known, summed(self._waiting.values())
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]:
         """Every node that ever enrolled."""
@@ -176,8 +181,9 @@ class Nodes:
         _log.info("node_trusted" if trusted else "node_distrusted", node_id=node_id)
         await self.refresh()
 
-    async def open_session(self, hello: Hello) -> SessionGrant:
+    async def open_session(self, hello: Hello, *, gateway_epoch: int) -> SessionGrant:
         """As `NodeDesk.open_session`."""
+        self.gateway_speaks(gateway_epoch)
 
         def begin(work: UnitOfWork) -> EnrolledNode:
             epoch = work.nodes.next_epoch(hello.node_id)
@@ -201,7 +207,7 @@ class Nodes:
             line=hello.inventory.line,
             rest_causes=hello.rest_causes,
         )
-        self._live[node.node_id] = self._heard(said, self._now())
+        self._live[node.node_id] = self._heard(said, self._now(), gateway_epoch)
         await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
@@ -222,31 +228,45 @@ class Nodes:
         if not replaced:
             await self.refresh()
 
-    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int]) -> None:
+    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int], *, gateway_epoch: int) -> None:
         """Takes a gateway's second-by-second word; it is also how a directory that was restarted learns who is there."""
+        self.gateway_speaks(gateway_epoch)
         deployed = {deployment.model_id for deployment in self._facts.deployments}
         waiting = {model_id: count for model_id, count in waiting_counts.items() if model_id in deployed}
-        now, waits_anew = self._now(), waiting.keys() - self._waiting_counts.keys()
-        self._waiting_counts = waiting
-        changed = [self._take(report, now) for report in reports]
+        now, waits_anew = self._now(), waiting.keys() - summed(self._waiting.values()).keys()
+        self._waiting[gateway_epoch] = waiting
+        changed = [self._take(report, now, gateway_epoch) for report in reports]
         self.on_reports(reports)
         if any(changed) or waits_anew:
             await self.refresh()
         last_report_ms, self._reported_at_ms = self._reported_at_ms, self._steady_ms()
+        self._reported_at_ms_by_gateway[gateway_epoch] = self._reported_at_ms
         if uptime.went_unwatched(last_report_ms, self._reported_at_ms):
             self._uptime = uptime.start(self._reported_at_ms)
         coverages = [Coverage(report.node_id, report.covered_seconds) for report in reports]
         self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
 
-    def gateway_started(self) -> None:
-        """A new gateway needs its first minute: what nodes could not reach is not held against them. The links of the last one are gone."""
-        self._uptime = uptime.start(self._steady_ms())
+    def gateway_started(self, gateway_epochs: AbstractSet[int]) -> None:
+        """Of the gateways, only these are there: one of them is new, and what the one before it had linked is not linked any more.
+
+        Where no other one watches, it needs its first minute: what nodes could not reach is not held against them.
+        """
+        now_ms = self._steady_ms()
+        at_ms = self._reported_at_ms_by_gateway = {
+            epoch: at for epoch, at in self._reported_at_ms_by_gateway.items() if epoch in gateway_epochs
+        }
+        if all(uptime.went_unwatched(reported_at_ms, now_ms) for reported_at_ms in at_ms.values()):
+            self._uptime = uptime.start(now_ms)
         self._links_ended = True
-        self._forget(list(self._live))
+        self._forget([node_id for node_id, live in self._live.items() if live.gateway_epoch not in gateway_epochs])
+        self._waiting = {epoch: counts for epoch, counts in self._waiting.items() if epoch in gateway_epochs}
 
     async def judge_minutes(self) -> None:
         """Books the minutes that have ended. While no gateway reports, nobody watches, and no minute counts."""
         oldest_seconds = self._now() - self._silence_seconds_max
+        for epoch, reported_at_ms in self._reported_at_ms_by_gateway.items():
+            if uptime.went_unwatched(reported_at_ms, self._steady_ms()):
+                self._waiting.pop(epoch, None)
         self._forget([node_id for node_id, live in self._live.items() if live.reported_at_seconds < oldest_seconds])
         if (self._uptime.next_minute + 1) * uptime.MINUTE_MS + uptime.REPORT_DELAY_MS > self._reported_at_ms:
             return
@@ -263,20 +283,20 @@ class Nodes:
 
         await self._store.run(book)
 
-    def _take(self, report: NodeReport, now: float) -> bool:
+    def _take(self, report: NodeReport, now: float, gateway_epoch: int) -> bool:
         """Whether what a node does now may call for another plan."""
         known = self._live.get(report.node_id)
         if known is not None and known.report.epoch > report.epoch:
             return False
-        live = self._live[report.node_id] = self._heard(report, now)
+        live = self._live[report.node_id] = self._heard(report, now, gateway_epoch)
         self._used_at |= dict.fromkeys(report.attempt_counts, now)
         return known is None or known.planned_by() != live.planned_by()
 
-    def _heard(self, report: NodeReport, now: float) -> LiveNode:
+    def _heard(self, report: NodeReport, now: float, gateway_epoch: int) -> LiveNode:
         self._said_goodbye.discard(report.node_id)
         known = foreign_bytes_known(self._card_foreign_bytes.get(report.node_id, {}), report.cards)
         self._card_foreign_bytes[report.node_id] = known
-        return LiveNode(report, now, known)
+        return LiveNode(report, now, known, gateway_epoch)
 
     def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str], frozenset[NodeId]]:
         """What a plan is made from, who is out, and who is trusted."""
@@ -291,7 +311,7 @@ class Nodes:
             said_goodbye=frozenset(self._said_goodbye),
             attempt_counts=attempt_counts,
             used_at=dict(self._used_at),
-            waiting_counts=self._waiting_counts,
+            waiting_counts=summed(self._waiting.values()),
         )
         outcasts = {node.node_id: node.status_reason for node in nodes if node.status is not NodeStatus.ACTIVE}
         return facts, outcasts, work.nodes.trusted()

@@ -1,7 +1,7 @@
 """What gateways must know: leave to serve (an epoch, and the certificate of the gRPC ports), and the newest snapshot.
 
-Decides only that a gateway which registers is the one gateway from then on: `ledger` first settles what earlier ones left open, and `nodes`
-begins its count of uptime anew. It must not know what a gateway does with it.
+Decides what follows from a registration: `gateways` gives the number a new epoch, `ledger` settles what was left open under epochs that are
+nobody's any more, and `nodes` forgets what they had linked. It must not know what a gateway does with its leave.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from potluck_coordinator.desks import GatewayGrant
 from potluck_coordinator.domain.gate_counts import GateCounts
 from potluck_coordinator.domain.quotas import DAY_MS
-from potluck_coordinator.storage.state import StateName
+from potluck_coordinator.pool_desk import GatewayGrant
 
 if TYPE_CHECKING:
     from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.directory.board import SnapshotBoard
     from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+    from potluck_coordinator.directory.gateways import Gateways
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
     from potluck_coordinator.storage.store import Store
@@ -33,9 +33,10 @@ class Pool:
 
     Args:
         pool_id: this pool's name for itself.
-        store: for the gateway's epoch.
+        store: for what gates count.
         board: what gateways follow.
         authority: signs the server's certificate.
+        gateways: whose epochs hold.
         ledger: settles what an earlier gateway left open.
         nodes: hears that there is a new gateway.
         fingerprint_key: what gateways hash requests with that engines die of.
@@ -49,6 +50,7 @@ class Pool:
         store: Store,
         board: SnapshotBoard,
         authority: CertificateAuthority,
+        gateways: Gateways,
         ledger: LedgerDesk,
         nodes: Nodes,
         fingerprint_key: bytes,
@@ -58,21 +60,31 @@ class Pool:
         self._store = store
         self._board = board
         self._authority = authority
+        self._gateways = gateways
         self._ledger = ledger
         self._nodes = nodes
         self._fingerprint_key = fingerprint_key
         self._clock = clock
 
-    async def register_gateway(self) -> GatewayGrant:
+    async def load(self) -> None:
+        """Called at the start: settles what gateways left open that the operator does not run any more."""
+        await self._gateways.load()
+        await self._ledger.settle_orphans()
+
+    async def register_gateway(self, number: int) -> GatewayGrant:
         """As `PoolDesk.register_gateway`."""
-        epoch = await self._store.run(lambda work: work.state.advance(StateName.GATEWAY_EPOCH))
-        settled_count = await self._ledger.settle_orphans(epoch)
-        self._nodes.gateway_started()
-        _log.info("gateway_registered", epoch=epoch, orphaned_holds_settled=settled_count)
+        epoch = await self._gateways.register(number)
+        settled_count = await self._ledger.settle_orphans()
+        self._nodes.gateway_started(self._gateways.epochs)
+        _log.info("gateway_registered", number=number, epoch=epoch, orphaned_holds_settled=settled_count)
         server = self._authority.issue_server_certificate(self._clock.unix_ms())
         day = self._clock.unix_ms() // DAY_MS
         counts = await self._store.run(lambda work: GateCounts(work.promise.hours(), work.key_days.of(day)))
         return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key, counts)
+
+    async def announce_gateway(self, epoch: int, peer_address: str, link_address: str) -> None:
+        """As `PoolDesk.announce_gateway`."""
+        await self._gateways.announce(epoch, peer_address, link_address)
 
     async def note_counts(self, counts: GateCounts) -> None:
         """As `PoolDesk.note_counts`."""

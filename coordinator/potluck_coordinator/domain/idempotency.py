@@ -7,13 +7,15 @@ sockets or tables: `gateway.keyed_requests` keeps the answers, in memory only, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from potluck_protocol.values import AccountId, RequestId
 
 KEY_KEPT_MS: Final = 24 * 3600 * 1000
@@ -28,6 +30,8 @@ class KeyState(StrEnum):
     """It may be running."""
     SPENT = "spent"
     """It was answered, in whole or in part, and charged."""
+    ABANDONED = "abandoned"
+    """It was running when its gateway died. The books never say so: it follows from whose the gateway's epoch is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,12 @@ def has_spent(*, answer_bytes: int, charge_micro_credits: int) -> bool:
     return answer_bytes > 0 or charge_micro_credits > 0
 
 
+def as_known_now(record: KeyRecord, gateway_epochs: AbstractSet[int]) -> KeyRecord:
+    """The record as it stands while these are the gateways that there are."""
+    abandoned = record.state is KeyState.CLAIMED and record.use.gateway_epoch not in gateway_epochs
+    return replace(record, state=KeyState.ABANDONED) if abandoned else record
+
+
 def other_request(record: KeyRecord) -> PotluckError:
     """The refusal of another request under a key that is taken."""
     message = f"This idempotency key was used for another request, {record.use.request_id}, within a day. Give this one a key of its own."
@@ -89,21 +99,26 @@ def other_request(record: KeyRecord) -> PotluckError:
 
 
 def not_kept(record: KeyRecord, gateway_epoch: int) -> PotluckError:
-    """The refusal of the first request again, where its answer is not here to be given again. It is never run twice."""
+    """The refusal of the first request again, where its answer is not here, at this gateway, to be given again. It is never run twice."""
     first = record.use.request_id
     if record.state is KeyState.SPENT:
         message = (
             f"This request was answered and charged {record.charge_micro_credits} micro-credits as request {first}; "
-            "its answer is no longer kept. To have it made again, and charged, send it with another idempotency key."
+            "its answer is not kept here any more. To have it made again, and charged, send it with another idempotency key."
         )
         return PotluckError(ErrorCode.IDEMPOTENCY_KEY_SPENT, message, param="Idempotency-Key")
-    if record.use.gateway_epoch < gateway_epoch:
+    if record.state is KeyState.ABANDONED:
         message = (
-            f"This request was begun as request {first}, and the coordinator stopped before it was over: what had reached you by then is "
+            f"This request was begun as request {first}, and its gateway stopped before it was over: what had reached you by then is "
             "charged. To have it made again, send it with another idempotency key."
         )
         return PotluckError(ErrorCode.IDEMPOTENCY_KEY_SPENT, message, param="Idempotency-Key")
-    message = f"This request is being answered as request {first}, and its answer is too large to be kept for another reader."
+    why = (
+        "and its answer is too large to be kept for another reader."
+        if record.use.gateway_epoch == gateway_epoch
+        else "by another of the pool's gateways: ask again, until it is over or your connection leads there."
+    )
+    message = f"This request is being answered as request {first}, {why}"
     return PotluckError(ErrorCode.IDEMPOTENCY_KEY_IN_FLIGHT, message, param="Idempotency-Key", retry_after_seconds=IN_FLIGHT_RETRY_SECONDS)
 
 

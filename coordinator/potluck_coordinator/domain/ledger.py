@@ -9,6 +9,7 @@ Every amount is a whole number of micro-credits; 1 credit is 1,000,000 of them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NewType
@@ -52,7 +53,7 @@ class OpenHold:
     amount_micro_credits: int
     expires_at_unix_ms: int
     gateway_epoch: int
-    """The gateway run that will settle it; a later run's start settles what an earlier one left open."""
+    """The gateway run that will settle it; the next run of the same gateway settles, at its start, what this one left open."""
 
     def __post_init__(self) -> None:
         _check_amount(self.amount_micro_credits)
@@ -181,8 +182,8 @@ class Transaction:
         return hashlib.sha256(f"{self.transaction_id}\n{self.kind}{lines}".encode()).hexdigest()
 
 
-def judge(hold: Hold | None, command: LedgerCommand, gateway_epoch: int) -> LedgerOutcome | None:
-    """What becomes of a command by the hold's state and the newest gateway's epoch; None: it is new and is to be carried out.
+def judge(hold: Hold | None, command: LedgerCommand, gateway_epochs: AbstractSet[int]) -> LedgerOutcome | None:
+    """What becomes of a command by the hold's state and the epochs of today's gateways; None: it is new and is to be carried out.
 
     A mark never falls: a late, smaller one is a repetition. After the end a mark or settlement answers as it did while the hold was open.
     A replaced gateway opens nothing: its last commands may still arrive, and what it left open has been settled already.
@@ -191,7 +192,7 @@ def judge(hold: Hold | None, command: LedgerCommand, gateway_epoch: int) -> Ledg
         case OpenHold():
             if hold is not None:
                 return _judge_repeated_open(hold, command)
-            return LedgerOutcome.CONFLICT if command.gateway_epoch < gateway_epoch else None
+            return None if command.gateway_epoch in gateway_epochs else LedgerOutcome.CONFLICT
         case MarkDelivered(amount_micro_credits=amount):
             if hold is None or amount > hold.amount_micro_credits:
                 return LedgerOutcome.CONFLICT

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 
-from potluck_coordinator.desks import DirectoryPort, GatewayGrant, PoolSnapshot
+from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
 from potluck_coordinator.domain.admission import AdmissionLimits
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
@@ -39,11 +39,12 @@ from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_coordinator.gateway.requests import RequestLimits, RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
+from potluck_coordinator.pool_desk import GatewayGrant
 from potluck_coordinator.rate_text import rate_limit
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import Clock
-from potluck_protocol.connection import ConnectionDocument
-from potluck_protocol.errors import PotluckError
+from potluck_protocol.connection import ConnectionDocument, is_loopback_host
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId
 from potluck_protocol.version import PROTOCOL_VERSION
 
@@ -71,6 +72,18 @@ def liveness_limits(settings: Settings) -> LivenessLimits:
     )
 
 
+def link_address(settings: Settings, machine: str, port: int) -> str:
+    """Where nodes reach a gateway on a machine of the cluster; without a host where that is whatever host a node knows the pool by."""
+    host = settings.public_hosts.get(machine, machine)
+    if is_loopback_host(host):
+        host = settings.public_host or ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class ReplacedError(Exception):
+    """Another process serves under this gateway's number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoints:
     """The ports that a gateway serves."""
@@ -87,9 +100,13 @@ class Gateway:
         settings: the operator's.
         directory: where the pool's state is.
         clock: for leases, deadlines and dates.
+        number: which of the coordinator's gateways it is, from 0.
+        peer_host: the address of this machine by which gateways on others reach it.
     """
 
-    def __init__(self, settings: Settings, directory: DirectoryPort, clock: Clock) -> None:
+    def __init__(self, settings: Settings, directory: DirectoryPort, clock: Clock, number: int = 0, peer_host: str = "127.0.0.1") -> None:
+        self._number = number
+        self._peer_host = peer_host
         self._settings = settings
         self._directory = directory
         self._clock = clock
@@ -113,8 +130,8 @@ class Gateway:
 
     async def start(self) -> Endpoints:
         """Registers with the directory, learns the pool, and serves. Raises PotluckError if the directory is away or a port is taken."""
-        grant = await self._directory.pool.register_gateway()
-        self._links.use_fingerprint_key(grant.fingerprint_key)
+        grant = await self._directory.pool.register_gateway(self._number)
+        self._links.registered(grant.epoch, grant.fingerprint_key)
         self._take(await self._directory.pool.watch(0))
         books = Books(
             ledger=self._ledger,
@@ -151,10 +168,11 @@ class Gateway:
             )
         ]
         endpoints = await self._serve(grant, requests)
+        await self._directory.pool.announce_gateway(grant.epoch, "", link_address(self._settings, self._peer_host, endpoints.link_port))
         # What was imported and built so far stays for good: the collector need not look through it again and again.
         gc.collect()
         gc.freeze()
-        _log.info("gateway_serving", epoch=grant.epoch, pool_id=grant.pool_id)
+        _log.info("gateway_serving", number=self._number, epoch=grant.epoch, pool_id=grant.pool_id)
         return endpoints
 
     async def run(self) -> None:
@@ -248,7 +266,13 @@ class Gateway:
 
     async def _report(self) -> None:
         self.requests.mark_delivered()
-        await self._links.report(self.requests.waiting_counts)
+        try:
+            await self._links.report(self.requests.waiting_counts)
+        except PotluckError as error:
+            if error.code is ErrorCode.ALREADY_EXISTS:
+                # A ghost's clients would wait for holds that nobody grants it.
+                raise ReplacedError(error.message) from error
+            raise
         await self._note_counts()
 
     async def _note_counts(self) -> None:
@@ -275,6 +299,8 @@ async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) 
             failure_count = 0
         except PotluckError as error:
             _log.warning("periodic_work_failed", code=error.code)
+        except ReplacedError:
+            raise
         except Exception:
             failure_count += 1
             if failure_count > FAILURES_IN_A_ROW_MAX:

@@ -11,10 +11,10 @@ from typing import Final
 
 import grpc
 
-from potluck_coordinator.desks import GatewayGrant
 from potluck_coordinator.gateway.authorisation import check_table
 from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.listening import bind_patiently
+from potluck_coordinator.pool_desk import GatewayGrant
 from potluck_protocol.channels import SERVER_OPTIONS
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2_grpc, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc

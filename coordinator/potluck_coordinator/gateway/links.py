@@ -60,6 +60,7 @@ class Links:
         self._limits = limits
         self._clock = clock
         self._on_change = on_change
+        self._gateway_epoch = 0
         self.culprits = Culprits(clock.monotonic_seconds)
         """Which requests engines of these nodes died of, as far as this process saw it."""
         self.refused_requests: frozenset[Fingerprint] = frozenset()
@@ -73,7 +74,7 @@ class Links:
         self.measures = Measures(clock.monotonic_seconds)
         self.usual: Callable[[ModelId], Forecast] = lambda _: Forecast()
         """What requests of a model usually are; whoever learns it says so here."""
-        self._roster = Roster(self._usually)
+        self._roster = Roster(lambda model_id: self.usual(model_id))  # noqa: PLW0108 - it is said later
         self._changed: set[NodeId] = set()
         """Whose replicas may be others than in the roster."""
         self._opening: dict[NodeId, asyncio.Lock] = {}
@@ -204,13 +205,13 @@ class Links:
         """Whether there is anything to look a request up in: where engines do not die, only requests that were given up are hashed."""
         return self.culprits.has_any or bool(self.refused_requests or self.suspect_requests)
 
-    def use_fingerprint_key(self, key: bytes) -> None:
-        """The pool's; called before the first node connects."""
-        self.culprits = Culprits(self._clock.monotonic_seconds, key)
+    def registered(self, epoch: int, fingerprint_key: bytes) -> None:
+        """This gateway's epoch, and the pool's key; called before the first node connects."""
+        self._gateway_epoch, self.culprits = epoch, Culprits(self._clock.monotonic_seconds, fingerprint_key)
 
     def others_can_take(self, request: InferenceRequest, owner: AccountId, tried: frozenset[NodeId] = frozenset()) -> bool:
         """Whether a node of another owner could answer the request, now or when it has a slot free; those `tried` would not."""
-        others = [session for session in self._sessions.values() if session.owner_account_id != owner]
+        others = (other for other in self.sessions if other.owner_account_id != owner)
         replicas = (replica for other in others for replica in other.replica_views(request.model_id))
         needs = request.endpoint, tried, request.prompt_tokens_min
         return any(rejection(replica, *needs, trusted_only=request.trusted_only) is None for replica in replicas)
@@ -245,9 +246,6 @@ class Links:
         request = session.requests.get(attempt_id)
         return request is not None and self.culprits.is_refused(request.fingerprint(self.culprits))
 
-    def _usually(self, model_id: ModelId) -> Forecast:
-        return self.usual(model_id)
-
     def roster(self) -> Roster:
         """Every replica of the connected nodes as it is now; true for no longer than until the next call."""
         while self._changed:
@@ -274,7 +272,7 @@ class Links:
                 self.close(session, None, GoodbyeReason.REPLACED)
                 session = None
             if session is None:
-                grant = await self._directory.nodes.open_session(hello)
+                grant = await self._directory.nodes.open_session(hello, gateway_epoch=self._gateway_epoch)
                 if hello.node_id in self._outcasts:
                     # The snapshot that says so came while the directory's answer was on its way.
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
@@ -369,7 +367,8 @@ class Links:
             waiting_counts: the requests that wait for a slot, and the people whose requests were refused lately, by model.
         """
         now = self._clock.monotonic_seconds()
-        await self._directory.nodes.report([session.report(now) for session in self._sessions.values()], waiting_counts)
+        reports = [session.report(now) for session in self._sessions.values()]
+        await self._directory.nodes.report(reports, waiting_counts, gateway_epoch=self._gateway_epoch)
 
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""

@@ -55,7 +55,7 @@ class Books:
             self._granted.add(payer)
             self._book(grant(payer, GRANT_MICRO_CREDITS), now)
         command = OpenHold(str(attempt_id), payer, (PayeeShare(payee, 1),), amount_micro_credits, 0, self.gateway_epoch)
-        if judge(self._holds.get(command.hold_id), command, self.gateway_epoch) is None:
+        if judge(self._holds.get(command.hold_id), command, {self.gateway_epoch}) is None:
             self._holds[command.hold_id] = Hold(
                 hold_id=command.hold_id,
                 payer=payer,
@@ -72,7 +72,7 @@ class Books:
         """Pays for what an attempt delivered, once; what it was charged by this call."""
         command = SettleHold(str(attempt_id), amount_micro_credits)
         hold = self._holds.get(command.hold_id)
-        if judge(hold, command, self.gateway_epoch) is not None or hold is None:
+        if judge(hold, command, {self.gateway_epoch}) is not None or hold is None:
             return 0
         self._book(settlement(hold, amount_micro_credits, fee(amount_micro_credits, FEE_BASIS_POINTS)), now)
         self._holds[command.hold_id] = replace(hold, state=HoldState.SETTLED, settled_micro_credits=amount_micro_credits)

@@ -15,7 +15,7 @@ from sqlmodel import Session, col, insert, update
 
 from potluck_coordinator.domain.ledger import Hold, HoldState, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare, merged
-from potluck_coordinator.storage.tables import HoldPayeeRow, HoldRow
+from potluck_coordinator.storage.tables import GatewayRow, HoldPayeeRow, HoldRow
 from potluck_protocol.values import AccountId
 
 # Built once and run past the session: putting them together anew was most of what a payment cost.
@@ -26,7 +26,7 @@ _GET: Final = (
 )
 _OPEN: Final = select(col(HoldRow.hold_id)).where(col(HoldRow.state) == HoldState.OPEN).limit(bindparam("count_max"))
 _OVERDUE: Final = _OPEN.where(col(HoldRow.expires_at_unix_ms) <= bindparam("now")).order_by(col(HoldRow.expires_at_unix_ms))
-_ORPHANED: Final = _OPEN.where(col(HoldRow.gateway_epoch) < bindparam("epoch"))
+_ORPHANED: Final = _OPEN.where(col(HoldRow.gateway_epoch).not_in(select(col(GatewayRow.epoch))))
 _ADD: Final = insert(HoldRow)
 _ADD_PAYEE: Final = insert(HoldPayeeRow)
 _MARK: Final = update(HoldRow).where(col(HoldRow.hold_id) == bindparam("hold")).values(delivered=bindparam("mark"))
@@ -77,9 +77,9 @@ class HoldRepository:
         """Open holds whose deadline has come, the oldest deadlines first."""
         return self._each(self._connection.execute(_OVERDUE, {"now": now_unix_ms, "count_max": limit}).scalars().all())
 
-    def orphaned(self, before_epoch: int, limit: int) -> tuple[Hold, ...]:
-        """Open holds of gateway epochs before that one."""
-        return self._each(self._connection.execute(_ORPHANED, {"epoch": before_epoch, "count_max": limit}).scalars().all())
+    def orphaned(self, limit: int) -> tuple[Hold, ...]:
+        """Open holds of gateway epochs that are nobody's any more."""
+        return self._each(self._connection.execute(_ORPHANED, {"count_max": limit}).scalars().all())
 
     def _each(self, hold_ids: Sequence[str]) -> tuple[Hold, ...]:
         return tuple(hold for hold_id in hold_ids if (hold := self.get(hold_id)) is not None)

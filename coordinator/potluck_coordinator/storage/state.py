@@ -13,7 +13,7 @@ from sqlmodel import Session, col, select, update
 
 from potluck_coordinator.storage.tables import CoordinatorStateRow
 
-# Built once and run past the session, as in `holds`: every payment looks at the gateway's epoch.
+# Built once and run past the session, as in `holds`: counters are looked at often.
 _GET: Final = select(CoordinatorStateRow.value).where(col(CoordinatorStateRow.name) == bindparam("fact"))
 
 

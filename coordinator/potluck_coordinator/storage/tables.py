@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, LargeBinary
+from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, LargeBinary, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 
@@ -317,6 +317,18 @@ class ReplicaPaceRow(SQLModel, table=True):
     model_id: str = Field(primary_key=True)
     day: int = _big(primary_key=True)
     tokens_per_second: float
+
+
+class GatewayRow(SQLModel, table=True):
+    """Which epoch a gateway's number has now, and where that gateway is reached: empty until its ports are open."""
+
+    __tablename__ = "gateway"
+    __table_args__ = (UniqueConstraint("epoch", name="gateway_epoch"),)
+
+    number: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    epoch: int = _big()
+    peer_address: str
+    link_address: str
 
 
 class CoordinatorStateRow(SQLModel, table=True):

@@ -10,6 +10,7 @@ from sqlmodel import Session
 from potluck_coordinator.storage.accounts import AccountRepository
 from potluck_coordinator.storage.audit import Audit
 from potluck_coordinator.storage.catalogue import CatalogueRepository
+from potluck_coordinator.storage.gateways import GatewayRepository
 from potluck_coordinator.storage.groups import GroupRepository
 from potluck_coordinator.storage.holds import HoldRepository
 from potluck_coordinator.storage.idempotency import IdempotencyRepository
@@ -40,6 +41,7 @@ class UnitOfWork:
         self.audit = Audit(session)
         self.catalogue = CatalogueRepository(session)
         self.plan = PlanRepository(session)
+        self.gateways = GatewayRepository(session)
         self.groups = GroupRepository(session)
         self.lethal_requests = LethalRequestRepository(session)
         self.idempotency = IdempotencyRepository(session)

@@ -1,0 +1,48 @@
+"""Gateways, as rows: which epoch each number has now, and where it is reached.
+
+Decides nothing. A number has one epoch, and an epoch that no row names is nobody's. It must not know what an epoch allows.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlmodel import Session, col, delete, select, update
+
+from potluck_coordinator.domain.gateways import GatewayRecord
+from potluck_coordinator.storage.tables import GatewayRow
+
+# Built once and run past the session, as in `holds`: every payment looks at the gateways' epochs.
+_EPOCHS: Final = select(col(GatewayRow.epoch))
+
+
+class GatewayRepository:
+    """The `gateway` table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def epochs(self) -> frozenset[int]:
+        """Of all that are somebody's."""
+        return frozenset(self._session.connection().execute(_EPOCHS).scalars())
+
+    def all(self) -> dict[int, GatewayRecord]:
+        """By epoch."""
+        rows = self._session.exec(select(GatewayRow).order_by(col(GatewayRow.number))).all()
+        return {row.epoch: GatewayRecord(row.number, row.epoch, row.peer_address, row.link_address) for row in rows}
+
+    def put(self, record: GatewayRecord) -> None:
+        """In the place of whoever had the number."""
+        self._session.merge(
+            GatewayRow(number=record.number, epoch=record.epoch, peer_address=record.peer_address, link_address=record.link_address)
+        )
+        self._session.flush()
+
+    def announce(self, epoch: int, peer_address: str, link_address: str) -> bool:
+        """Notes where it is reached; False for an epoch that is nobody's any more."""
+        values = {"peer_address": peer_address, "link_address": link_address}
+        return self._session.exec(update(GatewayRow).where(col(GatewayRow.epoch) == epoch).values(**values)).rowcount == 1
+
+    def retire(self, from_number: int) -> int:
+        """Takes away every gateway of that number or a higher one; how many there were."""
+        return self._session.exec(delete(GatewayRow).where(col(GatewayRow.number) >= from_number)).rowcount
