@@ -47,6 +47,10 @@ TlsKey = Annotated[Path | None, _option("The private key to it.")]
 DatabaseUrl = Annotated[str | None, _option("SQLAlchemy URL. [SQLite in the data folder]")]
 CatalogueFile = Annotated[Path | None, _option("TOML file with models beside the built-in one.", "--catalogue")]
 RayAddress = Annotated[str | None, _option("Join your own Ray cluster instead; Ray's own RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH apply.")]
+Gateways = Annotated[
+    int | None,
+    _option("Processes that relay, on the cluster's machines in turn; those of one machine share its ports. [1]"),
+]
 GrantCredits = Annotated[int | None, _option("Credits of a new account. [1000]")]
 FeeBasisPoints = Annotated[int | None, _option("The pool's share; 500 is 5 %. [500]")]
 DefaultTierRate = Annotated[str | None, _option("What an account may ask for in the default tier, such as 20/minute. [100/hour]")]
@@ -68,6 +72,7 @@ def serve(
     database_url: DatabaseUrl = None,
     catalogue_file: CatalogueFile = None,
     ray_address: RayAddress = None,
+    gateways: Gateways = None,
     grant_credits: GrantCredits = None,
     fee_basis_points: FeeBasisPoints = None,
     default_tier_rate: DefaultTierRate = None,
@@ -93,6 +98,7 @@ def serve(
         "database_url": database_url,
         "catalogue_file": catalogue_file,
         "ray_address": ray_address,
+        "gateways": gateways,
         "grant_credits": grant_credits,
         "fee_basis_points": fee_basis_points,
         "default_tier_rate": default_tier_rate,

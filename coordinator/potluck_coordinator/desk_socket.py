@@ -126,16 +126,24 @@ class DeskServer:
                 _write_frame(writer, number, error)
 
     async def _outcome(self, content: bytes) -> Any:
-        desk = method = None
         try:
-            desk, method, arguments, named = pickle.loads(content)  # noqa: S301 - from this user's own processes only
-            assert desk in DESKS
-            return await getattr(getattr(self._directory, desk), method)(*arguments, **named)
-        except PotluckError as error:
-            return error
+            call = pickle.loads(content)  # noqa: S301 - from this user's own processes only
         except Exception:  # noqa: BLE001 - the caller is told that it failed, the log why
-            _log.exception("desk_failed", desk=desk, method=method)
+            _log.exception("desk_call_unreadable")
             return PotluckError(ErrorCode.INTERNAL_ERROR)
+        return await answer(self._directory, *call)
+
+
+async def answer(directory: DirectoryPort, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """A desk's answer, or its PotluckError as a value: an INTERNAL_ERROR for whatever nobody foresaw."""
+    try:
+        assert desk in DESKS
+        return await getattr(getattr(directory, desk), method)(*arguments, **named)
+    except PotluckError as error:
+        return error
+    except Exception:  # noqa: BLE001 - the caller is told that it failed, the log why
+        _log.exception("desk_failed", desk=desk, method=method)
+        return PotluckError(ErrorCode.INTERNAL_ERROR)
 
 
 class DeskClient:

@@ -1,6 +1,7 @@
 """Binds the http port, tries the gRPC ones before gRPC binds them, and says why one cannot be had and what changes that.
 
-Decides how long a dying predecessor's port is waited for. It must not know who listens there.
+Decides how long a dying predecessor's port is waited for. A port that several gateways of one machine share is the kernel's to divide: each
+new connection is some gateway's. Only processes of one user can share, and only with each other. It must not know who listens there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PREDECESSOR_SECONDS_MAX: Final = 10.0
 RETRY_SECONDS: Final = 0.2
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
+def bind(host: str, port: int, flag: str, *, shared: bool = False) -> socket.socket:
     """A socket on the address that does not listen yet; port 0 is any free one.
 
     Raises:
@@ -26,6 +27,8 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
     except OSError as error:
@@ -34,12 +37,12 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
     return bound
 
 
-async def bind_patiently(host: str, port: int, flag: str) -> socket.socket:
+async def bind_patiently(host: str, port: int, flag: str, *, shared: bool = False) -> socket.socket:
     """As `bind`, but waits up to 10 s for a port that is taken."""
     give_up_at = asyncio.get_running_loop().time() + PREDECESSOR_SECONDS_MAX
     while True:
         try:
-            return bind(host, port, flag)
+            return bind(host, port, flag, shared=shared)
         except PotluckError as error:
             taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
             if not taken or asyncio.get_running_loop().time() >= give_up_at:

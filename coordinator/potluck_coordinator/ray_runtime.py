@@ -1,45 +1,39 @@
-"""Ray, in the one place that imports it: where the coordinator's two actors live.
+"""Ray, in the one place that imports it: where the coordinator's actors live.
 
-Decides how Ray is started (on loopback, with a token, without a dashboard) or joined, that its actors run on this machine, where the books
-are, and that they come back when their process dies. It must not know what directory and gateway do, nor how they talk: it only gives each
-its end of `desk_socket`.
-
-An actor serves from its constructor on, because Ray runs that constructor again after every restart and nobody else may be there to ask.
-What ends an actor's main work ends its process: Ray's restart is the one way back, whatever went wrong.
+Decides how Ray is started (on loopback, with a token, without a dashboard) or joined, that the directory runs on this machine, where the
+books are, and the gateways on all machines in turn, that they come back when their process or machine dies, and when so much is away that
+only a new coordinator helps. It must not know what `actors` do: it only gives each its way to the others (`Reach`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import io
 import itertools
 import os
 import secrets
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import structlog
 
-from potluck_coordinator.desk_socket import DeskClient, DeskServer, RemoteDirectory
+from potluck_coordinator.actors import DirectoryActor, GatewayActor
+from potluck_coordinator.desk_socket import Ask, DeskClient, DirectoryLostError
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import SystemClock
+from potluck_protocol.connection import is_loopback_host
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.observe import configure_logging
-
-if TYPE_CHECKING:
-    from potluck_coordinator.gateway.gateway import Gateway
 
 NAMESPACE: Final = "potluck"
 DIRECTORY: Final = "directory"
-GATEWAY: Final = "gateway"
-FAILED_PAUSE_SECONDS: Final = 1.0
-"""Between a failure and the end of its actor's process, so that a lasting cause does not become a busy loop of restarts."""
+GATEWAY: Final = "gateway-"
+"""With its number behind it."""
+CALLS_MAX: Final = 1000
+"""Of one actor at a time: each gateway of another machine always waits for the directory's next snapshot."""
 CANCEL_CHECK_SECONDS: Final = 0.25
 CHECK_SECONDS_MAX: Final = 1.0
 ABSENCE_SECONDS_MAX: Final = 30.0
@@ -52,98 +46,60 @@ OBJECT_STORE_BYTES: Final = 80 * 1024 * 1024
 _log = structlog.get_logger()
 
 
-class _Actor:
-    """What both actors share: they serve from the start, say when they are ready, and end their process when they fail."""
+@dataclass(frozen=True)
+class _Reach:
+    """How actors reach the driver and the directory: by files where the driver is, through Ray from other machines.
 
-    def __init__(self, settings: Settings, desk_socket: Path, log_pipe: str | None) -> None:
-        _send_log_lines_to(log_pipe)
-        configure_logging(json=settings.log_format == "json", level=settings.log_level)
-        self._settings = settings
-        self._desk_socket = desk_socket
-        self._ready: asyncio.Future[PotluckError | None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.get_running_loop().create_task(self._guard())
+    It crosses to the actors' processes, and answers there.
+    """
 
-    async def ready(self) -> PotluckError | None:
-        """None once it serves, or what kept it from serving."""
-        return await asyncio.shield(self._ready)
+    driver_machine: str
+    """Ray's id of it."""
+    driver_address: str
+    has_more_machines: bool
+    desk_socket: Path
+    driver_log_pipe: str | None
 
-    async def _serve(self) -> None:
-        """Opens, calls `_opened`, and returns only when told to stop."""
-        raise NotImplementedError
+    def log_pipe(self) -> str | None:
+        return self.driver_log_pipe if self._is_with_driver() else None
 
-    def _opened(self) -> None:
-        _log.info("actor_serving", actor=type(self).__name__, process_id=os.getpid())
-        self._ready.set_result(None)
+    def directory(self) -> Ask:
+        return DeskClient(self.desk_socket).call if self._is_with_driver() else self._ask_through_ray
 
-    async def _guard(self) -> None:
+    def peer_host(self) -> str:
+        return self._address() if self.has_more_machines else "127.0.0.1"
+
+    def listening_host(self, host: str) -> str:
+        return self._address() if host == self.driver_address and self.has_more_machines else host
+
+    def _is_with_driver(self) -> bool:
+        import ray  # noqa: PLC0415
+
+        return bool(ray.get_runtime_context().get_node_id() == self.driver_machine)
+
+    def _address(self) -> str:
+        import ray  # noqa: PLC0415
+
+        return str(ray.util.get_node_ip_address())
+
+    async def _ask_through_ray(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        import ray  # noqa: PLC0415
+
         try:
-            await self._serve()
-        except asyncio.CancelledError:
-            return
-        except Exception as error:  # noqa: BLE001 - whatever it is, the process ends and Ray starts it again
-            if isinstance(error, PotluckError):
-                _log.error("actor_failed", actor=type(self).__name__, code=error.code, reason=error.message)
-            else:
-                _log.exception("actor_failed", actor=type(self).__name__, process_id=os.getpid())
-            if not self._ready.done():
-                self._ready.set_result(_as_potluck_error(error))
-            await asyncio.sleep(FAILED_PAUSE_SECONDS)
-            os._exit(1)
-
-
-class DirectoryActor(_Actor):
-    """The directory in a process of its own."""
-
-    async def stop(self) -> None:
-        """Ends the desks and the background work, and closes the database."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _serve(self) -> None:
-        from potluck_coordinator.directory.directory import Directory, spare_collections  # noqa: PLC0415 - only this process needs SQL
-
-        directory = await Directory.open(self._settings, SystemClock())
-        desks = DeskServer(directory, self._desk_socket)
-        try:
-            await desks.start()
-            self._opened()
-            spare_collections()
-            await directory.run_background()
-            raise RuntimeError("the directory's background work ended by itself")
-        finally:
-            await desks.stop()
-            directory.close()
-
-
-class GatewayActor(_Actor):
-    """The gateway in a process of its own."""
-
-    _gateway: Gateway | None = None
-
-    async def stop(self) -> None:
-        """Says goodbye to the nodes and closes the ports."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        if self._gateway is not None:
-            await self._gateway.stop()
-
-    async def _serve(self) -> None:
-        from potluck_coordinator.gateway.gateway import Gateway  # noqa: PLC0415 - only this process needs servers
-
-        directory = RemoteDirectory(DeskClient(self._desk_socket).call, SystemClock())
-        self._gateway = Gateway(self._settings, directory, SystemClock())
-        await self._gateway.start()
-        self._opened()
-        await self._gateway.run()
+            # By name: Ray would keep a constructor's handle where it may be lost, and with it the way back of whoever was given it.
+            directory = ray.get_actor(DIRECTORY, namespace=NAMESPACE)
+            return await directory.ask.remote(desk, method, arguments, named)
+        except (ray.exceptions.RayError, ValueError) as error:
+            raise DirectoryLostError from error
 
 
 class RayRuntime:
-    """The driver's end: starts Ray and the two actors, and stops them.
+    """The driver's end: starts Ray and the actors, and stops them.
 
     Args:
         settings: with all three ports resolved, so that a restarted gateway gets the same again.
         run_dir: a private folder of this run with a short path; the desks' socket and Ray's own lie in it.
-        log_pipe: where the actors' log lines go; None leaves them to Ray's own log files.
+        log_pipe: where the lines of this machine's actors go; None leaves them to Ray's own log files.
     """
 
     def __init__(self, settings: Settings, run_dir: Path, log_pipe: Path | None) -> None:
@@ -153,12 +109,16 @@ class RayRuntime:
         self._clock = SystemClock()
         self._actors: dict[str, Any] = {}
         self._answered_at: dict[str, float] = {}
+        self._reach: _Reach | None = None
+        self._machines: list[str] = []
+        """Ray's ids, this one's first."""
 
     def start(self, cancelled: Callable[[], bool]) -> None:
-        """Returns once the gateway serves, or early once `cancelled` says so.
+        """Returns once every gateway serves, or early once `cancelled` says so.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE if Ray or the named cluster does not come up; else whatever kept an actor from serving.
+            PotluckError: COORDINATOR_UNAVAILABLE if Ray or the named cluster does not come up, INVALID_REQUEST for a host that not every
+                machine has; else whatever kept an actor from serving.
         """
         os.environ.update(_ray_environment(self._settings))
         import ray  # noqa: PLC0415 - reads its environment when it is imported
@@ -168,59 +128,105 @@ class RayRuntime:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = self._settings.ray_address or "on this machine"
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"Ray {where} did not come up: {error}") from error
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        here = ray.get_runtime_context().get_node_id()
+        alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        self._machines = [here, *sorted(alive.keys() - {here})]
+        _check_host(self._settings, len(self._machines))
         desk_socket = self._run_dir / "desks"
-        for name, actor_class in ((DIRECTORY, DirectoryActor), (GATEWAY, GatewayActor)):
-            made = ray.remote(actor_class).options(
-                name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100, scheduling_strategy=here
-            )
-            actor = self._actors[name] = made.remote(self._settings, desk_socket, self._log_pipe)
-            ready = actor.ready.remote()
-            while not ray.wait([ready], timeout=CANCEL_CHECK_SECONDS)[0]:
-                if cancelled():
-                    return
-            failure = ray.get(ready)
-            if failure is not None:
-                raise failure
-            self._answered_at[name] = self._clock.monotonic_seconds()
+        self._reach = _Reach(here, alive[here], len(self._machines) > 1, desk_socket, self._log_pipe)
+        made = self._made(DirectoryActor, DIRECTORY, here, soft=False)
+        self._actors[DIRECTORY] = made.remote(self._settings, self._reach, desk_socket)
+        if not self._wait_ready([DIRECTORY], cancelled):
+            return
+        for number in range(self._settings.gateways):
+            self._make_gateway(number)
+        self._wait_ready([name for name in self._actors if name != DIRECTORY], cancelled)
 
     def check(self) -> None:
-        """Asks both actors whether they serve, for a second each.
+        """Asks all actors whether they serve, for a second.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE once one is gone for good or silent for 30 s. Only a new coordinator helps then.
+            PotluckError: COORDINATOR_UNAVAILABLE once the directory, or every gateway, is gone for good or silent for 30 s. Only a new
+                coordinator helps then.
         """
         import ray  # noqa: PLC0415
 
-        for name, actor in self._actors.items():
+        asked = {name: actor.ready.remote() for name, actor in self._actors.items()}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=CHECK_SECONDS_MAX)
+        failures: dict[str, Exception] = {}
+        for name, ready in asked.items():
             try:
-                failure: Exception | None = ray.get(actor.ready.remote(), timeout=CHECK_SECONDS_MAX)
+                failure: Exception | None = ray.get(ready, timeout=0)
             except ray.exceptions.RayError as error:
                 failure = error
             if failure is None:
                 self._answered_at[name] = self._clock.monotonic_seconds()
-                continue
-            # One that answers that it failed is about to end its process: it is as absent as one that does not answer.
-            absent_seconds = self._clock.monotonic_seconds() - self._answered_at[name]
-            _log.warning("actor_absent", actor=name, absent_seconds=round(absent_seconds, 1), reason=type(failure).__name__)
-            # Ray's word for an actor that it will not start again.
-            if absent_seconds > ABSENCE_SECONDS_MAX or isinstance(failure, ray.exceptions.ActorDiedError):
-                raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, _away_text(name, failure)) from failure
+            elif self._is_gone(name, failure):
+                failures[name] = failure
+        if DIRECTORY in failures or len(failures) == len(asked) - 1:
+            name = DIRECTORY if DIRECTORY in failures else next(iter(failures))
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, _away_text(name, failures[name])) from failures[name]
+        for name, failure in failures.items():
+            if isinstance(failure, ray.exceptions.ActorDiedError):
+                _log.error("gateway_made_anew", actor=name)
+                self._make_gateway(int(name.removeprefix(GATEWAY)))
 
     def stop(self) -> None:
-        """Gateway first, so that nodes hear a goodbye and holds are settled; then the directory; then Ray. Bounded, never raises."""
+        """Gateways first, so that nodes hear a goodbye and holds are settled; then the directory; then Ray. Bounded, never raises."""
         import ray  # noqa: PLC0415
 
-        for name, seconds in ((GATEWAY, GATEWAY_STOP_SECONDS_MAX), (DIRECTORY, DIRECTORY_STOP_SECONDS_MAX)):
-            actor = self._actors.pop(name, None)
-            if actor is None:
-                continue
-            try:
-                ray.get(actor.stop.remote(), timeout=seconds)
-            except ray.exceptions.RayError as error:
-                _log.warning("actor_not_stopped", actor=name, reason=type(error).__name__)
-            ray.kill(actor, no_restart=True)
+        gateways = [name for name in self._actors if name != DIRECTORY]
+        for names, seconds in ((gateways, GATEWAY_STOP_SECONDS_MAX), ([DIRECTORY], DIRECTORY_STOP_SECONDS_MAX)):
+            actors = {name: self._actors.pop(name) for name in names if name in self._actors}
+            stopping = {name: actor.stop.remote() for name, actor in actors.items()}
+            if stopping:
+                ray.wait(list(stopping.values()), num_returns=len(stopping), timeout=seconds)
+            for name, stopped in stopping.items():
+                try:
+                    ray.get(stopped, timeout=0)
+                except ray.exceptions.RayError as error:
+                    _log.warning("actor_not_stopped", actor=name, reason=type(error).__name__)
+                ray.kill(actors[name], no_restart=True)
         ray.shutdown()
+
+    def _made(self, actor_class: type, name: str, machine: str, *, soft: bool) -> Any:
+        import ray  # noqa: PLC0415
+
+        where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(machine, soft=soft)
+        return ray.remote(actor_class).options(
+            name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=CALLS_MAX, scheduling_strategy=where
+        )
+
+    def _make_gateway(self, number: int) -> None:
+        """On the machines in turn; where its machine is gone, on any other."""
+        machine = self._machines[number % len(self._machines)]
+        name = f"{GATEWAY}{number}"
+        self._actors[name] = self._made(GatewayActor, name, machine, soft=True).remote(self._settings, self._reach, number)
+
+    def _wait_ready(self, names: Sequence[str], cancelled: Callable[[], bool]) -> bool:
+        """Whether they serve; False where it was cancelled. Raises what kept one of them from it."""
+        import ray  # noqa: PLC0415
+
+        waiting = {self._actors[name].ready.remote(): name for name in names}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), timeout=CANCEL_CHECK_SECONDS)
+            if not ready and cancelled():
+                return False
+            for one in ready:
+                failure = ray.get(one)
+                if failure is not None:
+                    raise failure
+                self._answered_at[waiting.pop(one)] = self._clock.monotonic_seconds()
+        return True
+
+    def _is_gone(self, name: str, failure: Exception) -> bool:
+        """Whether it is not coming back. One that answers that it failed is about to end its process: it is absent, too."""
+        import ray  # noqa: PLC0415
+
+        absent_seconds = self._clock.monotonic_seconds() - self._answered_at[name]
+        _log.warning("actor_absent", actor=name, absent_seconds=round(absent_seconds, 1), reason=type(failure).__name__)
+        # The latter is Ray's word for an actor that it will not start again.
+        return absent_seconds > ABSENCE_SECONDS_MAX or isinstance(failure, ray.exceptions.ActorDiedError)
 
     def _init_arguments(self) -> Mapping[str, Any]:
         if self._settings.ray_address is not None:
@@ -234,6 +240,15 @@ class RayRuntime:
             # A folder of its own, for Ray opens it to everybody; one letter, for the paths of its sockets are bounded.
             "_temp_dir": str(self._run_dir / "r"),
         }
+
+
+def _check_host(settings: Settings, machine_count: int) -> None:
+    if min(machine_count, settings.gateways) > 1 and is_loopback_host(settings.host):
+        raise PotluckError(
+            ErrorCode.INVALID_REQUEST,
+            f"The cluster has {machine_count} machines, and gateways on the others cannot be reached at {settings.host}: give "
+            "--host 0.0.0.0, or this machine's own address in the cluster, for which every gateway takes that of its machine.",
+        )
 
 
 def _ray_environment(settings: Settings) -> Mapping[str, str]:
@@ -271,46 +286,9 @@ def _token_file(path: Path) -> Path:
     return path
 
 
-def _send_log_lines_to(log_pipe: str | None) -> None:
-    """Points standard error at the driver's pipe; without a reader there, Ray's log file keeps it."""
-    if log_pipe is None:
-        return
-    try:
-        descriptor = os.open(log_pipe, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:
-        return
-    # It stays non-blocking: a terminal that is held, or a driver that is busy, costs lines and not the pool's time.
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    # Ray has put a wrapper of its own around the old one, which costs more than the line.
-    sys.stderr = io.TextIOWrapper(io.BufferedWriter(_LossyDescriptor(2)), errors="backslashreplace", line_buffering=True)
-
-
-class _LossyDescriptor(io.RawIOBase):
-    """A descriptor that loses what nobody takes at once, and never fails whoever writes."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def write(self, data: Any) -> int:
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, data)
-        return len(data)
-
-
 def _away_text(name: str, failure: Exception) -> str:
     reason = f" What it says: {failure.message}" if isinstance(failure, PotluckError) else ""
-    return f"The {name} has been away for too long.{reason}"
-
-
-def _as_potluck_error(error: Exception) -> PotluckError:
-    return error if isinstance(error, PotluckError) else PotluckError(ErrorCode.INTERNAL_ERROR, f"It failed at its start: {error}")
+    return f"The coordinator's {name} has been away for too long.{reason}"
 
 
 def spread(function: Callable[[Any], Any], inputs: Sequence[Any], address: str | None) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""One coordinator from start to stop: the only one on its data folder, three ports settled, two actors up, nothing left behind.
+"""One coordinator from start to stop: the only one on its data folder, three ports settled, its actors up, nothing left behind.
 
 Decides the order of that, what a start is refused for, and what tells other programs that the coordinator is ready. `ray_runtime` runs the
 actors; `warden` clears up should this process die. It must not know how requests are served.

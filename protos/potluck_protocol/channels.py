@@ -35,7 +35,7 @@ SERVER_OPTIONS: Final[list[tuple[str, int]]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A call carries a key and a request id.
     ("grpc.max_metadata_size", 4 * 1024),
-    # Two processes sharing a port would split the nodes between a live coordinator and a dying one.
+    # Two processes sharing a port would split the nodes between a live coordinator and a dying one. Several gateways of one share theirs.
     ("grpc.so_reuseport", 0),
 ]
 

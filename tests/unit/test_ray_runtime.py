@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from potluck_coordinator import ray_runtime
-from potluck_coordinator.ray_runtime import ABSENCE_SECONDS_MAX, DIRECTORY, GATEWAY, RayRuntime
+from potluck_coordinator import actors as actors_module
+from potluck_coordinator.ray_runtime import ABSENCE_SECONDS_MAX, DIRECTORY, GATEWAY, RayRuntime, _check_host
 from potluck_coordinator.settings import Settings
 from potluck_protocol.errors import ErrorCode, PotluckError
+
+FIRST, SECOND = f"{GATEWAY}0", f"{GATEWAY}1"
 
 
 class RayError(Exception):
@@ -38,16 +40,19 @@ class Clock:
 
 
 class Actors:
-    """Two actors, and the few words of Ray by which they are asked."""
+    """A directory and two gateways, and the few words of Ray by which they are asked."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.answers: dict[str, Any] = {DIRECTORY: None, GATEWAY: None}
+        self.answers: dict[str, Any] = {DIRECTORY: None, FIRST: None, SECOND: None}
+        self.made: list[int] = []
         self.clock = Clock()
-        ray = SimpleNamespace(get=self._get, exceptions=SimpleNamespace(RayError=RayError, ActorDiedError=ActorDiedError))
+        exceptions = SimpleNamespace(RayError=RayError, ActorDiedError=ActorDiedError)
+        ray = SimpleNamespace(get=self._get, wait=lambda *_, **__: None, exceptions=exceptions)
         monkeypatch.setitem(sys.modules, "ray", ray)
         self.runtime = RayRuntime(Settings(data_dir=folder), folder, None)
         self.runtime._clock = self.clock
         self.runtime._actors = {name: SimpleNamespace(ready=SimpleNamespace(remote=lambda name=name: name)) for name in self.answers}
+        self.runtime._make_gateway = self.made.append  # type: ignore[method-assign]
         self.runtime._answered_at = dict.fromkeys(self.answers, self.clock.now)
 
     def _get(self, name: str, timeout: float) -> Any:
@@ -65,11 +70,11 @@ def actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Actors:
 
 @pytest.mark.parametrize("answer", [RayError(), PotluckError(ErrorCode.INTERNAL_ERROR, "the disk is full")], ids=["silence", "a failure"])
 def test_an_actor_that_does_not_serve_is_absent_whatever_it_answers(actors: Actors, answer: Exception) -> None:
-    actors.answers[GATEWAY] = answer
+    actors.answers[FIRST] = actors.answers[SECOND] = answer
     actors.clock.now += ABSENCE_SECONDS_MAX
     actors.runtime.check()
     actors.clock.now += 0.1
-    with pytest.raises(PotluckError, match="gateway has been away") as gone:
+    with pytest.raises(PotluckError, match="gateway-0 has been away") as gone:
         actors.runtime.check()
     assert gone.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
     assert ("the disk is full" in gone.value.message) == isinstance(answer, PotluckError)
@@ -82,6 +87,43 @@ def test_an_actor_that_came_back_has_all_its_time_again(actors: Actors) -> None:
         actors.runtime.check()
 
 
+def test_one_gateway_that_is_away_ends_nothing(actors: Actors) -> None:
+    actors.answers[FIRST] = RayError()
+    for _ in range(3):
+        actors.clock.now += ABSENCE_SECONDS_MAX
+        actors.runtime.check()
+    assert actors.made == []
+    actors.answers[FIRST] = ActorDiedError()
+    actors.runtime.check()
+    assert actors.made == [0], "Ray will not start it again"
+    actors.answers[DIRECTORY] = RayError()
+    actors.clock.now += ABSENCE_SECONDS_MAX + 1
+    with pytest.raises(PotluckError, match="directory has been away"):
+        actors.runtime.check()
+
+
+@pytest.mark.parametrize(
+    ("host", "gateways", "machine_count", "is_refused"),
+    [
+        ("127.0.0.1", 1, 2, False),
+        ("127.0.0.1", 2, 1, False),
+        ("127.0.0.1", 2, 2, True),
+        ("0.0.0.0", 2, 2, False),
+        ("10.0.0.1", 2, 2, False),
+    ],
+)
+def test_gateways_on_other_machines_do_not_listen_on_loopback(
+    tmp_path: Path, host: str, gateways: int, machine_count: int, is_refused: bool
+) -> None:
+    settings = Settings(data_dir=tmp_path, host=host, gateways=gateways)
+    if not is_refused:
+        _check_host(settings, machine_count)
+        return
+    with pytest.raises(PotluckError, match=r"--host 0\.0\.0\.0") as refused:
+        _check_host(settings, machine_count)
+    assert refused.value.code is ErrorCode.INVALID_REQUEST
+
+
 def test_what_ray_gave_up_is_not_waited_for(actors: Actors) -> None:
     actors.answers[DIRECTORY] = ActorDiedError()
     with pytest.raises(PotluckError, match="directory has been away"):
@@ -90,7 +132,7 @@ def test_what_ray_gave_up_is_not_waited_for(actors: Actors) -> None:
 
 ACTOR = """
 import os, sys, structlog
-from potluck_coordinator.ray_runtime import _send_log_lines_to
+from potluck_coordinator.actors import _send_log_lines_to
 from potluck_protocol.observe import configure_logging
 _send_log_lines_to(sys.argv[1])
 configure_logging(json=True)
@@ -139,5 +181,5 @@ def select_readable(descriptor: int) -> bool:
 def test_without_a_reader_the_old_standard_error_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log")
     before = sys.stderr
-    ray_runtime._send_log_lines_to(str(tmp_path / "log"))
+    actors_module._send_log_lines_to(str(tmp_path / "log"))
     assert sys.stderr is before

@@ -205,6 +205,7 @@ class Gateway:
 
     async def _serve(self, grant: GatewayGrant, requests: RequestService) -> Endpoints:
         settings = self._settings
+        shared = settings.gateways > 1
         keyed = self._keyed = KeyedRequests(
             requests, self._directory.idempotency, self._clock, hash_key=grant.fingerprint_key, gateway_epoch=grant.epoch
         )
@@ -216,8 +217,9 @@ class Gateway:
             inference=InferenceServicer(requests, keyed, self._metrics, self._clock),
             account=AccountServicer(self._directory.accounts, self._directory.ledger),
             pool=PoolServicer(self._directory.nodes, self._directory.catalogue, requests, self._links, self._clock),
+            shared=shared,
         )
-        nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock))
+        nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock), shared=shared)
         self._ports = [people, nodes]
         grpc_port = await people.start(settings.host, settings.grpc_port)
         link_port = await nodes.start(settings.host, settings.link_port)
@@ -234,7 +236,7 @@ class Gateway:
             tls_certificate=settings.http_tls_certificate,
             tls_key=settings.http_tls_key,
         )
-        http_port = await self._http.start(settings.host, settings.http_port)
+        http_port = await self._http.start(settings.host, settings.http_port, shared=shared)
         return Endpoints(http_port, grpc_port, link_port)
 
     async def _watch(self) -> None:

@@ -39,12 +39,14 @@ class GrpcServer:
         server: with its services added.
         credentials: of this port.
         port_flag: what an operator changes if the port cannot be had, such as "--grpc-port".
+        shared: whether other gateways of this machine listen on the same port.
     """
 
-    def __init__(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, port_flag: str) -> None:
+    def __init__(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, port_flag: str, *, shared: bool) -> None:
         self._server = server
         self._credentials = credentials
         self._port_flag = port_flag
+        self._shared = shared
 
     async def start(self, host: str, port: int) -> int:
         """Serves on the port (0: any free one) and returns its number.
@@ -65,7 +67,7 @@ class GrpcServer:
         for _ in range(BIND_TRIES):
             # gRPC takes no socket and does not say what is wrong with an address. So the address is tried before: this probe waits for it,
             # or says why it cannot be had, and lets go of it again.
-            (await bind_patiently(host, port, self._port_flag)).close()
+            (await bind_patiently(host, port, self._port_flag, shared=self._shared)).close()
             with contextlib.suppress(RuntimeError):
                 return self._server.add_secure_port(address, self._credentials)
         raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"gRPC cannot listen on {address}; choose another with {self._port_flag}.")
@@ -79,31 +81,35 @@ def build_grpc_server(
     inference: inference_pb2_grpc.InferenceServiceServicer,
     account: account_pb2_grpc.AccountServiceServicer,
     pool: pool_pb2_grpc.PoolServiceServicer,
+    shared: bool = False,
 ) -> GrpcServer:
     """The grpc port: the server proves itself, callers carry API keys or join tokens. Raises RuntimeError for an incomplete table."""
     check_table()
-    server = _server(interceptor, CALLS_MAX, CALLS_PER_CONNECTION_MAX)
+    server = _server(interceptor, CALLS_MAX, CALLS_PER_CONNECTION_MAX, shared=shared)
     node_pb2_grpc.add_EnrolmentServiceServicer_to_server(enrolment, server)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
     account_pb2_grpc.add_AccountServiceServicer_to_server(account, server)
     pool_pb2_grpc.add_PoolServiceServicer_to_server(pool, server)
     credentials = grpc.ssl_server_credentials([(grant.server.private_key_pem, grant.server.certificate_chain_pem)])
-    return GrpcServer(server, credentials, "--grpc-port")
+    return GrpcServer(server, credentials, "--grpc-port", shared=shared)
 
 
-def build_link_server(grant: GatewayGrant, interceptor: CallInterceptor, node: node_pb2_grpc.NodeServiceServicer) -> GrpcServer:
+def build_link_server(
+    grant: GatewayGrant, interceptor: CallInterceptor, node: node_pb2_grpc.NodeServiceServicer, *, shared: bool = False
+) -> GrpcServer:
     """The link port: nobody gets past its handshake without a certificate of the pool's CA. Raises RuntimeError for an incomplete table."""
     check_table()
-    server = _server(interceptor, LINKS_MAX, LINKS_PER_CONNECTION_MAX)
+    server = _server(interceptor, LINKS_MAX, LINKS_PER_CONNECTION_MAX, shared=shared)
     node_pb2_grpc.add_NodeServiceServicer_to_server(node, server)
     credentials = grpc.ssl_server_credentials(
         [(grant.server.private_key_pem, grant.server.certificate_chain_pem)],
         root_certificates=grant.server.ca_certificate_pem.encode(),
         require_client_auth=True,
     )
-    return GrpcServer(server, credentials, "--link-port")
+    return GrpcServer(server, credentials, "--link-port", shared=shared)
 
 
-def _server(interceptor: CallInterceptor, calls_max: int, calls_per_connection_max: int) -> grpc.aio.Server:
-    options = [*SERVER_OPTIONS, ("grpc.max_concurrent_streams", calls_per_connection_max)]
+def _server(interceptor: CallInterceptor, calls_max: int, calls_per_connection_max: int, *, shared: bool) -> grpc.aio.Server:
+    own = {"grpc.max_concurrent_streams": calls_per_connection_max, "grpc.so_reuseport": int(shared)}
+    options = list((dict(SERVER_OPTIONS) | own).items())  # of two values for one name gRPC takes the first
     return grpc.aio.server(interceptors=(interceptor,), options=options, maximum_concurrent_rpcs=calls_max)

@@ -223,13 +223,13 @@ class HttpServer:
         self._server: _EmbeddedServer | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Serves on the port (0: any free one) and returns its number.
+    async def start(self, host: str, port: int, *, shared: bool = False) -> int:
+        """Serves on the port (0: any free one), beside other gateways of this machine if it is shared, and returns its number.
 
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE if the address cannot be had within 10 s, naming the reason.
         """
-        listener = await bind_patiently(host, port, "--http-port")
+        listener = await bind_patiently(host, port, "--http-port", shared=shared)
         listener.listen(BACKLOG)
         # Accepted connections inherit it; asyncio's own loop would not set it on them, for their sockets name no protocol.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
