@@ -13,12 +13,13 @@ from potluck_coordinator.domain.gate_counts import GateCounts
 if TYPE_CHECKING:
     from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.domain.lethal import LoneDeath
+    from potluck_coordinator.pool_view import GatewayView, PoolView
     from potluck_protocol.culprits import Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class ServerIdentity:
-    """What a gateway serves its gRPC and link ports with. The key lives in memory only."""
+    """What a gateway serves its ports with, or shows to other gateways. The key lives in memory only."""
 
     private_key_pem: bytes = field(repr=False)
     certificate_chain_pem: bytes
@@ -32,6 +33,8 @@ class GatewayGrant:
     epoch: int
     pool_id: str
     server: ServerIdentity
+    peer: ServerIdentity
+    """What it shows to other gateways."""
     fingerprint_key: bytes = field(default=b"", repr=False)
     """What requests that kill engines are hashed with; empty for one of the gateway's own."""
     gate_counts: GateCounts = field(default_factory=GateCounts)
@@ -62,6 +65,14 @@ class PoolDesk(Protocol):
 
     async def announce_gateway(self, epoch: int, peer_address: str, link_address: str) -> None:
         """Its ports are open: where other gateways reach it, and where nodes do. Raises ALREADY_EXISTS where another has its number."""
+        ...
+
+    async def tell_view(self, epoch: int, view: GatewayView) -> None:
+        """What other gateways should know of the nodes whose links this one has, in place of what it told last."""
+        ...
+
+    async def follow_view(self, epoch: int, known_version: int) -> PoolView:
+        """What other gateways told since that version, as soon as there is something, or nothing after 20 s."""
         ...
 
     async def note_counts(self, counts: GateCounts) -> None:

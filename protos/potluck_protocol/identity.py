@@ -23,8 +23,10 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import NodeId
 
 NODE_URI_PREFIX: Final = "spiffe://potluck/node/"
+GATEWAY_URI_PREFIX: Final = "spiffe://potluck/gateway/"
 REQUEST_BYTES_MAX: Final = 4 * 1024
 _NODE_ID_CHARACTERS: Final = 26
+_ONE_NAME: Final = "The certificate does not carry exactly one name, that of its own key's node."
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,11 @@ def node_uri(node_id: NodeId) -> str:
     return NODE_URI_PREFIX + node_id
 
 
+def gateway_uri(epoch: int) -> str:
+    """The URI that a gateway shows to other gateways."""
+    return f"{GATEWAY_URI_PREFIX}{epoch}"
+
+
 def public_key_of_request(certificate_request_der: bytes) -> bytes:
     """The SubjectPublicKeyInfo, DER, of a request whose signature proves possession of the key.
 
@@ -97,6 +104,24 @@ def node_id_of_certificate(certificate_pem: bytes, now_unix_ms: int) -> NodeId:
         PotluckError: INVALID_CERTIFICATE unless the certificate is good now, is for client authentication, is no CA's, and carries exactly
             one URI, which is the one that belongs to its own public key.
     """
+    key, uri = _client_of(certificate_pem, now_unix_ms)
+    node_id = node_id_of_public_key(key)
+    if uri != node_uri(node_id):
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, _ONE_NAME)
+    return node_id
+
+
+def gateway_epoch_of_certificate(certificate_pem: bytes, now_unix_ms: int) -> int:
+    """The epoch of the gateway that a certificate names; raises PotluckError(INVALID_CERTIFICATE) as `node_id_of_certificate` does."""
+    _, uri = _client_of(certificate_pem, now_unix_ms)
+    epoch = uri.removeprefix(GATEWAY_URI_PREFIX)
+    if epoch == uri or not epoch.isdecimal():
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate is not a gateway's.")
+    return int(epoch)
+
+
+def _client_of(certificate_pem: bytes, now_unix_ms: int) -> tuple[bytes, str]:
+    """The SubjectPublicKeyInfo and the one URI of a client's certificate that is good now."""
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -111,12 +136,11 @@ def node_id_of_certificate(certificate_pem: bytes, now_unix_ms: int) -> NodeId:
             ErrorCode.INVALID_CERTIFICATE, "The node's certificate is not good at this time; renew it, and check both sides' clocks."
         )
     uris = [name.value for name in names if isinstance(name, x509.UniformResourceIdentifier)]
-    node_id = node_id_of_public_key(_spki(key))
-    if len(list(names)) != 1 or uris != [node_uri(node_id)]:
-        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate does not carry exactly one name, that of its own key's node.")
+    if len(list(names)) != 1 or len(uris) != 1:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, _ONE_NAME)
     if ExtendedKeyUsageOID.CLIENT_AUTH not in list(usage) or constraints.ca:
         raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The certificate is not one for a client.")
-    return node_id
+    return _spki(key), uris[0]
 
 
 def certificate_life(certificate_pem: bytes) -> CertificateLife:

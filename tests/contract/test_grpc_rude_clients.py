@@ -26,7 +26,8 @@ from tests.support.grpc_edge import (
 PREFIX = "/potluck_protocol.v1."
 GENERATE = f"{PREFIX}InferenceService/Generate"
 JOINER_METHODS = [f"{PREFIX}EnrolmentService/Join", f"{PREFIX}EnrolmentService/Renew"]
-KEY_METHODS = sorted(method for method in contract_methods() - {*JOINER_METHODS} if not method.startswith(f"{PREFIX}NodeService/"))
+OTHERS = (f"{PREFIX}NodeService/", f"{PREFIX}GatewayService/")
+KEY_METHODS = sorted(method for method in contract_methods() - {*JOINER_METHODS} if not method.startswith(OTHERS))
 
 
 @pytest.fixture(scope="module")

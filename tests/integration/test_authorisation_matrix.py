@@ -34,6 +34,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LINK = "/potluck_protocol.v1.NodeService/Link"
 NODE_METHODS = [LINK, *(f"/potluck_protocol.v1.NodeService/{name}" for name in ("MeasureDownload", "MeasureUpload"))]
+GATEWAY_METHODS = ["/potluck_protocol.v1.GatewayService/Forward"]
 ACCEPTED = "accepted"
 NO_KEY = "invalid_api_key"
 FORBIDDEN = "permission_denied"
@@ -48,7 +49,7 @@ OPERATOR_METHODS = [
     *(f"{PREFIX}AccountService/{name}" for name in ("AuditLedger", "CreateAccount", "ListAccounts")),
     *(POOL + name for name in ("AddModel", "Deploy", "ExplainDeployment", "RemoveModel", "RevokeNode", "SetNodeTrust", "Undeploy")),
 ]
-KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, *NODE_METHODS})
+KEY_METHODS = sorted(contract_methods() - {*JOINER_METHODS, *NODE_METHODS, *GATEWAY_METHODS})
 OPEN_ROUTES = [("GET", "/health"), ("GET", "/pool/v1/connection"), ("GET", "/ready")]
 OPERATOR_ROUTES = [("GET", "/metrics")]
 
@@ -171,10 +172,11 @@ async def test_keys_open_no_way_into_the_pool(people: People, method: str) -> No
     assert set(found.values()) == {"invalid_certificate"}
 
 
-async def test_what_is_for_nodes_is_not_served_on_the_grpc_port(people: People) -> None:
+async def test_what_is_for_nodes_and_gateways_is_not_served_on_the_grpc_port(people: People) -> None:
+    methods = [*NODE_METHODS, *GATEWAY_METHODS]
     async with people.pool.grpc_channel() as channel, people.pool.grpc_channel(people.node) as nodes_channel:
-        found = [await outcome(channel, method, header) for method in NODE_METHODS for header in people.keys.values()]
-        found += [await outcome(nodes_channel, method, None) for method in NODE_METHODS]
+        found = [await outcome(channel, method, header) for method in methods for header in people.keys.values()]
+        found += [await outcome(nodes_channel, method, None) for method in methods]
         assert set(found) == {NOT_SERVED}
 
 
@@ -225,7 +227,7 @@ async def link_credentials(people: People, folder: Path) -> dict[str, tuple[Cred
     node_key = people.node.key_pem
     node_spki = identity.public_key_der(node_key)
     node_uri, other_uri = identity.node_uri(people.node_id), f"spiffe://other/node/{people.node_id}"
-    server = authority.issue_server_certificate(now)
+    server, gateway = authority.issue_server_certificate(now), authority.issue_gateway_certificate(1, now)
     revoked_id, revoked = await pool.joined_node()
     await pool.directory.nodes.revoke_node(revoked_id, "test")
     left_id, left = await pool.joined_node()
@@ -240,6 +242,7 @@ async def link_credentials(people: People, folder: Path) -> dict[str, tuple[Cred
         "not yet good": (bent_certificate(authority, node_key, starts_in=timedelta(minutes=10)), NO_HANDSHAKE),
         "for servers only": (bent_certificate(authority, node_key, usages=[SERVER]), NO_HANDSHAKE),
         "the coordinator's own": (Credential(server.private_key_pem, server.certificate_chain_pem), NO_HANDSHAKE),
+        "a gateway's": (Credential(gateway.private_key_pem, gateway.certificate_chain_pem), "invalid_certificate"),
         "no extended key usage": (bent_certificate(authority, node_key, usages=[]), "invalid_certificate"),
         "no name": (bent_certificate(authority, node_key, uris=[], common_name=people.node_id), "invalid_certificate"),
         "two names": (bent_certificate(authority, node_key, uris=[node_uri, "spiffe://potluck/node/x"]), "invalid_certificate"),

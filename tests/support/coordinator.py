@@ -62,35 +62,54 @@ async def replace_gateway_in_books(coordinator: Coordinator) -> None:
 @asynccontextmanager
 async def running_coordinator(folder: Path, clock: Clock | None = None, **changes: Any) -> AsyncIterator[Coordinator]:
     """Starts one on ephemeral ports with the catalogue above, and stops it."""
+    async with running_gateways(folder, 1, clock, **changes) as (coordinator,):
+        yield coordinator
+
+
+@asynccontextmanager
+async def running_gateways(
+    folder: Path, count: int = 2, clock: Clock | None = None, **changes: Any
+) -> AsyncIterator[tuple[Coordinator, ...]]:
+    """The same with several gateways, each on ports of its own, over one directory; each is given with the ports of its own."""
     clock = clock or SystemClock()
     folder.mkdir(parents=True, exist_ok=True)
     catalogue = folder / "catalogue.toml"
     catalogue.write_text(TINY_CATALOGUE)
     settings = Settings(
-        **{"data_dir": folder, "http_port": 0, "grpc_port": 0, "link_port": 0, "catalogue_file": catalogue, **changes},
+        **{"data_dir": folder, "http_port": 0, "grpc_port": 0, "link_port": 0, "catalogue_file": catalogue, "gateways": count, **changes},
     )
     directory = await Directory.open(settings, clock)
-    gateway = Gateway(settings, directory, clock)
+    gateways = [Gateway(settings, directory, clock, number) for number in range(count)]
     # In a test the first unforeseen failure is one too many.
     gateway_module.FAILURES_IN_A_ROW_MAX = 0
     background = asyncio.ensure_future(directory.run_background())
-    test, parts = asyncio.current_task(), None
-    try:
-        endpoints = await gateway.start()
-        operator_key = json.loads(settings.operator_file.read_text())["api_key"]
-        parts = asyncio.ensure_future(gateway.run())
+    test, parts = asyncio.current_task(), [background]
+
+    def has_ended(part: asyncio.Future[None]) -> None:
         # A part that dies would leave the test waiting for what never comes: its failure is the test's.
-        parts.add_done_callback(lambda done: None if done.cancelled() or test is None else test.cancel(f"{done.exception()!r}"))
-        yield Coordinator(directory, gateway, endpoints, settings, operator_key)
+        if not part.cancelled() and test is not None:
+            test.cancel(f"{part.exception()!r}")
+
+    try:
+        started = [await gateway.start() for gateway in gateways]
+        operator_key = json.loads(settings.operator_file.read_text())["api_key"]
+        parts += [asyncio.ensure_future(gateway.run()) for gateway in gateways]
+        for part in parts[1:]:
+            part.add_done_callback(has_ended)
+        yield tuple(
+            Coordinator(directory, gateway, endpoints, settings, operator_key) for gateway, endpoints in zip(gateways, started, strict=True)
+        )
     except asyncio.CancelledError:
-        if parts is not None and parts.done() and not parts.cancelled():
-            parts.result()
+        for part in parts:
+            if part.done() and not part.cancelled():
+                part.result()
         raise
     finally:
-        if parts is not None:
-            parts.cancel()
-            await asyncio.gather(parts, return_exceptions=True)
-        await gateway.stop()
+        for part in parts[1:]:
+            part.cancel()
+        await asyncio.gather(*parts[1:], return_exceptions=True)
+        for gateway in gateways:
+            await gateway.stop()
         background.cancel()
         await asyncio.gather(background, return_exceptions=True)
         directory.close()

@@ -61,7 +61,8 @@ def interceptor(outcasts: Mapping[NodeId, str] = MappingProxyType({})) -> CallIn
 
 
 def grant(authority: CertificateAuthority) -> GatewayGrant:
-    return GatewayGrant(1, "pool", authority.issue_server_certificate(CLOCK.unix_ms()))
+    now_ms = CLOCK.unix_ms()
+    return GatewayGrant(1, "pool", authority.issue_server_certificate(now_ms), authority.issue_gateway_certificate(1, now_ms))
 
 
 @dataclass

@@ -348,3 +348,12 @@ def test_room_is_asked_for_as_far_as_somebody_has_it(contexts, prompt, asked, wa
 
 def test_an_engine_that_does_not_tell_its_context_takes_everything():
     assert placed([replica_view("old")], tokens_min=6000).chosen is not None
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.4, 0.99])
+def test_of_equals_the_gateways_own_is_chosen_and_a_better_one_wherever_it_is(chance):
+    own, other = replica_view("own"), replica_view("other", is_remote=True)
+    rest = [replica_view(f"other{number}", is_remote=True) for number in range(2)]
+    assert placed([other, own, *rest], chance=chance).chosen is own
+    busy = replica_view("own", in_flight_count=3, committed_tokens=2_000.0, prefill_backlog_tokens=2_000.0)
+    assert placed([other, busy], chance=chance).chosen is other

@@ -59,6 +59,8 @@ ELSEWHERE = frozenset({NODE})
         (Failure.LOST, replace(TOOLS, whole=True), (Settle(), Finish())),
         (Failure.REFUSED, NOTHING, (Settle(), Place(ELSEWHERE, continuing=False))),
         (Failure.REFUSED, TEXT, (Settle(), Place(ELSEWHERE, continuing=True))),
+        (Failure.OUTDATED, NOTHING, (Settle(), Place(frozenset(), continuing=False))),
+        (Failure.OUTDATED, TEXT, (Settle(), Place(ELSEWHERE, continuing=True))),
         (Failure.UNFIT, NOTHING, (Settle(), Place(ELSEWHERE, continuing=False, if_spare=True))),
         (Failure.UNFIT, TEXT, (Settle(), End(tells_loss=False))),
         (Failure.FATAL, NOTHING, (Settle(), End(tells_loss=False))),
@@ -70,7 +72,7 @@ def test_what_follows_the_first_attempts_failure(failure, said, effects):
     assert after(running(), failure, said) == effects
 
 
-@pytest.mark.parametrize("failure", [Failure.LOST, Failure.REFUSED])
+@pytest.mark.parametrize("failure", [Failure.LOST, Failure.REFUSED, Failure.OUTDATED])
 def test_nothing_follows_the_last_attempt_or_the_deadline(failure):
     assert after(running(attempt_count=ATTEMPTS_MAX, was_lost=True), failure, TEXT) == (Settle(), End(tells_loss=True))
     assert after(running(), failure, TEXT, seconds_left=0.0) == (Settle(), End(tells_loss=False))
@@ -133,7 +135,7 @@ def test_nobody_else_is_asked_where_the_tries_are_spent_or_the_body_is_ours(chan
 @pytest.mark.parametrize("code", ErrorCode)
 def test_only_what_another_node_may_do_better_is_tried_elsewhere(code):
     perhaps = {ErrorCode.INVALID_REQUEST, ErrorCode.CONTEXT_LENGTH_EXCEEDED}
-    tried_elsewhere = {ErrorCode.NO_CAPACITY, ErrorCode.NODE_LOST, ErrorCode.ENGINE_FAILED, *perhaps}
+    tried_elsewhere = {ErrorCode.NO_CAPACITY, ErrorCode.QUEUE_FULL, ErrorCode.NODE_LOST, ErrorCode.ENGINE_FAILED, *perhaps}
     goes_on = any(isinstance(effect, Place) for effect in after(running(), failure_of(code, for_good=False), NOTHING))
     assert goes_on is (code in tried_elsewhere)
     assert failure_of(code, for_good=True) is Failure.FATAL
@@ -177,7 +179,9 @@ def test_every_course_runs_one_attempt_at_a_time_settles_each_once_and_ends(even
         assert begun - course.refusal_count <= ATTEMPTS_MAX
         assert course.refusal_count <= REFUSALS_MAX
         assert before.excluded <= course.excluded
-        assert before.node_id is None or course.stage is not Stage.PLACING or before.node_id in course.excluded
+        is_outdated = isinstance(event, Broke) and event.failure is Failure.OUTDATED and not event.said.anything
+        may_ask_again = before.node_id is None or course.stage is not Stage.PLACING or is_outdated
+        assert may_ask_again or before.node_id in course.excluded
         for effect in effects:
             check(effect, event, course)
         if before.stage is Stage.OVER:
@@ -210,12 +214,13 @@ def check(effect, event, course) -> None:
         assert course.stage is Stage.OVER
 
 
-def test_a_refusal_uses_up_no_attempt_and_refusals_have_a_bound_of_their_own():
+@pytest.mark.parametrize("failure", [Failure.REFUSED, Failure.OUTDATED])
+def test_a_refusal_uses_up_no_attempt_and_refusals_have_a_bound_of_their_own(failure):
     course = Course()
     for number in range(REFUSALS_MAX):
         assert course.stage is Stage.PLACING
         course, _ = advance(course, Dispatched(NodeId(f"n{number}")))
-        course, effects = advance(course, Broke(Failure.REFUSED, NOTHING, 100.0))
+        course, effects = advance(course, Broke(failure, NOTHING, 100.0))
     assert (course.stage, effects) == (Stage.OVER, (Settle(), End(tells_loss=False)))
-    after_two, _ = advance(Course(Stage.RUNNING, 3, 2, NodeId("a")), Broke(Failure.REFUSED, NOTHING, 100.0))
+    after_two, _ = advance(Course(Stage.RUNNING, 3, 2, NodeId("a")), Broke(failure, NOTHING, 100.0))
     assert (after_two.stage, after_two.attempt_count, after_two.refusal_count) == (Stage.PLACING, 2, 3)

@@ -22,7 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from potluck_coordinator.pool_desk import ServerIdentity
 from potluck_protocol.channels import SERVER_NAME
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.identity import new_private_key, node_id_of_public_key, node_uri, public_key_der
+from potluck_protocol.identity import gateway_uri, new_private_key, node_id_of_public_key, node_uri, public_key_der
 from potluck_protocol.private_files import write_private
 
 NODE_LIFE: Final = timedelta(hours=24)
@@ -99,11 +99,18 @@ class CertificateAuthority:
 
     def issue_server_certificate(self, now_unix_ms: int) -> ServerIdentity:
         """A new key and certificate under which a gateway serves its gRPC and link ports."""
+        return self._issue_identity(x509.DNSName(SERVER_NAME), ExtendedKeyUsageOID.SERVER_AUTH, now_unix_ms)
+
+    def issue_gateway_certificate(self, epoch: int, now_unix_ms: int) -> ServerIdentity:
+        """A new key and certificate by which a gateway shows other gateways who it is. Good for as long as its epoch is."""
+        return self._issue_identity(x509.UniformResourceIdentifier(gateway_uri(epoch)), ExtendedKeyUsageOID.CLIENT_AUTH, now_unix_ms)
+
+    def _issue_identity(self, name: x509.GeneralName, usage: x509.ObjectIdentifier, now_unix_ms: int) -> ServerIdentity:
         key_pem = new_private_key()
         key = serialization.load_der_public_key(public_key_der(key_pem))
         assert isinstance(key, ec.EllipticCurvePublicKey)
         now = _moment(now_unix_ms)
-        builder = self._leaf(key, x509.DNSName(SERVER_NAME), ExtendedKeyUsageOID.SERVER_AUTH)
+        builder = self._leaf(key, name, usage)
         builder = builder.not_valid_before(now - LONG_BACKDATE).not_valid_after(now + SERVER_LIFE)
         certificate = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         return ServerIdentity(key_pem, certificate + self.ca_certificate_pem.encode(), self.ca_certificate_pem)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from potluck_coordinator.directory.view_board import ViewBoard
 from potluck_coordinator.domain.gate_counts import GateCounts
 from potluck_coordinator.domain.quotas import DAY_MS
 from potluck_coordinator.pool_desk import GatewayGrant
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.directory.gateways import Gateways
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
+    from potluck_coordinator.pool_view import GatewayView, PoolView
     from potluck_coordinator.storage.store import Store
     from potluck_coordinator.storage.unit_of_work import UnitOfWork
     from potluck_protocol.clock import Clock
@@ -65,6 +67,7 @@ class Pool:
         self._nodes = nodes
         self._fingerprint_key = fingerprint_key
         self._clock = clock
+        self._views = ViewBoard(clock.unix_ms(), lambda: gateways.epochs)
 
     async def load(self) -> None:
         """Called at the start: settles what gateways left open that the operator does not run any more."""
@@ -78,13 +81,22 @@ class Pool:
         self._nodes.gateway_started(self._gateways.epochs)
         _log.info("gateway_registered", number=number, epoch=epoch, orphaned_holds_settled=settled_count)
         server = self._authority.issue_server_certificate(self._clock.unix_ms())
+        peer = self._authority.issue_gateway_certificate(epoch, self._clock.unix_ms())
         day = self._clock.unix_ms() // DAY_MS
         counts = await self._store.run(lambda work: GateCounts(work.promise.hours(), work.key_days.of(day)))
-        return GatewayGrant(epoch, self._pool_id, server, self._fingerprint_key, counts)
+        return GatewayGrant(epoch, self._pool_id, server, peer, self._fingerprint_key, counts)
 
     async def announce_gateway(self, epoch: int, peer_address: str, link_address: str) -> None:
         """As `PoolDesk.announce_gateway`."""
         await self._gateways.announce(epoch, peer_address, link_address)
+
+    async def tell_view(self, epoch: int, view: GatewayView) -> None:
+        """As `PoolDesk.tell_view`."""
+        self._views.tell(epoch, view)
+
+    async def follow_view(self, epoch: int, known_version: int) -> PoolView:
+        """As `PoolDesk.follow_view`."""
+        return await self._views.follow(epoch, known_version)
 
     async def note_counts(self, counts: GateCounts) -> None:
         """As `PoolDesk.note_counts`."""

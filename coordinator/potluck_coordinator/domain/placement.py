@@ -98,6 +98,8 @@ class ReplicaView:
     """How often its node goes away at this hour of the week, by its own history."""
     heard_at_seconds: float = 0.0
     """When its node last gave a sign of life: the age of its lease, and of its word."""
+    is_remote: bool = False
+    """Another gateway has its link: each token passes through both."""
 
     @property
     def tokens_in_use(self) -> float:
@@ -330,13 +332,17 @@ def place(draw: Draw, work: Work, chance: float, now: float, *, curiosity: float
 
 
 def _winner(offers: Sequence[Offer], totals: Sequence[float], chance: float) -> int:
-    """Which one; -1 where there is none. Of equals those that hold most of the prompt: what is foreseen of reading is foreseen best."""
+    """Which one; -1 where there is none.
+
+    Of equals those that hold most of the prompt: what is foreseen of reading is foreseen best. Of these in turn the gateway's own.
+    """
     if not offers:
         return -1
     bound = min(totals) * (1 + TIE_SHARE)
     ties = [index for index, total in enumerate(totals) if total <= bound]
     most = max(offers[index].cached_tokens for index in ties)
     ties = [index for index in ties if offers[index].cached_tokens >= most * (1 - TIE_SHARE)]
+    ties = [index for index in ties if not offers[index].replica.is_remote] or ties
     return ties[int(chance * len(ties))]
 
 

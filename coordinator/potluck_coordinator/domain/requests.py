@@ -38,6 +38,8 @@ class Failure(StrEnum):
 
     REFUSED = "refused"
     """Its node would not take it; nothing was done."""
+    OUTDATED = "outdated"
+    """It was sent where another gateway had just taken the last slot; nothing was done, and the node may be asked again."""
     LOST = "lost"
     """Its node is gone, silent, or wants its machine back, or its engine failed: another may do better."""
     UNFIT = "unfit"
@@ -49,11 +51,15 @@ class Failure(StrEnum):
 
 _FAILURES: Final = {
     ErrorCode.NO_CAPACITY: Failure.REFUSED,
+    ErrorCode.QUEUE_FULL: Failure.OUTDATED,
     ErrorCode.NODE_LOST: Failure.LOST,
     ErrorCode.ENGINE_FAILED: Failure.LOST,
     ErrorCode.INVALID_REQUEST: Failure.UNFIT,
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: Failure.UNFIT,
 }
+
+
+_UNDONE: Final = frozenset({Failure.REFUSED, Failure.OUTDATED})
 
 
 def failure_of(code: ErrorCode, *, for_good: bool) -> Failure:
@@ -256,14 +262,15 @@ def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ..
         return _after_hedged_break(course, broke)
     assert course.node_id is not None, "an attempt runs somewhere"
     failure, said = broke.failure, broke.said
-    excluded = course.excluded | {course.node_id}
+    may_be_asked_again = failure is Failure.OUTDATED and not said.anything
+    excluded = course.excluded if may_be_asked_again else course.excluded | {course.node_id}
     # Whoever has said something cannot refuse any more.
     was_lost = course.was_lost or failure is Failure.LOST or said.anything
     if said.whole and failure is not Failure.FATAL:
         return _over(course), (Settle(), Finish())
     # Of a body that was made here to go on, the client knows nothing.
-    tells_loss = course.was_lost and (failure in {Failure.REFUSED, Failure.LOST} or (failure is Failure.UNFIT and course.continuing))
-    if failure is Failure.REFUSED and not said.anything:
+    tells_loss = course.was_lost and (failure in _UNDONE | {Failure.LOST} or (failure is Failure.UNFIT and course.continuing))
+    if failure in _UNDONE and not said.anything:
         course = replace(course, attempt_count=course.attempt_count - 1, refusal_count=course.refusal_count + 1)
     if course.body_refused and not said.anything:
         return _over(course), (Settle(), End(tells_loss=False, tells_refusal=failure is not Failure.UNFIT))

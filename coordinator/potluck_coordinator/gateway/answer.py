@@ -282,7 +282,7 @@ class Answer:
             self._loss = error
         if failure is Failure.UNFIT:
             self._refusal = error
-        if failure is Failure.REFUSED and not (self._has_begun or self._course.was_lost):
+        if failure in {Failure.REFUSED, Failure.OUTDATED} and not (self._has_begun or self._course.was_lost):
             self.first_token_at_seconds = None
         if isinstance(step, Place) and not step.if_spare:
             self._note(_STEPS[step.continuing], f"after {self._token_count} tokens" if step.continuing else "")

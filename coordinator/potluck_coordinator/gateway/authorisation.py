@@ -7,12 +7,13 @@ row is refused, and fails the start.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Final
 
 from potluck_coordinator.desks import KeyIdentity
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.v1 import account_pb2, inference_pb2, node_pb2, pool_pb2
+from potluck_protocol.v1 import account_pb2, gateway_pb2, inference_pb2, node_pb2, pool_pb2
 from potluck_protocol.values import AccountId
 
 
@@ -26,6 +27,8 @@ class Audience(StrEnum):
     NODE = "node"
     """A certificate of this pool's CA, of a node that is enrolled now: one that left, was revoked, or was never entered in the books is
     none, whatever was signed for it. API keys count for nothing here."""
+    GATEWAY = "gateway"
+    """A certificate of this pool's CA, of a gateway that is one of the coordinator's now."""
     USER = "user"
     """A good API key. About one's own account; the operator's key may name another."""
     OPERATOR = "operator"
@@ -41,6 +44,7 @@ RPC_AUDIENCE: Final[dict[str, Audience]] = {
     "/potluck_protocol.v1.NodeService/Link": Audience.NODE,
     "/potluck_protocol.v1.NodeService/MeasureUpload": Audience.NODE,
     "/potluck_protocol.v1.NodeService/MeasureDownload": Audience.NODE,
+    "/potluck_protocol.v1.GatewayService/Forward": Audience.GATEWAY,
     "/potluck_protocol.v1.InferenceService/Generate": Audience.USER,
     "/potluck_protocol.v1.InferenceService/ListModels": Audience.USER,
     "/potluck_protocol.v1.AccountService/GetBalance": Audience.USER,
@@ -84,7 +88,7 @@ HTTP_ROUTES: Final[dict[tuple[str, str], Audience]] = {
     ("GET", "/metrics"): Audience.OPERATOR,
 }
 
-_CONTRACT: Final = (account_pb2, inference_pb2, node_pb2, pool_pb2)
+_CONTRACT: Final = (account_pb2, gateway_pb2, inference_pb2, node_pb2, pool_pb2)
 
 
 def contract_methods() -> frozenset[str]:
@@ -129,6 +133,12 @@ def require_node(outcast_reason: str | None, *, is_enrolled: bool) -> None:
     raise PotluckError(
         ErrorCode.INVALID_CERTIFICATE, f"This node is no longer part of the pool{words}; ask the pool's operator for a new invite."
     )
+
+
+def require_gateway(epoch: int, epochs_now: Collection[int]) -> None:
+    """Lets a gateway pass that is one of the coordinator's, or raises PotluckError(INVALID_CERTIFICATE)."""
+    if epoch not in epochs_now:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "This gateway is not one of the coordinator's any more.")
 
 
 def account_for(identity: KeyIdentity, requested_account_id: str) -> AccountId:

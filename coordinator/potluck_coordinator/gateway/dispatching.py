@@ -19,6 +19,7 @@ from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway.attempt import Attempt
 from potluck_coordinator.gateway.continuation import continued_body
 from potluck_coordinator.gateway.relay import Relay
+from potluck_coordinator.gateway.remote_node import RemoteNode
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, AttemptId, NodeId, ReplicaId, StartAttempt
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.ledger_writer import LedgerWriter
     from potluck_coordinator.gateway.links import Links
-    from potluck_coordinator.gateway.node_session import NodeSession
     from potluck_coordinator.gateway.quarantine import Quarantine
+    from potluck_coordinator.gateway.remote_node import Host
     from potluck_protocol.clock import Clock
 
 REQUEST_SECONDS_MAX: Final = 600.0
@@ -103,8 +104,8 @@ class Dispatching:
 
         A hedge has its hold, and its account is charged a turn, only once it is read: until then it is the pool's own affair.
         """
-        session = self._links.session(replica.node_id)
-        assert session is not None, "placement saw the session in this same turn of the loop"
+        session = self._links.host(replica.node_id)
+        assert session is not None, "placement saw the node in this same turn of the loop"
         attempt_id, now, amount = self._books.new_attempt_id(), self._clock.monotonic_seconds(), _hold_of(request, entry)
         relay = self._send(attempt_id, request, replica, session=session, tried=tried)
         finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
@@ -152,7 +153,7 @@ class Dispatching:
         return attempt
 
     def _send(
-        self, attempt_id: AttemptId, request: InferenceRequest, replica: ReplicaView, *, session: NodeSession, tried: frozenset[NodeId]
+        self, attempt_id: AttemptId, request: InferenceRequest, replica: ReplicaView, *, session: Host, tried: frozenset[NodeId]
     ) -> Relay:
         now, body = self._clock.monotonic_seconds(), _body_of(request, replica)
         relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
@@ -161,7 +162,9 @@ class Dispatching:
         self._links.node_changed(session.node_id)
         return relay
 
-    def _outdone(self, session: NodeSession, replica: ReplicaView, code: ErrorCode, by_engine_kind: str) -> None:
+    def _outdone(self, session: Host, replica: ReplicaView, code: ErrorCode, by_engine_kind: str) -> None:
+        if isinstance(session, RemoteNode):
+            return  # its gateway holds against it what it saw itself
         # An owner's own server may be any engine, of any version.
         by_its_like = by_engine_kind == replica.engine_kind != ATTACH_KIND
         self._links.suspicions.outdone(session, replica.replica_id, code, by_its_like=by_its_like)
@@ -176,9 +179,7 @@ class Dispatching:
         finish()
         self._on_slot()
 
-    def _hold(
-        self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, session: NodeSession, amount_micro_credits: int
-    ) -> OpenHold:
+    def _hold(self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, session: Host, amount_micro_credits: int) -> OpenHold:
         return OpenHold(
             hold_id=attempt_id,
             payer=payer,

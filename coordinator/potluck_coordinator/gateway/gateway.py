@@ -12,9 +12,10 @@ import asyncio
 import gc
 import random
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -25,8 +26,9 @@ from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
 from potluck_coordinator.gateway.dispatching import Books
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
+from potluck_coordinator.gateway.forward_servicer import ForwardServicer
 from potluck_coordinator.gateway.gate import TierLimits
-from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server
+from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server, build_peer_server
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
 from potluck_coordinator.gateway.interceptors import CallInterceptor
@@ -36,6 +38,7 @@ from potluck_coordinator.gateway.keyed_requests import KeyedRequests
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.links import Links
+from potluck_coordinator.gateway.peers import Peers
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_coordinator.gateway.requests import RequestLimits, RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
@@ -116,6 +119,7 @@ class Gateway:
         self._links.measures.token_seconds_max = settings.answer_token_seconds_max
         self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
         self._keys = KeyCache(directory.accounts.authenticate, lambda: self._snapshot.key_generation, clock)
+        self._peers: Peers | None = None
         self._requests: RequestService | None = None
         self._keyed: KeyedRequests | None = None
         self._ports: list[GrpcServer] = []
@@ -132,6 +136,7 @@ class Gateway:
         """Registers with the directory, learns the pool, and serves. Raises PotluckError if the directory is away or a port is taken."""
         grant = await self._directory.pool.register_gateway(self._number)
         self._links.registered(grant.epoch, grant.fingerprint_key)
+        peers = self._peers = Peers(grant.epoch, grant.peer, self._links, self._clock, self._serve_queues)
         self._take(await self._directory.pool.watch(0))
         books = Books(
             ledger=self._ledger,
@@ -167,8 +172,12 @@ class Gateway:
                 _every(REPORT_SECONDS, self._report),
             )
         ]
-        endpoints = await self._serve(grant, requests)
-        await self._directory.pool.announce_gateway(grant.epoch, "", link_address(self._settings, self._peer_host, endpoints.link_port))
+        endpoints, peer_address = await self._serve(grant, requests, peers)
+        if peer_address:
+            others = (_every(LOOK_SECONDS, partial(self._meet_others, peers)), peers.follow(self._directory.pool))
+            self._tasks += [asyncio.ensure_future(work) for work in others]
+        nodes_address = link_address(self._settings, self._peer_host, endpoints.link_port)
+        await self._directory.pool.announce_gateway(grant.epoch, peer_address, nodes_address)
         # What was imported and built so far stays for good: the collector need not look through it again and again.
         gc.collect()
         gc.freeze()
@@ -189,6 +198,8 @@ class Gateway:
         if self._keyed is not None:
             await self._keyed.stop()
         await self._links.stop()
+        if self._peers is not None:
+            await self._peers.stop()
         if self._requests is not None:
             with suppress(PotluckError):
                 await self._note_counts()
@@ -203,13 +214,14 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _serve(self, grant: GatewayGrant, requests: RequestService) -> Endpoints:
+    async def _serve(self, grant: GatewayGrant, requests: RequestService, peers: Peers) -> tuple[Endpoints, str]:
+        """Opens the ports; the address of the one for other gateways is empty where there are none."""
         settings = self._settings
         shared = settings.gateways > 1
         keyed = self._keyed = KeyedRequests(
             requests, self._directory.idempotency, self._clock, hash_key=grant.fingerprint_key, gateway_epoch=grant.epoch
         )
-        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._links.is_enrolled, self._clock)
+        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._links.is_enrolled, self._clock, self._gateway_epochs)
         people = build_grpc_server(
             grant,
             interceptor,
@@ -237,7 +249,22 @@ class Gateway:
             tls_key=settings.http_tls_key,
         )
         http_port = await self._http.start(settings.host, settings.http_port, shared=shared)
-        return Endpoints(http_port, grpc_port, link_port)
+        return Endpoints(http_port, grpc_port, link_port), await self._serve_peers(grant, interceptor, peers)
+
+    async def _serve_peers(self, grant: GatewayGrant, interceptor: CallInterceptor, peers: Peers) -> str:
+        if self._settings.gateways == 1:
+            return ""
+        server = build_peer_server(grant, interceptor, ForwardServicer(self._links, peers, self._clock, self._serve_queues))
+        self._ports.append(server)
+        port = await server.start(self._peer_host, 0)
+        return f"[{self._peer_host}]:{port}" if ":" in self._peer_host else f"{self._peer_host}:{port}"
+
+    def _gateway_epochs(self) -> Collection[int]:
+        return self._snapshot.gateways.keys()
+
+    async def _meet_others(self, peers: Peers) -> None:
+        await peers.meet(self._snapshot.gateways)
+        await peers.tell(self._directory.pool)
 
     async def _watch(self) -> None:
         """Follows the directory's snapshots for ever; while it is away, the last one holds."""

@@ -17,12 +17,14 @@ from potluck_coordinator.listening import bind_patiently
 from potluck_coordinator.pool_desk import GatewayGrant
 from potluck_protocol.channels import SERVER_OPTIONS
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.v1 import account_pb2_grpc, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc
+from potluck_protocol.v1 import account_pb2_grpc, gateway_pb2_grpc, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc
 
 CALLS_MAX: Final = 1024
 """Calls that the grpc port serves at a time; more are refused with RESOURCE_EXHAUSTED."""
 LINKS_MAX: Final = 4096
 """Links at a time, as a node has one, and for a moment two while it moves; more are refused with RESOURCE_EXHAUSTED."""
+PEERS_MAX: Final = 512
+"""Links of other gateways: one of each, and for a moment two while it is made anew."""
 CALLS_PER_CONNECTION_MAX: Final = 256
 """Calls at a time on one connection to the grpc port: a quarter of all, so that no one client can take them all by mistake. gRPC's clients
 keep what is over it back until another call ends, so a job of thousands of prompts on one connection is slowed down, not refused."""
@@ -101,12 +103,23 @@ def build_link_server(
     check_table()
     server = _server(interceptor, LINKS_MAX, LINKS_PER_CONNECTION_MAX, shared=shared)
     node_pb2_grpc.add_NodeServiceServicer_to_server(node, server)
-    credentials = grpc.ssl_server_credentials(
+    return GrpcServer(server, _mutual(grant), "--link-port", shared=shared)
+
+
+def build_peer_server(grant: GatewayGrant, interceptor: CallInterceptor, forward: gateway_pb2_grpc.GatewayServiceServicer) -> GrpcServer:
+    """The port for other gateways, secured as the link port is; `authorisation` tells a gateway's certificate from a node's."""
+    check_table()
+    server = _server(interceptor, PEERS_MAX, LINKS_PER_CONNECTION_MAX, shared=False)
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(forward, server)
+    return GrpcServer(server, _mutual(grant), "--ray-address", shared=False)
+
+
+def _mutual(grant: GatewayGrant) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials(
         [(grant.server.private_key_pem, grant.server.certificate_chain_pem)],
         root_certificates=grant.server.ca_certificate_pem.encode(),
         require_client_auth=True,
     )
-    return GrpcServer(server, credentials, "--link-port", shared=shared)
 
 
 def _server(interceptor: CallInterceptor, calls_max: int, calls_per_connection_max: int, *, shared: bool) -> grpc.aio.Server:

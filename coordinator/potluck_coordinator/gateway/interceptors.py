@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from potluck_coordinator.desks import KeyIdentity
-from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, UNIDENTIFIED, Audience, require, require_node
+from potluck_coordinator.gateway.authorisation import RPC_AUDIENCE, UNIDENTIFIED, Audience, require, require_gateway, require_node
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX, log_unexpected
 from potluck_coordinator.gateway.key_cache import KeyCache
 from potluck_coordinator.gateway.request_ids import request_id_of
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.identity import node_id_of_certificate
+from potluck_protocol.identity import gateway_epoch_of_certificate, node_id_of_certificate
 from potluck_protocol.metadata import AUTHORIZATION, ERROR_DETAIL, REQUEST_ID
 from potluck_protocol.v1 import common_pb2
 from potluck_protocol.values import NodeId, RequestId
@@ -61,6 +61,7 @@ class Call:
     request_id: RequestId
     identity: KeyIdentity | None = None
     node_id: NodeId | None = None
+    gateway_epoch: int | None = None
     outcome: str = "ok"
     facts: dict[str, Any] = field(default_factory=dict)
     """What the servicer adds to the call's line in the log."""
@@ -84,6 +85,14 @@ def caller() -> KeyIdentity:
     return identity
 
 
+def calling_gateway() -> int:
+    """The epoch of the gateway whose certificate the connection showed; raises PotluckError(INVALID_CERTIFICATE) for any other call."""
+    epoch = current_call().gateway_epoch
+    if epoch is None:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
+    return epoch
+
+
 def calling_node() -> NodeId:
     """Whose certificate the link's connection showed; raises PotluckError(INVALID_CERTIFICATE) for a call that is no node's."""
     node_id = current_call().node_id
@@ -100,6 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         outcasts: the nodes that are no longer welcome, as of now, and why.
         is_enrolled: whether the books have a node as an active one; may wait for a directory that is away.
         clock: for certificates' dates and durations.
+        gateway_epochs: of the coordinator's gateways, as of now.
     """
 
     def __init__(
@@ -108,10 +118,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         outcasts: Callable[[], Mapping[NodeId, str]],
         is_enrolled: Callable[[NodeId], Awaitable[bool]],
         clock: Clock,
+        gateway_epochs: Callable[[], Collection[int]] = frozenset,
     ) -> None:
         self._keys = keys
         self._outcasts = outcasts
         self._is_enrolled = is_enrolled
+        self._gateway_epochs = gateway_epochs
         self._clock = clock
         self._places: Counter[str] = Counter()
 
@@ -160,6 +172,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if call.node_id is not None:
             caller_id, count_max = str(call.node_id), LINKS_PER_NODE_MAX
             full = PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"This node has {count_max} links already.", retry_after_seconds=1)
+        elif call.gateway_epoch is not None:
+            caller_id, count_max = str(call.gateway_epoch), LINKS_PER_NODE_MAX
+            full = PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"This gateway has {count_max} links already.", retry_after_seconds=1)
         elif call.identity is not None:
             caller_id, count_max = str(call.identity.account_id), CALLS_PER_ACCOUNT_MAX
             full = PotluckError(ErrorCode.QUEUE_FULL, f"This account has {count_max} calls running already.", retry_after_seconds=1)
@@ -186,15 +201,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return
             case Audience.NODE:
                 call.node_id = await self._node_of(context)
+            case Audience.GATEWAY:
+                call.gateway_epoch = gateway_epoch_of_certificate(_shown_certificate(context), self._clock.unix_ms())
+                require_gateway(call.gateway_epoch, self._gateway_epochs())
             case audience:
                 call.identity = await self._keys.identify(authorization)
                 require(call.identity, audience)
 
     async def _node_of(self, context: _Context) -> NodeId:
-        shown = tuple(context.auth_context().get("x509_pem_cert", ()))
-        if len(shown) != 1:
-            raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The connection shows no node's certificate.")
-        node_id = node_id_of_certificate(shown[0], self._clock.unix_ms())
+        node_id = node_id_of_certificate(_shown_certificate(context), self._clock.unix_ms())
         reason = self._outcasts().get(node_id)
         require_node(reason, is_enrolled=reason is None and await self._is_enrolled(node_id))
         return node_id
@@ -210,6 +225,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             **({"node_id": call.node_id} if call.node_id else {}),
             **call.facts,
         )
+
+
+def _shown_certificate(context: _Context) -> bytes:
+    shown = tuple(context.auth_context().get("x509_pem_cert", ()))
+    if len(shown) != 1:
+        raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "The connection shows no certificate.")
+    return bytes(shown[0])
 
 
 async def _answer(handler: _Handler, requests: Any, context: _Context) -> None:

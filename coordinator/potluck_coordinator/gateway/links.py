@@ -10,14 +10,16 @@ of new links through `on_change`, what was running hears of its end through its 
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from potluck_coordinator.domain.forecast import Forecast
-from potluck_coordinator.domain.lethal import DEATHS_HEARD_SECONDS, LoneDeath, is_heard
+from potluck_coordinator.domain.lethal import LoneDeath
 from potluck_coordinator.domain.placement import rejection
 from potluck_coordinator.domain.survival import LOSSES_PER_SECOND_GUESS
+from potluck_coordinator.gateway.deaths_heard import DeathsHeard
 from potluck_coordinator.gateway.directory_word import NOTHING_SAID, word_of
 from potluck_coordinator.gateway.judging import Elsewhere, Judging
 from potluck_coordinator.gateway.leavers import Leavers, has_died
@@ -25,6 +27,7 @@ from potluck_coordinator.gateway.measures import Measures
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.probing import Probing
+from potluck_coordinator.gateway.remote_node import RemoteNode
 from potluck_coordinator.gateway.roster import Roster
 from potluck_coordinator.gateway.suspicions import Suspicions
 from potluck_protocol.culprits import Culprits
@@ -33,11 +36,12 @@ from potluck_protocol.values import EngineState, GoodbyeReason, NodeId, Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
 
     from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.gateway.inference_request import InferenceRequest
+    from potluck_coordinator.gateway.remote_node import Host
     from potluck_protocol.clock import Clock
     from potluck_protocol.culprits import Fingerprint
     from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId
@@ -68,9 +72,10 @@ class Links:
         self.suspect_requests: Mapping[Fingerprint, AccountId] = {}
         """Those that had one engine to themselves when it died, and whose that was."""
         self._leavers = Leavers(clock.monotonic_seconds)
-        self._deaths_heard_at: dict[NodeId, list[float]] = {}
-        """Lone ones that the directory was told of, lately."""
+        self._deaths_heard = DeathsHeard()
         self._sessions: dict[NodeId, NodeSession] = {}
+        self.remote: Mapping[NodeId, RemoteNode] = {}
+        """Nodes whose links other gateways have."""
         self.measures = Measures(clock.monotonic_seconds)
         self.usual: Callable[[ModelId], Forecast] = lambda _: Forecast()
         """What requests of a model usually are; whoever learns it says so here."""
@@ -121,6 +126,15 @@ class Links:
         """The node's session, if it has one."""
         return self._sessions.get(node_id)
 
+    def host(self, node_id: NodeId) -> Host | None:
+        """By which attempts on the node are started: its session, or what another gateway said of it."""
+        return self._sessions.get(node_id) or self.remote.get(node_id)
+
+    @property
+    def hosts(self) -> Iterator[Host]:
+        """Of all nodes that requests of this gateway may run on."""
+        return chain(self._sessions.values(), (remote for node_id, remote in self.remote.items() if node_id not in self._sessions))
+
     def engine_died(self, session: NodeSession, attempt_id: AttemptId) -> None:
         """A node says that an attempt's engine died while it worked on it."""
         # Probes are worded anew each time: to remember one would refuse nothing.
@@ -132,7 +146,7 @@ class Links:
         requests = [session.requests[start.attempt_id] for start in present]
         fingerprints = {request.fingerprint(self.culprits) for request in requests} | self._leavers.take(replica_id)
         self.culprits.died(fingerprints)
-        if len(fingerprints) == 1 and self._hears(session.node_id, self._clock.monotonic_seconds()):
+        if len(fingerprints) == 1 and self._deaths_heard.hears(session.node_id, self._clock.monotonic_seconds()):
             owner = session.owner_account_id
             is_only_owner = not self.others_can_take(requests[0], owner, session.tried(attempt_id))
             fingerprint = fingerprints.pop()
@@ -166,31 +180,18 @@ class Links:
             _log.warning("deserted_engine_died", node_id=session.node_id, replica_id=replica_id, leavers_count=len(suspects))
             self.culprits.died(suspects)
 
-    def _hears(self, node_id: NodeId, now: float) -> bool:
-        """Whether the directory is told of one more lone death on this node. A word costs it nothing, and the directory a write."""
-        self._deaths_heard_at = {
-            known_id: recent
-            for known_id, times in self._deaths_heard_at.items()
-            if (recent := [at for at in times if now - at < DEATHS_HEARD_SECONDS])
-        }
-        heard_at = self._deaths_heard_at.setdefault(node_id, [])
-        if not is_heard(heard_at, now):
-            _log.warning("lone_death_not_heard", node_id=node_id, heard_count=len(heard_at))
-            return False
-        heard_at.append(now)
-        return True
-
-    def finish(self, session: NodeSession, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
+    def finish(self, session: Host, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
         """Nobody waits for an attempt any more. Its engine may be at it still and die of it, whoever else is there then.
 
         Its body is hashed here, on the loop, also where no engine ever died: milliseconds for one of megabytes. To keep bodies instead, in
         case their engine dies, would take memory.
         """
-        relay = session.attempts.get(attempt_id)
-        if relay is not None and attempt_id not in self._probing.attempt_ids:
-            self.suspicions.over(session, replica_id, relay.answer_kind)
-        if session.is_at_engine(attempt_id):
-            self._leavers.left(replica_id, session.requests[attempt_id].fingerprint(self.culprits))
+        if isinstance(session, NodeSession):
+            relay = session.attempts.get(attempt_id)
+            if relay is not None and attempt_id not in self._probing.attempt_ids:
+                self.suspicions.over(session, replica_id, relay.answer_kind)
+            if session.is_at_engine(attempt_id):
+                self._leavers.left(replica_id, session.requests[attempt_id].fingerprint(self.culprits))
         session.finish(attempt_id, replica_id)
         self.node_changed(session.node_id)
 
@@ -211,10 +212,9 @@ class Links:
 
     def others_can_take(self, request: InferenceRequest, owner: AccountId, tried: frozenset[NodeId] = frozenset()) -> bool:
         """Whether a node of another owner could answer the request, now or when it has a slot free; those `tried` would not."""
-        others = (other for other in self.sessions if other.owner_account_id != owner)
-        replicas = (replica for other in others for replica in other.replica_views(request.model_id))
+        others = (other.replica_views(request.model_id) for other in self.hosts if other.owner_account_id != owner)
         needs = request.endpoint, tried, request.prompt_tokens_min
-        return any(rejection(replica, *needs, trusted_only=request.trusted_only) is None for replica in replicas)
+        return any(rejection(replica, *needs, trusted_only=request.trusted_only) is None for views in others for replica in views)
 
     def _elsewhere(self, request: InferenceRequest, out: frozenset[NodeId]) -> Elsewhere:
         roster, needs = self.roster(), (request.endpoint, frozenset[NodeId](), request.prompt_tokens_min)
@@ -250,8 +250,8 @@ class Links:
         """Every replica of the connected nodes as it is now; true for no longer than until the next call."""
         while self._changed:
             node_id = self._changed.pop()
-            session = self._sessions.get(node_id)
-            self._roster.enter(node_id, session.replica_views() if session is not None else ())
+            host = self.host(node_id)
+            self._roster.enter(node_id, host.replica_views() if host is not None else ())
         return self._roster
 
     def answer_began(self, session: NodeSession) -> None:

@@ -52,6 +52,16 @@ class Load(NamedTuple):
     prefill_since_seconds: float
 
 
+class Counted(NamedTuple):
+    """What an attempt came to."""
+
+    usage: Usage | None = None
+    """By its engine's count, if there is one."""
+    token_count: int = 0
+    """Relayed."""
+    was_outrun: bool = False
+
+
 class _Attempt:
     """One under way."""
 
@@ -60,6 +70,7 @@ class _Attempt:
         "area",
         "began_at",
         "cached_tokens",
+        "counted",
         "distance_tokens",
         "foreseen_seconds",
         "names",
@@ -67,8 +78,6 @@ class _Attempt:
         "read_by",
         "relay",
         "request",
-        "usage",
-        "was_outrun",
         "work",
     )
 
@@ -87,10 +96,9 @@ class _Attempt:
         self.read_by = began_at
         """Of an answer in one piece nothing is seen before its end: then it has been read for certain."""
         self.area = 0.0
-        self.usage: tuple[Usage | None, int] | None = None
+        self.counted: Counted | None = None
         self.foreseen_seconds: float | None = None
         """Until its first token, when it was dispatched; None: nobody has looked."""
-        self.was_outrun = False
 
     def unread_tokens(self, now: float) -> float:
         """What it adds to the replica's reading; nothing once it has begun to answer."""
@@ -132,7 +140,7 @@ class Measures:
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
+        self.now = now
         self.token_seconds_max = math.inf
         """Between two tokens of an answer, as the operator promises it; whoever reads the settings puts it here."""
         self._replicas: OrderedDict[ReplicaId, _Replica] = OrderedDict()
@@ -144,7 +152,7 @@ class Measures:
         names, prompt_bytes = request.prompt_blocks()
         if not names:
             return {}
-        depths = self.prefixes.holders(names, self._now(), WARM_MAX)
+        depths = self.prefixes.holders(names, self.now(), WARM_MAX)
         return {replica_id: cached_tokens(depth, prompt_bytes, work.prompt_tokens) for replica_id, depth in depths.items()}
 
     def hear(self, replica_id: ReplicaId, status: EngineStatus, capacity_tokens: int) -> Speeds:
@@ -178,7 +186,7 @@ class Measures:
             return Load(0.0, 0.0, 0.0, 0.0)
         committed = sum(attempt.work.tokens for attempt in replica.attempts.values())
         dispatched = sum(attempt.work.tokens for attempt in replica.attempts.values() if attempt.began_at >= heard_at)
-        now = self._now()
+        now = self.now()
         waiting = replica.waiting(now)
         since = min((attempt.began_at for attempt in waiting), default=0.0)
         return Load(committed, dispatched, sum(attempt.unread_tokens(now) for attempt in waiting), since)
@@ -191,7 +199,7 @@ class Measures:
 
     def begin(self, replica_id: ReplicaId, attempt_id: AttemptId, request: InferenceRequest, relay: Relay) -> None:
         """An attempt is dispatched."""
-        now, replica = self._now(), self._replica(replica_id)
+        now, replica = self.now(), self._replica(replica_id)
         attempt = _Attempt(request, relay, request.work or _GUESS, now)
         replica.pass_time(now)
         attempt.area = replica.area
@@ -223,29 +231,36 @@ class Measures:
         """What an attempt came to, told before it is over: its engine's count, if there is one, and the tokens that were relayed."""
         replica_id = self._where.get(attempt_id)
         if replica_id is not None:
-            attempt = self._replicas[replica_id].attempts[attempt_id]
-            attempt.usage, attempt.was_outrun = (usage, token_count), was_outrun
+            self._replicas[replica_id].attempts[attempt_id].counted = Counted(usage, token_count, was_outrun)
+
+    def counted(self, attempt_id: AttemptId) -> Counted:
+        """What was told of an attempt that is under way; nothing yet: nothing."""
+        replica_id = self._where.get(attempt_id)
+        return (None if replica_id is None else self._replicas[replica_id].attempts[attempt_id].counted) or Counted()
+
+    def work_of(self, attempt_id: AttemptId) -> Work:
+        """What an attempt that is under way is expected to be."""
+        return self._replicas[self._where[attempt_id]].attempts[attempt_id].work
 
     def end(self, attempt_id: AttemptId) -> None:
         """Nobody waits for an attempt any more. One that was counted teaches."""
         replica_id = self._where.pop(attempt_id, None)
         if replica_id is None:
             return
-        replica, now = self._replicas[replica_id], self._now()
+        replica, now = self._replicas[replica_id], self.now()
         replica.pass_time(now)
         attempt = replica.attempts.pop(attempt_id)
         self._learn_first_token(replica, attempt, now)
         if attempt.relay.first_chunk_at is None:
             self.prefixes.unread(replica_id, attempt.names)
-        elif attempt.usage is not None:
-            usage, token_count = attempt.usage
-            self._learn(replica, attempt, usage, token_count, now)
+        elif attempt.counted is not None:
+            self._learn(replica, attempt, attempt.counted.usage, attempt.counted.token_count, now)
 
     @staticmethod
     def _learn_first_token(replica: _Replica, attempt: _Attempt, now: float) -> None:
         """How late it came. Of one that was cancelled for being late, so far; of all others that gave none, nothing."""
         relay, came_at = attempt.relay, attempt.relay.first_chunk_at
-        if came_at is None and attempt.was_outrun:
+        if came_at is None and attempt.counted is not None and attempt.counted.was_outrun:
             came_at = now
         refused = relay.head is not None and relay.head.http_status != HTTPStatus.OK
         if attempt.foreseen_seconds is not None and came_at is not None and not refused:
@@ -294,7 +309,7 @@ class Measures:
     def _replica(self, replica_id: ReplicaId) -> _Replica:
         replica = self._replicas.get(replica_id)
         if replica is None:
-            replica = self._replicas[replica_id] = _Replica(self._now())
+            replica = self._replicas[replica_id] = _Replica(self.now())
             self._forget()
         return replica
 

@@ -51,9 +51,9 @@ class Quarantine:
         if not self.suspects(request):
             return (suspects, nobody) if suspects else (nobody,)
         owner = self._links.suspect_requests.get(request.fingerprint(self._links.culprits))
-        sessions = self._links.sessions
-        busy = suspects | {session.node_id for session in sessions if session.attempts}
-        witnesses = {session.node_id for session in sessions if session.owner_account_id == owner}
+        hosts = tuple(self._links.hosts)
+        busy = suspects | {host.node_id for host in hosts if host.attempts}
+        witnesses = {host.node_id for host in hosts if host.owner_account_id == owner}
         choices = (busy | witnesses, suspects | witnesses)
         if owner is not None and self._links.others_can_take(request, owner, tried):
             return choices

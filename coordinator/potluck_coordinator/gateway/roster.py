@@ -209,21 +209,22 @@ class Roster:
         """How many the model has, whatever they do."""
         return sum(len(kind) for kind in self._kinds.get(model_id, {}).values())
 
+    def replicas_of(self, node_id: NodeId) -> Iterator[ReplicaView]:
+        """The node's."""
+        return (entry.replica for entry in self._nodes.get(node_id, {}).values())
+
     def enter(self, node_id: NodeId, replicas: Iterable[ReplicaView]) -> None:
         """The replicas that a node has now, instead of those that it had; of a node that is gone, none."""
         known = self._nodes.get(node_id, {})
         now = {replica.replica_id: replica for replica in replicas}
-        for replica_id in known.keys() - now.keys():
-            self._leave(known.pop(replica_id))
-        for replica_id, replica in now.items():
-            entry = known.get(replica_id)
-            if entry is not None and entry.replica.model_id != replica.model_id:
+        for replica_id, entry in tuple(known.items()):
+            if replica_id not in now or now[replica_id].model_id != entry.replica.model_id:
                 self._leave(known.pop(replica_id))
-                entry = None
-            if entry is None:
+        for replica_id, replica in now.items():
+            if replica_id not in known:
                 known[replica_id] = self._come(replica)
-            elif entry.replica != replica:
-                self._change(entry, replica)
+            elif known[replica_id].replica != replica:
+                self._change(known[replica_id], replica)
         if known:
             self._nodes[node_id] = known
         else:
