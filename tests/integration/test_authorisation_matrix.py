@@ -218,14 +218,11 @@ def own_id(credential: Credential) -> NodeId:
 
 async def link_credentials(people: People, folder: Path) -> dict[str, tuple[Credential | None, str]]:
     """By kind: the credential, and what the link port should make of it."""
-    pool = people.pool
-    authority = pool.authority
-    now = pool.clock.unix_ms()
+    pool, authority, now = people.pool, people.pool.authority, people.pool.clock.unix_ms()
     elsewhere = CertificateAuthority.load_or_create(folder / "elsewhere", now)
     key = identity.new_private_key()
     spki = identity.public_key_der(key)
-    node_key = people.node.key_pem
-    node_spki = identity.public_key_der(node_key)
+    node_key, node_spki = people.node.key_pem, identity.public_key_der(people.node.key_pem)
     node_uri, other_uri = identity.node_uri(people.node_id), f"spiffe://other/node/{people.node_id}"
     server, gateway = authority.issue_server_certificate(now), authority.issue_gateway_certificate(1, now)
     revoked_id, revoked = await pool.joined_node()
