@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
+from potluck_coordinator.node_reports import NOBODY, Covered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from potluck_coordinator.domain.payees import PayeeShare
     from potluck_coordinator.domain.repository import ModelWishes
     from potluck_coordinator.idempotency_desk import IdempotencyDesk
+    from potluck_coordinator.node_reports import NodeReport, ReportReceipt
     from potluck_coordinator.pool_desk import LethalDesk, PoolDesk
     from potluck_protocol.cards import CardTelemetry
     from potluck_protocol.culprits import Fingerprint
-    from potluck_protocol.line import LineMeasurement
     from potluck_protocol.rest import RestCause
     from potluck_protocol.values import (
         AccountId,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         ModelId,
         NodeId,
         NodeState,
-        PeerMeasurement,
         ReplicaId,
         TokenId,
     )
@@ -224,32 +224,6 @@ class NodeVerdictRecord:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class NodeReport:
-    """One node as its gateway saw it since the last report."""
-
-    node_id: NodeId
-    epoch: int
-    covered_seconds: float
-    """Time since the last report during which the lease was fresh."""
-    suspect: bool
-    state: NodeState
-    engines: tuple[EngineStatus, ...]
-    attempt_counts: Mapping[ReplicaId, int] = field(default_factory=dict)
-    """The gateway's own count of attempts under way; a replica that had some since the last report, and has none now, is named with 0."""
-    disk_free_bytes: int = 0
-    cards: tuple[CardTelemetry, ...] = ()
-    peer_measurements: tuple[PeerMeasurement, ...] = ()
-    attached_model_names: tuple[str, ...] = ()
-    """Of its latest hello: its owner's engines come and go while the session lasts."""
-    line: LineMeasurement | None = None
-    """Of its latest heartbeat that had one, or its hello."""
-    decode_tokens_per_second: Mapping[ReplicaId, float] = field(default_factory=dict)
-    """Of a lone answer, as the gateway measured it; of replicas of which it learned something since the last report."""
-    rest_causes: tuple[RestCause, ...] = ()
-    """Why it does not serve, as it says."""
-
-
 class Accounts(Protocol):
     """People, their keys and join tokens."""
 
@@ -327,10 +301,16 @@ class NodeDesk(Protocol):
         """The session has ended: by that goodbye, be it the coordinator's own, or (None) by silence, a lost link, or a newer agent."""
         ...
 
-    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int], *, gateway_epoch: int) -> None:
+    async def report(
+        self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int], covered: Covered = NOBODY, *, gateway_epoch: int
+    ) -> ReportReceipt:
         """A gateway's nodes, and how many requests wait there for a slot of which model, or people were refused one in the last minute.
 
-        Raises ALREADY_EXISTS for a gateway whose number another process has by now.
+        Args:
+            reports: of nodes of which there is news, or which are at work.
+            waiting_counts: by model.
+            covered: the others, of which each is named several times within a lease.
+            gateway_epoch: whose word it is. Raises ALREADY_EXISTS for a gateway whose number another process has by now.
         """
         ...
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -33,6 +34,7 @@ from potluck_node.orders import Orders
 from potluck_node.paced_chunks import PacedChunks
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.replicas import Replicas
+from potluck_node.report import SelfReport
 from potluck_protocol.clock import Clock
 from potluck_protocol.codec import (
     goodbye_message,
@@ -43,7 +45,7 @@ from potluck_protocol.codec import (
 )
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, GoodbyeReason, Heartbeat, Hello, Welcome
+from potluck_protocol.values import AttemptId, GoodbyeReason, Welcome
 
 GREETING_LIMIT_SECONDS: Final = 10.0
 """From the dial to the coordinator's welcome; beyond it the dial has failed, and another follows."""
@@ -53,13 +55,6 @@ MOVE_REPEATED_SECONDS: Final = 10.0
 """How long after a failed move to a new certificate the next is tried."""
 
 _log = structlog.get_logger()
-
-
-class SelfReport(Protocol):
-    """What the node says of itself."""
-
-    def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello: ...
-    def heartbeat(self) -> Heartbeat: ...
 
 
 class Link:
@@ -101,6 +96,7 @@ class Link:
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
         self._beat_wanted = self._request_wanted = False
+        self._tokens_sent_at_seconds = -math.inf
         self._move_at_seconds: float | None = None
         self._farewells = Farewells()
         self._stopping = False
@@ -317,7 +313,8 @@ class Link:
         if not lease.may_order(self.session, frame.epoch):
             return
         if frame.HasField("lease"):
-            self.session = lease.after_renewal(self.session, epoch=frame.lease.epoch, lease_ttl_ms=frame.lease.lease_ttl_ms)
+            epoch, ttl_ms, idle_ms = frame.lease.epoch, frame.lease.lease_ttl_ms, frame.lease.heartbeat_idle_ms
+            self.session = lease.after_renewal(self.session, epoch=epoch, lease_ttl_ms=ttl_ms, heartbeat_idle_ms=idle_ms)
         self._orders.take(frame)
         if frame.beat_now:
             self.report_now()
@@ -360,9 +357,11 @@ class Link:
         self._attempts.sweep()
         if self._current is None:
             return
-        if self._beat_wanted or lease.beat_due(self.session, busy=self._attempts.busy, now_seconds=self._clock.monotonic_seconds()):
-            self._beat_wanted = True
-            self.wake(True)
+        now_seconds = self._clock.monotonic_seconds()
+        if self._beat_wanted or lease.beat_due(self.session, busy=self._attempts.busy, now_seconds=now_seconds):
+            waiting, self._beat_wanted = self._beat_wanted, True
+            if not lease.beat_may_ride(waiting=waiting, tokens_sent_at_seconds=self._tokens_sent_at_seconds, now_seconds=now_seconds):
+                self.wake(True)
         if self._credentials.renewal_due():
             self._request_wanted = True
             self.wake(True)
@@ -385,9 +384,12 @@ class Link:
     def _next_frame(self) -> node_pb2.NodeFrame | None:
         frame = node_pb2.NodeFrame(epoch=self.session.epoch)
         waiting = self._chunks.move_into(frame)
+        now_seconds = self._clock.monotonic_seconds()
+        if waiting:
+            self._tokens_sent_at_seconds = now_seconds
         if self._beat_wanted:
             self._beat_wanted = False
-            self.session = lease.after_beat(self.session, self._clock.monotonic_seconds())
+            self.session = lease.after_beat(self.session, now_seconds)
             frame.heartbeat.CopyFrom(heartbeat_message(self._report.heartbeat()))
             waiting = True
         if self._request_wanted:

@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from potluck_node.attached_servers import AttachedServers
 from potluck_node.attempts import Attempts
@@ -30,6 +30,13 @@ from potluck_protocol.version import PROTOCOL_VERSION, package_version
 
 ENGINES_MAX: Final = 64
 """How many replicas a hello or heartbeat names, whatever was wished."""
+
+
+class SelfReport(Protocol):
+    """What the link asks for."""
+
+    def hello(self, in_flight: tuple[AttemptId, ...]) -> Hello: ...
+    def heartbeat(self) -> Heartbeat: ...
 
 
 class NodeReport:

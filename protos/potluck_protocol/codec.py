@@ -80,7 +80,7 @@ GOODBYE_NUMBER: Final = {
 }
 
 IN_FLIGHT_MAX: Final = 2048
-"""Attempts in a hello: twice what a coordinator gives one node at a time (`node_session.ATTEMPTS_PER_NODE_MAX`), for a node whose hello is
+"""Attempts in a hello: twice what a coordinator gives one node at a time (`replica_view.ATTEMPTS_PER_NODE_MAX`), for a node whose hello is
 refused cannot come back."""
 
 
@@ -224,6 +224,20 @@ def heartbeat_value(message: node_pb2.Heartbeat) -> Heartbeat:
         number=message.number,
         rest_causes=rest_causes_from_numbers(message.rest_causes),
     )
+
+
+def lasting_word(message: node_pb2.Heartbeat) -> bytes:
+    """A heartbeat but for its number, its count of chunks, and what changes by itself all the time: two with the same say the same.
+
+    That a card is lost is no such change.
+    """
+    lasting = node_pb2.Heartbeat()
+    lasting.CopyFrom(message)
+    lasting.ClearField("number")
+    lasting.ClearField("progress_count")
+    lasting.ClearField("cards")
+    lasting.ClearField("disk_free_bytes")
+    return lasting.SerializeToString() + b"".join(card.uuid.encode() + b"," for card in message.cards if card.lost)
 
 
 def start_attempt_message(start: StartAttempt) -> node_pb2.StartAttempt:

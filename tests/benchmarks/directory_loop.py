@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import offer
 from potluck_coordinator.directory.directory import spare_collections
 from potluck_coordinator.directory.nodes import Nodes
+from potluck_coordinator.node_reports import NodeReport
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.values import EngineState, NodeId, NodeState
 from tests.benchmarks.planning import pool, wishes

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import offer
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.domain.catalogue import Deployment
 from potluck_coordinator.domain.payees import PayeeShare
+from potluck_coordinator.node_reports import NodeReport
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.values import (
     AccountId,

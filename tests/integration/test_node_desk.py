@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer
 from potluck_coordinator.directory.nodes import Nodes
+from potluck_coordinator.node_reports import NodeReport
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError

@@ -14,9 +14,10 @@ from potluck_coordinator.domain.delivered_text import UNSEEN_TOKENS_ALLOWANCE
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_coordinator.gateway import attempt as attempt_module
-from potluck_coordinator.gateway import dispatching, interceptors, ledger_writer, node_session
+from potluck_coordinator.gateway import dispatching, interceptors, ledger_writer, node_session, replica_view
 from potluck_coordinator.gateway.inference_request import Caller
 from potluck_coordinator.gateway.openai_request import BODY_BYTES_MAX
+from potluck_coordinator.gateway.reporting import report_of
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.identity import certificate_request
@@ -103,7 +104,8 @@ async def test_an_answer_does_not_wait_for_its_hold_for_ever(tmp_path, monkeypat
 
 
 async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(node_session, "ATTEMPTS_PER_NODE_MAX", 1)
+    for module in (node_session, replica_view):
+        monkeypatch.setattr(module, "ATTEMPTS_PER_NODE_MAX", 1)
     async with pool(tmp_path) as (coordinator, node):
         first, _ = await begin(coordinator, node)
         second = asyncio.ensure_future(begin(coordinator, node, number=1))
@@ -280,7 +282,8 @@ async def test_time_without_a_link_is_not_counted_as_served(tmp_path):
         async with asyncio.timeout(5):
             while session.outbox is not None:
                 await asyncio.sleep(0.01)
-        assert session.report(session.heartbeat_at + 10).covered_seconds == 0
+        assert report_of(session, session.heartbeat_at + 10).covered_seconds == session.link_lost_at - session.heartbeat_at
+        assert report_of(session, session.heartbeat_at + 20).covered_seconds == 0
 
 
 async def test_credits_for_one_hold_are_enough_for_one_request_after_the_other(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from potluck_coordinator.gateway.node_session import ATTEMPTS_PER_NODE_MAX
+from potluck_coordinator.gateway.replica_view import ATTEMPTS_PER_NODE_MAX
 from potluck_protocol import codec, engine_codec, hardware_codec
 from potluck_protocol.bounds import TEXT_CHARACTERS_MAX
 from potluck_protocol.cards import CardTelemetry

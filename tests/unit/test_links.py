@@ -13,6 +13,7 @@ from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.relay import Relay
+from potluck_coordinator.gateway.reporting import report_of
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
@@ -162,11 +163,11 @@ async def test_a_wish_that_comes_while_a_session_is_opened_reaches_the_node(cloc
 def test_the_directory_hears_of_cards_from_the_hello_on():
     cards = (CardTelemetry("gpu", memory_foreign_bytes=5),)
     session = NodeSession(replace(HELLO, cards=cards), SessionGrant(1, AccountId("owner"), DesiredState()), 100.0)
-    assert session.report(101.0).cards == cards
+    assert report_of(session, 101.0).cards == cards
     session.connect(replace(HELLO, cards=()), Outbox(), 102.0)
-    assert session.report(103.0).cards == cards, "it has not looked yet"
+    assert report_of(session, 103.0).cards == cards, "it has not looked yet"
     session.connect(replace(HELLO, cards=(CardTelemetry("gpu", lost=True),)), Outbox(), 104.0)
-    assert session.report(105.0).cards == (CardTelemetry("gpu", lost=True),)
+    assert report_of(session, 105.0).cards == (CardTelemetry("gpu", lost=True),)
 
 
 @pytest.mark.parametrize(("engine_kind", "slot_counts"), [("attach", [4, 1, 4]), ("vllm", [4, 4, 4])])

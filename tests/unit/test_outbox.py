@@ -45,7 +45,7 @@ async def test_everything_that_waits_goes_together():
     outbox.start(start("a"))
     outbox.acknowledge(AttemptId("b"), 7)
     outbox.start(start("c"))
-    outbox.renew_lease(3, 15_000)
+    outbox.renew_lease(3, 15_000, 5_000)
     frame = await taken(outbox)
     assert [each.attempt_id for each in frame.starts] == ["a", "c"]
     assert (frame.acknowledgements[0].next_sequence, frame.lease.epoch) == (7, 3)
@@ -58,7 +58,7 @@ async def test_everything_that_waits_goes_together():
         lambda outbox: outbox.start(start("a")),
         lambda outbox: outbox.cancel(AttemptId("a")),
         lambda outbox: outbox.acknowledge(AttemptId("a"), 1),
-        lambda outbox: outbox.renew_lease(3, 15_000),
+        lambda outbox: outbox.renew_lease(3, 15_000, 5_000),
         lambda outbox: outbox.hand_over_certificate("pem"),
         lambda outbox: outbox.close(GoodbyeReason.REPLACED),
     ],

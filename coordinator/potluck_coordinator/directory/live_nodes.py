@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from potluck_coordinator.desks import NodeReport
 from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.planning.node_kinds import cards_of
+from potluck_coordinator.node_reports import NodeReport
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_protocol.values import ModelId, NodeState
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LiveNode:
-    """A connected node: its last report, or what its hello said, and when that was."""
+    """A connected node: its last report, or what its hello said, and when it was last told of."""
 
     report: NodeReport
     reported_at_seconds: float
@@ -68,6 +68,15 @@ def node_view(node: EnrolledNode, live: LiveNode | None) -> NodeView:
         card_foreign_bytes=live.card_foreign_bytes,
         cards_lost=bool(cards_of(node.inventory)) and not cards_of(replace(node.inventory, accelerators=cards)),
     )
+
+
+def still_there(live: LiveNode | None, epoch: int, now: float) -> bool:
+    """Notes that the session goes on, of which there is no news; whether it is known."""
+    if live is None or live.report.epoch < epoch:
+        return False
+    if live.report.epoch == epoch:
+        live.reported_at_seconds = now
+    return True
 
 
 def connection_word(status: NodeStatus, live: LiveNode | None) -> str:

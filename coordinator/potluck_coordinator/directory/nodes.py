@@ -8,6 +8,7 @@ anew every second; epochs, ends, trust, uptime and the plan are kept in the book
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -17,16 +18,17 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from potluck_coordinator.desks import NodeRecord, NodeReport, SessionGrant
+from potluck_coordinator.desks import NodeRecord, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.kept_plan import KeptPlan
-from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view, summed
+from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view, still_there, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.node_view import foreign_bytes_known
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
 from potluck_coordinator.domain.trust import trusted_replicas
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
+from potluck_coordinator.node_reports import NOBODY, Covered, NodeReport, ReportReceipt
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
@@ -57,6 +59,7 @@ class Nodes:
         self._board = board
         self._clock = clock
         self._silence_seconds_max = silence_seconds_max
+        self._run_id = secrets.token_hex(8)
         self._live: dict[NodeId, LiveNode] = {}
         self.gateway_speaks: Callable[[int], None] = lambda _: None
         """Called with the epoch of each gateway that reports; raises for one that was replaced."""
@@ -228,7 +231,9 @@ class Nodes:
         if not replaced:
             await self.refresh()
 
-    async def report(self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int], *, gateway_epoch: int) -> None:
+    async def report(
+        self, reports: Sequence[NodeReport], waiting_counts: Mapping[ModelId, int], covered: Covered = NOBODY, *, gateway_epoch: int
+    ) -> ReportReceipt:
         """Takes a gateway's second-by-second word; it is also how a directory that was restarted learns who is there."""
         self.gateway_speaks(gateway_epoch)
         deployed = {deployment.model_id for deployment in self._facts.deployments}
@@ -236,6 +241,8 @@ class Nodes:
         now, waits_anew = self._now(), waiting.keys() - summed(self._waiting.values()).keys()
         self._waiting[gateway_epoch] = waiting
         changed = [self._take(report, now, gateway_epoch) for report in reports]
+        named = zip(covered.node_ids, covered.epochs, strict=True)
+        unknown = frozenset(node_id for node_id, epoch in named if not still_there(self._live.get(node_id), epoch, now))
         self.on_reports(reports)
         if any(changed) or waits_anew:
             await self.refresh()
@@ -244,7 +251,9 @@ class Nodes:
         if uptime.went_unwatched(last_report_ms, self._reported_at_ms):
             self._uptime = uptime.start(self._reported_at_ms)
         coverages = [Coverage(report.node_id, report.covered_seconds) for report in reports]
+        coverages += map(Coverage, covered.node_ids, covered.seconds)
         self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
+        return ReportReceipt(self._run_id, unknown)
 
     def gateway_started(self, gateway_epochs: AbstractSet[int]) -> None:
         """Of the gateways, only these are there: one of them is new, and what the one before it had linked is not linked any more.

@@ -27,8 +27,8 @@ from potluck_protocol.values import ModelId, NodeId
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from potluck_coordinator.desks import NodeReport
     from potluck_coordinator.directory.board import SnapshotBoard
+    from potluck_coordinator.node_reports import NodeReport
     from potluck_coordinator.storage.store import Store
     from potluck_coordinator.storage.unit_of_work import UnitOfWork
     from potluck_protocol.clock import Clock

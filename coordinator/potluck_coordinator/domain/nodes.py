@@ -7,6 +7,7 @@ attempts say.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -23,6 +24,8 @@ DIAL_ROUND_TRIP_SECONDS_MAX: Final = 0.25
 """A node says how far it is, and its clients wait for it."""
 OVERDUE_BEATS: Final = 1.5
 """Of the period in which it beats. When the first of many that fell silent together is lost, all of them are this late."""
+RENEWALS_PER_LEASE: Final = 5
+"""At least, while heartbeats come as often. An idle node's come less often, and each is answered."""
 DOUBT_SECONDS_MAX: Final = 600.0
 """As long as minutes stay without a verdict (`domain.uptime`)."""
 RETURN_SECONDS: Final = 10.0
@@ -70,6 +73,13 @@ class SignsOfLife:
     heartbeat_at: float
     busy_since: float | None
     """When it last went from idle to having attempts; from then on it owes a beat every `heartbeat_busy_seconds`."""
+    idle_seconds: float = 0.0
+    """The period that it was told to beat in while idle, where that is longer than `heartbeat_idle_seconds` (`domain.beat_period`)."""
+
+
+def period_seconds(signs: SignsOfLife, limits: LivenessLimits) -> float:
+    """How often the node has to beat now."""
+    return limits.heartbeat_busy_seconds if signs.busy_since is not None else max(limits.heartbeat_idle_seconds, signs.idle_seconds)
 
 
 def silence_seconds(signs: SignsOfLife, now: float) -> float:
@@ -81,8 +91,7 @@ def liveness(signs: SignsOfLife, now: float, limits: LivenessLimits) -> Liveness
     """What the node's silence means at `now`. The lease itself counts from the last heartbeat, whatever the node was doing."""
     if now - signs.heartbeat_at >= limits.lease_ttl_seconds:
         return Liveness.LAPSED
-    period = limits.heartbeat_idle_seconds if signs.busy_since is None else limits.heartbeat_busy_seconds
-    if silence_seconds(signs, now) > (limits.missed_heartbeats_suspect + 0.5) * period:
+    if silence_seconds(signs, now) > (limits.missed_heartbeats_suspect + 0.5) * period_seconds(signs, limits):
         return Liveness.SUSPECT
     return Liveness.FRESH
 
@@ -109,8 +118,22 @@ def is_mass_silence(silent_count: int, node_count: int) -> bool:
 
 def is_overdue(signs: SignsOfLife, link_lost_at: float | None, now: float, limits: LivenessLimits) -> bool:
     """Whether the node should have been heard of by now, half a beat's patience included."""
-    period = limits.heartbeat_idle_seconds if signs.busy_since is None else limits.heartbeat_busy_seconds
-    return link_lost_at is not None or silence_seconds(signs, now) > OVERDUE_BEATS * period
+    return link_lost_at is not None or silence_seconds(signs, now) > OVERDUE_BEATS * period_seconds(signs, limits)
+
+
+def next_look_at(signs: SignsOfLife, link_lost_at: float | None, limits: LivenessLimits) -> float:
+    """Before when nothing can be said of a node that the last look found well, whatever it does not say; -inf: look each time."""
+    if signs.busy_since is not None or link_lost_at is not None:
+        return -math.inf
+    return signs.heartbeat_at + OVERDUE_BEATS * period_seconds(signs, limits)
+
+
+def renewal_is_due(renewed_at: float, now: float, limits: LivenessLimits) -> bool:
+    """Whether a heartbeat is to be answered with a fresh lease. Of those that come each second most need no answer.
+
+    The agent counts its lease from the oldest heartbeat without an answer, so at any time `1 - 2 / RENEWALS_PER_LEASE` of it are left.
+    """
+    return now - renewed_at >= limits.lease_ttl_seconds / RENEWALS_PER_LEASE
 
 
 def doubt_after(before: Doubt | None, overdue_count: int, node_count: int, now: float) -> Doubt | None:

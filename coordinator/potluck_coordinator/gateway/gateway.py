@@ -12,6 +12,7 @@ import asyncio
 import gc
 import random
 import secrets
+import time
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.peers import Peers
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
+from potluck_coordinator.gateway.process_load import ProcessLoad
 from potluck_coordinator.gateway.requests import RequestLimits, RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
 from potluck_coordinator.pool_desk import GatewayGrant
@@ -125,6 +127,7 @@ class Gateway:
         self._ports: list[GrpcServer] = []
         self._http: HttpServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._load = ProcessLoad()
 
     @property
     def requests(self) -> RequestService:
@@ -295,6 +298,7 @@ class Gateway:
 
     async def _report(self) -> None:
         self.requests.mark_delivered()
+        self._links.leases.adapt(len(self._links), self._load.note(time.process_time(), self._clock.monotonic_seconds()))
         try:
             await self._links.report(self.requests.waiting_counts)
         except PotluckError as error:

@@ -23,12 +23,13 @@ from potluck_coordinator.domain.nodes import (
     is_overdue,
     link_grace_is_over,
     liveness,
+    next_look_at,
 )
 from potluck_coordinator.domain.stall import Stall
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.domain.placement import ReplicaView
@@ -96,12 +97,12 @@ class Judging:
         """A session ended without a goodbye."""
         self._lost_at[node_id] = now
 
-    def look(self, sessions: Collection[NodeSession], now: float) -> list[tuple[NodeSession, str]]:
-        """Judges everyone; the sessions that end now, each with its reason."""
-        self._weigh(sessions, now)
-        self._open_unrivalled(sessions)
+    def look(self, sessions: Mapping[NodeId, NodeSession], now: float) -> list[tuple[NodeSession, str]]:
+        """Judges everyone who may have changed by the clock; the sessions that end now, each with its reason."""
+        due = self._weigh(sessions, now)
+        self._open_unrivalled(sessions.values())
         ending = []
-        for session in sessions:
+        for session in due:
             reason = end_of_session(session.signs, session.link_lost_at, now, self._limits, session.round_trip_seconds)
             if reason is not None and not self.in_doubt:
                 ending.append((session, reason))
@@ -109,6 +110,8 @@ class Judging:
             if session.judge(now, self._limits):
                 self._changed(session.node_id)
             self._look_at_attempts(session, now)
+            is_well = not session.suspect and session.asked_seconds(now) is None
+            session.look_at = next_look_at(session.signs, session.link_lost_at, self._limits) if is_well else now
         return ending
 
     def forgive(self, sessions: Collection[NodeSession], absence_seconds: float, now: float) -> None:
@@ -124,12 +127,15 @@ class Judging:
             for session in sessions:
                 session.excuse(absence_seconds, now)
 
-    def _weigh(self, sessions: Collection[NodeSession], now: float) -> None:
-        """Whether so many are silent together that the coordinator doubts itself; everybody is then asked, and the last view holds."""
-        here = {session.node_id for session in sessions}
+    def _weigh(self, sessions: Mapping[NodeId, NodeSession], now: float) -> Collection[NodeSession]:
+        """Whether so many are silent together that the coordinator doubts itself; everybody is then asked, and the last view holds.
+
+        Who is to be looked at: all while it does, and otherwise those that are at work, or may have fallen silent.
+        """
         window_seconds = self._limits.lease_ttl_seconds
-        self._lost_at = {node_id: at for node_id, at in self._lost_at.items() if now - at < window_seconds and node_id not in here}
-        overdue_count = len(self._lost_at) + sum(self._is_overdue(session, now) for session in sessions)
+        self._lost_at = {node_id: at for node_id, at in self._lost_at.items() if now - at < window_seconds and node_id not in sessions}
+        due = [session for session in sessions.values() if session.look_at <= now]
+        overdue_count = len(self._lost_at) + sum(self._is_overdue(session, now) for session in due)
         self._doubt = doubt_after(self._doubt, overdue_count, len(sessions) + len(self._lost_at), now)
         was_in_doubt, self.in_doubt = self.in_doubt, is_in_doubt(self._doubt, now)
         if was_in_doubt is not self.in_doubt:
@@ -137,15 +143,17 @@ class Judging:
             _log.warning(name, overdue_count=overdue_count, node_count=len(sessions))
         self._served_models = frozenset()
         if not self.in_doubt:
-            for session in sessions:
-                self._vouch(session, frozenset())
-            return
-        for session in sessions:
+            if was_in_doubt:
+                for session in sessions.values():
+                    self._vouch(session, frozenset())
+            return due
+        for session in sessions.values():
             session.ask_for_beat(now)
-        heard = [session for session in sessions if now - session.heard_at < HEARD_SECONDS and session.outbox is not None]
+        heard = [session for session in sessions.values() if now - session.heard_at < HEARD_SECONDS and session.outbox is not None]
         self._served_models = frozenset(view.model_id for session in heard for view in session.replica_views() if view.ready)
-        for session in sessions:
+        for session in sessions.values():
             self._vouch(session, frozenset(view.model_id for view in session.replica_views()) - self._served_models)
+        return tuple(sessions.values())
 
     def _open_unrivalled(self, sessions: Collection[NodeSession]) -> None:
         """One request at a time, or none, is a caution for pools in which somebody else answers meanwhile."""

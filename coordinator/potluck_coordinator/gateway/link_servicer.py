@@ -173,9 +173,12 @@ class LinkServicer(LineServicer):
             relay.end(end.sequence, reason, end.detail, kills_engines=kills_engines)
 
     def _take_heartbeat(self, message: node_pb2.Heartbeat, session: NodeSession, outbox: Outbox, now: float) -> None:
-        self._links.beat(session, codec.heartbeat_value(message), now)
+        if not session.has_heard(message.number) and session.machine.is_to_be_read(codec.lasting_word(message), now):
+            self._links.beat(session, codec.heartbeat_value(message), now)
+        else:
+            self._links.beat_again(session, message.number, now)
         if session.outbox is outbox:
-            outbox.renew_lease(session.epoch, self._links.lease_ttl_ms)
+            self._links.leases.renew_if_due(session, now)
 
     def _renew_beside(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
         """Beside the reading loop: a directory that restarts must not keep heartbeats from being read. One at a time."""

@@ -22,18 +22,19 @@ from potluck_coordinator.domain.survival import LOSSES_PER_SECOND_GUESS
 from potluck_coordinator.gateway.deaths_heard import DeathsHeard
 from potluck_coordinator.gateway.directory_word import NOTHING_SAID, word_of
 from potluck_coordinator.gateway.judging import Elsewhere, Judging
+from potluck_coordinator.gateway.leases import Leases
 from potluck_coordinator.gateway.leavers import Leavers, has_died
 from potluck_coordinator.gateway.measures import Measures
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.probing import Probing
 from potluck_coordinator.gateway.remote_node import RemoteNode
+from potluck_coordinator.gateway.reporting import Reporting
 from potluck_coordinator.gateway.roster import Roster
 from potluck_coordinator.gateway.suspicions import Suspicions
 from potluck_protocol.culprits import Culprits
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import EngineState, GoodbyeReason, NodeId, Welcome
-from potluck_protocol.version import PROTOCOL_VERSION
+from potluck_protocol.values import EngineState, GoodbyeReason, NodeId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.gateway.remote_node import Host
     from potluck_protocol.clock import Clock
     from potluck_protocol.culprits import Fingerprint
-    from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId
+    from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId, Welcome
 
 _log = structlog.get_logger()
 
@@ -91,6 +92,8 @@ class Links:
         self._ticked_at = clock.monotonic_seconds()
         self.suspicions = Suspicions(clock.monotonic_seconds)
         self._judging = Judging(limits, self._elsewhere, self.suspicions, self.node_changed)
+        self._reporting = Reporting(directory, limits.lease_ttl_seconds)
+        self.leases = Leases(limits)
         self._probing = Probing(self.suspicions, self.node_changed, self.finish, clock.monotonic_seconds)
 
     def __len__(self) -> int:
@@ -105,11 +108,6 @@ class Links:
     def outcasts(self) -> Mapping[NodeId, str]:
         """Whom the link port turns away, and why."""
         return self._outcasts
-
-    @property
-    def lease_ttl_ms(self) -> int:
-        """What each renewal grants."""
-        return int(self._limits.lease_ttl_seconds * 1000)
 
     def node_changed(self, node_id: NodeId) -> None:
         """To be called after anything that changes a node's replicas: its word, an attempt's start or end. It costs nothing here."""
@@ -165,6 +163,12 @@ class Links:
         for replica_id, status in session.engines.items():
             if has_died(before.get(replica_id), status) and not session.at_engine(replica_id):
                 self._deserted_engine_died(session, replica_id)
+
+    def beat_again(self, session: NodeSession, beat_number: int, now: float) -> None:
+        """A sign of life that says what the last one said. Where nothing runs, placement sees the same as before."""
+        was_suspect = session.suspect
+        if session.touch(beat_number, now) and (was_suspect or session.attempts):
+            self.node_changed(session.node_id)
 
     def _began_anew(self, session: NodeSession, replica_id: ReplicaId) -> None:
         """A node's word ends what is believed of its own replicas, and of nobody else's."""
@@ -289,7 +293,7 @@ class Links:
             self.node_changed(hello.node_id)
         session.restart_missing(frozenset(hello.in_flight))
         self._on_change()
-        return session, outbox, self._welcome(session)
+        return session, outbox, self.leases.welcome(session)
 
     def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> asyncio.Task[bool] | None:
         """A link has ended; without a goodbye the session waits out its grace.
@@ -298,7 +302,7 @@ class Links:
         """
         if session.outbox is not outbox or self._sessions.get(session.node_id) is not session:
             return None
-        session.outbox, session.link_lost_at = None, self._clock.monotonic_seconds()
+        session.lose_link(self._clock.monotonic_seconds())
         self.node_changed(session.node_id)
         if goodbye is not None:
             self.suspicions.left(session)
@@ -335,10 +339,10 @@ class Links:
         now = self._clock.monotonic_seconds()
         absence_seconds, self._ticked_at = now - self._ticked_at, now
         self._judging.forgive(self._sessions.values(), absence_seconds, now)
-        for session, reason in self._judging.look(self.sessions, now):
+        for session, reason in self._judging.look(self._sessions, now):
             _log.warning("session_ended", node_id=session.node_id, reason=reason, silence_seconds=round(now - session.heartbeat_at, 3))
             self.close(session, None, GoodbyeReason.LEASE_ENDED)
-        self._probing.start_due(self.sessions)
+        self._probing.start_due(self._sessions.values())
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
@@ -366,9 +370,7 @@ class Links:
         Args:
             waiting_counts: the requests that wait for a slot, and the people whose requests were refused lately, by model.
         """
-        now = self._clock.monotonic_seconds()
-        reports = [session.report(now) for session in self._sessions.values()]
-        await self._directory.nodes.report(reports, waiting_counts, gateway_epoch=self._gateway_epoch)
+        await self._reporting.report(self._sessions.values(), waiting_counts, self._clock.monotonic_seconds(), self._gateway_epoch)
 
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""
@@ -377,17 +379,6 @@ class Links:
             self.close(session, GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.COORDINATOR_STOPPING)
         if self._closings:
             await asyncio.wait(self._closings, timeout=2)
-
-    def _welcome(self, session: NodeSession) -> Welcome:
-        return Welcome(
-            protocol_version=PROTOCOL_VERSION,
-            epoch=session.epoch,
-            lease_ttl_ms=self.lease_ttl_ms,
-            heartbeat_busy_ms=int(self._limits.heartbeat_busy_seconds * 1000),
-            heartbeat_idle_ms=int(self._limits.heartbeat_idle_seconds * 1000),
-            desired=session.desired,
-            resume_points={attempt_id: relay.resume_point for attempt_id, relay in session.attempts.items() if not relay.over},
-        )
 
     async def _tell_directory(self, session: NodeSession, goodbye: GoodbyeReason | None) -> bool:
         try:

@@ -8,12 +8,10 @@ and what it says goes into the link's `outbox`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import math
+from typing import TYPE_CHECKING
 
-from potluck_coordinator.desks import NodeReport
-from potluck_coordinator.domain.catalogue import ATTACH_KIND
 from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, link_grace_seconds, liveness
-from potluck_coordinator.domain.placement import ReplicaView, slots_beside_owner
 from potluck_coordinator.domain.stall import (
     FIRST_TOKEN_SEQUENCE,
     GAP_BUCKETS,
@@ -24,39 +22,34 @@ from potluck_coordinator.domain.stall import (
     gap_p99_seconds,
     prefill_seconds,
 )
-from potluck_coordinator.domain.suspicion import Standing
 from potluck_coordinator.gateway.directory_word import NOTHING_SAID
-from potluck_coordinator.gateway.measured_view import measured
+from potluck_coordinator.gateway.node_word import NodeWord
+from potluck_coordinator.gateway.replica_view import ATTEMPTS_PER_NODE_MAX, view_of
+from potluck_coordinator.gateway.telling import Telling
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AttemptId, EngineState, NodeState
+from potluck_protocol.values import AttemptId, EngineState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from potluck_coordinator.desks import SessionGrant
     from potluck_coordinator.domain.nodes import LivenessLimits
+    from potluck_coordinator.domain.placement import ReplicaView
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.measures import Measures
     from potluck_coordinator.gateway.outbox import Outbox
     from potluck_coordinator.gateway.relay import Relay
     from potluck_coordinator.gateway.suspicions import Suspicions
-    from potluck_protocol.cards import CardTelemetry
-    from potluck_protocol.line import LineMeasurement
     from potluck_protocol.values import (
-        DesiredEngine,
         DesiredState,
         EngineStatus,
         Heartbeat,
         Hello,
         ModelId,
         NodeId,
-        PeerMeasurement,
         ReplicaId,
         StartAttempt,
     )
-
-ATTEMPTS_PER_NODE_MAX: Final = 1024
-"""Over all its replicas, whatever slots they have; beyond it they count as busy, and requests wait."""
 
 
 class NodeSession:
@@ -71,7 +64,7 @@ class NodeSession:
         self._wished_replica_ids = {wish.replica_id for wish in grant.desired.engines}
         """In this session, ever."""
         self.state = hello.state
-        self._rest_causes = hello.rest_causes
+        self.machine = NodeWord(hello)
         self.engines: dict[ReplicaId, EngineStatus] = {status.replica_id: status for status in hello.engines}
         self.attempts: dict[AttemptId, Relay] = {}
         self.requests: dict[AttemptId, InferenceRequest] = {}
@@ -81,17 +74,17 @@ class NodeSession:
         self._bereaved: set[AttemptId] = set()
         """Those whose engine's death is known."""
         self.attempts_by_replica: dict[ReplicaId, int] = {}
-        self._used_replica_ids: set[ReplicaId] = set()
+        self.used_replica_ids: set[ReplicaId] = set()
         """Those with attempts since the last report."""
-        self._disk_free_bytes = hello.inventory.disk_free_bytes
-        self._attached_model_names = hello.inventory.attached_model_names
-        self._cards: tuple[CardTelemetry, ...] = hello.cards
-        self._peer_measurements: tuple[PeerMeasurement, ...] = ()
-        self._line: LineMeasurement | None = hello.inventory.line
-        self.heartbeat_at = now
+        self.heartbeat_at = self.heard_at = now
+        """When the last heartbeat came, and the last frame of any kind."""
+        self.renewed_at = -math.inf
+        """When a heartbeat of this link was last answered: the first one always is."""
+        self.idle_seconds = self.told_idle_seconds = 0.0
+        """The period in which it may beat while idle, and the one that it was told last."""
+        self.look_at = -math.inf
+        """Before then it needs no look by the clock."""
         self._beat_number = 0
-        self.heard_at = now
-        """When the last frame of any kind came."""
         self._asked_at: float | None = None
         self._gap_counts: dict[ReplicaId, GapCounts] = {}
         self.busy_since: float | None = None
@@ -111,23 +104,23 @@ class NodeSession:
         self.outbox: Outbox | None = None
         """None while the link is down."""
         self.link_lost_at: float | None = None
-        self._reported_at = now
+        self.telling = Telling(now)
 
     @property
     def signs(self) -> SignsOfLife:
         """What `domain.nodes` judges by."""
-        return SignsOfLife(self.heartbeat_at, self.busy_since if self.suspect or self._is_at_work() else None)
+        return SignsOfLife(self.heartbeat_at, self.busy_since if self.suspect or self._is_at_work() else None, self.idle_seconds)
 
     def connect(self, hello: Hello, outbox: Outbox, now: float) -> None:
         """A link, the first or a later one, is there."""
+        self.cover(now)
         self.outbox, self.link_lost_at = outbox, None
         self.heartbeat_at = self.heard_at = now
-        self.suspect = False
-        self.state, self._rest_causes = hello.state, hello.rest_causes
+        self.renewed_at = -math.inf
+        self.suspect, self.look_at = False, -math.inf
+        self.state = hello.state
         self.engines = {status.replica_id: status for status in hello.engines}
-        self._attached_model_names = hello.inventory.attached_model_names
-        self._cards = hello.cards or self._cards
-        self._line = hello.inventory.line or self._line
+        self.machine.begin(hello)
 
     def grace_seconds(self, limits: LivenessLimits) -> float:
         """How long its link may be away."""
@@ -136,23 +129,43 @@ class NodeSession:
     @property
     def round_trip_seconds(self) -> float:
         """As the node measured it; 0: it has not."""
-        return (self._line.round_trip_microseconds or 0) / 1e6 if self._line is not None else 0.0
+        line = self.machine.line
+        return (line.round_trip_microseconds or 0) / 1e6 if line is not None else 0.0
 
-    def beat(self, heartbeat: Heartbeat, now: float) -> None:
-        """A sign of life. One that comes again, or late, is none."""
-        if heartbeat.number:
-            if heartbeat.number <= self._beat_number:
-                return
-            self._beat_number = heartbeat.number
+    def cover(self, now: float) -> None:
+        """Counts the time until now as its lease and its link are: called before either changes, and before it is told."""
+        self.telling.count(now, is_fresh=not self.suspect and self.outbox is not None)
+
+    def lose_link(self, now: float) -> None:
+        """Its link has ended."""
+        self.cover(now)
+        self.outbox, self.link_lost_at, self.look_at = None, now, -math.inf
+
+    def has_heard(self, beat_number: int) -> bool:
+        """Whether a heartbeat comes again, or late: then it is no sign of life."""
+        return 0 < beat_number <= self._beat_number
+
+    def touch(self, beat_number: int, now: float) -> bool:
+        """A sign of life; whether it is one."""
+        if self.has_heard(beat_number):
+            return False
+        self._beat_number = beat_number or self._beat_number
         if not self.attempts:
             self.busy_since = None
         self.heartbeat_at = now
-        self.suspect = False
-        self.state, self._rest_causes = heartbeat.state, heartbeat.rest_causes
-        self.engines = {status.replica_id: status for status in heartbeat.engines}
-        self._disk_free_bytes = heartbeat.disk_free_bytes
-        self._cards, self._peer_measurements = heartbeat.cards, heartbeat.peer_measurements
-        self._line = heartbeat.line or self._line
+        if self.suspect:
+            self.cover(now)
+            self.suspect = False
+        return True
+
+    def beat(self, heartbeat: Heartbeat, now: float) -> None:
+        """A sign of life, and what it says."""
+        if not self.touch(heartbeat.number, now):
+            return
+        before = self.state, self.engines
+        self.state, self.engines = heartbeat.state, {status.replica_id: status for status in heartbeat.engines}
+        if self.machine.take(heartbeat) or before != (self.state, self.engines):
+            self.telling.has_news = True
 
     def start(
         self, start: StartAttempt, relay: Relay, now: float, request: InferenceRequest, tried: frozenset[NodeId] = frozenset()
@@ -162,13 +175,14 @@ class NodeSession:
             raise PotluckError(ErrorCode.NO_CAPACITY, retry_after_seconds=1)
         if self.busy_since is None or not (self.suspect or self._is_at_work()):
             self.busy_since = now
+        self.look_at, self.telling.has_news = -math.inf, True
         relay.gap_counts = self._gap_counts.setdefault(start.replica_id, [0] * GAP_BUCKETS)
         self.attempts[start.attempt_id] = relay
         self.requests[start.attempt_id] = request
         self._starts[start.attempt_id] = start
         self._tried[start.attempt_id] = tried
         self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
-        self._used_replica_ids.add(start.replica_id)
+        self.used_replica_ids.add(start.replica_id)
         if self.measures is not None:
             self.measures.begin(start.replica_id, start.attempt_id, request, relay)
         self.outbox.start(start)
@@ -181,6 +195,7 @@ class NodeSession:
         del self._starts[attempt_id], self._tried[attempt_id], self.requests[attempt_id]
         self._bereaved.discard(attempt_id)
         self.attempts_by_replica[replica_id] -= 1
+        self.telling.has_news = True
         if self.measures is not None:
             self.measures.end(attempt_id)
         if not self.attempts and not self.suspect:
@@ -252,8 +267,12 @@ class NodeSession:
 
     def judge(self, now: float, limits: LivenessLimits) -> bool:
         """Notes whether new work should keep away; whether that is news."""
-        before, self.suspect = self.suspect, liveness(self.signs, now, limits) is not Liveness.FRESH
-        return self.suspect is not before
+        suspect = liveness(self.signs, now, limits) is not Liveness.FRESH
+        if suspect is self.suspect:
+            return False
+        self.cover(now)
+        self.suspect = suspect
+        return True
 
     def ask_for_beat(self, now: float) -> None:
         """Asks a node that has been quiet to say something, once until it does."""
@@ -320,35 +339,6 @@ class NodeSession:
         """The replicas of everything that is still to be answered, each as often."""
         return [self.replica_of(attempt_id) for attempt_id, relay in self.attempts.items() if not relay.over and not relay.ended_by_node]
 
-    def report(self, now: float) -> NodeReport:
-        """What happened since the last report, for the directory's count of uptime and its planning."""
-        report = NodeReport(
-            node_id=self.node_id,
-            epoch=self.epoch,
-            covered_seconds=0.0 if self.suspect or self.outbox is None else now - self._reported_at,
-            suspect=self.suspect,
-            state=self.state,
-            engines=tuple(self.engines.values()),
-            attempt_counts={replica_id: self.attempts_by_replica.get(replica_id, 0) for replica_id in self._used_replica_ids},
-            disk_free_bytes=self._disk_free_bytes,
-            cards=self._cards,
-            peer_measurements=self._peer_measurements,
-            attached_model_names=self._attached_model_names,
-            line=self._line,
-            decode_tokens_per_second=self._speeds_learned(),
-            rest_causes=self._rest_causes,
-        )
-        self._used_replica_ids = {replica_id for replica_id, count in self.attempts_by_replica.items() if count}
-        self._reported_at = now
-        return report
-
-    def _speeds_learned(self) -> Mapping[ReplicaId, float]:
-        """Since the last report."""
-        if self.measures is None:
-            return {}
-        learned = {replica_id: self.measures.tokens_per_second_since(replica_id, self._reported_at) for replica_id in self.engines}
-        return {replica_id: speed for replica_id, speed in learned.items() if speed is not None}
-
     def replica_views(self, model_id: ModelId | None = None) -> Iterator[ReplicaView]:
         """Its replicas, of one model or all, as placement sees them: what was wished of it, as far as it says that it is there."""
         for wish in self.desired.engines:
@@ -359,42 +349,4 @@ class NodeSession:
             if group is not None and status is not None and status.group_generation != group.generation:
                 # Of an earlier generation, on its way out.
                 status = None
-            yield self._view(wish, status)
-
-    def _view(self, wish: DesiredEngine, status: EngineStatus | None) -> ReplicaView:
-        in_flight_count = self.attempts_by_replica.get(wish.replica_id, 0)
-        # A node at its bound of attempts has no slot left, whatever its replicas offer.
-        room_count = in_flight_count + ATTEMPTS_PER_NODE_MAX - len(self.attempts)
-        standing = Standing.TRUSTED if self.suspicions is None else self.suspicions.standing(wish.replica_id)
-        is_unrivalled = wish.model.model_id in self.unrivalled_models
-        half_open = standing is Standing.HALF_OPEN and not is_unrivalled
-        if half_open:
-            room_count = min(room_count, 1)
-        if wish.engine_kind == ATTACH_KIND and status is not None:
-            room_count = slots_beside_owner(room_count, in_flight_count, status.waiting_count)
-        slot_count = min(status.slot_count, wish.slot_count, room_count) if status is not None else 0
-        view = ReplicaView(
-            replica_id=wish.replica_id,
-            node_id=self.node_id,
-            model_id=wish.model.model_id,
-            ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
-            slot_count=slot_count,
-            in_flight_count=in_flight_count,
-            node_paused=self.state is not NodeState.SERVING,
-            node_suspect=standing is Standing.SUSPECTED or (self.suspect and wish.model.model_id not in self.vouched_models),
-            link_up=self.outbox is not None and not self.outbox.closed,
-            endpoints=status.endpoints if status is not None else (),
-            leaving=wish.replica_id in self.word.leaving,
-            context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
-            owner_account_id=self.owner_account_id,
-            is_trusted=wish.replica_id in self.word.trusted,
-            engine_kind=wish.engine_kind,
-            losses_per_second=self.losses_per_second,
-            half_open=half_open,
-            drained="" if is_unrivalled else self.word.drained.get(wish.replica_id, ""),
-            weight=self.word.slow.get(wish.replica_id, 1.0),
-            heard_at_seconds=self.heartbeat_at,
-        )
-        if self.measures is None or status is None:
-            return view
-        return measured(view, status, self.measures, self._line)
+            yield view_of(self, wish, status)

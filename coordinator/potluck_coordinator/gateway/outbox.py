@@ -61,10 +61,10 @@ class Outbox:
         """What the node should run."""
         self._next().desired.CopyFrom(engine_codec.desired_state_message(desired))
 
-    def renew_lease(self, epoch: int, lease_ttl_ms: int) -> None:
-        """The answer to a heartbeat."""
+    def renew_lease(self, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int) -> None:
+        """The answer to a heartbeat, and how often to beat from now on while idle."""
         lease = self._next().lease
-        lease.epoch, lease.lease_ttl_ms = epoch, lease_ttl_ms
+        lease.epoch, lease.lease_ttl_ms, lease.heartbeat_idle_ms = epoch, lease_ttl_ms, heartbeat_idle_ms
 
     def ask_for_beat(self) -> None:
         """A heartbeat, at once."""

@@ -23,6 +23,8 @@ ASK_AFTER_DIALS: Final = 3
 """In vain, beyond the quick ones."""
 USEFUL_SECONDS: Final = 0.3
 """A connection that lived shorter was of no use: far nodes' welcomes take nearly as long."""
+RIDE_SECONDS: Final = 0.2
+"""Tokens that came within this time are followed by others soon."""
 STABLE_SECONDS: Final = 5.0
 """A connection that lived this long proves that dialling works, however often it failed before."""
 
@@ -75,13 +77,21 @@ def after_beat(session: Session, now_seconds: float) -> Session:
     return replace(session, last_beat_at_seconds=now_seconds, unanswered_since_seconds=now_seconds if oldest is None else oldest)
 
 
-def after_renewal(session: Session, *, epoch: int, lease_ttl_ms: int) -> Session:
-    """The coordinator answered a heartbeat. A renewal of another epoch, or one that answers nothing, changes nothing."""
+def after_renewal(session: Session, *, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int = 0) -> Session:
+    """The coordinator answered a heartbeat. A renewal of another epoch, or one that answers nothing, changes nothing.
+
+    Args:
+        session: of the agent.
+        epoch: whose lease it is.
+        lease_ttl_ms: counted from the oldest heartbeat that it may answer.
+        heartbeat_idle_ms: how often to beat while idle; 0: as before.
+    """
     sent_at = session.unanswered_since_seconds
     if epoch != session.epoch or sent_at is None or session.lease_ends_at_seconds is None:
         return session
     ends_at = max(session.lease_ends_at_seconds, sent_at + lease_ttl_ms / 1000)
-    return replace(session, lease_ends_at_seconds=ends_at, unanswered_since_seconds=None)
+    idle_seconds = heartbeat_idle_ms / 1000 if heartbeat_idle_ms > 0 else session.heartbeat_idle_seconds
+    return replace(session, lease_ends_at_seconds=ends_at, unanswered_since_seconds=None, heartbeat_idle_seconds=idle_seconds)
 
 
 def after_loss(session: Session, *, lived_seconds: float) -> Session:
@@ -129,6 +139,17 @@ def beat_due(session: Session, *, busy: bool, now_seconds: float) -> bool:
         return False
     period_seconds = session.heartbeat_busy_seconds if busy else session.heartbeat_idle_seconds
     return now_seconds - session.last_beat_at_seconds >= period_seconds
+
+
+def beat_may_ride(*, waiting: bool, tokens_sent_at_seconds: float, now_seconds: float) -> bool:
+    """Whether a heartbeat that is due goes with the next tokens instead of in a frame of its own.
+
+    Args:
+        waiting: it waited once already, since the last look; then it waits no longer.
+        tokens_sent_at_seconds: when the last frame with tokens left.
+        now_seconds: monotonic seconds.
+    """
+    return not waiting and now_seconds - tokens_sent_at_seconds <= RIDE_SECONDS
 
 
 def reconnect_delay_seconds(failure_count: int, jitter: float) -> float:

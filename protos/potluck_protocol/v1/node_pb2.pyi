@@ -632,15 +632,19 @@ class LeaseRenewal(Message):
 
     EPOCH_FIELD_NUMBER: int
     LEASE_TTL_MS_FIELD_NUMBER: int
+    HEARTBEAT_IDLE_MS_FIELD_NUMBER: int
     epoch: int
     lease_ttl_ms: int
+    heartbeat_idle_ms: int
+    """How often to beat while idle, from now on; 0: as before. Longer where the coordinator has many nodes, or much to do."""
     def __init__(
         self,
         *,
         epoch: int = ...,
         lease_ttl_ms: int = ...,
+        heartbeat_idle_ms: int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["epoch", b"epoch", "lease_ttl_ms", b"lease_ttl_ms"]) -> None: ...
+    def ClearField(self, field_name: Literal["epoch", b"epoch", "heartbeat_idle_ms", b"heartbeat_idle_ms", "lease_ttl_ms", b"lease_ttl_ms"]) -> None: ...
 
 @final
 class Heartbeat(Message):
