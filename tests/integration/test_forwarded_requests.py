@@ -210,3 +210,13 @@ async def test_nobody_but_a_gateway_of_the_coordinator_gets_into_the_port(tmp_pa
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 assert await call.read() is None
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_queue_counts_on_its_own_gateways_nodes_and_without_any_on_all(tmp_path):
+    async with two_gateways(tmp_path) as (here, there, _):
+        mine, theirs = (one.gateway.requests._placing.capacity for one in (here, there))
+        assert mine(TINY).slot_count == theirs(TINY).slot_count == 2
+        async with raw_link(here, await enrol(here)) as own:
+            await own.hello()
+            await until(sees(there, 2))
+            assert mine(TINY).slot_count == theirs(TINY).slot_count == 2

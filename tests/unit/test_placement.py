@@ -264,6 +264,7 @@ DECIDES_ABILITY = {
     "context_length_tokens": 9,
     "engine_kind": "vllm",
     "is_trusted": True,
+    "is_remote": True,
 }
 SAYS_NOTHING_OF_IT = {
     "replica_id": ReplicaId("b"),

@@ -129,6 +129,7 @@ def likeness(replica: ReplicaView) -> tuple[object, ...]:
         replica.context_length_tokens,
         replica.engine_kind,
         replica.is_trusted,
+        replica.is_remote,
     )
 
 

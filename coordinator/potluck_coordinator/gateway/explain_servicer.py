@@ -82,12 +82,12 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
         del context
         node_id = NodeId(request.node_id)
         await self._check_owner(node_id)
-        session = self._links.session(node_id)
-        if session is None:
+        host = self._links.host(node_id)
+        if host is None:
             raise PotluckError(ErrorCode.NO_CAPACITY, f"Node {node_id} is not connected, so it gets nothing; see `potluck nodes`.")
         stories = self._requests.decisions.stories
         records = replica_records(stories, node_id)
-        views = tuple(session.replica_views())
+        views = tuple(host.replica_views())
         response = pool_pb2.ExplainNodeResponse(
             watched_seconds=int(self._watched_seconds(stories)),
             placement_count=placement_count(stories, frozenset(view.model_id for view in views)),
@@ -126,10 +126,10 @@ class ExplainServicer(pool_pb2_grpc.PoolServiceServicer):
     @property
     def _is_own(self) -> Callable[[NodeId], bool]:
         """Whether a node's habits are the caller's to know; of one that is not connected only the operator's."""
-        identity, session = caller(), self._links.session
+        identity, host = caller(), self._links.host
 
         def is_own(node_id: NodeId) -> bool:
-            found = session(node_id)
+            found = host(node_id)
             return identity.operator or (found is not None and found.owner_account_id == identity.account_id)
 
         return is_own

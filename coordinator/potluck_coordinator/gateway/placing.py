@@ -93,9 +93,12 @@ class Placing:
         return not is_barred and self.slots(request, excluded)[1] > 0
 
     def capacity(self, model_id: ModelId) -> Capacity:
-        """All that takes requests for the model, together."""
+        """All that takes requests for the model, together, as far as this gateway's queue can count on it.
+
+        What other gateways' nodes have free is taken all the same. But when they have nothing free, their own queues come first.
+        """
         kinds = [kind for kind in self._links.roster().kinds(model_id) if hurdle(kind.sample) is None]
-        return _together(kinds)
+        return _together([kind for kind in kinds if not kind.sample.is_remote] or kinds)
 
     def within_reach(self, request: InferenceRequest, excluded: frozenset[NodeId], capacity: Capacity) -> Capacity:
         """No slots but those that can take the request, and where it demands trusted nodes no caches but theirs."""
