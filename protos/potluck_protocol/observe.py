@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from json import dumps
 from typing import Any, Final, TextIO, cast
 
@@ -54,6 +55,8 @@ _SECRET_TEXT: Final = re.compile(
     re.DOTALL,
 )
 _DEPTH_MAX: Final = 4
+_NEEDS_MORE_LINES: Final = frozenset({"stack", "exception", "exc_info", "logger", "logger_name"})
+_UNQUOTED: Final = re.compile(r"[^ \t=\r\n\"']*")
 
 
 class _UnfailingFile:
@@ -129,9 +132,7 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
         structlog.processors.format_exc_info,
         redact,
     ]
-    renderer: Processor = (
-        structlog.processors.JSONRenderer(sort_keys=False) if json else structlog.dev.ConsoleRenderer(colors=file.isatty())
-    )
+    renderer: Processor = structlog.processors.JSONRenderer(sort_keys=False) if json else _renderer_for_people(colors=file.isatty())
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=_unfailing_logger(level_number),
@@ -151,11 +152,32 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
     root.setLevel(max(level_number, logging.WARNING))
 
 
+def _renderer_for_people(*, colors: bool) -> Processor:
+    """structlog's own; without colours the same line put together in a tenth of its time, for a pool writes one for each request."""
+    complete = structlog.dev.ConsoleRenderer(colors=colors)
+    if colors:
+        return complete
+
+    def render(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        if not _NEEDS_MORE_LINES.isdisjoint(event):
+            return cast("str", complete(logger, method, event))
+        timestamp, level, words = event.pop("timestamp", ""), event.pop("level", ""), event.pop("event", "")
+        fields = [f"{key}={_shown(event[key])}" for key in sorted(event)]
+        return " ".join((f"{timestamp} [{level:<9}] {words:<30}", *fields)).strip(" ")
+
+    return render
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and _UNQUOTED.fullmatch(value) else repr(value)
+
+
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Blanks fields that are named like secrets or like text of a request, and anything that looks like a key, at any depth."""
     return {key: BLANK if _names_a_secret(key) else _redacted(value, 0) for key, value in event.items()}
 
 
+@lru_cache(maxsize=1024)
 def _names_a_secret(key: str) -> bool:
     lowered = key.lower().replace("-", "_")
     return lowered in _SECRET_KEYS or any(lowered.endswith("_" + name) for name in _SECRET_KEYS)

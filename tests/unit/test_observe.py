@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_protocol.observe import BLANK, configure_logging, redact
+from potluck_protocol.values import EndReason
 
 KEY = "sk-potluck-abcdefgh-" + "s" * 43
 INVITE = "potluck1.aHR0cDovL2E.abc.def.ghi"
@@ -166,3 +167,13 @@ def test_a_key_or_invite_is_blanked_wherever_it_stands(before: str, after: str, 
 
 def test_bytes_are_never_shown() -> None:
     assert redact(None, "", {"chunk": b"Once upon a time"}) == {"chunk": "[16 bytes]"}
+
+
+def test_a_line_for_people_without_colours_is_structlogs_own(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"level": "info", "timestamp": "2026-11-23T00:00:00Z", "event": "asked", "account": "a b", "b": "", "name": "x=1", "z": None}
+    configure_logging(json=False)
+    render = structlog.get_config()["processors"][-1]
+    complete = structlog.dev.ConsoleRenderer(colors=False)
+    for event in (fields, {**fields, "event": "e" * 40, "size": 1.5, "kind": EndReason.COMPLETED}, {**fields, "exception": "Traceback"}):
+        assert render(None, "info", dict(event)) == complete(None, "info", dict(event))
+    assert capsys.readouterr().err == ""
