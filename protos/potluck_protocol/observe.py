@@ -160,7 +160,7 @@ def _renderer_for_people(*, colors: bool) -> Processor:
 
     def render(logger: WrappedLogger, method: str, event: EventDict) -> str:
         if not _NEEDS_MORE_LINES.isdisjoint(event):
-            return cast("str", complete(logger, method, event))
+            return complete(logger, method, event)
         timestamp, level, words = event.pop("timestamp", ""), event.pop("level", ""), event.pop("event", "")
         fields = [f"{key}={_shown(event[key])}" for key in sorted(event)]
         return " ".join((f"{timestamp} [{level:<9}] {words:<30}", *fields)).strip(" ")

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer: over ASGI, except the pieces of a stream whose client keeps up, which `http_server` writes at once.
+"""One HTTP request and its answer. Where its client keeps up, `http_server` writes at once; the rest goes over ASGI.
 
 Decides how a body is read within bounds, how an answer, a stream or a failure is written, and when a client counts as gone. It must not
 know routes, models or money.
@@ -7,7 +7,7 @@ know routes, models or money.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any, Final, Protocol, TypeAlias
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
@@ -48,8 +48,20 @@ class Connection(Protocol):
     def keeps_up(self) -> bool:
         """Whether it would take more bytes now."""
 
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Calls that once when the client hangs up, at once where it has; None: nobody is to be called any more."""
+
+    def whole_body(self) -> bytes | None:
+        """The request's body, taken from ASGI; None where it is not all there yet."""
+
     def write_now(self, data: bytes) -> None:
         """Writes a piece in the middle of a stream, nothing awaited."""
+
+    def begin_now(self, status: int, headers: Iterable[Header], first: bytes) -> bool:
+        """Writes head and first piece of a stream at once; False, and nothing done, where ASGI has to."""
+
+    def answer_now(self, status: int, headers: Iterable[Header], body: bytes) -> bool:
+        """The same of an answer in one piece, which is then over."""
 
 
 class Exchange:
@@ -71,6 +83,8 @@ class Exchange:
         self._sending = False
         self._piece_count = 0
         self._last_on_connection = False
+        self._looking: asyncio.TimerHandle
+        """While somebody works for the client: when it is next seen whether it still reads."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.started_at = clock.monotonic_seconds()
@@ -105,6 +119,10 @@ class Exchange:
         declared = self._headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
             raise too_large()
+        if (whole := self._connection.whole_body()) is not None:
+            if len(whole) > BODY_BYTES_MAX:
+                raise too_large()
+            return whole
         pieces: list[bytes] = []
         size_bytes = 0
         try:
@@ -124,20 +142,43 @@ class Exchange:
             self._last_on_connection = True
             raise PotluckError(ErrorCode.INVALID_REQUEST, f"The request body did not arrive within {BODY_SECONDS_MAX:.0f} s.") from None
 
-    async def wait_until_gone(self) -> None:
-        """Returns when the client has hung up, or has stopped reading for `STALL_SECONDS_MAX`. For use once the body is read."""
-        stalled_at_piece = -1
-        while True:
-            try:
-                async with asyncio.timeout(STALL_SECONDS_MAX):
-                    message = await self._receive()
-            except TimeoutError:
-                if self._sending and stalled_at_piece == self._piece_count:
-                    return
-                stalled_at_piece = self._piece_count if self._sending else -1
-            else:
-                if message["type"] == "http.disconnect":
-                    return
+    async def while_awaited(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does the work, which writes the answer. For use once the body is read.
+
+        Raises:
+            ClientGoneError: the client has hung up, or has stopped reading for `STALL_SECONDS_MAX`; the work was cancelled.
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        gone, stalled_at_piece = False, -1
+
+        def leave() -> None:
+            nonlocal gone
+            if not gone:
+                gone = True
+                task.cancel()
+
+        def look() -> None:
+            nonlocal stalled_at_piece
+            if self._sending and stalled_at_piece == self._piece_count:
+                leave()
+                return
+            stalled_at_piece = self._piece_count if self._sending else -1
+            self._looking = loop.call_later(STALL_SECONDS_MAX, look)
+
+        self._looking = loop.call_later(STALL_SECONDS_MAX, look)
+        # Not before the work waits for the first time: a task cannot cancel itself.
+        watching = loop.call_soon(self._connection.watch, leave)
+        try:
+            await work
+        except asyncio.CancelledError:
+            if gone and task.uncancel() == 0:
+                raise ClientGoneError from None
+            raise
+        finally:
+            self._looking.cancel()
+            watching.cancel()
+            self._connection.watch(None)
 
     async def reply(self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = ()) -> None:
         """The whole answer at once."""
@@ -148,10 +189,17 @@ class Exchange:
         """A good answer that is one JSON document."""
         await self.reply(200, b"application/json", body, headers)
 
-    async def begin_stream(self, headers: Iterable[Header] = ()) -> None:
-        """The head of a stream of server-sent events."""
+    async def begin_stream(self, first: bytes, headers: Iterable[Header] = ()) -> None:
+        """The head of a stream of server-sent events, with the first of them."""
         self.streaming = True
-        await self._start(200, (*_STREAM_HEADERS, *headers))
+        head = self._head(200, (*_STREAM_HEADERS, *headers))
+        if self._connection.begin_now(200, head, first):
+            self.first_byte_seconds = self.seconds
+            self._piece_count += 1
+            self.sent_bytes += len(first)
+            return
+        await self._send({"type": "http.response.start", "status": 200, "headers": head})
+        await self.send_piece(first)
 
     async def send_piece(self, data: bytes, *, more: bool = True) -> None:
         """The next part of the answer's body, or its last; waits until the connection takes it."""
@@ -190,18 +238,23 @@ class Exchange:
 
     async def _send_whole(self, status: int, headers: Iterable[Header], body: bytes) -> None:
         """Head and body; a client that takes nothing of what it got before, as one that pipelines may, is dropped."""
+        head = self._head(status, headers)
+        if self._connection.answer_now(status, head, body):
+            self.first_byte_seconds = self.seconds
+            self.sent_bytes += len(body)
+            return
         try:
             async with asyncio.timeout(STALL_SECONDS_MAX):
-                await self._start(status, headers)
+                await self._send({"type": "http.response.start", "status": status, "headers": head})
                 await self.send_piece(body, more=False)
         except TimeoutError:
             await self.hang_up()
 
-    async def _start(self, status: int, headers: Iterable[Header]) -> None:
+    def _head(self, status: int, headers: Iterable[Header]) -> list[Header]:
         self.status = status
         common = (
             (REQUEST_ID.encode(), self.request_id.encode()),
             (b"openai-processing-ms", b"%d" % round(self.seconds * 1000)),
         )
         close = ((b"connection", b"close"),) if self._last_on_connection else ()
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *common, *self.more_headers(), *close]})
+        return [*headers, *common, *self.more_headers(), *close]

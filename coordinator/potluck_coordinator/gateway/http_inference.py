@@ -8,16 +8,14 @@ sees when an answer breaks off. `http_exchange` takes the body in and `openai_re
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
 from potluck_coordinator.desks import KeyIdentity
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.gateway.gate import caller_of
-from potluck_coordinator.gateway.http_exchange import ClientGoneError, Exchange, Header
+from potluck_coordinator.gateway.http_exchange import Exchange, Header
 from potluck_coordinator.gateway.inference_request import InferenceRequest
 from potluck_coordinator.gateway.openai_request import parse_request
 from potluck_coordinator.gateway.rate_windows import Allowance, rate_headers
@@ -128,21 +126,10 @@ class InferenceExchange:
             trusted_only=_demands_trust(self._exchange.header(TRUST_HEADER.encode())),
         )
         self.model_id = request.model_id
-        work = asyncio.ensure_future(self._work(request, body))
-        gone = asyncio.ensure_future(self._exchange.wait_until_gone())
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientGoneError
-            work.result()
+            await self._exchange.while_awaited(self._work(request, body))
         finally:
-            gone.cancel()
-            work.cancel()
-            try:
-                with suppress(asyncio.CancelledError):
-                    await work
-            finally:
-                await self._close()
+            await self._close()
 
     async def _begin(self, request: InferenceRequest, body: bytes) -> InferenceAnswer:
         key = self._exchange.header(IDEMPOTENCY_KEY.encode())
@@ -168,10 +155,12 @@ class InferenceExchange:
         """The hot path: one write for whatever has arrived, and none of this loop's turns while the client keeps up."""
         exchange = self._exchange
         data = await answer.next_data()
-        await exchange.begin_stream(self._headers(answer))
+        # An answer without a byte has its head all the same.
+        await exchange.begin_stream(data or b"", self._headers(answer))
         while data is not None:
-            await exchange.send_piece(data)
             data = await answer.next_data(exchange.send_now)
+            if data is not None:
+                await exchange.send_piece(data)
         await exchange.send_piece(b"", more=False)
 
     async def _collect(self, answer: InferenceAnswer) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from potluck_coordinator.gateway.edges import BODY_SECONDS_MAX, STALL_SECONDS_MAX
-from potluck_coordinator.gateway.http_exchange import CONNECTION_EXTENSION
+from potluck_coordinator.gateway.http_exchange import CONNECTION_EXTENSION, Header
 from potluck_coordinator.gateway.http_inference import KeyedRequests, Requests
 from potluck_coordinator.gateway.http_routes import HttpRoutes
 from potluck_coordinator.gateway.key_cache import KeyCache
@@ -47,6 +47,25 @@ class _Connection:
     def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
         self._transport = transport
         self._flow = flow
+        self._cycle: RequestResponseCycle | None = None
+        self._on_lost: Callable[[], None] | None = None
+        self._is_lost = False
+
+    def serve(self, cycle: RequestResponseCycle) -> None:
+        """The request as uvicorn has it, from the end of its head to the end of its answer."""
+        self._cycle = cycle
+
+    def end(self, *, lost: bool) -> None:
+        """The answer is over, or the connection is."""
+        self._cycle = None
+        self._is_lost = self._is_lost or lost
+        if lost and self._on_lost is not None:
+            self._on_lost()
+
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        self._on_lost = on_lost
+        if self._is_lost and on_lost is not None:
+            on_lost()
 
     def abort(self) -> None:
         self._transport.abort()
@@ -54,10 +73,60 @@ class _Connection:
     def keeps_up(self) -> bool:
         return not self._flow.write_paused and not self._transport.is_closing()
 
+    def whole_body(self) -> bytes | None:
+        cycle = self._cycle
+        if cycle is None or cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        self._flow.resume_reading()  # otherwise a client that hangs up would not be noticed
+        return body
+
     def write_now(self, data: bytes) -> None:
         # As uvicorn would, with a coroutine for each piece. uvloop raises where a connection is gone, asyncio does not.
         if not self._transport.is_closing():
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def begin_now(self, status: int, headers: Iterable[Header], first: bytes) -> bool:
+        cycle = self._writable()
+        if cycle is None:
+            return False
+        cycle.response_started, cycle.chunked_encoding = True, True
+        head = _head(status, headers, cycle, b"transfer-encoding: chunked\r\n\r\n")
+        # A piece of no bytes would be the end.
+        self._transport.write(b"%b%x\r\n%b\r\n" % (head, len(first), first) if first else head)
+        return True
+
+    def answer_now(self, status: int, headers: Iterable[Header], body: bytes) -> bool:
+        cycle = self._writable()
+        if cycle is None:
+            return False
+        cycle.response_started = cycle.response_complete = True
+        self._transport.write(_head(status, headers, cycle, b"\r\n") + body)
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self._transport.close()
+        cycle.on_response()
+        return True
+
+    def _writable(self) -> RequestResponseCycle | None:
+        """The request, where its answer can begin now and nothing that HTTP has for rarer cases is asked for."""
+        cycle = self._cycle
+        if cycle is None or cycle.response_started or cycle.waiting_for_100_continue or cycle.scope["method"] == "HEAD":
+            return None
+        return cycle if self.keeps_up() else None
+
+
+def _head(status: int, headers: Iterable[Header], cycle: RequestResponseCycle, end: bytes) -> bytes:
+    """The head of an answer, as uvicorn writes it. No value in it is a client's but the request id, which `request_ids` bounds."""
+    lines, says_close = [STATUS_LINE[status]], False
+    for name, value in (*cycle.default_headers, *headers):
+        lines += (name, b": ", value, b"\r\n")
+        says_close = says_close or name == b"connection"
+    cycle.keep_alive = cycle.keep_alive and not says_close
+    if not (cycle.keep_alive or says_close):
+        lines.append(b"connection: close\r\n")
+    lines.append(end)
+    return b"".join(lines)
 
 
 class _BoundedProtocol(HttpToolsProtocol):
@@ -76,6 +145,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, transport.close)
         self._unread_timer: asyncio.TimerHandle | None = None
+        self._served: _Connection | None = None
         if len(self.connections) > CONNECTIONS_MAX:
             transport.close()
 
@@ -84,6 +154,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._unread_timer is not None:
             self._unread_timer.cancel()
         super().connection_lost(exc)
+        if self._served is not None:
+            self._served.end(lost=True)
 
     def data_received(self, data: bytes) -> None:
         if self._early:
@@ -106,7 +178,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.close)
         self._reading_head, self._head_bytes, self._unread_bytes = True, 0, 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["extensions"] = {CONNECTION_EXTENSION: _Connection(self.transport, self.flow)}
+        self._served = _Connection(self.transport, self.flow)
+        scope["extensions"] = {CONNECTION_EXTENSION: self._served}
 
     def on_headers_complete(self) -> None:
         if self._early:
@@ -114,6 +187,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._timer.cancel()
         self._reading_head = False
         super().on_headers_complete()
+        if self._served is not None:
+            self._served.serve(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         if self._early:
@@ -131,6 +206,8 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._served is not None:
+            self._served.end(lost=False)
         if self.cycle.response_complete and self.cycle.more_body:
             self._timer = self.loop.call_later(BODY_SECONDS_MAX, self.transport.close)
         if self._unread_timer is not None:
