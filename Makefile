@@ -7,7 +7,7 @@ PROTO_VENV := .venv-protos
 ENGINES_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines check bench protos clean
+.PHONY: help demo test test-engines check bench bench-peers protos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -33,8 +33,14 @@ check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows
 	$(PROTO_VENV)/bin/python protos/generate.py --check
 	$(BIN)/pytest -q tests/style
 
-bench: $(VENV)/.installed ## compare the relay with its peers; makes environments of their own for them
-	$(BIN)/python -m tests.benchmarks.relay
+# Both keep what they found in .bench/; docs/benchmarks/ has the newest that was measured on an idle machine.
+bench: $(VENV)/.installed ## two minutes: the relay beside HAProxy, a bare relay and sglang-router, and what a lost engine does to their clients
+	mkdir -p .bench
+	$(BIN)/python -m tests.benchmarks.relay --json .bench/relay.json --plot .bench/relay.png
+
+bench-peers: $(VENV)/.installed ## ten minutes: the same with vllm-router, smg, LiteLLM and Ray Serve
+	mkdir -p .bench
+	$(BIN)/python -m tests.benchmarks.relay --all --json .bench/relay-peers.json --plot .bench/relay-peers.png
 
 protos: $(PROTO_VENV)/.installed ## write the generated code beside the .proto files
 	$(PROTO_VENV)/bin/python protos/generate.py

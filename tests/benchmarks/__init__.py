@@ -1,1 +1,1 @@
-"""What Potluck's relay costs, beside its peers. `python -m tests.benchmarks.relay` runs it; docs/benchmarks.md says how it measures."""
+"""Potluck's relay beside others: `python -m tests.benchmarks.relay` runs it, and docs/benchmarks/README.md says how it measures."""

@@ -1,14 +1,15 @@
-"""What the benchmark makes of its samples: order of runs, medians, intervals, ratios and marks.
+"""What the benchmark makes of its samples: order of runs, medians, intervals and ratios.
 
-Decides how rounds become one figure and when a mark is met. Pure: it must not know how anything is measured.
+Decides how rounds become one figure. Pure: it must not know how anything is measured.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Final
 
 RESAMPLE_COUNT: Final = 2000
@@ -24,40 +25,17 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """One figure that must not exceed its limit."""
+def orders(names: Sequence[str], round_count: int, seed: int) -> list[tuple[str, ...]]:
+    """Who is measured when: each two rounds run in one drawn order, the second of them backwards (ABBA).
 
-    name: str
-    limit: float
-    unit: str
-    estimate: Estimate | None
-    """None: not measured, because a peer could not be run."""
-
-    @property
-    def met(self) -> bool | None:
-        """By the pessimistic end of the interval, so that a lucky round decides nothing; None where not measured."""
-        return None if self.estimate is None else self.estimate.high <= self.limit
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """One contender in one round. CPU is in microseconds by process group; times to first token are medians."""
-
-    cpu_per_token: Mapping[str, float]
-    cpu_per_token_alone: Mapping[str, float]
-    cpu_per_request: Mapping[str, float]
-    first_token_ms: float
-    first_token_crowded_ms: float
-    request_ms: float
-    requests_per_second: float
-    tokens_per_second: float
-    foreign_cpu_share: float
-
-
-def order_of_round(names: Sequence[str], round_index: int) -> tuple[str, ...]:
-    """ABBA: every other round runs backwards, so that a slow drift of the machine hits all alike."""
-    return tuple(names) if round_index % 2 == 0 else tuple(reversed(names))
+    A slow drift of the machine then hits all alike, and nobody always comes behind the same neighbour.
+    """
+    draw = random.Random(seed)
+    found: list[tuple[str, ...]] = []
+    while len(found) < round_count:
+        order = draw.sample(list(names), len(names))
+        found += [tuple(order), tuple(reversed(order))]
+    return found[:round_count]
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -96,11 +74,8 @@ def micros_per_unit(cpu_seconds: Mapping[str, float], unit_count: int) -> dict[s
     return {name: seconds / unit_count * 1e6 for name, seconds in cpu_seconds.items()}
 
 
-def weighted_mean(values_and_weights: Sequence[tuple[float, float]]) -> float:
-    """The mean of the first numbers, each counted as much as its second says."""
-    return sum(value * weight for value, weight in values_and_weights) / sum(weight for _, weight in values_and_weights)
-
-
-def busy_neighbour_share(rounds: Sequence[Figures]) -> float:
-    """How much of the machine others used, on average over the runs."""
-    return fmean(figures.foreign_cpu_share for figures in rounds)
+def percentile(values: Sequence[float], percent: int) -> float | None:
+    """The smallest of the values that so many per cent do not exceed; None of none."""
+    if not values:
+        return None
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]

@@ -1,35 +1,31 @@
-"""The scripted engine and the peers: how each is installed, started and asked, and which of its processes count.
+"""The scripted engine, and what a contender is: a way from the client to the engines, running.
 
-Decides the peers' configuration, each at its best case: one worker, no database, no master key, logging off. Each lives in an environment
-of its own below `.bench/`, made from pinned versions. It must not know what is measured.
+Decides the engine's script: stamped tokens, at the pace that the prompt asks for. It must not know what is measured.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
-import subprocess
+import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from tests.benchmarks.load import ANSWER_TOKENS, Target
-from tests.benchmarks.processes import Child, free_port
+from tests.benchmarks.load import Target
+from tests.benchmarks.processes import Child, descendants, free_port
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-ENVIRONMENTS: Final = ROOT / ".bench"
 MODEL: Final = "bench"
 SLOT_COUNT: Final = 128
-CONTEXT_LENGTH_TOKENS: Final = 8192
-INTER_TOKEN_MS: Final = 12
-INSTALL_SECONDS_MAX: Final = 420.0
+CONTEXT_LENGTH_TOKENS: Final = 131_072
+"""Room for the long prompt, which counts by its bytes before an engine has seen it."""
+ANSWER_TOKENS_MAX: Final = 8192
 READY_SECONDS_MAX: Final = 90.0
 
 
@@ -58,6 +54,7 @@ class Contender:
             model=MODEL,
             authorization=self.authorization,
             process_ids=self.process_ids(),
+            own_process_ids=descendants(os.getpid()),
         )
 
     def stop(self) -> None:
@@ -65,11 +62,11 @@ class Contender:
             child.stop()
 
 
-PACED_SCRIPT: Final = {"tokens": list(ANSWER_TOKENS), "token_count": CONTEXT_LENGTH_TOKENS, "inter_token_ms": INTER_TOKEN_MS}
-"""First token at once, then one each 12 ms, as many as `max_tokens` asks for."""
+STAMPED_SCRIPT: Final = {"stamped": True, "pace_in_prompt": True, "token_count": ANSWER_TOKENS_MAX}
+"""First token at once, as many as `max_tokens` asks for."""
 
 
-def write_script(folder: Path, script: Mapping[str, object] = PACED_SCRIPT) -> Path:
+def write_script(folder: Path, script: Mapping[str, object] = STAMPED_SCRIPT) -> Path:
     """The engine's model file."""
     path = folder / "model" / "script.json"
     path.parent.mkdir(exist_ok=True)
@@ -77,80 +74,17 @@ def write_script(folder: Path, script: Mapping[str, object] = PACED_SCRIPT) -> P
     return path
 
 
-def start_direct(folder: Path, cores: frozenset[int]) -> Contender:
+def start_engine(folder: Path, cores: frozenset[int], number: int = 0) -> Contender:
     """The engine itself, with nothing in between."""
     arguments = ["--alias", MODEL, "--context", str(CONTEXT_LENGTH_TOKENS), "--slots", str(SLOT_COUNT)]
     port = free_port()
     command = [sys.executable, "-m", "potluck_node.engines.scripted_server", "--model", str(write_script(folder)), *arguments]
-    engine = Child([*command, "--port", str(port)], folder / "engine.log", cores=cores)
-    contender = Contender("direct", f"http://127.0.0.1:{port}", lambda: {"engine": (engine.process_id,)}, children=[engine])
-    return _ready(contender)
+    engine = Child([*command, "--port", str(port)], folder / f"engine-{number}.log", cores=cores)
+    return ready(Contender("direct", f"http://127.0.0.1:{port}", lambda: {"engine": (engine.process_id,)}, children=[engine]))
 
 
-def start_sglang_router(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
-    """sglang-router in front of the engines."""
-    python = peer_environment("sglang_router")
-    port = free_port()
-    command = [str(python), "-m", "sglang_router.launch_router", "--worker-urls", *engine_urls, "--policy", "cache_aware"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    return _peer_ready("sglang-router", Child(command, folder / "sglang_router.log", cores=cores), port)
-
-
-def start_litellm(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
-    """The LiteLLM proxy in front of the engines."""
-    python = peer_environment("litellm")
-    port = free_port()
-    routes = [{"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "none"} for url in engine_urls]
-    models = [{"model_name": MODEL, "litellm_params": route} for route in routes]
-    configuration = folder / "litellm.yaml"
-    configuration.write_text(json.dumps({"model_list": models}))  # JSON is YAML
-    command = [str(python.with_name("litellm")), "--config", str(configuration)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
-    environment = {
-        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        "LITELLM_LOG": "ERROR",
-        "LITELLM_MODE": "PRODUCTION",
-    }
-    return _peer_ready("LiteLLM", Child(command, folder / "litellm.log", environment=environment, cores=cores), port)
-
-
-def _peer_ready(name: str, child: Child, port: int) -> Contender:
-    contender = Contender(name, f"http://127.0.0.1:{port}", lambda: {"relay": child.family}, ("relay",), children=[child])
-    try:
-        return _ready(contender)
-    except RuntimeError as error:
-        raise PeerUnavailableError(f"does not start: {error}") from error
-
-
-def peer_environment(name: str) -> Path:
-    """The Python of a peer's own environment, made on the first call; raises PeerUnavailableError."""
-    pins = Path(__file__).with_name("peers") / f"{name}.txt"
-    folder = ENVIRONMENTS / name
-    python = folder / "bin" / "python"
-    seal = folder / "pins.sha256"
-    digest = hashlib.sha256(pins.read_bytes()).hexdigest()
-    if python.exists() and seal.exists() and seal.read_text() == digest:
-        return python
-    print(f"installing {name} into .bench/{name} (once)", file=sys.stderr, flush=True)
-    _install_step([sys.executable, "-m", "venv", "--clear", str(folder)])
-    _install_step([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(pins)])
-    seal.write_text(digest)
-    return python
-
-
-def _install_step(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS_MAX, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PeerUnavailableError(f"cannot be installed: {error}") from error
-    if done.returncode != 0:
-        last_lines = " / ".join(done.stderr.strip().splitlines()[-2:])
-        raise PeerUnavailableError(f"cannot be installed: {last_lines}")
-
-
-def _ready(contender: Contender) -> Contender:
+def ready(contender: Contender) -> Contender:
+    """The same once it answers; stopped where it does not, which raises RuntimeError."""
     try:
         wait_until_answers(contender)
     except BaseException:

@@ -1,6 +1,6 @@
 """The words that the harness and its load client share: what to ask of a target, and what came of it.
 
-Decides nothing.
+Decides what the prompt says: its last word is the pace, because some relays drop request fields that they do not know.
 """
 
 from __future__ import annotations
@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Final
 
-ANSWER_TOKENS: tuple[str, ...] = tuple(f" {letter}" for letter in "abcdefghijklmnopqrstuvw")
-"""What the engine says, over and over. 23 tokens, so that a token lost, doubled or swapped shows in the text."""
-
-
-def expected_text(token_count: int) -> str:
-    """The one right answer of so many tokens."""
-    return "".join(ANSWER_TOKENS[index % len(ANSWER_TOKENS)] for index in range(token_count))
+_SENTENCE: Final = "Tell me in plain words why a pot luck dinner feeds more people than any one cook could. "
+_WORD_CHARACTERS: Final = 400
+"""Of the long prompt's words: few and long, so that counting them costs the engine little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +21,16 @@ class Load:
 
     streamed: bool
     connection_count: int
-    requests_per_connection: int
     token_count: int
+    requests_per_connection: int = 1
+    pace_ms: int = 0
+    """Between two tokens of one answer."""
+    prompt_bytes: int = 0
+    """How long the prompt is at least; 0 is a short one."""
     stagger_ms: float = 0.0
     """The first requests are spread over so long, as requests that have nothing to do with each other are."""
+    asking_seconds: float = 60.0
+    """Nothing more is asked after so long; each connection asks once at least."""
     limit_seconds: float = 60.0
     """A run that takes longer has failed."""
 
@@ -43,6 +46,14 @@ class Load:
         return all_tokens // 5, all_tokens * 4 // 5
 
 
+def prompt(load: Load) -> str:
+    """The prompt, with the pace as its last word."""
+    if load.prompt_bytes == 0:
+        return f"{_SENTENCE * 6}{load.pace_ms}"
+    word = "p" * (_WORD_CHARACTERS - 1) + " "
+    return f"{word * -(-load.prompt_bytes // _WORD_CHARACTERS)}{load.pace_ms}"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where to ask, and the processes whose CPU time to read meanwhile, by what they are."""
@@ -52,14 +63,18 @@ class Target:
     model: str
     authorization: str
     process_ids: Mapping[str, tuple[int, ...]]
+    own_process_ids: tuple[int, ...]
+    """All that the benchmark started: what the machine does for others is what is left."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """One run, as the client saw it. Times to first token are of every request, in milliseconds."""
+    """One run, as the client saw it. Times are in milliseconds, of every request; delays, of every token."""
 
     first_token_ms: tuple[float, ...]
     request_ms: tuple[float, ...]
+    delay_ms: tuple[float, ...]
+    """From the engine's stamp in a token to the client's reading of it; empty where answers are not streamed."""
     window_seconds: float
     window_token_count: int
     window_request_count: int
@@ -81,7 +96,8 @@ def decode_command(line: str) -> tuple[Load, Target]:
     command = json.loads(line)
     target = command["target"]
     groups = {name: tuple(ids) for name, ids in target.pop("process_ids").items()}
-    return Load(**command["load"]), Target(**target, process_ids=groups)
+    own = tuple(target.pop("own_process_ids"))
+    return Load(**command["load"]), Target(**target, process_ids=groups, own_process_ids=own)
 
 
 def encode_result(result: LoadResult) -> str:
@@ -98,4 +114,4 @@ def decode_result(line: str) -> LoadResult:
     if "failed" in answer:
         raise LoadFailedError(answer["failed"])
     result = answer["result"]
-    return LoadResult(**{**result, "first_token_ms": tuple(result["first_token_ms"]), "request_ms": tuple(result["request_ms"])})
+    return LoadResult(**{**result, **{name: tuple(result[name]) for name in ("first_token_ms", "request_ms", "delay_ms")}})

@@ -10,15 +10,16 @@ import asyncio
 import gc
 import json
 import os
-import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 import httptools
 import uvloop
 
+from tests.benchmarks.answers import check_streamed, check_whole
 from tests.benchmarks.load import (
     Load,
     LoadFailedError,
@@ -29,12 +30,11 @@ from tests.benchmarks.load import (
     encode_command,
     encode_failure,
     encode_result,
-    expected_text,
+    prompt,
 )
 from tests.benchmarks.processes import Child, CpuReading
 
-_PROMPT: Final = "Tell me in plain words why a pot luck dinner feeds more people than any one cook could. " * 6
-_FIRST_TOKEN: Final = re.compile(rb'"content": ?"[^"]')
+_EVENT: Final = b"data: "
 
 
 class Recorder:
@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, load: Load, target: Target) -> None:
         self._load = load
-        self._watched = [process_id for ids in target.process_ids.values() for process_id in ids] + [os.getpid()]
+        self._watched = tuple({os.getpid(), *target.own_process_ids, *(each for ids in target.process_ids.values() for each in ids)})
         self._groups = target.process_ids
         self._event_count = 0
         self._open_at, self._close_at = load.steady_tokens if load.steady else (sys.maxsize, sys.maxsize)
@@ -57,7 +57,7 @@ class Recorder:
 
     def count(self, data: bytes) -> None:
         """Counts the events in one piece. A few carry no token; in the middle of a run none of those."""
-        self._event_count += data.count(b"data: ")
+        self._event_count += data.count(_EVENT)
         if self._event_count >= self._open_at:
             self._open_at = sys.maxsize
             self.open_window()
@@ -65,13 +65,14 @@ class Recorder:
             self._close_at = sys.maxsize
             self.close_window()
 
-    def result(self, first_token_ms: list[float], request_ms: list[float]) -> LoadResult:
+    def result(self, first_token_ms: list[float], request_ms: list[float], delay_ms: list[float]) -> LoadResult:
         if self._opened is None or self._closed is None or self._closed[0].at_seconds <= self._opened[0].at_seconds:
             raise LoadFailedError("too little came to be measured")
         (before, events_before), (after, events_after) = self._opened, self._closed
         return LoadResult(
             first_token_ms=tuple(first_token_ms),
             request_ms=tuple(request_ms),
+            delay_ms=tuple(delay_ms),
             window_seconds=after.at_seconds - before.at_seconds,
             window_token_count=events_after - events_before,
             window_request_count=0 if self._load.steady else len(request_ms),
@@ -92,21 +93,21 @@ class Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
-        self._pieces: list[bytes] = []
-        self.first_token_at: float | None = None
+        self.pieces: list[tuple[float, bytes]] = []
+        """When each part of the body came, by CLOCK_MONOTONIC."""
 
-    async def ask(self, request: bytes) -> bytes:
-        """The body of the answer; raises LoadFailedError for any status but 200 and for a connection that broke."""
+    async def ask(self, request: bytes) -> list[tuple[float, bytes]]:
+        """The pieces of the answer's body; raises LoadFailedError for any status but 200 and for a connection that broke."""
         assert self._transport is not None
         self._reset()
         self._ended = self._loop.create_future()
         self._transport.write(request)
         await self._ended
-        body = b"".join(self._pieces)
         status = self._parser.get_status_code()
         if status != 200:
+            body = b"".join(data for _, data in self.pieces)
             raise LoadFailedError(f"HTTP {status}: {body[:300].decode(errors='replace')}")
-        return body
+        return self.pieces
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not say that they are asyncio's.
@@ -116,10 +117,8 @@ class Connection(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_body(self, data: bytes) -> None:
-        self._pieces.append(data)
+        self.pieces.append((time.monotonic(), data))  # the loop's own clock counts whole milliseconds
         self._recorder.count(data)
-        if self.first_token_at is None and _FIRST_TOKEN.search(b"".join(self._pieces)):
-            self.first_token_at = time.perf_counter()  # the loop's own clock counts whole milliseconds
 
     def on_message_complete(self) -> None:
         if self._ended is not None and not self._ended.done():
@@ -138,7 +137,7 @@ def request_bytes(load: Load, target: Target) -> bytes:
     """The request, in one piece."""
     body = {
         "model": target.model,
-        "messages": [{"role": "user", "content": _PROMPT}],
+        "messages": [{"role": "user", "content": prompt(load)}],
         "max_tokens": load.token_count,
         "stream": load.streamed,
     }
@@ -150,38 +149,37 @@ def request_bytes(load: Load, target: Target) -> bytes:
     return head.encode() + encoded
 
 
-def streamed_text(body: bytes) -> str:
-    """The text of a streamed answer; raises LoadFailedError where it reports an error or does not end with `[DONE]`."""
-    events = [line[6:].strip() for line in body.split(b"\n") if line.startswith(b"data: ")]
-    if not events or events[-1] != b"[DONE]":
-        raise LoadFailedError(f"a stream ended without [DONE]: {body[-300:].decode(errors='replace')}")
-    pieces = [choice["delta"].get("content") or "" for event in events[:-1] for choice in json.loads(event).get("choices", ())]
-    return "".join(pieces)
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    asked_at_seconds: float
+    ended_at_seconds: float
+    pieces: list[tuple[float, bytes]]
 
 
-def whole_text(body: bytes) -> str:
-    """The text of an answer in one piece."""
-    return str(json.loads(body)["choices"][0]["message"]["content"])
-
-
-def check_answer(load: Load, body: bytes) -> None:
-    """Raises LoadFailedError unless every token came, once and in order."""
-    text = streamed_text(body) if load.streamed else whole_text(body)
-    if text != expected_text(load.token_count):
-        raise LoadFailedError(f"an answer of {load.token_count} tokens came as {len(text) // 2}, or not in order: {text[:60]!r}")
-
-
-async def _converse(load: Load, target: Target, connection: Connection, delay_seconds: float) -> list[tuple[float, float, bytes]]:
-    """Asks one connection's requests; first token (0 where not streamed) and whole time in milliseconds, and the body, of each."""
+async def _converse(load: Load, target: Target, connection: Connection, delay_seconds: float) -> list[_Answer]:
+    """Asks one connection's requests, as long as there is time for another."""
     request = request_bytes(load, target)
+    over_at_seconds = time.monotonic() + load.asking_seconds
     await asyncio.sleep(delay_seconds)
-    answers = []
-    for _ in range(load.requests_per_connection):
-        sent_at = time.perf_counter()
-        body = await connection.ask(request)
-        first_ms = (connection.first_token_at - sent_at) * 1000 if connection.first_token_at else 0.0
-        answers.append((first_ms, (time.perf_counter() - sent_at) * 1000, body))
+    answers: list[_Answer] = []
+    while len(answers) < load.requests_per_connection and (not answers or time.monotonic() < over_at_seconds):
+        asked_at_seconds = time.monotonic()
+        pieces = await connection.ask(request)
+        answers.append(_Answer(asked_at_seconds, time.monotonic(), pieces))
     return answers
+
+
+def _measured(load: Load, recorder: Recorder, answers: list[_Answer]) -> LoadResult:
+    """Checks every answer, now that the clocks have stopped; raises LoadFailedError for one that is not whole."""
+    request_ms = [(answer.ended_at_seconds - answer.asked_at_seconds) * 1e3 for answer in answers]
+    if not load.streamed:
+        for answer in answers:
+            check_whole(load, b"".join(data for _, data in answer.pieces))
+        return recorder.result([], request_ms, [])
+    tokens = [check_streamed(load, answer.pieces) for answer in answers]
+    first_ms = [(came[0].came_at_seconds - answer.asked_at_seconds) * 1e3 for answer, came in zip(answers, tokens, strict=True)]
+    delay_ms = [(token.came_at_seconds - token.sent_at_seconds) * 1e3 for came in tokens for token in came]
+    return recorder.result(first_ms, request_ms, delay_ms)
 
 
 async def run_load(load: Load, target: Target) -> LoadResult:
@@ -208,10 +206,7 @@ async def run_load(load: Load, target: Target) -> LoadResult:
     finally:
         for connection in connections:
             connection.close()
-    for _, _, body in answers:
-        check_answer(load, body)
-    first_token_ms = [first for first, _, _ in answers] if load.streamed else []
-    return recorder.result(first_token_ms, [whole for _, whole, _ in answers])
+    return _measured(load, recorder, answers)
 
 
 class LoadClient:

@@ -19,8 +19,7 @@ from typing import Final, cast
 import httptools
 import uvloop
 
-from tests.benchmarks.load import LoadFailedError, expected_text
-from tests.benchmarks.load_client import streamed_text
+from tests.benchmarks.load import LoadFailedError
 from tests.benchmarks.open_load import (
     ANSWER_TOKENS_MAX,
     Arrival,
@@ -32,6 +31,7 @@ from tests.benchmarks.open_load import (
     decode_result,
     encode_command,
     encode_result,
+    expected_text,
     prompt_of,
     trace,
 )
@@ -206,6 +206,15 @@ def failure_of(arrival: Arrival, status: int, body: bytes) -> str:
     except (LoadFailedError, ValueError, KeyError):
         return "broke off"
     return "" if text == expected_text(arrival.answer_tokens) else "wrong text"
+
+
+def streamed_text(body: bytes) -> str:
+    """The text of a streamed answer; raises LoadFailedError where it reports an error or does not end with `[DONE]`."""
+    events = [line[6:].strip() for line in body.split(b"\n") if line.startswith(b"data: ")]
+    if not events or events[-1] != b"[DONE]":
+        raise LoadFailedError(f"a stream ended without [DONE]: {body[-300:].decode(errors='replace')}")
+    pieces = [choice["delta"].get("content") or "" for event in events[:-1] for choice in json.loads(event).get("choices", ())]
+    return "".join(pieces)
 
 
 def request_bytes(arrival: Arrival, target: OpenTarget, draw: random.Random) -> bytes:

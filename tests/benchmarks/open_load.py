@@ -13,8 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
+ANSWER_TOKENS: Final[tuple[str, ...]] = tuple(f" {letter}" for letter in "abcdefghijklmnopqrstuvw")
+"""What the engine says, over and over. 23 tokens, so that a token lost, doubled or swapped shows in the text."""
 ANSWER_TOKENS_MAX: Final = 400
 """What every request names as `max_tokens`, as clients do who do not know how much they will get."""
+
+
+def expected_text(token_count: int) -> str:
+    """The one right answer of so many tokens."""
+    return "".join(ANSWER_TOKENS[index % len(ANSWER_TOKENS)] for index in range(token_count))
 
 
 @dataclass(frozen=True, slots=True)

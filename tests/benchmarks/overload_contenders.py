@@ -9,24 +9,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from potluck_node.engines.batch_model import CostModel
-from tests.benchmarks.contenders import (
-    MODEL,
-    Contender,
-    start_litellm,
-    start_sglang_router,
-    wait_until_answers,
-    write_script,
-)
-from tests.benchmarks.load import ANSWER_TOKENS
-from tests.benchmarks.open_load import OpenTarget, mean_tokens
-from tests.benchmarks.pool import PoolModel, account_keys, start_potluck
+from tests.benchmarks.contenders import MODEL, Contender, wait_until_answers, write_script
+from tests.benchmarks.open_load import ANSWER_TOKENS, OpenTarget, mean_tokens
+from tests.benchmarks.peer_contenders import STARTS
+from tests.benchmarks.pool import PoolModel, account_keys, start_pool
 from tests.benchmarks.processes import Child, descendants, free_port, title
 
 ENGINE_COUNT: Final = 2
@@ -73,7 +66,7 @@ def start(name: str, folder: Path) -> tuple[Contender, OpenTarget]:
     folder.mkdir()
     if name == "Potluck":
         model = PoolModel(SCRIPT, CONTEXT_LENGTH_TOKENS, SLOT_COUNT, POOL_SETTINGS)
-        contender = start_potluck(folder, frozenset(), frozenset(), model=model, node_count=ENGINE_COUNT)
+        contender = start_pool(folder, frozenset(), frozenset(), model=model, node_count=ENGINE_COUNT).contender
         try:
             return contender, _target(contender, tuple(f"Bearer {key}" for key in account_keys(folder, ACCOUNT_COUNT)))
         except BaseException:
@@ -84,14 +77,13 @@ def start(name: str, folder: Path) -> tuple[Contender, OpenTarget]:
 
 
 def _start_peer(name: str, folder: Path) -> Contender:
-    starters: Mapping[str, Callable[..., Contender]] = {"LiteLLM": start_litellm, "sglang-router": start_sglang_router}
     engines: list[Contender] = []
     try:
         script = write_script(folder, SCRIPT)
         engines.extend(start_engine(folder, script, number) for number in range(ENGINE_COUNT))
         for engine in engines:
             wait_until_answers(engine)
-        router = starters[name](folder, [engine.url for engine in engines], frozenset())
+        router = STARTS[name](folder, [engine.url for engine in engines], frozenset())
     except BaseException:
         for engine in engines:
             engine.stop()

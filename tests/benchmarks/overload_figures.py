@@ -6,12 +6,12 @@ It must not know how anything was measured, nor by which contender.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from tests.benchmarks.arithmetic import percentile
 from tests.benchmarks.open_load import Asked
 
 FIRST_TOKEN_SECONDS_MAX: Final = 2.0
@@ -136,13 +136,6 @@ def _until(spell: Spell, moments: Sequence[float | None]) -> float | None:
 def _fairness(good: Sequence[Asked]) -> float:
     counts = Counter(asked.account for asked in good).values()
     return sum(counts) ** 2 / (len(counts) * sum(count * count for count in counts)) if counts else 0.0
-
-
-def percentile(values: Sequence[float], percent: int) -> float | None:
-    """The smallest of the values that so many per cent do not exceed; None of none."""
-    if not values:
-        return None
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def peak_of(moderate: Sequence[Figures]) -> float:

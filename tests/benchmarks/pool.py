@@ -19,9 +19,9 @@ from typing import Final
 from tests.benchmarks.contenders import (
     CONTEXT_LENGTH_TOKENS,
     MODEL,
-    PACED_SCRIPT,
     READY_SECONDS_MAX,
     SLOT_COUNT,
+    STAMPED_SCRIPT,
     Contender,
     wait_until_answers,
     write_script,
@@ -33,20 +33,77 @@ _POTLUCK: Final = (sys.executable, "-m", "potluck")
 _POLL_SECONDS: Final = 0.1
 
 
+CREDITS: Final[Mapping[str, str]] = {"POTLUCK_COORDINATOR_GRANT_CREDITS": "1000000"}
+"""Every request is paid for, and long prompts cost much."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolModel:
     """The pool's one model."""
 
-    script: Mapping[str, object] = field(default_factory=lambda: PACED_SCRIPT)
+    script: Mapping[str, object] = field(default_factory=lambda: STAMPED_SCRIPT)
     context_length_tokens: int = CONTEXT_LENGTH_TOKENS
     slot_count: int = SLOT_COUNT
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=lambda: CREDITS)
     """Of the coordinator, by their names in its environment."""
 
 
-def start_potluck(
+@dataclass(slots=True)
+class Pool:
+    """A running coordinator and its nodes."""
+
+    folder: Path
+    coordinator: Child
+    node_cores: frozenset[int]
+    environment: Mapping[str, str]
+    contender: Contender
+    nodes: list[Child] = field(default_factory=list)
+
+    def add_node(self) -> None:
+        """Joins another node and starts it."""
+        name = f"node-{len(self.nodes)}"
+        invite = run_potluck(["tokens", "create"], self.environment)
+        joining = ["node", "join", "-", "--state-dir", str(self.folder / name), "--name", name, "--serve"]
+        run_potluck(joining, self.environment, stdin=invite)
+        self._run_node(len(self.nodes))
+
+    def start_again(self, number: int) -> None:
+        """Starts a node anew whose processes are gone."""
+        self.contender.children.remove(self.nodes[number])
+        self.nodes[number].stop()
+        self._run_node(number)
+
+    def _run_node(self, number: int) -> None:
+        state_dir, cache_dir = self.folder / f"node-{number}", self.folder / "cache"
+        run = [*_POTLUCK, "node", "run", "--state-dir", str(state_dir), "--cache-dir", str(cache_dir), "--models-allowed", MODEL]
+        with_script = {**self.environment, "POTLUCK_NODE_SCRIPTED_ENGINE": "true"}
+        node = Child(run, self.folder / f"node-{number}.log", environment=with_script, cores=self.node_cores)
+        self.nodes[number : number + 1] = [node]
+        self.contender.children.append(node)
+
+    def wait_until_ready(self) -> None:
+        """Returns once every node's replica is ready; raises RuntimeError."""
+        deadline = time.monotonic() + READY_SECONDS_MAX
+        while True:
+            models = json.loads(run_potluck(["models", "--json"], self.environment))
+            ready_count = next(model["ready_replica_count"] for model in models if model["model_id"] == MODEL)
+            if ready_count >= len(self.nodes):
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{ready_count} of {len(self.nodes)} replicas are ready after {READY_SECONDS_MAX:.0f} s")
+            time.sleep(_POLL_SECONDS)
+
+    def engine_of(self, number: int) -> int:
+        """The process of a node's engine; raises RuntimeError where there is none."""
+        found = [process_id for process_id in self.nodes[number].family if _is_engine(process_id)]
+        if len(found) != 1:
+            raise RuntimeError(f"node {number} has {len(found)} engines")
+        return found[0]
+
+
+def start_pool(
     folder: Path, coordinator_cores: frozenset[int], node_cores: frozenset[int], *, model: PoolModel | None = None, node_count: int = 1
-) -> Contender:
+) -> Pool:
     """A pool whose nodes are all ready to answer; raises RuntimeError, with what its processes printed, where it does not get so far."""
     data_dir, model = folder / "coordinator", model or PoolModel()
     environment = {"POTLUCK_COORDINATOR_DATA_DIR": str(data_dir)}
@@ -57,36 +114,22 @@ def start_potluck(
         environment={**environment, **model.settings},
         cores=coordinator_cores,
     )
-    agents: list[Child] = []
+    contender = Contender("Potluck", "", dict, ("gateway", "directory", "driver"), children=[coordinator])
+    pool = Pool(folder, coordinator, node_cores, environment, contender)
     try:
         _wait_for_file(data_dir / "endpoints.json", coordinator)
         operator = json.loads((data_dir / "operator.json").read_text())
-        agents.extend(_start_node(folder, f"node-{number}", environment, node_cores) for number in range(node_count))
-        contender = Contender(
-            name="Potluck",
-            url=operator["url"],
-            process_ids=lambda: _process_groups(coordinator, agents),
-            relay_groups=("gateway", "directory", "driver"),
-            authorization=f"Bearer {operator['api_key']}",
-            children=[coordinator, *agents],
-        )
+        contender.url, contender.authorization = operator["url"], f"Bearer {operator['api_key']}"
+        contender.process_ids = lambda: _process_groups(coordinator, pool.nodes)
+        for _ in range(node_count):
+            pool.add_node()
         wait_until_answers(contender)
-        _wait_for_replicas(environment, node_count)
+        pool.wait_until_ready()
         _check_groups(contender.process_ids())
     except BaseException:
-        for child in reversed([coordinator, *agents]):
-            child.stop()
+        contender.stop()
         raise
-    return contender
-
-
-def _start_node(folder: Path, name: str, environment: Mapping[str, str], cores: frozenset[int]) -> Child:
-    state_dir = folder / name
-    invite = run_potluck(["tokens", "create"], environment)
-    run_potluck(["node", "join", "-", "--state-dir", str(state_dir), "--name", name, "--serve"], environment, stdin=invite)
-    run = [*_POTLUCK, "node", "run", "--state-dir", str(state_dir), "--cache-dir", str(folder / "cache"), "--models-allowed", MODEL]
-    with_script = {**environment, "POTLUCK_NODE_SCRIPTED_ENGINE": "true"}
-    return Child(run, folder / f"{name}.log", environment=with_script, cores=cores)
+    return pool
 
 
 def account_keys(folder: Path, count: int) -> tuple[str, ...]:
@@ -98,18 +141,6 @@ def account_keys(folder: Path, count: int) -> tuple[str, ...]:
         made = run_potluck(["keys", "create", "--account", account["account_id"], "--json"], environment)
         keys.append(json.loads(made)["api_key"])
     return tuple(keys)
-
-
-def _wait_for_replicas(environment: Mapping[str, str], count: int) -> None:
-    deadline = time.monotonic() + READY_SECONDS_MAX
-    while True:
-        models = json.loads(run_potluck(["models", "--json"], environment))
-        ready_count = next(model["ready_replica_count"] for model in models if model["model_id"] == MODEL)
-        if ready_count >= count:
-            return
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{ready_count} of {count} replicas are ready after {READY_SECONDS_MAX:.0f} s")
-        time.sleep(_POLL_SECONDS)
 
 
 _PORTS: Final = ("--http-port", "0", "--grpc-port", "0", "--link-port", "0")
@@ -171,8 +202,12 @@ def _process_groups(coordinator: Child, agents: Sequence[Child]) -> dict[str, tu
     for process_id in coordinator.family:
         groups[_coordinator_part(process_id, coordinator)].append(process_id)
     for process_id in (process_id for agent in agents for process_id in agent.family):
-        groups["engine" if "scripted_server" in title(process_id) else "agent"].append(process_id)
+        groups["engine" if _is_engine(process_id) else "agent"].append(process_id)
     return {name: tuple(ids) for name, ids in groups.items()}
+
+
+def _is_engine(process_id: int) -> bool:
+    return "scripted_server" in title(process_id)
 
 
 def _coordinator_part(process_id: int, coordinator: Child) -> str:

@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.relay`: Potluck's relay beside LiteLLM and sglang-router, in front of the same engine, in one run.
+"""Potluck's relay beside its peers, in front of the same engine, in one run: what it costs, and what clients see when an engine is lost.
 
-Decides what is run, in which order and for how long, and the exit status: 0 unless a mark is missed, a token lost or the harness itself
-fails. A peer that cannot be run costs only its own row. Nothing that it starts outlives it or listens beyond loopback.
+Decides what is run and in which order, and the exit status: 0 unless a mark is missed, a token lost or the harness itself fails. A peer
+that cannot be run costs only its own row. Nothing that it starts outlives it or listens beyond loopback.
 """
 
 from __future__ import annotations
@@ -10,110 +10,106 @@ import argparse
 import contextlib
 import json
 import os
+import random
+import shlex
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Final
 
-from tests.benchmarks.arithmetic import Figures, micros_per_unit, order_of_round, weighted_mean
-from tests.benchmarks.contenders import Contender, PeerUnavailableError, start_direct, start_litellm, start_sglang_router
+from tests.benchmarks.arithmetic import orders
+from tests.benchmarks.contenders import Contender, PeerUnavailableError, start_engine
 from tests.benchmarks.load import Load, LoadFailedError, LoadResult
 from tests.benchmarks.load_client import LoadClient
-from tests.benchmarks.pool import start_potluck
+from tests.benchmarks.loss_traces import LossRow
+from tests.benchmarks.loss_trials import peer_losses, pool_losses
+from tests.benchmarks.marks import ENGINE, OURS, Rounds
+from tests.benchmarks.outcome import Outcome, Standing, document
+from tests.benchmarks.peer_contenders import STARTS
+from tests.benchmarks.plot import draw
+from tests.benchmarks.pool import Pool, start_pool
 from tests.benchmarks.processes import CpuReading, resident_bytes
-from tests.benchmarks.report import Outcome, Standing, document, marks, table
+from tests.benchmarks.report import table
+from tests.benchmarks.turns import OF_THE_ENGINE, WORKLOADS, Turn, take_turn, warm_up_of
+from tests.benchmarks.versions import versions
 
-CROWD: Final = Load(streamed=True, connection_count=64, requests_per_connection=1, token_count=200, stagger_ms=200)
-ALONE: Final = Load(streamed=True, connection_count=1, requests_per_connection=1, token_count=200)
-FIRST_TOKENS: Final = Load(streamed=True, connection_count=1, requests_per_connection=30, token_count=2)
-WHOLE: Final = Load(streamed=False, connection_count=8, requests_per_connection=75, token_count=1)
-WARM_UP: Final = (
-    replace(CROWD, token_count=50),
-    replace(WHOLE, requests_per_connection=20),
-    replace(FIRST_TOKENS, requests_per_connection=5),
-)
-SETTLE_SECONDS: Final = 0.3
-"""Between two runs, so that the end of one is not counted with the next."""
-IDLE_SECONDS: Final = 5.0
-ROUNDS_SECONDS_MAX: Final = 330.0
-"""No further round begins after so long."""
+NEAR_PEERS: Final = ("HAProxy", "aiohttp relay", "sglang-router")
+"""Those that start fast and say most."""
+HEAVY_PEERS: Final = ("LiteLLM", "Ray Serve, HAProxy", "Ray Serve")
+"""Their trials of losses are run alone: 16 streams are work for them."""
+IDLE_SECONDS: Final = 3.0
 STUMBLES_MAX: Final = 3
 """Turns of a peer that may break off and be run again; with one more it is out."""
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Which processors the relays have, and which client, engine and agent; both empty where there are too few to part them."""
+
+    relay: frozenset[int]
+    home: frozenset[int]
+
+    @classmethod
+    def split(cls) -> Cores:
+        cores = sorted(os.sched_getaffinity(0))
+        return cls(frozenset(cores[-1:]), frozenset(cores[:-1])) if len(cores) > 1 else cls(frozenset(), frozenset())
 
 
-def _split_cores() -> tuple[frozenset[int], frozenset[int]]:
-    """The relay's core, and those of client, engine and agent; both empty where there are too few to part them."""
-    cores = sorted(os.sched_getaffinity(0))
-    return (frozenset(cores[-1:]), frozenset(cores[:-1])) if len(cores) > 1 else (frozenset(), frozenset())
+def say(text: str) -> None:
+    """A line of progress, with the time since the start."""
+    print(f"{time.monotonic() - _BEGAN_AT:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
-def measure(client: LoadClient, contender: Contender) -> Figures:
-    """One contender's turn in a round; raises LoadFailedError."""
-
-    def run(load: Load) -> LoadResult:
-        time.sleep(SETTLE_SECONDS)
-        return client.run(load, contender.target())
-
-    first_tokens, alone, crowd, whole = run(FIRST_TOKENS), run(ALONE), run(CROWD), run(WHOLE)
-    return Figures(
-        cpu_per_token=micros_per_unit(crowd.cpu_seconds, crowd.window_token_count),
-        cpu_per_token_alone=micros_per_unit(alone.cpu_seconds, alone.window_token_count),
-        cpu_per_request=micros_per_unit(whole.cpu_seconds, whole.window_request_count),
-        first_token_ms=median(first_tokens.first_token_ms),
-        first_token_crowded_ms=median(crowd.first_token_ms),
-        request_ms=median(whole.request_ms),
-        requests_per_second=whole.window_request_count / whole.window_seconds,
-        tokens_per_second=crowd.window_token_count / crowd.window_seconds,
-        foreign_cpu_share=weighted_mean([(result.foreign_cpu_share, result.window_seconds) for result in (alone, crowd, whole)]),
-    )
+_BEGAN_AT: Final = time.monotonic()
 
 
 class Benchmark:
-    """One run: what takes part, what was measured so far, and who dropped out."""
+    """The rounds: who takes part, what was measured so far, and who dropped out."""
 
-    def __init__(self, client: LoadClient) -> None:
+    def __init__(self, client: LoadClient, workloads: Mapping[str, Load]) -> None:
         self._client = client
+        self._workloads = workloads
         self.contenders: dict[str, Contender] = {}
-        self.rounds: dict[str, list[Figures]] = {}
+        self.turns: dict[str, list[Turn]] = {}
         self.absent: dict[str, str] = {}
         self.stumbles: Counter[str] = Counter()
 
     def add(self, name: str, start: Callable[[], Contender]) -> None:
         """Starts a contender; a peer that does not start is noted as absent."""
-        _say(f"starting {name}")
+        say(f"starting {name}")
         try:
-            contender = start()
+            self.contenders[name] = start()
         except PeerUnavailableError as error:
             self.absent[name] = str(error)
-            _say(f"{name}: {error}")
+            say(f"{name}: {error}")
         else:
-            self.contenders[name] = contender
-            self.rounds[name] = []
+            self.turns[name] = []
+
+    def _workloads_of(self, name: str) -> Mapping[str, Load]:
+        return {key: load for key, load in self._workloads.items() if name != ENGINE or key in OF_THE_ENGINE}
 
     def warm_up(self) -> None:
         for name in list(self.contenders):
-            _say(f"warming up {name}")
-            self._guarded(name, lambda contender: [self._client.run(load, contender.target()) for load in WARM_UP])
+            say(f"warming up {name}")
+            shorter = {key: warm_up_of(load) for key, load in self._workloads_of(name).items()}
+            self._guarded(name, lambda contender, shorter=shorter: take_turn(self._runner(contender), shorter))
 
-    def run_rounds(self, count: int) -> None:
-        began_at = time.monotonic()
-        for index in range(count):
-            if time.monotonic() - began_at > ROUNDS_SECONDS_MAX:
-                _say(f"stopping after {index} rounds: the time is up")
-                return
-            for name in order_of_round(list(self.contenders), index):
-                _say(f"round {index + 1} of {count}: {name}")
-                self._guarded(name, lambda contender: self.rounds[contender.name].append(measure(self._client, contender)))
+    def run_rounds(self, count: int, seed: int) -> None:
+        for index, order in enumerate(orders(list(self.contenders), count, seed)):
+            for name in order:
+                say(f"round {index + 1} of {count}: {name}")
+                loads = self._workloads_of(name)
+                self._guarded(
+                    name, lambda contender, loads=loads: self.turns[contender.name].append(take_turn(self._runner(contender), loads))
+                )
+
+    def _runner(self, contender: Contender) -> Callable[[Load], LoadResult]:
+        return lambda load: self._client.run(load, contender.target())
 
     def _guarded(self, name: str, work: Callable[[Contender], object]) -> None:
         """A peer that answers wrongly has its turn again, or is out, with the reason in its row; Potluck or the engine may not."""
@@ -121,19 +117,20 @@ class Benchmark:
             try:
                 work(self.contenders[name])
             except LoadFailedError as error:
-                if name in {"direct", "Potluck"}:
+                if name in {ENGINE, OURS}:
                     raise
                 self.stumbles[name] += 1
-                _say(f"{name}: failed under load: {error}")
+                say(f"{name}: failed under load: {error}")
                 if self.stumbles[name] > STUMBLES_MAX:
                     self.absent[name] = f"failed under load: {error}"
                     self.contenders.pop(name).stop()
-                    del self.rounds[name]
+                    del self.turns[name]
             else:
                 return
 
     def standings(self) -> dict[str, Standing]:
         """Memory after the load, and what each costs while nobody asks anything."""
+        say("idle")
         groups = {name: contender.process_ids() for name, contender in self.contenders.items()}
         watched = [process_id for by_group in groups.values() for ids in by_group.values() for process_id in ids]
         before = CpuReading.take(watched)
@@ -152,61 +149,119 @@ class Benchmark:
             contender.stop()
 
 
-@contextlib.contextmanager
-def _benchmark(client: LoadClient) -> Iterator[Benchmark]:
-    benchmark = Benchmark(client)
-    try:
-        yield benchmark
-    finally:
-        benchmark.stop()
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does."""
+
+    peers: Sequence[str]
+    round_count: int
+    seed: int
+    with_losses: bool
+    command: str
+    workloads: Mapping[str, Load]
 
 
-def run_benchmark(round_count: int, folder: Path) -> Outcome:
+def run_benchmark(plan: Plan, folder: Path) -> Outcome:
     """The whole of it; raises LoadFailedError or RuntimeError where Potluck, the engine or the harness fails."""
-    began_at = time.monotonic()
-    relay_cores, home_cores = _split_cores()
+    began_at, cores = time.monotonic(), Cores.split()
     with contextlib.ExitStack() as stack:
-        client = LoadClient(folder / "client.log", home_cores)
+        client = LoadClient(folder / "client.log", cores.home)
         stack.callback(client.stop)
-        benchmark = stack.enter_context(_benchmark(client))
-        benchmark.add("direct", lambda: start_direct(folder, home_cores))
-        engine_url = benchmark.contenders["direct"].url
-        benchmark.add("Potluck", lambda: start_potluck(folder, relay_cores, home_cores))
-        benchmark.add("LiteLLM", lambda: start_litellm(folder, [engine_url], relay_cores))
-        benchmark.add("sglang-router", lambda: start_sglang_router(folder, [engine_url], relay_cores))
-        benchmark.warm_up()
-        benchmark.run_rounds(round_count)
+        benchmark = Benchmark(client, plan.workloads)
+        stack.callback(benchmark.stop)
+        pools: list[Pool] = []
+
+        def start_ours() -> Contender:
+            pools.append(start_pool(folder, cores.relay, cores.home))
+            return pools[0].contender
+
+        benchmark.add(ENGINE, lambda: start_engine(folder, cores.home))
+        engine_url = benchmark.contenders[ENGINE].url
+        for name in plan.peers:
+            benchmark.add(name, lambda name=name: STARTS[name](folder, [engine_url], cores.relay))
+        benchmark.add(OURS, start_ours)
+        standings: dict[str, Standing] = {}
+        if plan.round_count:
+            benchmark.warm_up()
+            benchmark.run_rounds(plan.round_count, plan.seed)
+            standings = benchmark.standings()
+        rounds = Rounds(
+            {name: turns for name, turns in benchmark.turns.items() if turns},
+            {name: contender.relay_groups for name, contender in benchmark.contenders.items() if benchmark.turns[name]},
+        )
+        losses: list[LossRow] = []
+        if plan.with_losses:
+            for name in plan.peers:
+                if name in benchmark.contenders:
+                    benchmark.contenders.pop(name).stop()
+            losses = _losses([name for name in plan.peers if name not in benchmark.absent], pools[0], folder, cores)
         return Outcome(
-            rounds=benchmark.rounds,
-            relay_groups={name: contender.relay_groups for name, contender in benchmark.contenders.items()},
-            standings=benchmark.standings(),
+            rounds=rounds,
+            standings=standings,
+            losses=losses,
             absent=benchmark.absent,
             stumbles=benchmark.stumbles,
-            pinned=bool(relay_cores),
+            versions=versions([*plan.peers, OURS]),
+            command=plan.command,
+            seed=plan.seed,
+            pinned=bool(cores.relay),
             seconds=time.monotonic() - began_at,
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds, each about 40 s (default: 6)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figures there")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+def _losses(peers: Sequence[str], pool: Pool, folder: Path, cores: Cores) -> list[LossRow]:
+    say("another node joins Potluck")
+    pool.add_node()
+    rows = pool_losses(pool, say)
+    light = [name for name in peers if name not in HEAVY_PEERS]
+    for names in filter(None, [light, *([name] for name in peers if name in HEAVY_PEERS)]):
+        found, absent = peer_losses(names, folder, cores.relay, cores.home, say)
+        rows += found
+        for name, reason in absent.items():
+            say(f"{name}: {reason}")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         # A polite end is an ordinary one: everything is stopped on the way out.
         signal.signal(number, lambda received, _frame: sys.exit(128 + received))
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
+    peers = tuple(name for name in STARTS if options.all or name in options.peers)
+    command = shlex.join(["python", "-m", "tests.benchmarks.relay", *(sys.argv[1:] if arguments is None else arguments)])
+    plan = Plan(peers, options.rounds, seed, not options.no_losses, command, WORKLOADS)
     try:
         with tempfile.TemporaryDirectory(prefix="potluck-bench-") as folder:
-            outcome = run_benchmark(options.rounds, Path(folder))
+            outcome = run_benchmark(plan, Path(folder))
     except (LoadFailedError, RuntimeError) as error:
-        _say(f"the benchmark failed: {error}")
+        say(f"the benchmark failed: {error}")
         return 1
     print(table(outcome))
     if options.json is not None:
         options.json.write_text(json.dumps(document(outcome), indent=1) + "\n")
-    return 1 if any(mark.met is False for mark in marks(outcome)) else 0
+    if options.plot is not None:
+        draw(outcome, options.plot)
+    return 1 if any(verdict.met is False for verdict in outcome.verdicts) else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay", description=__doc__)
+    peers = parser.add_mutually_exclusive_group()
+    peers.add_argument("--peers", nargs="*", choices=tuple(STARTS), default=NEAR_PEERS, metavar="PEER", help=_PEERS_HELP)
+    peers.add_argument("--all", action="store_true", help="every peer; about six minutes, and more where they are installed first")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each is measured, 6 s each time (default: 4; 0: losses only)")
+    parser.add_argument("--seed", type=int, help="of the order within the rounds (default: drawn, and printed)")
+    parser.add_argument("--no-losses", action="store_true", help="kill and freeze nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figures, the versions and the seed there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there, a .png")
+    options = parser.parse_args(arguments)
+    if options.rounds < 0:
+        parser.error("--rounds must be 0 at least")
+    return options
+
+
+_PEERS_HELP: Final = f"those beside Potluck, of: {', '.join(STARTS)} (default: {', '.join(NEAR_PEERS)})"
 
 
 if __name__ == "__main__":

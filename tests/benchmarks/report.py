@@ -1,204 +1,141 @@
-"""Turns the rounds into the marks, the printed table and the JSON document.
+"""The table that people read.
 
-Decides what is shown and which figures are held against a mark. It must not know how they were measured.
+Decides what is shown. It must not know how it was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Final
 
-from tests.benchmarks.arithmetic import Estimate, Figures, Mark, busy_neighbour_share, differences, estimate, ratios, total
+from tests.benchmarks.arithmetic import total
+from tests.benchmarks.loss_traces import CUT, DOUBLED, HUNG, REFUSED, WHOLE, LossFigures, LossRow
+from tests.benchmarks.marks import ENGINE, OURS, Verdict
+from tests.benchmarks.outcome import Outcome
 
-BUSY_SHARE_MAX: Final = 0.10
-"""Beyond this the machine was not ours alone, and the figures are provisional."""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What is read of a contender's processes beside the rounds, by group."""
-
-    resident_bytes: Mapping[str, int]
-    idle_cpu_ms_per_second: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Everything that one run of the benchmark found. Contenders are in the order they are shown in."""
-
-    rounds: Mapping[str, Sequence[Figures]]
-    relay_groups: Mapping[str, tuple[str, ...]]
-    standings: Mapping[str, Standing]
-    absent: Mapping[str, str]
-    """Contenders that could not be measured, and why."""
-    stumbles: Mapping[str, int]
-    """Turns of a peer in which it broke an answer off, and which were run again."""
-    pinned: bool
-    seconds: float
-
-
-def _series(outcome: Outcome, name: str, value: Callable[[Figures], float]) -> list[float]:
-    return [value(figures) for figures in outcome.rounds[name]]
-
-
-def _relay_cost(outcome: Outcome, name: str, value: Callable[[Figures], Mapping[str, float]]) -> list[float]:
-    return _series(outcome, name, lambda figures: total(value(figures), outcome.relay_groups[name]))
-
-
-def _ratio(outcome: Outcome, peer: str, value: Callable[[Figures], Mapping[str, float]]) -> Estimate | None:
-    if "Potluck" not in outcome.rounds or peer not in outcome.rounds:
-        return None
-    return estimate(ratios(_relay_cost(outcome, "Potluck", value), _relay_cost(outcome, peer, value)))
-
-
-def _with_daemons(figures: Figures) -> Mapping[str, float]:
-    """What Ray's own daemons spent meanwhile, put to the driver's account."""
-    costs = figures.cpu_per_token
-    return {**costs, "driver": costs["driver"] + costs["ray"]} if "ray" in costs else costs
-
-
-def _added(outcome: Outcome, name: str, value: Callable[[Figures], float]) -> Estimate | None:
-    if name not in outcome.rounds or "direct" not in outcome.rounds:
-        return None
-    return estimate(differences(_series(outcome, name, value), _series(outcome, "direct", value)))
-
-
-def marks(outcome: Outcome) -> list[Mark]:
-    """The first marks of the relay."""
-    per_token = "coordinator CPU per token, 64 paced streams, to "
-    return [
-        Mark(per_token + "LiteLLM", 0.1, "x", _ratio(outcome, "LiteLLM", lambda figures: figures.cpu_per_token)),
-        Mark(per_token + "sglang-router", 3.0, "x", _ratio(outcome, "sglang-router", lambda figures: figures.cpu_per_token)),
-        Mark("added time to first token, idle", 5.0, "ms", _added(outcome, "Potluck", lambda figures: figures.first_token_ms)),
-    ]
-
-
-_HEADINGS: Final = ("", "us/token", "us/token", "us/request", "requests/s", "first token", "first token", "memory", "idle CPU")
-_SUBHEADINGS: Final = ("CPU of", "64 streams", "1 stream", "whole", "8 at once", "idle, added", "64, added", "MiB", "ms/s")
-_WIDTHS: Final = (30, 11, 10, 11, 11, 12, 12, 8, 9)
-
-
-def _line(cells: Sequence[str]) -> str:
-    first, *rest = cells
-    return first.ljust(_WIDTHS[0]) + "".join(cell.rjust(width) for cell, width in zip(rest, _WIDTHS[1:], strict=False))
-
-
-def _group_cells(outcome: Outcome, name: str, groups: Sequence[str]) -> list[str]:
-    rounds, standing = outcome.rounds[name], outcome.standings[name]
-
-    def cost(value: Callable[[Figures], Mapping[str, float]]) -> str:
-        return f"{median(total(value(figures), groups) for figures in rounds):.1f}"
-
-    return [
-        cost(lambda figures: figures.cpu_per_token),
-        cost(lambda figures: figures.cpu_per_token_alone),
-        cost(lambda figures: figures.cpu_per_request),
-        f"{total(standing.resident_bytes, groups) / 2**20:.0f}",
-        f"{total(standing.idle_cpu_ms_per_second, groups):.1f}",
-    ]
-
-
-def _contender_line(outcome: Outcome, name: str, label: str) -> str:
-    groups = outcome.relay_groups[name] or ("engine",)
-    token, alone, request, memory, idle = _group_cells(outcome, name, groups)
-    rate = f"{median(_series(outcome, name, lambda figures: figures.requests_per_second)):.0f}"
-    first, crowded = "-", "-"
-    if name != "direct":
-        added = _added(outcome, name, lambda figures: figures.first_token_ms)
-        added_crowded = _added(outcome, name, lambda figures: figures.first_token_crowded_ms)
-        first = f"{added.median:.2f} ms" if added else "-"
-        crowded = f"{added_crowded.median:.1f} ms" if added_crowded else "-"
-    return _line([label, token, alone, request, rate, first, crowded, memory, idle])
-
-
-def _part_line(outcome: Outcome, name: str, label: str, group: str) -> str:
-    token, alone, request, memory, idle = _group_cells(outcome, name, (group,))
-    return _line([f"  {label}", token, alone, request, "", "", "", memory, idle])
-
-
-_PARTS: Final = (
-    ("gateway", "gateway"),
-    ("directory", "directory"),
-    ("driver", "driver"),
-    ("agent", "agent (at the node)"),
-    ("ray", "Ray's own daemons"),
-    ("engine", "engine (at the node)"),
-)
+_HEADINGS: Final = ("CPU in us of", *["a token"] * 3, *["a request"] * 2, "latency", "first", "delay", "memory", "idle")
+_SUBHEADINGS: Final = ("", "8 paced", "64 paced", "flat out", "32 at once", "220 KB", "added ms", "added ms", "p50/99 ms", "MiB", "ms/s")
+_WIDTHS: Final = (32, 9, 10, 10, 12, 11, 10, 10, 13, 8, 7)
+_CPU: Final = ("few", "paced", "flat out", "crowd", "long prompt")
+_PARTS: Final[Mapping[str, Sequence[tuple[str, str]]]] = {
+    OURS: (
+        ("gateway", "gateway"),
+        ("directory", "directory"),
+        ("driver", "driver"),
+        ("ray", "Ray's daemons (not counted)"),
+        ("agent", "agent, at the node"),
+    ),
+    "Ray Serve": (("proxy", "proxy"), ("replica", "replica"), ("controller", "controller"), ("ray", "Ray's daemons (not counted)")),
+    "Ray Serve, HAProxy": (
+        ("haproxy", "HAProxy"),
+        ("replica", "replica"),
+        ("controller", "controller"),
+        ("ray", "Ray's daemons (not counted)"),
+    ),
+}
 
 
 def table(outcome: Outcome) -> str:
-    """The table, the ratios and the marks, as printed."""
-    lines = [_line(_HEADINGS), _line(_SUBHEADINGS), "-" * sum(_WIDTHS)]
-    for name in outcome.rounds:
-        if name == "direct":
-            lines.append(_contender_line(outcome, name, "direct (the engine itself)"))
-        elif name == "Potluck":
-            lines.append(_contender_line(outcome, name, "Potluck, coordinator"))
-            lines += [_part_line(outcome, name, label, group) for group, label in _PARTS]
-        else:
-            lines.append(_contender_line(outcome, name, name))
-    lines += [f"{name}: not measured: {reason}" for name, reason in outcome.absent.items()]
-    return "\n".join([*lines, "", *_ratio_lines(outcome), "", *_mark_lines(outcome), "", *_footnotes(outcome)])
+    """The table, the losses, the marks and what must be said beside them."""
+    parts = [_cost_lines(outcome), _loss_lines(outcome.losses), _mark_lines(outcome.verdicts), _footnotes(outcome)]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _ratio_lines(outcome: Outcome) -> list[str]:
-    lines = []
-    for peer in ("LiteLLM", "sglang-router"):
-        for label, value in _RATIOS:
-            found = _ratio(outcome, peer, value)
-            if found is not None:
-                lines.append(f"Potluck's coordinator to {peer}, {label}: {found.median:.3f} x  [{found.low:.3f}, {found.high:.3f}]")
-    return lines
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = cells
+    return (first.ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=False))).rstrip()
 
 
-_RATIOS: Final[tuple[tuple[str, Callable[[Figures], Mapping[str, float]]], ...]] = (
-    ("CPU per token, 64 streams", lambda figures: figures.cpu_per_token),
-    ("the same with Ray's own daemons", _with_daemons),
-    ("CPU per token, 1 stream", lambda figures: figures.cpu_per_token_alone),
-    ("CPU per whole request", lambda figures: figures.cpu_per_request),
-)
+def _cost_lines(outcome: Outcome) -> list[str]:
+    if not outcome.rounds.turns:
+        return []
+    lines = [_line(_HEADINGS, _WIDTHS), _line(_SUBHEADINGS, _WIDTHS), "-" * sum(_WIDTHS)]
+    for name, groups in outcome.rounds.relay_groups.items():
+        if name == ENGINE:
+            times = ["", "", "", "", "", *_times(outcome, name)]
+            lines.append(_line(["direct: the engine's own times", *times], _WIDTHS))
+            continue
+        label = "Potluck, coordinator" if name == OURS else name
+        lines.append(_line([label, *_costs(outcome, name, groups), *_times(outcome, name), *_standing(outcome, name, groups)], _WIDTHS))
+        lines += [
+            _line([f"  {words}", *_costs(outcome, name, (group,)), "", "", "", *_standing(outcome, name, (group,))], _WIDTHS)
+            for group, words in _PARTS.get(name, ())
+        ]
+    return lines + [f"{name}: not measured: {reason}" for name, reason in outcome.absent.items()]
 
 
-def _mark_lines(outcome: Outcome) -> list[str]:
-    lines = []
-    for mark in marks(outcome):
-        verdict = {True: "MET", False: "NOT MET", None: "not measured"}[mark.met]
-        found = mark.estimate
-        figure = f"{found.median:.3f} {mark.unit} [{found.low:.3f}, {found.high:.3f}]" if found else "-"
-        lines.append(f"{verdict:>12}  {mark.name}: {figure}, to be at most {mark.limit:g} {mark.unit}")
-    return lines
+def _costs(outcome: Outcome, name: str, groups: Sequence[str]) -> list[str]:
+    return [f"{median(total(turn.cpu[workload], groups) for turn in outcome.rounds.turns[name]):.1f}" for workload in _CPU]
+
+
+def _times(outcome: Outcome, name: str) -> list[str]:
+    rounds = outcome.rounds
+    delay = "/".join(f"{median(rounds.times(name, key)):.2f}" for key in ("delay_p50_ms", "delay_p99_ms"))
+    keys = ("request_ms", "first_token_ms")
+    if name == ENGINE:
+        return [*(f"({median(rounds.times(name, key)):.2f})" for key in keys), delay]
+    return [*(f"{median(rounds.added(name, key)):.2f}" for key in keys), delay]
+
+
+def _standing(outcome: Outcome, name: str, groups: Sequence[str]) -> list[str]:
+    standing = outcome.standings[name]
+    memory, idle = total(standing.resident_bytes, groups), total(standing.idle_cpu_ms_per_second, groups)
+    return [f"{memory / 2**20:.0f}", f"{idle:.1f}"]
+
+
+_LOSS_HEADINGS: Final = ("16 streams, one of two is lost", "whole", "failed", "cut", "doubled", "hung", "requests", "gap s", "noticed s")
+_LOSS_WIDTHS: Final = (42, 7, 8, 6, 9, 6, 15, 8, 11)
+
+
+def _loss_lines(losses: Sequence[LossRow]) -> list[str]:
+    if not losses:
+        return []
+    lines = [_line(_LOSS_HEADINGS, _LOSS_WIDTHS), "-" * sum(_LOSS_WIDTHS)]
+    for row in losses:
+        figures = row.figures
+        ends = [str(figures.ends[word]) for word in (WHOLE, REFUSED, CUT, DOUBLED, HUNG)]
+        probes = f"{figures.probe_failed_count} of {figures.probe_count}"
+        label = f"{row.contender}: {row.blow} of an {row.lost}" if row.lost == "engine" else f"{row.contender}: {row.blow} of a {row.lost}"
+        lines.append(_line([label, *ends, probes, f"{figures.longest_gap_seconds:.2f}", _noticed(figures)], _LOSS_WIDTHS))
+    return [
+        *lines,
+        _LOSS_WORDS,
+    ]
+
+
+_LOSS_WORDS: Final = "requests: short ones that failed after the loss; noticed: until streams went on, or no more requests were lost"
+
+
+def _noticed(figures: LossFigures) -> str:
+    seconds = figures.detection_p99_seconds
+    return "never" if seconds is None else f"{seconds:.2f}"
+
+
+def _mark_lines(found: Sequence[Verdict]) -> list[str]:
+    return [f"{_WORDS[verdict.met]:>12}  {verdict.name}: {_figure(verdict)}, at most {verdict.bound:g}" for verdict in found]
+
+
+_WORDS: Final = {True: "met", False: "NOT MET", None: "not measured"}
+
+
+def _figure(verdict: Verdict) -> str:
+    found = verdict.estimate
+    if found is None:
+        return "-"
+    if found.low == found.high:
+        return f"{found.median:g}" if verdict.unit == "" else f"{found.median:.2f}"
+    return f"{found.median:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _footnotes(outcome: Outcome) -> list[str]:
-    everyone = [figures for rounds in outcome.rounds.values() for figures in rounds]
-    busy = busy_neighbour_share(everyone)
-    count = max(len(rounds) for rounds in outcome.rounds.values())
     pinned = "relays on one core, client, engine and agent on the others" if outcome.pinned else "no core was pinned"
     lines = [
-        f"Medians of {count} interleaved rounds, {outcome.seconds:.0f} s; {pinned}.",
-        "Ratios and differences are of the same round; in brackets 95 % bootstrap intervals, whose worse end decides a mark.",
-        "Engine paced at 12 ms a token. TLS on Potluck's link. Every answer was checked for all of its tokens, in order.",
+        f"{outcome.command}: {outcome.round_count} rounds in ABBA order of seed {outcome.seed}, {outcome.seconds:.0f} s; {pinned}.",
+        "Medians. Ratios are of one round each; in brackets 95 % bootstrap intervals, whose worse end decides a mark.",
+        "TLS on Potluck's link, a database on disk, every request paid for. Every answer was checked for all of its tokens, in order.",
     ]
     lines += [f"{name} broke an answer off in {count} of its turns; they were run again." for name, count in outcome.stumbles.items()]
-    if busy > BUSY_SHARE_MAX:
-        lines.append(f"PROVISIONAL: others used {busy:.0%} of this machine meanwhile. Run it again on an idle one.")
+    if outcome.is_provisional:
+        lines.append(f"PROVISIONAL: others used {outcome.foreign_cpu_share:.0%} of this machine meanwhile. Run it again on an idle one.")
     return lines
-
-
-def document(outcome: Outcome) -> dict[str, object]:
-    """The whole outcome as JSON values."""
-    everyone = [figures for rounds in outcome.rounds.values() for figures in rounds]
-    return {
-        "rounds": {name: [asdict(figures) for figures in rounds] for name, rounds in outcome.rounds.items()},
-        "relay_groups": {name: list(groups) for name, groups in outcome.relay_groups.items()},
-        "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
-        "absent": dict(outcome.absent),
-        "stumbles": dict(outcome.stumbles),
-        "marks": [{**asdict(mark), "met": mark.met} for mark in marks(outcome)],
-        "foreign_cpu_share": busy_neighbour_share(everyone),
-        "provisional": busy_neighbour_share(everyone) > BUSY_SHARE_MAX,
-        "pinned": outcome.pinned,
-        "seconds": outcome.seconds,
-    }

@@ -195,7 +195,7 @@ def test_make_has_the_targets_that_are_promised() -> None:
     helped = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     named = re.findall(r"^ +make (\S+) +\S", helped, re.MULTILINE)
 
-    assert named == ["help", "demo", "test", "test-engines", "check", "bench", "protos", "clean"]
+    assert named == ["help", "demo", "test", "test-engines", "check", "bench", "bench-peers", "protos", "clean"]
 
 
 def test_the_ci_entry_runs_what_people_run() -> None:

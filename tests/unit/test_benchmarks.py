@@ -14,21 +14,18 @@ import pytest
 
 from potluck_node.engines.script import Script
 from potluck_node.engines.scripted_server import ScriptedServer, serve
+from tests.benchmarks.answers import check_streamed, tokens_of
 from tests.benchmarks.arithmetic import (
     Estimate,
-    Figures,
-    Mark,
     differences,
     estimate,
     micros_per_unit,
-    order_of_round,
+    orders,
     ratios,
     total,
-    weighted_mean,
 )
 from tests.benchmarks.contenders import Contender
 from tests.benchmarks.load import (
-    ANSWER_TOKENS,
     Load,
     LoadFailedError,
     LoadResult,
@@ -38,18 +35,25 @@ from tests.benchmarks.load import (
     encode_command,
     encode_failure,
     encode_result,
-    expected_text,
+    prompt,
 )
-from tests.benchmarks.load_client import check_answer, run_load, streamed_text
+from tests.benchmarks.load_client import run_load
 from tests.benchmarks.processes import Child, CpuReading, cpu_seconds, descendants, resident_bytes, title
 from tests.benchmarks.relay import STUMBLES_MAX, Benchmark
-from tests.benchmarks.report import Outcome, Standing, document, marks, table
+from tests.benchmarks.turns import OF_THE_ENGINE, WORKLOADS
 
-SMALL = Load(streamed=True, connection_count=3, requests_per_connection=1, token_count=30, limit_seconds=10)
+SMALL = Load(streamed=True, connection_count=3, requests_per_connection=1, token_count=30, pace_ms=1, limit_seconds=10)
 
 
-def test_every_other_round_runs_backwards() -> None:
-    assert [order_of_round(("a", "b", "c"), index) for index in range(3)] == [("a", "b", "c"), ("c", "b", "a"), ("a", "b", "c")]
+def test_each_two_rounds_run_in_a_drawn_order_and_backwards() -> None:
+    names = ("a", "b", "c", "d", "e")
+    found = orders(names, 7, seed=3)
+    assert len(found) == 7
+    assert all(sorted(order) == sorted(names) for order in found)
+    assert all(found[index + 1] == tuple(reversed(found[index])) for index in (0, 2, 4))
+    assert len({found[0], found[2], found[4], found[6]}) > 1
+    assert orders(names, 7, seed=3) == found
+    assert orders(names, 7, seed=4) != found
 
 
 def test_an_estimate_is_the_median_between_bounds_that_the_samples_span() -> None:
@@ -76,69 +80,11 @@ def test_costs_per_unit_and_sums() -> None:
     costs = micros_per_unit({"gateway": 0.02, "agent": 0.05}, 1000)
     assert costs == pytest.approx({"gateway": 20.0, "agent": 50.0})
     assert total(costs, ("gateway",)) == pytest.approx(20.0)
-    assert weighted_mean([(0.0, 3.0), (1.0, 1.0)]) == 0.25
     with pytest.raises(ValueError, match="nothing was counted"):
         micros_per_unit({"gateway": 1.0}, 0)
 
 
-@pytest.mark.parametrize(
-    ("found", "met"),
-    [(Estimate(1.0, 0.9, 2.0), True), (Estimate(1.0, 0.9, 2.1), False), (Estimate(3.0, 2.9, 3.1), False), (None, None)],
-)
-def test_a_mark_is_met_by_the_worse_end_of_its_interval(found: Estimate | None, met: bool | None) -> None:
-    assert Mark("a cost", 2.0, "x", found).met is met
-
-
-def _figures(cost: float, first_token_ms: float, groups: tuple[str, ...]) -> Figures:
-    costs = dict.fromkeys(groups, cost / len(groups))
-    return Figures(costs, costs, costs, first_token_ms, first_token_ms, 1.0, 100.0, 5000.0, 0.01)
-
-
-_POTLUCK_GROUPS = ("gateway", "directory", "driver", "ray", "agent", "engine")
-_GROUPS = {
-    "direct": (),
-    "Potluck": ("gateway", "directory", "driver"),
-    "LiteLLM": ("relay",),
-    "sglang-router": ("relay",),
-}
-
-
-def _outcome() -> Outcome:
-    seen = {"direct": ("engine",), "Potluck": _POTLUCK_GROUPS, "LiteLLM": ("relay",), "sglang-router": ("relay",)}
-    # Potluck's relay is half of its groups: 30 of 60.
-    costs = {"direct": (20.0, 1.0), "Potluck": (60.0, 3.0), "LiteLLM": (500.0, 9.0), "sglang-router": (15.0, 45.0)}
-    return Outcome(
-        rounds={name: [_figures(*costs[name], seen[name])] * 3 for name in seen},
-        relay_groups=_GROUPS,
-        standings={name: Standing(dict.fromkeys(seen[name], 2**20), dict.fromkeys(seen[name], 1.0)) for name in seen},
-        absent={},
-        stumbles={},
-        pinned=True,
-        seconds=60.0,
-    )
-
-
-def test_the_marks_compare_the_coordinator_alone() -> None:
-    to_litellm, to_router, first_token = marks(_outcome())
-    assert to_litellm.estimate is not None
-    assert to_litellm.estimate.median == pytest.approx(0.06)
-    assert to_router.estimate is not None
-    assert to_router.estimate.median == pytest.approx(2.0)
-    assert first_token.estimate == Estimate(2.0, 2.0, 2.0)
-    assert [mark.met for mark in (to_litellm, to_router, first_token)] == [True, True, True]
-
-
-def test_a_peer_that_could_not_run_costs_only_its_own_row() -> None:
-    outcome = _outcome()
-    del outcome.rounds["LiteLLM"]  # type: ignore[attr-defined]
-    outcome = replace(outcome, absent={"LiteLLM": "cannot be installed: no network"})
-    assert [mark.met for mark in marks(outcome)] == [None, True, True]
-    printed = table(outcome)
-    assert "LiteLLM: not measured: cannot be installed: no network" in printed
-    assert "PROVISIONAL" not in printed
-
-
-_PORTS = {"Potluck": 1, "LiteLLM": 2}
+_PORTS = {"Potluck": 1, "LiteLLM": 2, "direct": 3}
 """Nobody listens there: what tells one contender from another."""
 
 
@@ -152,7 +98,7 @@ class Stumbling:
         if target.port == self.port and self.failures_left:
             self.failures_left -= 1
             raise LoadFailedError("an answer is short")
-        return LoadResult((1.0,), (1.0,), 1.0, 100, 10, {"relay": 0.1}, 0.0)
+        return LoadResult((1.0,), (1.0,), (1.0,), 1.0, 100, 10, {"relay": 0.1}, 0.0)
 
 
 def _contender(name: str) -> Contender:
@@ -161,74 +107,94 @@ def _contender(name: str) -> Contender:
 
 @pytest.mark.parametrize(("failure_count", "round_count"), [(0, 2), (STUMBLES_MAX, 2), (STUMBLES_MAX + 1, None)])
 def test_a_peer_that_breaks_an_answer_off_has_its_turn_again(monkeypatch, failure_count: int, round_count: int | None) -> None:
-    monkeypatch.setattr("tests.benchmarks.relay.SETTLE_SECONDS", 0.0)
-    benchmark = Benchmark(Stumbling("LiteLLM", failure_count))
+    monkeypatch.setattr("tests.benchmarks.turns.SETTLE_SECONDS", 0.0)
+    benchmark = Benchmark(Stumbling("LiteLLM", failure_count), WORKLOADS)
     for name in ("Potluck", "LiteLLM"):
         benchmark.add(name, lambda name=name: _contender(name))
-    benchmark.run_rounds(2)
-    assert len(benchmark.rounds["Potluck"]) == 2
-    assert (len(benchmark.rounds["LiteLLM"]) if "LiteLLM" in benchmark.rounds else None) == round_count
+    benchmark.run_rounds(2, seed=1)
+    assert len(benchmark.turns["Potluck"]) == 2
+    assert (len(benchmark.turns["LiteLLM"]) if "LiteLLM" in benchmark.turns else None) == round_count
     assert ("LiteLLM" in benchmark.absent) is (round_count is None)
     assert benchmark.stumbles["LiteLLM"] == failure_count
 
 
 def test_potluck_may_break_no_answer_off(monkeypatch) -> None:
-    monkeypatch.setattr("tests.benchmarks.relay.SETTLE_SECONDS", 0.0)
-    benchmark = Benchmark(Stumbling("Potluck", 1))
+    monkeypatch.setattr("tests.benchmarks.turns.SETTLE_SECONDS", 0.0)
+    benchmark = Benchmark(Stumbling("Potluck", 1), WORKLOADS)
     benchmark.add("Potluck", lambda: _contender("Potluck"))
     with pytest.raises(LoadFailedError):
-        benchmark.run_rounds(1)
+        benchmark.run_rounds(1, seed=1)
 
 
-def test_the_table_and_the_document_tell_the_same() -> None:
-    printed, written = table(_outcome()), document(_outcome())
-    assert "MET  coordinator CPU per token, 64 paced streams, to LiteLLM: 0.060 x" in printed
-    assert "agent (at the node)" in printed
-    assert [mark["met"] for mark in written["marks"]] == [True, True, True]
-    assert written["provisional"] is False
-
-
-def test_a_busy_neighbour_makes_the_figures_provisional() -> None:
-    outcome = _outcome()
-    busy = {name: [replace(figures, foreign_cpu_share=0.4) for figures in rounds] for name, rounds in outcome.rounds.items()}
-    assert "PROVISIONAL: others used 40%" in table(replace(outcome, rounds=busy))
+def test_the_engine_itself_is_asked_only_what_is_taken_off() -> None:
+    benchmark = Benchmark(Stumbling("LiteLLM", 0), WORKLOADS)
+    benchmark.add("direct", lambda: _contender("direct"))
+    benchmark.run_rounds(1, seed=1)
+    (turn,) = benchmark.turns["direct"]
+    assert tuple(turn.cpu) == OF_THE_ENGINE
+    assert {"request_ms", "first_token_ms", "delay_p50_ms"} <= set(turn.times)
 
 
 def test_commands_and_results_survive_the_pipe() -> None:
-    target = Target("127.0.0.1", 80, "bench", "Bearer x", {"gateway": (1, 2)})
+    target = Target("127.0.0.1", 80, "bench", "Bearer x", {"gateway": (1, 2)}, (1, 2, 3))
     assert decode_command(encode_command(SMALL, target)) == (SMALL, target)
-    result = LoadResult((1.0, 2.0), (3.0,), 1.0, 10, 0, {"gateway": 0.5}, 0.1)
+    result = LoadResult((1.0, 2.0), (3.0,), (0.1,), 1.0, 10, 0, {"gateway": 0.5}, 0.1)
     assert decode_result(encode_result(result)) == result
     with pytest.raises(LoadFailedError, match="too late"):
         decode_result(encode_failure("too late"))
 
 
-@pytest.mark.parametrize("fault", [lambda text: text[:-2], lambda text: text[:2] + text, lambda text: text[2:4] + text[:2] + text[4:]])
-def test_a_token_lost_doubled_or_swapped_is_noticed(fault) -> None:
-    event = 'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n'
-    body = (event % fault(expected_text(30))).encode() + b"data: [DONE]\n\n"
+def _event(number: int) -> bytes:
+    return b'data: {"choices": [{"delta": {"content": " %d:%d"}}]}\n\n' % (number, number * 1_000_000)
+
+
+_END = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("numbers", [range(29), [0, *range(30)], [1, 0, *range(2, 30)], [*range(10), *range(11, 31)]])
+def test_a_token_lost_doubled_or_swapped_is_noticed(numbers) -> None:
     with pytest.raises(LoadFailedError, match="an answer of 30 tokens"):
-        check_answer(SMALL, body)
-    check_answer(SMALL, (event % expected_text(30)).encode() + b"data: [DONE]\n\n")
+        check_streamed(SMALL, [(1.0, b"".join(map(_event, numbers)) + _END)])
+    assert len(check_streamed(SMALL, [(1.0, b"".join(map(_event, range(30))) + _END)])) == 30
 
 
 def test_a_stream_without_its_end_is_noticed() -> None:
     with pytest.raises(LoadFailedError, match="without"):
-        streamed_text(b'data: {"choices": [{"delta": {"content": " a"}}]}\n\n')
+        check_streamed(SMALL, [(1.0, b"".join(map(_event, range(30))))])
+
+
+def test_a_token_came_with_the_piece_that_completed_it() -> None:
+    first, second = _event(0), _event(1)
+    cut = first.index(b":0") + 1
+    tokens = tokens_of([(1.0, first[:cut]), (2.0, first[cut:]), (3.0, second + b"data: {"), (4.0, b"}")])
+    assert [(token.number, token.came_at_seconds) for token in tokens] == [(0, 2.0), (1, 3.0)]
+    assert tokens[1].sent_at_seconds == 0.001
+
+
+def test_relays_may_join_tokens_in_one_chunk() -> None:
+    joined = b'data: {"choices": [{"delta": {"content": " 0:5 1:6"}}]}\n\n'
+    assert [token.number for token in tokens_of([(1.0, joined)])] == [0, 1]
+
+
+def test_the_prompt_ends_with_the_pace_and_is_as_long_as_asked() -> None:
+    assert prompt(SMALL).split()[-1] == "1"
+    long = prompt(replace(SMALL, prompt_bytes=220_000, pace_ms=0))
+    assert 220_000 <= len(long) < 221_000
+    assert long.split()[-1] == "0"
 
 
 @asynccontextmanager
 async def engine(script: Script) -> AsyncIterator[Target]:
     runner, url = await serve(ScriptedServer(script, "bench", 4096, 8))
     try:
-        yield Target("127.0.0.1", int(url.rsplit(":", 1)[1]), "bench", "Bearer none", {"engine": (os.getpid(),)})
+        yield Target("127.0.0.1", int(url.rsplit(":", 1)[1]), "bench", "Bearer none", {"engine": (os.getpid(),)}, (os.getpid(),))
     finally:
         await runner.cleanup()
 
 
 @pytest.fixture
 async def target() -> AsyncIterator[Target]:
-    async with engine(Script(tokens=ANSWER_TOKENS, token_count=40, inter_token_ms=1)) as found:
+    async with engine(Script(stamped=True, pace_in_prompt=True, token_count=40)) as found:
         yield found
 
 
@@ -236,6 +202,8 @@ async def test_the_client_measures_streams_of_a_real_engine(target: Target) -> N
     result = await run_load(SMALL, target)
     assert len(result.first_token_ms) == 3
     assert all(0 < first < whole for first, whole in zip(result.first_token_ms, result.request_ms, strict=True))
+    assert len(result.delay_ms) == 90
+    assert all(0 < delay < 1000 for delay in result.delay_ms)
     # The middle three fifths of 90 tokens, give or take the events that arrived together.
     assert 45 <= result.window_token_count <= 63
     assert result.cpu_seconds["engine"] > 0
@@ -245,7 +213,12 @@ async def test_the_client_measures_whole_answers(target: Target) -> None:
     load = replace(SMALL, streamed=False, connection_count=2, requests_per_connection=5, token_count=1)
     result = await run_load(load, target)
     assert result.window_request_count == len(result.request_ms) == 10
-    assert result.first_token_ms == ()
+    assert result.first_token_ms == result.delay_ms == ()
+
+
+async def test_the_client_stops_asking_when_its_time_is_over(target: Target) -> None:
+    load = replace(SMALL, streamed=False, connection_count=2, requests_per_connection=10**6, token_count=1, asking_seconds=0.1)
+    assert 2 <= (await run_load(load, target)).window_request_count < 10**5
 
 
 async def test_the_client_refuses_what_is_short_or_late(target: Target) -> None:
@@ -259,7 +232,7 @@ async def test_the_client_refuses_an_error_and_a_broken_connection() -> None:
     async with engine(Script(fail_status=503)) as failing:
         with pytest.raises(LoadFailedError, match="HTTP 503"):
             await run_load(SMALL, failing)
-    async with engine(Script(tokens=ANSWER_TOKENS, token_count=40, break_after_tokens=7)) as breaking:
+    async with engine(Script(stamped=True, token_count=40, break_after_tokens=7)) as breaking:
         with pytest.raises(LoadFailedError, match="broke in the middle"):
             await run_load(SMALL, breaking)
 

@@ -11,9 +11,10 @@ import pytest
 from potluck_node.engines.batch_model import CostModel
 from potluck_node.engines.script import Script
 from potluck_node.engines.scripted_server import ScriptedServer, serve
-from tests.benchmarks.load import ANSWER_TOKENS
+from tests.benchmarks.arithmetic import percentile
 from tests.benchmarks.open_client import run_load, tokens_in
 from tests.benchmarks.open_load import (
+    ANSWER_TOKENS,
     Asked,
     OpenLoad,
     OpenResult,
@@ -39,7 +40,6 @@ from tests.benchmarks.overload_figures import (
     figures_of,
     is_good,
     is_refused,
-    percentile,
     table,
     verdicts,
 )

@@ -25,6 +25,10 @@ class Script:
     """None: each token once."""
     count_in_prompt: bool = False
     """A number at the prompt's end is the answer's count of tokens, as far as `token_count` goes: nobody before the engine can know it."""
+    pace_in_prompt: bool = False
+    """A number at the prompt's end is the answer's `inter_token_ms`: routers drop request fields that they do not know."""
+    stamped: bool = False
+    """Not `tokens` are said: each token is its number and when it left, in nanoseconds of CLOCK_MONOTONIC, as " 3:81234567890123"."""
     ttft_ms: float = 0.0
     inter_token_ms: float = 0.0
     load_ms: float = 0.0

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -97,6 +97,10 @@ def _said_before(body: dict[str, Any], script: Script) -> tuple[int, dict[str, A
     if not isinstance(last, dict) or last.get("role") != "assistant":
         return 0, body
     said, text = str(last.get("content", "")), ""
+    if script.stamped:
+        numbers = [token.split(":")[0] for token in said.split()]
+        in_order = numbers == [str(number) for number in range(len(numbers))]
+        return (len(numbers), {**body, "messages": messages[:-1]}) if in_order else (0, body)
     for count in range(script.answer_token_count + 1):
         if text == said:
             return count, {**body, "messages": messages[:-1]}
@@ -168,6 +172,8 @@ class ScriptedServer:
             raise RequestRefusedError(400, str(error)) from error
         first_token, asked = _said_before(body, script)
         words = _prompt_text(asked, chat=chat).split()
+        if script.pace_in_prompt and words and words[-1].isdecimal():
+            script = replace(script, inter_token_ms=int(words[-1]))
         prompt_token_count = len(words) + first_token
         if prompt_token_count >= self._context_length_tokens:
             message = f"request ({prompt_token_count} tokens) exceeds the available context size ({self._context_length_tokens} tokens)"
@@ -211,7 +217,8 @@ class ScriptedServer:
             await response.write(opened + b'"delta": {"role": "assistant", "content": null}}]}\n\n')
         texts = {token: opened + before + json.dumps(token).encode() + after for token in set(ask.script.tokens)}
         async for token in self._tokens(request, ask):
-            await response.write(texts[token])
+            event = opened + before + b'"' + token.encode() + b'"' + after if ask.script.stamped else texts[token]
+            await response.write(event)
         nothing: dict[str, object] = {"delta": {}} if ask.chat else {"text": ""}
         last = {"index": 0, "finish_reason": ask.finish_reason, **nothing}
         tail = b"data: " + head + b', "choices": [' + json.dumps(last).encode() + b"]}\n\n"
@@ -229,7 +236,8 @@ class ScriptedServer:
             await self._misbehave(request, ask.script, index)
             async for _ in ticks:
                 self.counts["tokens"] += 1
-                yield ask.script.tokens[(ask.first_token + index) % len(ask.script.tokens)]
+                number = ask.first_token + index
+                yield f" {number}:{time.monotonic_ns()}" if ask.script.stamped else ask.script.tokens[number % len(ask.script.tokens)]
                 index += 1
                 await self._misbehave(request, ask.script, index)
 
