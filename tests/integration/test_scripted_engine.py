@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 
@@ -17,7 +18,7 @@ from potluck_node.engines.asking import ask_load
 from potluck_node.engines.base import EngineAddress
 from potluck_node.engines.batch_model import CostModel
 from potluck_node.engines.script import Script, read_script
-from potluck_node.engines.scripted_server import ScriptedServer, serve
+from potluck_node.engines.scripted_server import ScriptedServer, serving
 from potluck_protocol.values import FailureKind
 
 PROMPT = {"messages": [{"role": "user", "content": "one two three"}]}
@@ -27,9 +28,8 @@ SCRIPT = Script(tokens=("a", "b", "c", "d"))
 @pytest.fixture
 async def server() -> AsyncIterator[ScriptedServer]:
     server = ScriptedServer(SCRIPT, "tiny", context_length_tokens=100, slot_count=1)
-    runner, server.url = await serve(server)
-    yield server
-    await runner.cleanup()
+    async with serving(server) as server.url:
+        yield server
 
 
 @pytest.fixture
@@ -137,6 +137,75 @@ async def test_pace(http):
     assert 0.19 < asyncio.get_running_loop().time() - started_at < 2.0, "100 ms to the first token and five steps of 20 ms"
 
 
+async def test_stamped_tokens_say_their_number_and_when_they_left(http):
+    asked = PROMPT | {"stream": True, "scripted": {"stamped": True, "token_count": 3}}
+    before = time.monotonic_ns()
+    text = "".join(choice["delta"].get("content") or "" for event in events_of((await post(http, asked))[1]) for choice in event["choices"])
+    stamps = [token.split(":") for token in text.split()]
+    assert [number for number, _ in stamps] == ["0", "1", "2"]
+    assert before < int(stamps[0][1]) <= int(stamps[2][1]) < time.monotonic_ns()
+
+    # It goes on behind what another engine stamped, and begins anew where that is not the beginning.
+    for said, numbers in ((" 0:17 1:18", ["2"]), (" 0:17 1:18 2:19", []), (" 1:17", ["0", "1", "2"])):
+        begun = asked | {"stream": False, "messages": [*PROMPT["messages"], {"role": "assistant", "content": said}]}
+        content = json.loads((await post(http, begun))[1])["choices"][0]["message"]["content"]
+        assert [token.split(":")[0] for token in content.split()] == numbers
+
+
+async def test_the_prompt_may_name_the_pace(http):
+    started_at = time.monotonic()
+    await post(http, {"messages": [{"role": "user", "content": "at 30"}], "scripted": {"pace_in_prompt": True}})
+    assert 0.085 < time.monotonic() - started_at < 2.0, "three steps of 30 ms"
+
+
+async def _said(server, sent: bytes, limit_bytes: int = 2**16) -> bytes:
+    """What comes until the server hangs up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    writer.write(sent)
+    async with asyncio.timeout(5):
+        received = await reader.read(limit_bytes)
+        while piece := await reader.read(limit_bytes):
+            received += piece
+    writer.close()
+    return received
+
+
+async def test_requests_of_one_connection_are_answered_one_after_the_other(server):
+    body = json.dumps(PROMPT).encode()
+    ask = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n" % len(body)
+    received = await _said(server, ask + b"\r\n" + body + b"GET /health HTTP/1.1\r\n\r\n" + ask + b"Connection: close\r\n\r\n" + body)
+    assert received.count(b"HTTP/1.1 200 OK") == 3
+    assert received.index(b'"abcd"') < received.index(b'"ok"') < received.rindex(b'"abcd"')
+
+
+@pytest.mark.parametrize("sent", [b"GET /health HTTP/1.0\r\n\r\n", b"nonsense\r\n\r\n", b"x" * (2**16 + 1)])
+async def test_it_hangs_up_where_it_should(server, sent):
+    received = await _said(server, sent)
+    assert received.endswith(b'{"status": "ok"}') if sent.startswith(b"GET") else received == b""
+
+
+async def test_what_is_not_there_is_not_found(http):
+    for method, path in (("GET", "/v1/chat/completions"), ("POST", "/health"), ("GET", "/server_info")):
+        async with http.request(method, path) as response:
+            assert response.status == 404
+
+
+async def test_a_client_that_does_not_read_is_waited_for(server):
+    body = json.dumps(PROMPT | {"stream": True, "max_tokens": 10**6, "scripted": {"token_count": 10**6}}).encode()
+    server._context_length_tokens = 10**7
+    _, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]), limit=2**10)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    said = -1
+    async with asyncio.timeout(10):
+        while server.counts["tokens"] == 0 or server.counts["tokens"] != said:
+            said = server.counts["tokens"]
+            await asyncio.sleep(0.2)
+        assert said < 10**5
+        writer.close()
+        while server.counts["running"]:
+            await asyncio.sleep(0.01)
+
+
 def test_script_file(tmp_path):
     path = tmp_path / "script.json"
     path.write_text('{"tokens": ["x"], "token_count": 3}')
@@ -152,29 +221,25 @@ COST = CostModel(prefill_tokens_per_second=10_000, step_ms=10, step_ms_per_reque
 
 async def test_with_a_cost_it_batches_and_tells_what_it_holds():
     server = ScriptedServer(Script(tokens=("a",), token_count=50, cost=COST), "tiny", context_length_tokens=100, slot_count=1)
-    runner, url = await serve(server)
-    try:
-        async with aiohttp.ClientSession(url) as http:
-            asking = [asyncio.create_task(post(http, {"prompt": "one " * 60, "max_tokens": 20}, "/v1/completions")) for _ in range(3)]
-            async with asyncio.timeout(5):
-                while (load := await ask_load(http, "scripted", EngineAddress(url))).running_count != 2 or load.waiting_count != 1:
-                    await asyncio.sleep(0.01)
-            assert load.kv_capacity_tokens == 200
-            assert load.kv_used_tokens is not None
-            assert 120 <= load.kv_used_tokens <= 160
-            for answer in await asyncio.gather(*asking):
-                assert answer[0] == 200
-                assert json.loads(answer[1])["choices"][0]["text"] == "a" * 20
-            # Hung up in the middle, it is forgotten.
-            asking = [asyncio.create_task(post(http, PROMPT | {"stream": True}))]
-            async with asyncio.timeout(5):
-                while (await ask_load(http, "scripted", EngineAddress(url))).running_count != 1:
-                    await asyncio.sleep(0.01)
-                asking[0].cancel()
-                while (await ask_load(http, "scripted", EngineAddress(url))).kv_used_tokens != 0:
-                    await asyncio.sleep(0.01)
-    finally:
-        await runner.cleanup()
+    async with serving(server) as url, aiohttp.ClientSession(url) as http:
+        asking = [asyncio.create_task(post(http, {"prompt": "one " * 60, "max_tokens": 20}, "/v1/completions")) for _ in range(3)]
+        async with asyncio.timeout(5):
+            while (load := await ask_load(http, "scripted", EngineAddress(url))).running_count != 2 or load.waiting_count != 1:
+                await asyncio.sleep(0.01)
+        assert load.kv_capacity_tokens == 200
+        assert load.kv_used_tokens is not None
+        assert 120 <= load.kv_used_tokens <= 160
+        for answer in await asyncio.gather(*asking):
+            assert answer[0] == 200
+            assert json.loads(answer[1])["choices"][0]["text"] == "a" * 20
+        # Hung up in the middle, it is forgotten.
+        asking = [asyncio.create_task(post(http, PROMPT | {"stream": True}))]
+        async with asyncio.timeout(5):
+            while (await ask_load(http, "scripted", EngineAddress(url))).running_count != 1:
+                await asyncio.sleep(0.01)
+            asking[0].cancel()
+            while (await ask_load(http, "scripted", EngineAddress(url))).kv_used_tokens != 0:
+                await asyncio.sleep(0.01)
 
 
 async def test_over_admitted_it_dies_as_a_real_one_does(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from potluck_node.engines.script import Script
-from potluck_node.engines.scripted_server import ScriptedServer, serve
+from potluck_node.engines.scripted_server import ScriptedServer, serving
 from tests.benchmarks.answers import check_streamed, tokens_of
 from tests.benchmarks.arithmetic import (
     Estimate,
@@ -185,11 +185,8 @@ def test_the_prompt_ends_with_the_pace_and_is_as_long_as_asked() -> None:
 
 @asynccontextmanager
 async def engine(script: Script) -> AsyncIterator[Target]:
-    runner, url = await serve(ScriptedServer(script, "bench", 4096, 8))
-    try:
+    async with serving(ScriptedServer(script, "bench", 4096, 8)) as url:
         yield Target("127.0.0.1", int(url.rsplit(":", 1)[1]), "bench", "Bearer none", {"engine": (os.getpid(),)}, (os.getpid(),))
-    finally:
-        await runner.cleanup()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from potluck_node.engines.batch_model import CostModel
 from potluck_node.engines.script import Script
-from potluck_node.engines.scripted_server import ScriptedServer, serve
+from potluck_node.engines.scripted_server import ScriptedServer, serving
 from tests.benchmarks.arithmetic import percentile
 from tests.benchmarks.open_client import run_load, tokens_in
 from tests.benchmarks.open_load import (
@@ -218,11 +218,8 @@ def test_tokens_are_counted_by_their_events() -> None:
 
 
 async def _asked_of(script: Script, load: OpenLoad) -> OpenResult:
-    runner, url = await serve(ScriptedServer(script, "bench", 1500, 8))
-    try:
+    async with serving(ScriptedServer(script, "bench", 1500, 8)) as url:
         return await run_load(load, OpenTarget("127.0.0.1", int(url.rsplit(":", 1)[1]), "bench", ("Bearer a", "Bearer b")))
-    finally:
-        await runner.cleanup()
 
 
 FAST = CostModel(prefill_tokens_per_second=100_000, step_ms=1, step_ms_per_request=0, kv_capacity_tokens=20_000)

@@ -35,12 +35,6 @@ class BatchRunner:
         self._told: dict[int, asyncio.Queue[None]] = {}
         self._wanted = asyncio.Event()
 
-    async def running(self, _application: object) -> AsyncGenerator[None, None]:
-        """Runs the loop while a server does: aiohttp's context of that."""
-        loop = asyncio.ensure_future(self.run())
-        yield
-        loop.cancel()
-
     async def tokens(self, prompt_tokens: int, answer_tokens: int) -> AsyncGenerator[None, None]:
         """Gives nothing once for each token of an answer, when it is there. Closed early, the request is forgotten."""
         try:

@@ -17,20 +17,19 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import uvloop
-from aiohttp import web
 
 from potluck_node.engines.batch_runner import BatchRunner
 from potluck_node.engines.script import Script, read_script
+from potluck_node.engines.scripted_http import Exchange, serve_http
 from potluck_node.lifeline import exit_with_parent
 
-BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 _EXIT_STATUS: Final = 86
 
 
@@ -129,39 +128,49 @@ class ScriptedServer:
         self._created = int(time.time())
         self.counts = {"requests": 0, "running": 0, "finished": 0, "cancelled": 0, "tokens": 0}
 
-    def application(self) -> web.Application:
-        """The routes of an OpenAI server, and `/scripted/counts` for tests."""
-        application = web.Application(client_max_size=BODY_BYTES_MAX)
-        application.router.add_post("/v1/chat/completions", self._guarded(self._answer))
-        application.router.add_post("/v1/completions", self._guarded(self._answer))
-        application.router.add_post("/v1/embeddings", self._guarded(self._embed))
-        application.router.add_get("/v1/models", self._models)
-        application.router.add_get("/health", self._health)
-        application.router.add_get("/scripted/counts", self._show_counts)
-        if self.batching is not None:
-            application.router.add_get("/metrics", self._metrics)
-        return application
+    async def answer(self, exchange: Exchange) -> None:
+        """Answers as an OpenAI server does, and `/scripted/counts` for tests."""
+        told = self._tellers().get(exchange.path) if exchange.method == "GET" else None
+        asked = self._askers().get(exchange.path) if exchange.method == "POST" else None
+        if asked is not None:
+            await self._answer_guarded(exchange, asked)
+        elif told is not None:
+            exchange.answer(200, *told())
+        else:
+            _answer_json(exchange, {"error": {"code": 404, "message": "Not Found", "type": "not_found_error"}}, 404)
 
-    def _guarded(self, handler: Any) -> Any:
-        async def guarded(request: web.Request) -> web.StreamResponse:
-            self.counts["requests"] += 1
-            try:
-                body = _decoded(await request.read())
-                async with self._slots:
-                    self.counts["running"] += 1
-                    try:
-                        response: web.StreamResponse = await handler(request, body)
-                    finally:
-                        self.counts["running"] -= 1
-            except RequestRefusedError as refused:
-                return _error(refused)
-            except (asyncio.CancelledError, ConnectionError):
-                self.counts["cancelled"] += 1
-                raise
+    def _askers(self) -> Mapping[str, Callable[[Exchange, dict[str, Any]], Awaitable[None]]]:
+        return {"/v1/chat/completions": self._answer, "/v1/completions": self._answer, "/v1/embeddings": self._embed}
+
+    def _tellers(self) -> Mapping[str, Callable[[], tuple[str, bytes]]]:
+        model = {"id": self._alias, "object": "model", "created": self._created, "owned_by": "scripted"}
+        tellers: dict[str, Callable[[], tuple[str, bytes]]] = {
+            "/v1/models": lambda: _json({"object": "list", "data": [model]}),
+            "/health": lambda: _json({"status": "ok"}),
+            "/scripted/counts": lambda: _json(self.counts),
+        }
+        if (batching := self.batching) is not None:
+            tellers["/metrics"] = lambda: ("text/plain; charset=utf-8", batching.metrics().encode())
+        return tellers
+
+    async def _answer_guarded(self, exchange: Exchange, asked: Callable[[Exchange, dict[str, Any]], Awaitable[None]]) -> None:
+        self.counts["requests"] += 1
+        try:
+            body = _decoded(exchange.body)
+            async with self._slots:
+                self.counts["running"] += 1
+                try:
+                    await asked(exchange, body)
+                finally:
+                    self.counts["running"] -= 1
+        except RequestRefusedError as refused:
+            error = {"code": refused.http_status, "message": str(refused), "type": refused.error_type}
+            _answer_json(exchange, {"error": error}, refused.http_status)
+        except (asyncio.CancelledError, ConnectionError):
+            self.counts["cancelled"] += 1
+            raise
+        else:
             self.counts["finished"] += 1
-            return response
-
-        return guarded
 
     def _ask(self, path: str, body: dict[str, Any]) -> Ask:
         chat = path.endswith("/chat/completions")
@@ -194,52 +203,58 @@ class ScriptedServer:
             first_token=first_token,
         )
 
-    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        ask = self._ask(request.path, body)
+    async def _answer(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        ask = self._ask(exchange.path, body)
         if ask.script.fail_status is not None:
             raise RequestRefusedError(ask.script.fail_status, "the script asks for this failure", "server_error")
         if ask.stream:
-            return await self._answer_streamed(request, ask)
-        text = "".join([token async for token in self._tokens(request, ask)])
-        content: dict[str, object] = {"message": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
-        choice = {"index": 0, "finish_reason": ask.finish_reason, "logprobs": None, **content}
-        answer = {**self._head(ask, streamed=False), "choices": [choice], "usage": _usage(ask)}
-        return web.json_response(answer)
+            await self._answer_streamed(exchange, ask)
+            return
+        said: list[str] = []
 
-    async def _answer_streamed(self, request: web.Request, ask: Ask) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-cache"})
-        response.enable_chunked_encoding()
-        await response.prepare(request)
+        async def say(token: str) -> None:
+            said.append(token)
+
+        await self._say(exchange, ask, say)
+        content: dict[str, object] = {"message": {"role": "assistant", "content": "".join(said)}} if ask.chat else {"text": "".join(said)}
+        choice = {"index": 0, "finish_reason": ask.finish_reason, "logprobs": None, **content}
+        _answer_json(exchange, {**self._head(ask, streamed=False), "choices": [choice], "usage": _usage(ask)})
+
+    async def _answer_streamed(self, exchange: Exchange, ask: Ask) -> None:
         head = json.dumps(self._head(ask, streamed=True))[:-1].encode()
         opened = b"data: " + head + b', "choices": [{"index": 0, "finish_reason": null, '
         before, after = (b'"delta": {"content": ', b"}}]}\n\n") if ask.chat else (b'"text": ', b"}]}\n\n")
+        exchange.open("text/event-stream")
         if ask.chat:
-            await response.write(opened + b'"delta": {"role": "assistant", "content": null}}]}\n\n')
+            await exchange.write(opened + b'"delta": {"role": "assistant", "content": null}}]}\n\n')
         texts = {token: opened + before + json.dumps(token).encode() + after for token in set(ask.script.tokens)}
-        async for token in self._tokens(request, ask):
-            event = opened + before + b'"' + token.encode() + b'"' + after if ask.script.stamped else texts[token]
-            await response.write(event)
+        before, after = opened + before + b'"', b'"' + after
+        if ask.script.stamped:
+            await self._say(exchange, ask, lambda token: exchange.write(before + token.encode() + after))
+        else:
+            await self._say(exchange, ask, lambda token: exchange.write(texts[token]))
         nothing: dict[str, object] = {"delta": {}} if ask.chat else {"text": ""}
         last = {"index": 0, "finish_reason": ask.finish_reason, **nothing}
         tail = b"data: " + head + b', "choices": [' + json.dumps(last).encode() + b"]}\n\n"
         if ask.include_usage:
             tail += b"data: " + head + b', "choices": [], "usage": ' + json.dumps(_usage(ask)).encode() + b"}\n\n"
-        await response.write(tail + b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
+        await exchange.write(tail + b"data: [DONE]\n\n")
+        exchange.close()
 
-    async def _tokens(self, request: web.Request, ask: Ask) -> AsyncIterator[str]:
-        """The answer at the script's pace, or its engine's, with the script's faults."""
+    async def _say(self, exchange: Exchange, ask: Ask, say: Callable[[str], Awaitable[None]]) -> None:
+        """The answer's tokens at the script's pace, or its engine's, with the script's faults."""
+        script, counts, number = ask.script, self.counts, ask.first_token
         paced = self._paced(ask) if self.batching is None else self.batching.tokens(ask.prompt_token_count, ask.completion_token_count)
+        faults = {script.exit_after_tokens, script.hang_after_tokens, script.break_after_tokens}
         async with aclosing(paced) as ticks:
-            index = 0
-            await self._misbehave(request, ask.script, index)
+            if 0 in faults:
+                await _misbehave(exchange, script, 0)
             async for _ in ticks:
-                self.counts["tokens"] += 1
-                number = ask.first_token + index
-                yield f" {number}:{time.monotonic_ns()}" if ask.script.stamped else ask.script.tokens[number % len(ask.script.tokens)]
-                index += 1
-                await self._misbehave(request, ask.script, index)
+                counts["tokens"] += 1
+                await say(f" {number}:{time.monotonic_ns()}" if script.stamped else script.tokens[number % len(script.tokens)])
+                number += 1
+                if number - ask.first_token in faults:
+                    await _misbehave(exchange, script, number - ask.first_token)
 
     async def _paced(self, ask: Ask) -> AsyncGenerator[None, None]:
         """Once for each token, when the script has it."""
@@ -254,17 +269,7 @@ class ScriptedServer:
             due_at += pace_seconds
             yield
 
-    async def _misbehave(self, request: web.Request, script: Script, token_count: int) -> None:
-        if token_count == script.exit_after_tokens:
-            os._exit(_EXIT_STATUS)
-        if token_count == script.hang_after_tokens:
-            await asyncio.Event().wait()
-        if token_count == script.break_after_tokens:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the script breaks the answer off")
-
-    async def _embed(self, _request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    async def _embed(self, exchange: Exchange, body: dict[str, Any]) -> None:
         inputs = body.get("input")
         inputs = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(inputs, list) or not inputs:
@@ -276,21 +281,7 @@ class ScriptedServer:
         ]
         count = sum(len(str(text).split()) for text in inputs)
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return web.json_response({"object": "list", "model": self._alias, "data": data, "usage": usage})
-
-    async def _models(self, _request: web.Request) -> web.Response:
-        model = {"id": self._alias, "object": "model", "created": self._created, "owned_by": "scripted"}
-        return web.json_response({"object": "list", "data": [model]})
-
-    async def _health(self, _request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def _metrics(self, _request: web.Request) -> web.Response:
-        assert self.batching is not None, "there is no such route without it"
-        return web.Response(text=self.batching.metrics())
-
-    async def _show_counts(self, _request: web.Request) -> web.Response:
-        return web.json_response(self.counts)
+        _answer_json(exchange, {"object": "list", "model": self._alias, "data": data, "usage": usage})
 
     def _head(self, ask: Ask, *, streamed: bool) -> dict[str, object]:
         kind = ("chat.completion.chunk" if streamed else "chat.completion") if ask.chat else "text_completion"
@@ -306,29 +297,44 @@ def _usage(ask: Ask) -> dict[str, object]:
     }
 
 
-def _error(refused: RequestRefusedError) -> web.Response:
-    error = {"code": refused.http_status, "message": str(refused), "type": refused.error_type}
-    return web.json_response({"error": error}, status=refused.http_status)
+async def _misbehave(exchange: Exchange, script: Script, token_count: int) -> None:
+    if token_count == script.exit_after_tokens:
+        os._exit(_EXIT_STATUS)
+    if token_count == script.hang_after_tokens:
+        await asyncio.Event().wait()
+    if token_count == script.break_after_tokens:
+        exchange.abort()
+        raise ConnectionResetError("the script breaks the answer off")
 
 
-async def serve(server: ScriptedServer, port: int = 0) -> tuple[web.AppRunner, str]:
-    """Starts serving on loopback; the runner to clean up, and the URL."""
-    runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None)
-    if server.batching is not None:
-        runner.app.cleanup_ctx.append(server.batching.running)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+def _json(value: object) -> tuple[str, bytes]:
+    return "application/json; charset=utf-8", json.dumps(value).encode()
+
+
+def _answer_json(exchange: Exchange, value: object, status: int = 200) -> None:
+    exchange.answer(status, *_json(value))
+
+
+@asynccontextmanager
+async def serving(server: ScriptedServer, port: int = 0) -> AsyncIterator[str]:
+    """Serves on loopback while the block runs; its URL."""
+    http = await serve_http(server.answer, port)
+    batching = asyncio.create_task(server.batching.run()) if server.batching is not None else None
+    try:
+        yield http.url
+    finally:
+        if batching is not None:
+            batching.cancel()
+        await http.cleanup()
 
 
 async def _run(options: argparse.Namespace) -> None:
     script = read_script(options.model)
     await asyncio.sleep(script.load_ms / 1000)
-    url = ""
-    if not options.stage:
-        _, url = await serve(ScriptedServer(script, options.alias, options.context, options.slots), options.port)
-    print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
-    await asyncio.Event().wait()
+    server = ScriptedServer(script, options.alias, options.context, options.slots)
+    async with nullcontext("") if options.stage else serving(server, options.port) as url:
+        print(json.dumps({"url": url}), flush=True)  # noqa: T201 - how the supervisor learns the port
+        await asyncio.Event().wait()
 
 
 def main() -> None:
