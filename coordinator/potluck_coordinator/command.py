@@ -86,25 +86,7 @@ def serve(
 
     Logs go to standard error; prompts, answers and secrets are in none of them.
     """
-    flags = {
-        "data_dir": data_dir,
-        "host": host,
-        "http_port": http_port,
-        "grpc_port": grpc_port,
-        "link_port": link_port,
-        "public_host": public_host,
-        "http_tls_certificate": http_tls_certificate,
-        "http_tls_key": http_tls_key,
-        "database_url": database_url,
-        "catalogue_file": catalogue_file,
-        "ray_address": ray_address,
-        "gateways": gateways,
-        "grant_credits": grant_credits,
-        "fee_basis_points": fee_basis_points,
-        "default_tier_rate": default_tier_rate,
-        "log_format": log_format,
-        "log_level": log_level,
-    }
+    flags = {name: value for name, value in locals().items() if name != "settings_file"}  # each is a setting of that name
     try:
         loaded = load_settings(flags, settings_file)
     except PotluckError as error:

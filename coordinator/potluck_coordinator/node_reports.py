@@ -63,3 +63,5 @@ class ReportReceipt:
     """Of this process of the directory: another one than the last time knows nobody."""
     unknown: frozenset[NodeId] = frozenset()
     """Of those without news: who has to be told of in full."""
+    surplus_count: int = 0
+    """How many of its idle nodes the gateway should let go now, for others have fewer."""

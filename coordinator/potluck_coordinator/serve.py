@@ -111,6 +111,9 @@ def _settle_ports_now(settings: Settings) -> Settings:
             wanted: int = getattr(settings, name)
             held.append(bind(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag))
             ports[name] = held[-1].getsockname()[1]
+        if not settings.link_port and settings.own_link_port is None:
+            ports["own_link_port"] = 0
+        held += [bind(settings.host, port, "own_link_port in --settings") for port in settings.own_link_ports]
     finally:
         for probe in held:
             probe.close()

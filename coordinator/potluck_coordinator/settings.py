@@ -21,7 +21,8 @@ from potluck_protocol.money import MICRO_CREDITS_PER_CREDIT
 
 ENVIRONMENT_PREFIX: Final = "POTLUCK_COORDINATOR_"
 
-Port = Annotated[int, Field(ge=0, le=65535)]
+PORT_MAX: Final = 65_535
+Port = Annotated[int, Field(ge=0, le=PORT_MAX)]
 
 
 def default_data_dir() -> Path:
@@ -51,6 +52,9 @@ class Settings(BaseModel):
     grpc_port: Port = 8601
     link_port: Port = 8602
     """0 takes any free port, once, at start."""
+    own_link_port: Port | None = None
+    """With several gateways, where nodes find the first of them again; each next one's is one higher. None: the ports after `link_port`; 0:
+    any free ones."""
     public_host: str | None = None
     """The name or address that others reach this coordinator by, where it is not the one in the URL they used."""
     public_hosts: Mapping[str, str] = Field(default_factory=dict)
@@ -110,10 +114,28 @@ class Settings(BaseModel):
             raise ValueError("http_tls_certificate and http_tls_key go together: set both or neither")
         if self.heartbeat_idle_ms * 2 > self.lease_ttl_ms:
             raise ValueError("lease_ttl_ms must be at least twice heartbeat_idle_ms, or one lost heartbeat ends a lease")
-        fixed = [port for port in (self.http_port, self.grpc_port, self.link_port) if port]
+        fixed = [port for port in (self.http_port, self.grpc_port, self.link_port, *self.own_link_ports) if port]
         if len(fixed) != len(set(fixed)):
-            raise ValueError("http_port, grpc_port and link_port must differ")
+            own = f", and the {self.gateways} own ports of the gateways, {fixed[-self.gateways]} and up," if self.own_link_ports else ""
+            raise ValueError(f"http_port, grpc_port and link_port{own} must differ")
+        if fixed and max(fixed) > PORT_MAX:
+            raise ValueError(f"own_link_port leaves no room for {self.gateways} ports")
         return self
+
+    def own_link_port_of(self, number: int) -> int | None:
+        """The port of the gateway of that number that no other one shares; None where there is but one, 0 for any."""
+        if self.gateways == 1:
+            return None
+        first = self.own_link_port
+        if first is None and self.link_port:
+            first = self.link_port + 1
+        return first + number if first else 0
+
+    @property
+    def own_link_ports(self) -> tuple[int, ...]:
+        """Of all gateways, as far as they are fixed."""
+        ports = (self.own_link_port_of(number) for number in range(self.gateways))
+        return tuple(port for port in ports if port)
 
     @property
     def grant_micro_credits(self) -> int:

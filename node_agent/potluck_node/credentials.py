@@ -1,4 +1,4 @@
-"""What the node shows at the link port, and where that port is.
+"""What the node shows at the link port of a gateway, and where the coordinator is.
 
 Keeps key and certificate, says when the next one is due by `domain.certificates`, renews a lapsed one through `enrolment`, and opens the
 channel to wherever the coordinator is now. Decides how long a request may stay unanswered, and that a full disk does not end an agent that
@@ -19,6 +19,7 @@ import structlog
 
 from potluck_node import enrolment
 from potluck_node.domain.certificates import CertificateDates, Standing, renew_again_at_unix_ms, renew_at_unix_ms, standing
+from potluck_node.gateway_ways import GatewayWays
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
@@ -49,6 +50,7 @@ class Credentials:
         self._clock = clock
         self._jitter = jitter
         self.identity: NodeIdentity = folder.identity()
+        self.gateways = GatewayWays(folder.path, lambda: self.identity.connection, clock)
         self._private_key_pem, certificate_pem = folder.proof(self.identity)
         self._certificate_pem = b""
         # Those of a certificate that lapsed long ago: then one is fetched before anything is dialled. gRPC must see no empty one.
@@ -124,12 +126,16 @@ class Credentials:
         moved = replace(self.identity, url=pinned_url(url, ca_hash), connection=connection)
         if moved != self.identity:
             self.identity = moved
+            self.gateways.moved()
             with self._kept_in_memory_at_least():
                 self._folder.write_identity(moved)
             _log.info("coordinator_moved", link_target=connection.link_target)
 
     def open_channel(self) -> grpc.aio.Channel:
-        """A new channel to the link port under the present certificate. Certificates cannot be changed on a channel: open another."""
+        """A new channel to a gateway's link port, under the present certificate. Certificates cannot be changed on a channel: open another.
+
+        Whichever gateway it is, its certificate is checked for the pool's name and CA.
+        """
         connection = self.identity.connection
         credentials = grpc.ssl_channel_credentials(
             root_certificates=connection.ca_certificate_pem.encode(),
@@ -138,7 +144,7 @@ class Credentials:
         )
         # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        return grpc.aio.secure_channel(connection.link_target, credentials, options=options)
+        return grpc.aio.secure_channel(self.gateways.target, credentials, options=options)
 
     @contextlib.contextmanager
     def _kept_in_memory_at_least(self) -> Iterator[None]:

@@ -38,7 +38,7 @@ async def measure_line(credentials: Credentials, clock: Clock) -> LineReading:
 
     A second look within minutes is refused by the coordinator, which says when to come again.
     """
-    target = credentials.identity.connection.link_target
+    target = credentials.gateways.target
     seen = await reach("link", target)
     if seen.round_trip_ms is None:
         return LineReading(failure=f"the coordinator's link port {target} is not reached: {seen.failure}")

@@ -36,19 +36,11 @@ from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.replicas import Replicas
 from potluck_node.report import SelfReport
 from potluck_protocol.clock import Clock
-from potluck_protocol.codec import (
-    goodbye_message,
-    goodbye_value,
-    heartbeat_message,
-    hello_message,
-    welcome_value,
-)
+from potluck_protocol.codec import goodbye_message, goodbye_value, heartbeat_message, hello_message, welcome_value
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, GoodbyeReason, Welcome
 
-GREETING_LIMIT_SECONDS: Final = 10.0
-"""From the dial to the coordinator's welcome; beyond it the dial has failed, and another follows."""
 BEAT_GAP_SECONDS: Final = 0.2
 """Changes of status are told at once, but no more often than this."""
 MOVE_REPEATED_SECONDS: Final = 10.0
@@ -172,7 +164,8 @@ class Link:
     async def _connect(self) -> None:
         """One dial, after its pause, whether for a first connection or to move from the current one."""
         if self._current is None:
-            await self._pause(lease.reconnect_delay_seconds(self.session.failure_count, self._jitter()))
+            move_seconds = self._credentials.gateways.delay_seconds(self._jitter())
+            await self._pause(move_seconds + lease.reconnect_delay_seconds(self.session.failure_count, self._jitter()))
             if self._stopping:
                 return
         try:
@@ -183,7 +176,7 @@ class Link:
         except PotluckError as error:
             await self._after_failed_dial(error)
         except grpc.aio.AioRpcError as error:
-            await self._after_failed_dial(rpc_failure(error, self._credentials.identity.connection.link_target))
+            await self._after_failed_dial(rpc_failure(error, self._credentials.gateways.target))
         except (TimeoutError, asyncio.InvalidStateError):
             await self._after_failed_dial(PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not answer the hello."))
 
@@ -198,7 +191,7 @@ class Link:
             in_flight = self._attempts.in_flight
             hello_at_seconds = self._clock.monotonic_seconds()
             hello = node_pb2.NodeFrame(epoch=self.session.epoch, hello=hello_message(self._report.hello(in_flight)))
-            first = await connection.greet(hello, GREETING_LIMIT_SECONDS)
+            first = await connection.greet(hello, self._credentials.gateways.greeting_seconds_max)
             welcome = self._welcome_of(first)
         except BaseException:
             await connection.close()
@@ -214,6 +207,7 @@ class Link:
         if former is None or self._stopping:
             return
         if former.closed:
+            self._credentials.gateways.lost(is_let_go=False)
             self.session = lease.after_loss(self.session, lived_seconds=self._lived_seconds())
             return
         self._current = former
@@ -252,6 +246,7 @@ class Link:
         self._connected_at_seconds = self._clock.monotonic_seconds()
         self._renewed_after_refusal = False
         self.trouble = ""
+        self._credentials.gateways.linked(welcome.link_addresses)
         connection.start_writing()
         reader = asyncio.create_task(self._read(connection), name="link reader")
         self._readers.add(reader)
@@ -275,6 +270,7 @@ class Link:
                     raise error from renewal_error
                 self._renewed_after_refusal = False
         self.session = lease.after_failed_dial(self.session)
+        self._credentials.gateways.failed()
         _log.warning("link_not_up", code=error.code, reason=error.message, failure_count=self.session.failure_count)
         if lease.should_ask_the_way(self.session.failure_count):
             await self._credentials.find_coordinator()
@@ -298,7 +294,7 @@ class Link:
                 self._take(frame)
         except grpc.aio.AioRpcError as error:
             if outcome.goodbye is None:
-                failure = rpc_failure(error, self._credentials.identity.connection.link_target)
+                failure = rpc_failure(error, self._credentials.gateways.target)
                 outcome = Outcome(message=failure.message)
         except PotluckError as error:
             outcome = Outcome(message=f"the coordinator sent a frame that cannot be read: {error.message}")
@@ -333,6 +329,7 @@ class Link:
     def _after_loss(self, outcome: Outcome) -> None:
         lived_seconds = self._lived_seconds()
         self.session = lease.after_loss(self.session, lived_seconds=lived_seconds)
+        self._credentials.gateways.lost(is_let_go=outcome.goodbye is GoodbyeReason.COORDINATOR_STOPPING)
         self.trouble = outcome.message or str(outcome.goodbye or "")
         self._failure = self._farewells.failure_of(outcome, self._clock.monotonic_seconds())
         self._changed.set()
@@ -378,6 +375,7 @@ class Link:
         connection, self._current = self._current, None
         if connection is not None:
             self.trouble = "the coordinator did not renew the lease in time"
+            self._credentials.gateways.lost(is_let_go=False)
             connection.cut()  # its reader, cut off, closes it
             self._changed.set()
 

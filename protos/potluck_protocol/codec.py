@@ -79,6 +79,7 @@ GOODBYE_NUMBER: Final = {
     GoodbyeReason.LEASE_ENDED: node_pb2.GOODBYE_REASON_LEASE_ENDED,
 }
 
+LINK_ADDRESSES_MAX: Final = 64
 IN_FLIGHT_MAX: Final = 2048
 """Attempts in a hello: twice what a coordinator gives one node at a time (`replica_view.ATTEMPTS_PER_NODE_MAX`), for a node whose hello is
 refused cannot come back."""
@@ -176,6 +177,7 @@ def welcome_message(welcome: Welcome) -> node_pb2.Welcome:
             )
             for attempt_id, point in welcome.resume_points.items()
         ],
+        link_addresses=welcome.link_addresses,
     )
 
 
@@ -188,6 +190,7 @@ def welcome_value(message: node_pb2.Welcome) -> Welcome:
         heartbeat_idle_ms=message.heartbeat_idle_ms,
         desired=desired_state_value(message.desired),
         resume_points={AttemptId(point.attempt_id): _resume_point(point) for point in message.resume_points},
+        link_addresses=tuple(message.link_addresses[:LINK_ADDRESSES_MAX]),
     )
 
 

@@ -153,7 +153,7 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
 
 
 def _renderer_for_people(*, colors: bool) -> Processor:
-    """structlog's own; without colours the same line put together in a tenth of its time, for a pool writes one for each request."""
+    """Structlog's own; without colours the same line put together in a tenth of its time, for a pool writes one for each request."""
     complete = structlog.dev.ConsoleRenderer(colors=colors)
     if colors:
         return complete

@@ -361,6 +361,8 @@ class Welcome:
     desired: DesiredState
     resume_points: dict[AttemptId, ResumePoint]
     """Of each attempt that goes on; an attempt of `Hello.in_flight` not named here is to be dropped."""
+    link_addresses: tuple[str, ...] = ()
+    """Of all gateways, as "host:port", the one that speaks first; without a host where that is the host that the node dialled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -24,6 +25,7 @@ from potluck_coordinator.directory.kept_plan import KeptPlan
 from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view, still_there, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
+from potluck_coordinator.domain.gateways import surplus_count
 from potluck_coordinator.domain.node_view import foreign_bytes_known
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
 from potluck_coordinator.domain.trust import trusted_replicas
@@ -253,7 +255,9 @@ class Nodes:
         coverages = [Coverage(report.node_id, report.covered_seconds) for report in reports]
         coverages += map(Coverage, covered.node_ids, covered.seconds)
         self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
-        return ReportReceipt(self._run_id, unknown)
+        node_counts = Counter(live.gateway_epoch for live in self._live.values())
+        surplus = surplus_count(node_counts, self._board.snapshot.gateways.keys(), gateway_epoch)
+        return ReportReceipt(self._run_id, unknown, surplus)
 
     def gateway_started(self, gateway_epochs: AbstractSet[int]) -> None:
         """Of the gateways, only these are there: one of them is new, and what the one before it had linked is not linked any more.

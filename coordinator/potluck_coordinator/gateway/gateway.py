@@ -39,6 +39,7 @@ from potluck_coordinator.gateway.keyed_requests import KeyedRequests
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.links import Links
+from potluck_coordinator.gateway.parting import let_go
 from potluck_coordinator.gateway.peers import Peers
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_coordinator.gateway.process_load import ProcessLoad
@@ -96,6 +97,8 @@ class Endpoints:
     http_port: int
     grpc_port: int
     link_port: int
+    own_link_port: int
+    """Where nodes find this very gateway; where there is but one, the link port."""
 
 
 class Gateway:
@@ -179,7 +182,7 @@ class Gateway:
         if peer_address:
             others = (_every(LOOK_SECONDS, partial(self._meet_others, peers)), peers.follow(self._directory.pool))
             self._tasks += [asyncio.ensure_future(work) for work in others]
-        nodes_address = link_address(self._settings, self._peer_host, endpoints.link_port)
+        nodes_address = link_address(self._settings, self._peer_host, endpoints.own_link_port)
         await self._directory.pool.announce_gateway(grant.epoch, peer_address, nodes_address)
         # What was imported and built so far stays for good: the collector need not look through it again and again.
         gc.collect()
@@ -237,6 +240,9 @@ class Gateway:
         nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock), shared=shared)
         self._ports = [people, nodes]
         grpc_port = await people.start(settings.host, settings.grpc_port)
+        own_link_port = settings.own_link_port_of(self._number)
+        if own_link_port is not None:
+            own_link_port = await nodes.add_own_port(settings.host, own_link_port)
         link_port = await nodes.start(settings.host, settings.link_port)
         document = ConnectionDocument(
             PROTOCOL_VERSION, grant.pool_id, grpc_port, link_port, settings.public_host, grant.server.ca_certificate_pem
@@ -252,7 +258,7 @@ class Gateway:
             tls_key=settings.http_tls_key,
         )
         http_port = await self._http.start(settings.host, settings.http_port, shared=shared)
-        return Endpoints(http_port, grpc_port, link_port), await self._serve_peers(grant, interceptor, peers)
+        return Endpoints(http_port, grpc_port, link_port, own_link_port or link_port), await self._serve_peers(grant, interceptor, peers)
 
     async def _serve_peers(self, grant: GatewayGrant, interceptor: CallInterceptor, peers: Peers) -> str:
         if self._settings.gateways == 1:
@@ -300,7 +306,7 @@ class Gateway:
         self.requests.mark_delivered()
         self._links.leases.adapt(len(self._links), self._load.note(time.process_time(), self._clock.monotonic_seconds()))
         try:
-            await self._links.report(self.requests.waiting_counts)
+            let_go(self._links, await self._links.report(self.requests.waiting_counts))
         except PotluckError as error:
             if error.code is ErrorCode.ALREADY_EXISTS:
                 # A ghost's clients would wait for holds that nobody grants it.

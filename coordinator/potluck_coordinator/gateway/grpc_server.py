@@ -56,20 +56,24 @@ class GrpcServer:
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE if the address cannot be had within 10 s, naming the reason.
         """
-        bound = await self._bind(host, port)
+        bound = await self._bind(host, port, shared=self._shared)
         await self._server.start()
         return bound
+
+    async def add_own_port(self, host: str, port: int) -> int:
+        """As `start`, for one port more, which nobody shares; called before it."""
+        return await self._bind(host, port, shared=False)
 
     async def stop(self, grace_seconds: float) -> None:
         """Takes no new calls and ends those still running after the grace."""
         await self._server.stop(grace_seconds)
 
-    async def _bind(self, host: str, port: int) -> int:
+    async def _bind(self, host: str, port: int, *, shared: bool) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         for _ in range(BIND_TRIES):
             # gRPC takes no socket and does not say what is wrong with an address. So the address is tried before: this probe waits for it,
             # or says why it cannot be had, and lets go of it again.
-            (await bind_patiently(host, port, self._port_flag, shared=self._shared)).close()
+            (await bind_patiently(host, port, self._port_flag, shared=shared)).close()
             with contextlib.suppress(RuntimeError):
                 return self._server.add_secure_port(address, self._credentials)
         raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"gRPC cannot listen on {address}; choose another with {self._port_flag}.")

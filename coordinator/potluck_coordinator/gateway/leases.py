@@ -39,7 +39,7 @@ class Leases:
         """To so many nodes, and the share of a core that this process spends; called each second."""
         self.idle_seconds = idle_period_seconds(node_count, load, self._limits)
 
-    def welcome(self, session: NodeSession) -> Welcome:
+    def welcome(self, session: NodeSession, link_addresses: tuple[str, ...]) -> Welcome:
         """The answer to a hello."""
         session.idle_seconds = self.idle_seconds
         return Welcome(
@@ -50,6 +50,7 @@ class Leases:
             heartbeat_idle_ms=int(self.idle_seconds * 1000),
             desired=session.desired,
             resume_points={attempt_id: relay.resume_point for attempt_id, relay in session.attempts.items() if not relay.over},
+            link_addresses=link_addresses,
         )
 
     def renew_if_due(self, session: NodeSession, now: float) -> None:

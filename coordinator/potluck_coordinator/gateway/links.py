@@ -293,7 +293,7 @@ class Links:
             self.node_changed(hello.node_id)
         session.restart_missing(frozenset(hello.in_flight))
         self._on_change()
-        return session, outbox, self.leases.welcome(session)
+        return session, outbox, self.leases.welcome(session, self._word.link_addresses(self._gateway_epoch))
 
     def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> asyncio.Task[bool] | None:
         """A link has ended; without a goodbye the session waits out its grace.
@@ -364,13 +364,13 @@ class Links:
             if are_forgotten or before != (session.word, session.desired, session.losses_per_second):
                 self.node_changed(session.node_id)
 
-    async def report(self, waiting_counts: Mapping[ModelId, int]) -> None:
-        """Tells the directory how everyone did since the last time; of nobody, too: that says that somebody is watching.
+    async def report(self, waiting_counts: Mapping[ModelId, int]) -> int:
+        """Tells the directory how everyone did since the last time, and is told how many should go elsewhere; of nobody, too: it watches.
 
         Args:
             waiting_counts: the requests that wait for a slot, and the people whose requests were refused lately, by model.
         """
-        await self._reporting.report(self._sessions.values(), waiting_counts, self._clock.monotonic_seconds(), self._gateway_epoch)
+        return await self._reporting.report(self._sessions.values(), waiting_counts, self._clock.monotonic_seconds(), self._gateway_epoch)
 
     async def stop(self) -> None:
         """Tells every node that the coordinator goes away, and waits for what was still to be told to the directory."""

@@ -36,10 +36,11 @@ class Reporting:
         self._cover_seconds = lease_seconds / COVERS_PER_LEASE
         self._told_run_id = ""
 
-    async def report(
-        self, sessions: Collection[NodeSession], waiting_counts: Mapping[ModelId, int], now: float, gateway_epoch: int
-    ) -> None:
-        """Tells what is due; of nobody, too: that says that somebody is watching. Raises PotluckError: then it is all told again."""
+    async def report(self, sessions: Collection[NodeSession], waiting_counts: Mapping[ModelId, int], now: float, gateway_epoch: int) -> int:
+        """Tells what is due, and gives how many nodes should go elsewhere. Of nobody, too: that says that somebody is watching.
+
+        Raises PotluckError: then it is all told again.
+        """
         told = [session for session in sessions if session.telling.has_news or session.telling.report_at <= now]
         changed = [session for session in told if session.telling.has_news or is_watched(session)]
         unchanged = [session for session in told if not session.telling.has_news and not is_watched(session)]
@@ -68,7 +69,8 @@ class Reporting:
         for session in missing:
             session.telling.has_news = True
         if is_another and missing:
-            await self.report(sessions, waiting_counts, now, gateway_epoch)
+            return await self.report(sessions, waiting_counts, now, gateway_epoch)
+        return receipt.surplus_count
 
 
 def is_watched(session: NodeSession) -> bool:

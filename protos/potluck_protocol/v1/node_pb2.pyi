@@ -244,7 +244,7 @@ class _GoodbyeReasonEnumTypeWrapper(_EnumTypeWrapper[_GoodbyeReason.ValueType], 
     GOODBYE_REASON_REPLACED: _GoodbyeReason.ValueType  # 4
     """A newer link of the same node took over."""
     GOODBYE_REASON_COORDINATOR_STOPPING: _GoodbyeReason.ValueType  # 5
-    """The coordinator stops; dial again."""
+    """This gateway of the coordinator's stops, or has more nodes than its share; dial again, another one first."""
     GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED: _GoodbyeReason.ValueType  # 6
     GOODBYE_REASON_LEASE_ENDED: _GoodbyeReason.ValueType  # 7
     """The node was silent for too long: dial again."""
@@ -261,7 +261,7 @@ GOODBYE_REASON_REVOKED: GoodbyeReason.ValueType  # 3
 GOODBYE_REASON_REPLACED: GoodbyeReason.ValueType  # 4
 """A newer link of the same node took over."""
 GOODBYE_REASON_COORDINATOR_STOPPING: GoodbyeReason.ValueType  # 5
-"""The coordinator stops; dial again."""
+"""This gateway of the coordinator's stops, or has more nodes than its share; dial again, another one first."""
 GOODBYE_REASON_PROTOCOL_VERSION_UNSUPPORTED: GoodbyeReason.ValueType  # 6
 GOODBYE_REASON_LEASE_ENDED: GoodbyeReason.ValueType  # 7
 """The node was silent for too long: dial again."""
@@ -577,6 +577,7 @@ class Welcome(Message):
     HEARTBEAT_IDLE_MS_FIELD_NUMBER: int
     DESIRED_FIELD_NUMBER: int
     RESUME_POINTS_FIELD_NUMBER: int
+    LINK_ADDRESSES_FIELD_NUMBER: int
     protocol_version: int
     epoch: int
     lease_ttl_ms: int
@@ -588,6 +589,12 @@ class Welcome(Message):
     def resume_points(self) -> RepeatedCompositeFieldContainer[ResumePoint]:
         """Where to go on with each attempt of `Hello.in_flight`; an attempt not named here is no longer wanted."""
 
+    @property
+    def link_addresses(self) -> RepeatedScalarFieldContainer[str]:
+        """Where each of the pool's gateways takes links, as "host:port", the one that speaks first; without a host where that is the host that the
+        node dialled. A link that broke is dialled there first, and at the others when that gateway is gone.
+        """
+
     def __init__(
         self,
         *,
@@ -598,9 +605,10 @@ class Welcome(Message):
         heartbeat_idle_ms: int = ...,
         desired: DesiredState | None = ...,
         resume_points: Iterable[ResumePoint] | None = ...,
+        link_addresses: Iterable[str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["desired", b"desired"]) -> bool: ...
-    def ClearField(self, field_name: Literal["desired", b"desired", "epoch", b"epoch", "heartbeat_busy_ms", b"heartbeat_busy_ms", "heartbeat_idle_ms", b"heartbeat_idle_ms", "lease_ttl_ms", b"lease_ttl_ms", "protocol_version", b"protocol_version", "resume_points", b"resume_points"]) -> None: ...
+    def ClearField(self, field_name: Literal["desired", b"desired", "epoch", b"epoch", "heartbeat_busy_ms", b"heartbeat_busy_ms", "heartbeat_idle_ms", b"heartbeat_idle_ms", "lease_ttl_ms", b"lease_ttl_ms", "link_addresses", b"link_addresses", "protocol_version", b"protocol_version", "resume_points", b"resume_points"]) -> None: ...
 
 @final
 class ResumePoint(Message):
