@@ -20,6 +20,7 @@ from potluck_coordinator.desk_socket import DeskServer, RemoteDirectory, answer
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.observe import configure_logging
+from potluck_protocol.private_files import write_private
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,7 +124,11 @@ class DirectoryActor(_Actor):
     async def _serve(self) -> None:
         from potluck_coordinator.directory.directory import Directory, spare_collections  # noqa: PLC0415 - only this process needs SQL
 
-        directory = self._directory = await Directory.open(self._settings, SystemClock())
+        # Once this run has begun its term on the database, a directory that starts again goes on with it, or not at all.
+        term_file = self._desk_socket.with_name("term")
+        term = int(term_file.read_text()) if term_file.exists() else None
+        directory = self._directory = await Directory.open(self._settings, SystemClock(), term)
+        write_private(term_file, str(directory.term).encode(), durable=False)
         desks = DeskServer(directory, self._desk_socket)
         try:
             await desks.start()

@@ -12,11 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
-
 from potluck_coordinator.data_folder import locked
-from potluck_coordinator.storage.store import Store, unusable_url
+from potluck_coordinator.storage.database import parse_url
+from potluck_coordinator.storage.store import Store
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
@@ -50,10 +48,7 @@ async def refused(settings: Settings, lift: str | None, *, as_json: bool = False
 
 def _holds_pool(settings: Settings) -> bool:
     """Whether a coordinator has served from the data folder and has its books still, of which a file is looked for, and no server asked."""
-    try:
-        url = make_url(settings.database_url)
-    except (ArgumentError, ValueError) as error:
-        raise unusable_url(error) from None
+    url = parse_url(settings.database_url)
     has_books = url.get_backend_name() != "sqlite" or (bool(url.database) and Path(url.database or "").is_file())
     return has_books and any(path.exists() for path in (settings.certificate_authority_dir, settings.fingerprint_key_file))
 

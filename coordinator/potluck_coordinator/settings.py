@@ -7,9 +7,11 @@ value. Only `command` calls `load_settings`; everything else is handed a `Settin
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -43,8 +45,8 @@ class Settings(BaseModel):
 
     data_dir: Path
     """Holds the database, the CA's keys and the operator's key; private to its owner."""
-    database_url: str = Field(default_factory=_default_database_url, validate_default=True)
-    """SQLAlchemy URL; the default is a SQLite file in `data_dir`."""
+    database_url: str = Field(default_factory=_default_database_url, validate_default=True, repr=False)
+    """SQLAlchemy URL; the default is a SQLite file in `data_dir`. It may hold a password, so it is never shown."""
 
     host: str = "127.0.0.1"
     """The address that the three ports listen on."""
@@ -201,6 +203,7 @@ def load_settings(flags: Mapping[str, Any], toml_file: Path | None = None) -> Se
     if toml_file is not None and not toml_file.is_file():
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"there is no settings file {toml_file}")
     given = {name: value for name, value in flags.items() if value is not None}
+    _refuse_open_password(given, toml_file)
     layered = type(
         "_LayeredSettings", (_LayeredSettings,), {"model_config": SettingsConfigDict(toml_file=toml_file), "__module__": __name__}
     )
@@ -211,6 +214,36 @@ def load_settings(flags: Mapping[str, Any], toml_file: Path | None = None) -> Se
         raise PotluckError(ErrorCode.INVALID_REQUEST, _explain(error)) from error
     except (ValueError, RecursionError) as error:  # a TOML file that is not TOML
         raise PotluckError(ErrorCode.INVALID_REQUEST, f"cannot read the settings: {error}") from error
+
+
+def _refuse_open_password(flags: Mapping[str, Any], toml_file: Path | None) -> None:
+    """A database's password is given where only the operator can read it: every program of the machine sees a process's arguments."""
+    if _holds_password(flags.get("database_url")):
+        raise PotluckError(
+            ErrorCode.INVALID_REQUEST,
+            "The database URL holds a password, and everybody on this machine can read a command's arguments. Leave the password out, "
+            "and put it into ~/.pgpass (or the file that PGPASSFILE names), or the URL into a --settings file that only you can read.",
+        )
+    if toml_file is None or not toml_file.stat().st_mode & 0o077:
+        return
+    try:
+        settings = tomllib.loads(toml_file.read_text())
+    except (ValueError, OSError, RecursionError):
+        return  # what is wrong with it is said by whoever reads the settings
+    if _holds_password(settings.get("database_url")):
+        raise PotluckError(
+            ErrorCode.INVALID_REQUEST, f"{toml_file} holds the database's password, and others can read it: chmod 600 {toml_file}"
+        )
+
+
+def _holds_password(url: object) -> bool:
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urlsplit(url)
+        return bool(parts.password) or any("password" in name for name in parse_qs(parts.query, keep_blank_values=True))
+    except ValueError:
+        return "@" in url  # no URL, but perhaps meant to be one
 
 
 def _explain(error: ValidationError) -> str:

@@ -51,6 +51,7 @@ _SECRET_TEXT: Final = re.compile(
     r"sk-potluck-[A-Za-z0-9_-]+"  # an API key
     r"|potluck1\.[A-Za-z0-9_.-]+"  # an invite
     r"|(?<=Bearer )\S+"
+    r"|(?<=://)[^\s/:@]*:[^\s@]+(?=@)"  # who, and with which password, in a URL
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
     re.DOTALL,
 )

@@ -30,8 +30,8 @@ class HandClock:
 
 
 @pytest.fixture
-def books(tmp_path):
-    with open_books(tmp_path) as opened:
+def books(database_url):
+    with open_books(database_url) as opened:
         opened.add_people("ann")
         for name in ("stays", "leaves", "new"):
             opened.run_now(lambda work, name=name: work.nodes.add(_node(name)))

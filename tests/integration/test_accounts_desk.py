@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 
 from potluck_coordinator.directory.bootstrap import OPERATOR_ACCOUNT_ID, offer, operator_key
 from potluck_coordinator.domain.catalogue import Deployment
@@ -14,8 +14,8 @@ from tests.unit.test_pricing import ENTRY
 
 
 @pytest.fixture
-async def books(tmp_path):
-    with open_books(tmp_path) as opened:
+async def books(database_url):
+    with open_books(database_url) as opened:
         await opened.found()
         yield opened
         assert opened.audit_now().findings == ()
@@ -157,7 +157,7 @@ async def test_no_secret_is_kept(books):
     _, token_secret = await books.accounts.create_join_token(OPERATOR_ACCOUNT_ID, 0)
 
     def everything(work):
-        names = [row[0] for row in work.audit._connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'table'"))]
+        names = inspect(work.audit._connection).get_table_names()
         return str([work.audit._connection.execute(text(f"SELECT * FROM {name}")).all() for name in names])
 
     dump = books.run_now(everything)

@@ -39,9 +39,9 @@ SOURCE = f"hf:{NAME}@main"
 
 
 @asynccontextmanager
-async def desk(tmp_path):
+async def desk(database_url):
     """The desk, its books and a hub."""
-    books = Books(f"sqlite:///{tmp_path / 'books.db'}")
+    books = Books(database_url)
     with running_hub() as hub:
         hub.repositories[NAME] = folder()
         try:
@@ -72,8 +72,8 @@ async def refusal(awaitable) -> PotluckError:
     return failure.value
 
 
-async def test_a_repository_takes_the_place_of_the_offer_that_waited_for_it_and_can_be_deployed(tmp_path):
-    async with desk(tmp_path) as (made, _, _):
+async def test_a_repository_takes_the_place_of_the_offer_that_waited_for_it_and_can_be_deployed(database_url):
+    async with desk(database_url) as (made, _, _):
         before = await refusal(made.deploy(Deployment(ModelId("offered"), 1)))
         assert (before.code, "potluck models add hf:org/tiny@REVISION --as offered" in before.message) == (ErrorCode.INVALID_REQUEST, True)
         record = await pinned(made)
@@ -84,15 +84,15 @@ async def test_a_repository_takes_the_place_of_the_offer_that_waited_for_it_and_
         assert (status.deployment.replica_count, status.deployment.tier, status.shortfall) == (2, "flex", "the pool has no node")
 
 
-async def test_a_repository_that_nobody_offered_is_called_as_it_is_or_as_the_operator_says(tmp_path):
-    async with desk(tmp_path) as (made, _, hub):
+async def test_a_repository_that_nobody_offered_is_called_as_it_is_or_as_the_operator_says(database_url):
+    async with desk(database_url) as (made, _, hub):
         hub.repositories["org/Other"] = folder()
         assert (await pinned(made, source="hf:org/Other@main")).entry.model_id == "other"
         assert (await pinned(made, ModelWishes(model_id="mine"), "hf:org/Other@main")).entry.model_id == "mine"
 
 
-async def test_an_entry_of_the_catalogue_file_is_changed_there_alone(tmp_path):
-    async with desk(tmp_path) as (made, _, _):
+async def test_an_entry_of_the_catalogue_file_is_changed_there_alone(database_url):
+    async with desk(database_url) as (made, _, _):
         for attempt in (
             pinned(made, ModelWishes(model_id="own")),
             made.add_models(model_text("own")),
@@ -102,8 +102,8 @@ async def test_an_entry_of_the_catalogue_file_is_changed_there_alone(tmp_path):
             assert "potluck undeploy" in (await refusal(made.remove_model(ModelId(model_id)))).message
 
 
-async def test_what_was_added_over_a_shipped_entry_gives_way_to_it_when_it_is_removed(tmp_path):
-    async with desk(tmp_path) as (made, _, _):
+async def test_what_was_added_over_a_shipped_entry_gives_way_to_it_when_it_is_removed(database_url):
+    async with desk(database_url) as (made, _, _):
         await made.add_models(model_text("shipped"))
         assert (await made.get_model(ModelId("shipped"))).origin == "added"
         await made.remove_model(ModelId("shipped"))
@@ -111,10 +111,10 @@ async def test_what_was_added_over_a_shipped_entry_gives_way_to_it_when_it_is_re
         assert (record.origin, record.entry, record.deployment) == ("built_in", SHIPPED, None)
 
 
-async def test_an_offer_takes_no_deployed_models_place_and_one_that_came_before_is_explained(tmp_path):
+async def test_an_offer_takes_no_deployed_models_place_and_one_that_came_before_is_explained(database_url):
     unpinned = "\n".join(line for line in model_text("shipped").splitlines() if not line.startswith(("file_name", "sha256", "size_bytes")))
     unpinned = unpinned.replace("path:/srv/models", "hf:org/shipped") + '\npinned = false\nunchecked = "all"\n'
-    async with desk(tmp_path) as (made, books, _):
+    async with desk(database_url) as (made, books, _):
         shipped = ModelId("shipped")
         await made.deploy(Deployment(shipped, 1))
         failure = await refusal(made.add_models(unpinned))
@@ -128,8 +128,8 @@ async def test_an_offer_takes_no_deployed_models_place_and_one_that_came_before_
         assert (await made.get_model(shipped)).entry.file is None
 
 
-async def test_what_the_operator_said_outlives_a_restart(tmp_path):
-    async with desk(tmp_path) as (made, books, _):
+async def test_what_the_operator_said_outlives_a_restart(database_url):
+    async with desk(database_url) as (made, books, _):
         await pinned(made)
         await made.undeploy(ModelId("shipped"))
         await made.deploy(Deployment(ModelId("own"), 3, ServiceTier.FLEX))
@@ -142,9 +142,9 @@ async def test_what_the_operator_said_outlives_a_restart(tmp_path):
         }
 
 
-async def test_a_slow_hub_is_waited_for_with_words_and_asked_once(tmp_path, monkeypatch):
+async def test_a_slow_hub_is_waited_for_with_words_and_asked_once(database_url, monkeypatch):
     monkeypatch.setattr(catalogue_module, "PATIENCE_SECONDS", 0.1)
-    async with desk(tmp_path) as (made, _, hub):
+    async with desk(database_url) as (made, _, hub):
         hub.waiting = threading.Event()
         first, second = await asyncio.gather(made.pin_model(SOURCE, ModelWishes()), made.pin_model(SOURCE, ModelWishes()))
         assert isinstance(first, PinProgress)
@@ -157,10 +157,10 @@ async def test_a_slow_hub_is_waited_for_with_words_and_asked_once(tmp_path, monk
         assert len([path for path in hub.requests if path.startswith("/api/")]) == 1
 
 
-async def test_no_reading_takes_for_ever_and_no_more_than_a_few_run(tmp_path, monkeypatch):
+async def test_no_reading_takes_for_ever_and_no_more_than_a_few_run(database_url, monkeypatch):
     monkeypatch.setattr(catalogue_module, "PATIENCE_SECONDS", 0.05)
     monkeypatch.setattr(catalogue_module, "READING_SECONDS_MAX", 0.3)
-    async with desk(tmp_path) as (made, _, hub):
+    async with desk(database_url) as (made, _, hub):
         hub.waiting = threading.Event()
         for number in range(READINGS_MAX):
             assert isinstance(await made.pin_model(SOURCE, ModelWishes(model_id=f"model{number}")), PinProgress)
@@ -176,10 +176,10 @@ def test_the_command_waits_a_little_longer_than_the_coordinator_reads():
     assert models.PIN_SECONDS_MAX - 200 <= READING_SECONDS_MAX < models.PIN_SECONDS_MAX - PATIENCE_SECONDS
 
 
-async def test_what_was_read_for_nobody_answers_no_later_question(tmp_path, monkeypatch):
+async def test_what_was_read_for_nobody_answers_no_later_question(database_url, monkeypatch):
     monkeypatch.setattr(catalogue_module, "PATIENCE_SECONDS", 0.05)
     monkeypatch.setattr(catalogue_module, "DONE_SECONDS_MAX", 0.1)
-    async with desk(tmp_path) as (made, _, hub):
+    async with desk(database_url) as (made, _, hub):
         hub.waiting = threading.Event()
         assert isinstance(await made.pin_model(SOURCE, ModelWishes()), PinProgress)
         hub.waiting.set()
@@ -190,8 +190,8 @@ async def test_what_was_read_for_nobody_answers_no_later_question(tmp_path, monk
         assert {pin.size_bytes for pin in (await pinned(made)).entry.file.files if pin.file_name == "tokenizer.json"} == {8}
 
 
-async def test_what_cannot_be_served_is_refused_with_the_reason_and_may_be_tried_again(tmp_path):
-    async with desk(tmp_path) as (made, _, hub):
+async def test_what_cannot_be_served_is_refused_with_the_reason_and_may_be_tried_again(database_url):
+    async with desk(database_url) as (made, _, hub):
         good = hub.repositories[NAME]
         hub.repositories[NAME] = {"a.gguf": 5_000, "b.gguf": 6_000}
         assert "say which one with --file" in (await refusal(pinned(made))).message
@@ -199,8 +199,8 @@ async def test_what_cannot_be_served_is_refused_with_the_reason_and_may_be_tried
         assert (await pinned(made)).entry.model_id == "offered"
 
 
-async def test_an_engine_that_reads_other_files_is_refused_with_the_one_that_reads_them(tmp_path):
-    async with desk(tmp_path) as (made, books, hub):
+async def test_an_engine_that_reads_other_files_is_refused_with_the_one_that_reads_them(database_url):
+    async with desk(database_url) as (made, books, hub):
         hub.repositories[NAME] = {"a.gguf": 5_000}
         failure = await refusal(pinned(made, ModelWishes(model_id="new", engine_kinds=("vllm",))))
         assert (failure.code, "add it anew with --engine llamacpp" in failure.message) == (ErrorCode.INVALID_REQUEST, True)
@@ -210,8 +210,8 @@ async def test_an_engine_that_reads_other_files_is_refused_with_the_one_that_rea
         assert (failure.code, "sglang reads safetensors files, and it has gguf" in failure.message) == (ErrorCode.INVALID_REQUEST, True)
 
 
-async def test_words_of_a_repository_that_would_act_on_a_terminal_do_not_get_there(tmp_path):
-    async with desk(tmp_path) as (made, _, hub):
+async def test_words_of_a_repository_that_would_act_on_a_terminal_do_not_get_there(database_url):
+    async with desk(database_url) as (made, _, hub):
         hub.card = {"license": "MIT\x1b[2J\n"}
         record = await pinned(made)
         assert record.entry.licence == "MIT [2J "
@@ -229,8 +229,8 @@ async def test_words_of_a_repository_that_would_act_on_a_terminal_do_not_get_the
         ("mit", {"config__json": b"[]"}, "its config.json is no JSON object"),
     ],
 )
-async def test_what_could_not_be_told_or_served_is_not_kept(tmp_path, licence, files, words):
-    async with desk(tmp_path) as (made, _, hub):
+async def test_what_could_not_be_told_or_served_is_not_kept(database_url, licence, files, words):
+    async with desk(database_url) as (made, _, hub):
         hub.card["license"] = licence
         hub.repositories[NAME] = folder(**files)
         failure = await refusal(pinned(made, ModelWishes(model_id="m")))
@@ -238,9 +238,9 @@ async def test_what_could_not_be_told_or_served_is_not_kept(tmp_path, licence, f
         assert (await refusal(made.get_model(ModelId("m")))).code is ErrorCode.MODEL_NOT_FOUND
 
 
-async def test_a_catalogue_has_no_more_models_than_are_told_at_once(tmp_path, monkeypatch):
+async def test_a_catalogue_has_no_more_models_than_are_told_at_once(database_url, monkeypatch):
     monkeypatch.setattr(catalogue_module, "MODELS_MAX", 4)
-    async with desk(tmp_path) as (made, _, _):
+    async with desk(database_url) as (made, _, _):
         await made.add_models(model_text("fourth"))
         failure = await refusal(made.add_models(model_text("fifth")))
         assert "more than 4 models; `potluck models remove MODEL` makes room" in failure.message
@@ -249,8 +249,8 @@ async def test_a_catalogue_has_no_more_models_than_are_told_at_once(tmp_path, mo
         await made.add_models(model_text("fifth"))
 
 
-async def test_nothing_unknown_is_deployed_undeployed_removed_or_explained(tmp_path):
-    async with desk(tmp_path) as (made, _, _):
+async def test_nothing_unknown_is_deployed_undeployed_removed_or_explained(database_url):
+    async with desk(database_url) as (made, _, _):
         gone = ModelId("gone")
         for attempt in (
             made.deploy(Deployment(gone)),
@@ -267,13 +267,13 @@ async def test_nothing_unknown_is_deployed_undeployed_removed_or_explained(tmp_p
         assert "potluck models add hf:org/tiny@REVISION --as offered" in (await refusal(made.explain(ModelId("offered")))).message
 
 
-def test_the_hubs_address_may_be_a_mirrors(tmp_path):
+def test_the_hubs_address_may_be_a_mirrors(database_url):
     code = (
         "from threading import Event\nfrom potluck_coordinator.directory.hub import Hub\n"
         f"print(Hub(None, Event()).read({NAME!r}, 'main', None, lambda _: None)[0].commit)"
     )
     with running_hub() as hub:
         hub.repositories[NAME] = folder()
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(database_url)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == COMMIT

@@ -19,8 +19,8 @@ INVENTORY = Inventory("Linux", 4, 1 << 33, 1 << 38)
 
 
 @pytest.fixture
-async def books(tmp_path):
-    with open_books(tmp_path) as opened:
+async def books(database_url):
+    with open_books(database_url) as opened:
         await opened.found()
         yield opened
 
@@ -128,8 +128,8 @@ async def test_renewal_is_for_enrolled_keys(books, token):
     assert await refusal(books.enrolment.renew(request[:-3] + b"abc")) is ErrorCode.INVALID_CERTIFICATE
 
 
-def test_sixty_four_threads_race_one_token(tmp_path):
-    with open_books(tmp_path) as books:
+def test_sixty_four_threads_race_one_token(database_url):
+    with open_books(database_url) as books:
         asyncio.run(books.found())
         record, secret = asyncio.run(books.accounts.create_join_token(OPERATOR_ACCOUNT_ID, 0))
         requests = [new_request()[0] for _ in range(64)]

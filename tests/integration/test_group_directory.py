@@ -115,8 +115,8 @@ class Pool:
 
 
 @asynccontextmanager
-async def pool_in(folder, *, again=False):
-    books = Books(f"sqlite:///{folder / 'books.db'}")
+async def pool_in(database_url, *, again=False):
+    books = Books(database_url)
     try:
         if not again:
             books.add_people(*OWNERS.values())
@@ -150,8 +150,8 @@ def _add_node(books, name, owner):
 
 
 @pytest.fixture
-async def pool(tmp_path):
-    async with pool_in(tmp_path) as opened:
+async def pool(database_url):
+    async with pool_in(database_url) as opened:
         for name in OWNERS:
             await opened.join(name)
         yield opened
@@ -242,13 +242,13 @@ async def test_nor_does_a_gateway_that_died(pool):
     assert pool.stages() == before
 
 
-async def test_a_directory_that_starts_anew_leaves_the_group_alone(tmp_path):
-    async with pool_in(tmp_path) as pool:
+async def test_a_directory_that_starts_anew_leaves_the_group_alone(database_url):
+    async with pool_in(database_url) as pool:
         for name in OWNERS:
             await pool.join(name)
         before = (await pool.serving()).stages()
         engines, revision = pool.engines, pool.desired("a").revision
-    async with pool_in(tmp_path, again=True) as pool:
+    async with pool_in(database_url, again=True) as pool:
         assert pool.stages() == before
         for name in OWNERS:
             await pool.join(name)

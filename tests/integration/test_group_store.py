@@ -17,10 +17,10 @@ def formed_groups():
     return plan_groups([need()], views, rooms(views), {}, next_generation=lambda: next(numbers), now=5.0).groups
 
 
-def test_groups_are_found_as_they_were_left(tmp_path):
+def test_groups_are_found_as_they_were_left(database_url):
     groups = formed_groups()
     broken = replace(groups[GROUP], phase=GroupPhase.BROKEN, reason="member n2 is lost", lost_node_id="n2", blame=Blame.NODE_GONE)
-    with open_books(tmp_path) as books:
+    with open_books(database_url) as books:
         assert books.run_now(lambda work: work.groups.all()) == {}
         books.run_now(lambda work: work.groups.keep(groups))
         assert books.run_now(lambda work: work.groups.all()) == groups

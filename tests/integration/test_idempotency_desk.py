@@ -13,8 +13,8 @@ USE = KeyUse(AccountId("ann"), b"k" * 32, b"body", RequestId("first"), "claim-1"
 AGAIN = replace(USE, claim_id="claim-2")
 
 
-async def test_every_call_may_be_made_again(tmp_path):
-    with open_books(tmp_path) as books:
+async def test_every_call_may_be_made_again(database_url):
+    with open_books(database_url) as books:
         books.add_people("ann", "bob")
         desk = IdempotencyKeys(books.store, books.clock)
         for _ in range(2):
@@ -34,8 +34,8 @@ async def test_every_call_may_be_made_again(tmp_path):
         assert (spent.state, spent.charge_micro_credits) == (KeyState.SPENT, 18)
 
 
-async def test_what_was_given_back_is_free_and_what_is_old_is_gone(tmp_path):
-    with open_books(tmp_path) as books:
+async def test_what_was_given_back_is_free_and_what_is_old_is_gone(database_url):
+    with open_books(database_url) as books:
         books.add_people("ann")
         desk = IdempotencyKeys(books.store, books.clock)
         await desk.claim(USE)

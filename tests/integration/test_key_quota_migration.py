@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from potluck_coordinator.desks import KeyRecord
 from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyDay, KeyQuotas
 from potluck_coordinator.domain.tiers import PromiseCount
 from potluck_coordinator.storage.keys import StoredKey
 from potluck_protocol.values import AccountId, KeyPrefix
-from tests.support.books import Books, books_of_version
+from tests.support.books import Books, keep_books_of_version
 
 OLD = KeyRecord(KeyPrefix("abcdefgh"), AccountId("ann"), "laptop", 10, 20, revoked=True, operator=False)
 
 
-def old_books(path: Path) -> str:
+def old_books(url: str) -> str:
     """A database as the version before wrote it, with one key."""
-    return books_of_version(
-        path,
+    keep_books_of_version(
+        url,
         "0006",
-        "INSERT INTO account VALUES ('ann', 'Ann', 0, 1)",
-        "INSERT INTO api_key VALUES ('abcdefgh', 'ann', 'laptop', 'hash', 10, 20, 1)",
+        "INSERT INTO account VALUES ('ann', 'Ann', FALSE, 1)",
+        "INSERT INTO api_key VALUES ('abcdefgh', 'ann', 'laptop', 'hash', 10, 20, TRUE)",
     )
+    return url
 
 
-def test_keys_are_kept_and_have_no_bound_until_they_get_one(tmp_path):
-    books = Books(old_books(tmp_path / "old.db"))
+def test_keys_are_kept_and_have_no_bound_until_they_get_one(empty_database_url):
+    books = Books(old_books(empty_database_url))
     try:
         assert books.run_now(lambda work: work.keys.get(OLD.key_prefix)) == StoredKey(OLD, "hash")
         assert OLD.quotas == NO_QUOTAS
@@ -35,8 +34,8 @@ def test_keys_are_kept_and_have_no_bound_until_they_get_one(tmp_path):
         books.store.close()
 
 
-def test_hours_of_the_promise_add_up_and_old_ones_go(tmp_path):
-    books = Books(old_books(tmp_path / "old.db"))
+def test_hours_of_the_promise_add_up_and_old_ones_go(empty_database_url):
+    books = Books(old_books(empty_database_url))
     try:
         for hour, count in ((1000, 1), (1000, 2), (1001, 4), (1000 + 720, 8)):
             books.run_now(lambda work, hour=hour, count=count: work.promise.add(hour, PromiseCount(count, 1)))
@@ -45,8 +44,8 @@ def test_hours_of_the_promise_add_up_and_old_ones_go(tmp_path):
         books.store.close()
 
 
-def test_a_keys_days_add_up_and_its_old_ones_go(tmp_path):
-    books = Books(old_books(tmp_path / "old.db"))
+def test_a_keys_days_add_up_and_its_old_ones_go(empty_database_url):
+    books = Books(old_books(empty_database_url))
     try:
         for more in (KeyDay(1, 0.5, 7), KeyDay(-1, 2.0, 0)):
             books.run_now(lambda work, more=more: work.key_days.add(OLD.key_prefix, 1000, more))

@@ -14,8 +14,8 @@ APPLIED, CONFLICT, INSUFFICIENT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT,
 
 
 @pytest.fixture
-def books():
-    with open_books() as opened:
+def books(database_url):
+    with open_books(database_url) as opened:
         opened.add_people("ann", "bob", "cat")
         yield opened
         assert opened.audit_now().findings == ()

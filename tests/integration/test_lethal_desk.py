@@ -37,8 +37,8 @@ SUSPECT, REFUSED = Fingerprint(b"s" * 16), Fingerprint(b"r" * 16)
 
 
 @contextmanager
-def lethal_desk(folder):
-    books = Books(f"sqlite:///{folder / 'books.db'}")
+def lethal_desk(database_url):
+    books = Books(database_url)
     try:
         board = SnapshotBoard(1)
         yield books, board, LethalRequests(books.store, board, books.clock)
@@ -50,8 +50,8 @@ def known(board):
     return set(board.snapshot.suspect_requests), set(board.snapshot.refused_requests)
 
 
-async def test_a_suspect_is_let_go_after_its_time_and_what_is_refused_stays(tmp_path):
-    with lethal_desk(tmp_path) as (books, board, desk):
+async def test_a_suspect_is_let_go_after_its_time_and_what_is_refused_stays(database_url):
+    with lethal_desk(database_url) as (books, board, desk):
         for number, (fingerprint, owner) in enumerate(((SUSPECT, "ann"), (REFUSED, "ann"), (REFUSED, "bob"))):
             await desk.report_death(LoneDeath(AttemptId(f"a{number}"), fingerprint, AccountId(owner), is_only_owner=False))
         books.clock.advance(SUSPECT_KEPT_MS / 1000 - 1)
@@ -65,16 +65,16 @@ async def test_a_suspect_is_let_go_after_its_time_and_what_is_refused_stays(tmp_
         assert [one.fingerprint for one in books.run_now(lambda work: work.lethal_requests.all())] == [REFUSED]
 
 
-async def test_what_lapsed_while_no_coordinator_ran_is_not_told_to_gateways(tmp_path):
-    with lethal_desk(tmp_path) as (books, board, desk):
+async def test_what_lapsed_while_no_coordinator_ran_is_not_told_to_gateways(database_url):
+    with lethal_desk(database_url) as (books, board, desk):
         await desk.report_death(LoneDeath(AttemptId("a"), SUSPECT, AccountId("ann"), is_only_owner=False))
         books.clock.advance(SUSPECT_KEPT_MS / 1000)
         await LethalRequests(books.store, board, books.clock).load()
         assert known(board) == (set(), set())
 
 
-async def test_a_node_that_claims_deaths_without_end_is_heard_now_and_then(tmp_path):
-    with lethal_desk(tmp_path) as (books, board, desk):
+async def test_a_node_that_claims_deaths_without_end_is_heard_now_and_then(database_url):
+    with lethal_desk(database_url) as (books, board, desk):
         links = Links(SimpleNamespace(lethal=desk), LivenessLimits(), books.clock, lambda: None)
         hello = Hello(1, NODE, SessionId("session"), "test", Inventory(), NodeState.SERVING)
         claimed = 0

@@ -31,8 +31,8 @@ from tests.support.replicas import catalogue_entry
 
 
 @asynccontextmanager
-async def node_desk(folder, *names):
-    books = Books(f"sqlite:///{folder / 'books.db'}")
+async def node_desk(database_url, *names):
+    books = Books(database_url)
     try:
         await books.found()
         await offer(books.store, [catalogue_entry("tiny")])
@@ -87,8 +87,8 @@ async def minutes(nodes):
     return {record.node_id: (record.up_minutes, record.down_minutes, record.unknown_minutes) for record in await nodes.list_nodes()}
 
 
-async def test_every_active_node_gets_the_models_and_an_outcast_none(tmp_path):
-    async with node_desk(tmp_path, "a", "b") as (_, board, nodes):
+async def test_every_active_node_gets_the_models_and_an_outcast_none(database_url):
+    async with node_desk(database_url, "a", "b") as (_, board, nodes):
         assert [engine.replica_id for engine in board.snapshot.desired[NodeId("a")].engines] == ["a/tiny"]
         await nodes.revoke_node(NodeId("b"), "test")
         assert board.snapshot.outcasts == {"b": "test"}
@@ -98,14 +98,14 @@ async def test_every_active_node_gets_the_models_and_an_outcast_none(tmp_path):
         assert failure.value.code is ErrorCode.INVALID_CERTIFICATE
 
 
-async def test_what_others_hold_of_a_nodes_cards_stands_until_it_says_something_else_or_is_out(tmp_path):
+async def test_what_others_hold_of_a_nodes_cards_stands_until_it_says_something_else_or_is_out(database_url):
     def held(nodes, work):
         return nodes._known(work)[0].nodes[NodeId("a")].card_foreign_bytes
 
     def told(epoch, foreign_bytes):
         return replace(report("a", epoch), cards=(CardTelemetry("gpu", memory_foreign_bytes=foreign_bytes),))
 
-    async with node_desk(tmp_path, "a") as (books, _, nodes):
+    async with node_desk(database_url, "a") as (books, _, nodes):
         await nodes.open_session(hello("a"), gateway_epoch=1)
         await nodes.report([told(1, 5 << 30)], {}, gateway_epoch=1)
         await nodes.report([told(1, None)], {}, gateway_epoch=1)
@@ -125,8 +125,8 @@ async def test_what_others_hold_of_a_nodes_cards_stands_until_it_says_something_
         assert nodes._card_foreign_bytes == {}
 
 
-async def test_a_directory_that_begins_anew_hears_with_the_first_word_how_a_nodes_cards_are(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, _, nodes):
+async def test_a_directory_that_begins_anew_hears_with_the_first_word_how_a_nodes_cards_are(database_url):
+    async with node_desk(database_url, "a") as (books, _, nodes):
         cards = (CardTelemetry("gpu", memory_foreign_bytes=5 << 30), CardTelemetry("other", lost=True))
         await nodes.open_session(replace(hello("a"), cards=cards), gateway_epoch=1)
         view = books.run_now(lambda work: nodes._known(work)[0].nodes[NodeId("a")])
@@ -134,8 +134,8 @@ async def test_a_directory_that_begins_anew_hears_with_the_first_word_how_a_node
         assert nodes._live[NodeId("a")].lost_cards == {"other"}
 
 
-async def test_a_wish_keeps_its_revision_until_it_changes(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_wish_keeps_its_revision_until_it_changes(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         before = board.snapshot.desired[NodeId("a")]
         await nodes.refresh()
         assert board.snapshot.desired[NodeId("a")] == before
@@ -147,8 +147,8 @@ async def test_a_wish_keeps_its_revision_until_it_changes(tmp_path):
         assert set(board.snapshot.models) == {ModelId("tiny"), ModelId("second")}
 
 
-async def test_where_planning_fails_the_last_plan_holds_and_outcasts_are_out(tmp_path, monkeypatch):
-    async with node_desk(tmp_path, "a", "b") as (_, board, nodes):
+async def test_where_planning_fails_the_last_plan_holds_and_outcasts_are_out(database_url, monkeypatch):
+    async with node_desk(database_url, "a", "b") as (_, board, nodes):
         before = board.snapshot.desired
 
         def fail(*_):
@@ -161,16 +161,16 @@ async def test_where_planning_fails_the_last_plan_holds_and_outcasts_are_out(tmp
         assert board.snapshot.desired == before
 
 
-async def test_every_session_has_a_higher_epoch_even_after_a_restart(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_every_session_has_a_higher_epoch_even_after_a_restart(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         first = await nodes.open_session(hello("a"), gateway_epoch=1)
         second = await nodes.open_session(hello("a"), gateway_epoch=1)
         third = await Nodes(books.store, board, books.clock, 15.0).open_session(hello("a"), gateway_epoch=1)
         assert first.epoch < second.epoch < third.epoch
 
 
-async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path):
-    async with node_desk(tmp_path, "a") as (_, _, nodes):
+async def test_an_old_session_that_ends_says_nothing_about_the_new_one(database_url):
+    async with node_desk(database_url, "a") as (_, _, nodes):
         old = await nodes.open_session(hello("a"), gateway_epoch=1)
         await nodes.open_session(hello("a"), gateway_epoch=1)
         for goodbye in (None, GoodbyeReason.LEAVING):
@@ -178,8 +178,8 @@ async def test_an_old_session_that_ends_says_nothing_about_the_new_one(tmp_path)
             assert (await nodes.list_nodes())[0].connection == "connected"
 
 
-async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(tmp_path):
-    async with node_desk(tmp_path, "a") as (_, _, nodes):
+async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(database_url):
+    async with node_desk(database_url, "a") as (_, _, nodes):
         old = await nodes.open_session(hello("a"), gateway_epoch=1)
         new = await nodes.open_session(hello("a"), gateway_epoch=1)
         await nodes.report([replace(report("a", epoch=old.epoch), suspect=True, state=NodeState.PAUSED)], {}, gateway_epoch=1)
@@ -190,8 +190,8 @@ async def test_what_an_old_session_still_reports_says_nothing_about_the_new_one(
         assert (record.connection, record.state) == ("connected", NodeState.PAUSED)
 
 
-async def test_leaving_is_for_good(tmp_path):
-    async with node_desk(tmp_path, "a") as (_, board, nodes):
+async def test_leaving_is_for_good(database_url):
+    async with node_desk(database_url, "a") as (_, board, nodes):
         grant = await nodes.open_session(hello("a"), gateway_epoch=1)
         await nodes.close_session(NodeId("a"), grant.epoch, GoodbyeReason.LEAVING)
         assert (await nodes.list_nodes())[0].connection == "left"
@@ -199,8 +199,8 @@ async def test_leaving_is_for_good(tmp_path):
 
 
 @pytest.mark.parametrize("every_seconds", [1, 5])
-async def test_minutes_are_counted_by_what_gateways_saw(tmp_path, every_seconds):
-    async with node_desk(tmp_path, "a", "b") as (books, _, nodes):
+async def test_minutes_are_counted_by_what_gateways_saw(database_url, every_seconds):
+    async with node_desk(database_url, "a", "b") as (books, _, nodes):
         nodes.gateway_started({2})
         await serve(books, nodes, 6 * 60, "a", every_seconds=every_seconds)
         counted = await minutes(nodes)
@@ -211,8 +211,8 @@ async def test_minutes_are_counted_by_what_gateways_saw(tmp_path, every_seconds)
         assert [record.connection for record in await nodes.list_nodes()] == ["connected", "offline"]
 
 
-async def test_a_coordinator_outage_is_charged_to_nobody(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_coordinator_outage_is_charged_to_nobody(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         nodes.gateway_started({2})
         await serve(books, nodes, 4 * 60, "a")
         up_before, _, _ = (await minutes(nodes))["a"]
@@ -226,8 +226,8 @@ async def test_a_coordinator_outage_is_charged_to_nobody(tmp_path):
         assert unknown >= 60
 
 
-async def test_while_no_gateway_reports_nobody_is_judged(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, _, nodes):
+async def test_while_no_gateway_reports_nobody_is_judged(database_url):
+    async with node_desk(database_url, "a") as (books, _, nodes):
         nodes.gateway_started({2})
         await serve(books, nodes, 3 * 60, "a")
         before = await minutes(nodes)
@@ -239,8 +239,8 @@ async def test_while_no_gateway_reports_nobody_is_judged(tmp_path):
         assert (await nodes.list_nodes())[0].connection == "offline"
 
 
-async def test_time_in_which_the_coordinator_stood_still_is_neither_for_nor_against_a_node(tmp_path):
-    async with node_desk(tmp_path, "here", "away") as (books, _, nodes):
+async def test_time_in_which_the_coordinator_stood_still_is_neither_for_nor_against_a_node(database_url):
+    async with node_desk(database_url, "here", "away") as (books, _, nodes):
         nodes.gateway_started({2})
         await serve(books, nodes, 4 * 60, "here")
         before = await minutes(nodes)
@@ -256,8 +256,8 @@ async def test_time_in_which_the_coordinator_stood_still_is_neither_for_nor_agai
         assert after["away"][1] > before["away"][1]
 
 
-async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_restarted_directory_learns_from_reports_who_is_there(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         grant = await nodes.open_session(hello("a"), gateway_epoch=1)
         restarted = Nodes(books.store, board, books.clock, 15.0)
         assert (await restarted.list_nodes())[0].connection == "offline"
@@ -266,9 +266,9 @@ async def test_a_restarted_directory_learns_from_reports_who_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("comes_back_first", [False, True])
-async def test_what_a_node_was_answering_ends_with_its_session(tmp_path, comes_back_first):
+async def test_what_a_node_was_answering_ends_with_its_session(database_url, comes_back_first):
     """Else a replica of the next session would seem to answer for ever, and neither rest nor leave at once."""
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         await nodes.open_session(hello("a"), gateway_epoch=1)
         tiny = ReplicaId("a/tiny")
         await nodes.report([report("a", attempt_counts={tiny: 2})], {}, gateway_epoch=1)
@@ -285,8 +285,8 @@ async def test_what_a_node_was_answering_ends_with_its_session(tmp_path, comes_b
         assert board.snapshot.desired[NodeId("a")].engines == ()
 
 
-async def test_what_is_leaving_finishes_its_answers_and_then_goes(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_what_is_leaving_finishes_its_answers_and_then_goes(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         await nodes.open_session(hello("a"), gateway_epoch=1)
         tiny = ReplicaId("a/tiny")
         await nodes.report([report("a", attempt_counts={tiny: 2})], {}, gateway_epoch=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,19 +31,17 @@ FEE_BASIS_POINTS = 500
 GRANT = 1_000
 
 
-def books_of_version(path: Path, revision: str, *statements: str) -> str:
-    """A database as an earlier version wrote it; its URL."""
+def keep_books_of_version(url: str, revision: str, *statements: str, **values: object) -> None:
+    """Writes into an empty database what an earlier version left; the statements may name the values, as `:name`."""
     config = Config()
     config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
-    url = f"sqlite:///{path}"
     engine = create_engine(url)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
         for statement in statements:
-            connection.execute(text(statement))
+            connection.execute(text(statement), values)
     engine.dispose()
-    return url
 
 
 class MovableClock:
@@ -79,6 +78,7 @@ class Books:
         self.grant = grant
         self.revocations = 0
         self.joins = 0
+        self.is_sqlite = url.startswith("sqlite")
         self.store = Store(url)
         self.store.migrate()
         self.gateways_are(1)
@@ -116,13 +116,28 @@ class Books:
 
     def run_now(self, work):
         """As `Store.run`, for threads and machines that have no event loop; the coordinator has one wherever it uses its store."""
-        return self.store._submit(_Unit(lambda connection: _with_session(connection, work))).result()
+        return self.store._submit(_Unit(partial(_with_session, work))).result()
 
     def apply_now(self, *commands):
         return self.run_now(self.ledger.work_for(commands))
 
     def audit_now(self):
         return self.run_now(lambda work: work.audit.report(self.clock.now_ms))
+
+    def execute(self, *statements: str) -> None:
+        """Runs them in one transaction, past everything that the coordinator would do instead."""
+        self.run_now(lambda work: [work.audit._connection.execute(text(statement)) for statement in statements])
+
+    def rows(self, query: str):
+        return self.run_now(lambda work: work.audit._connection.execute(text(query)).all())
+
+    def execute_despite(self, trigger: str, *statements: str) -> None:
+        """As `execute`, but for one trigger that would refuse it."""
+        if self.is_sqlite:
+            self.execute(f"DROP TRIGGER {trigger}", *statements)
+        else:
+            ((table,),) = self.rows(f"SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname = '{trigger}'")
+            self.execute(f"ALTER TABLE {table} DISABLE TRIGGER {trigger}", *statements)
 
     def _key_was_revoked(self) -> None:
         self.revocations += 1
@@ -132,9 +147,9 @@ class Books:
 
 
 @contextmanager
-def open_books(folder: Path | None = None, grant: int = GRANT) -> Iterator[Books]:
-    """Books in memory, or in a file of the folder."""
-    books = Books("sqlite://" if folder is None else f"sqlite:///{folder / 'potluck.db'}", grant)
+def open_books(url: str = "sqlite://", grant: int = GRANT) -> Iterator[Books]:
+    """Books in a database, or in memory."""
+    books = Books(url, grant)
     try:
         yield books
     finally:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold, SettleHold
+from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.gateway import ledger_writer
 from potluck_coordinator.gateway.ledger_writer import LedgerWriter
@@ -19,6 +19,7 @@ class Ledger:
     def __init__(self):
         self.batches = []
         self.kinds = []
+        self.commands = []
         self.unavailable_times = 0
         self.poison = None
         self.poor_until_settled = ""
@@ -31,6 +32,7 @@ class Ledger:
         if any(command.hold_id == self.poison for command in commands):
             raise PotluckError(ErrorCode.INTERNAL_ERROR)
         self.batches.append([command.hold_id for command in commands])
+        self.commands += commands
         self.kinds.append([type(command) for command in commands])
         return tuple(self._outcome_of(command) for command in commands)
 
@@ -142,6 +144,55 @@ async def test_a_ledger_that_is_away_delays_and_loses_nothing(monkeypatch):
         ledger.unavailable_times = 3
         assert await writer.submit(SettleHold("a", 1)) is LedgerOutcome.APPLIED
         assert ledger.batches == [["a"]]
+
+
+async def test_once_the_ledger_has_failed_for_two_seconds_holds_are_refused_until_it_answers_again(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(ledger_writer, "HOLD_PATIENCE_SECONDS", 0.05)
+    async with writing() as (ledger, writer):
+        ledger.unavailable_times = 2**31
+        settled, waiting = writer.submit(SettleHold("runs", 7)), writer.submit(hold("waits"))
+        with pytest.raises(PotluckError, match="Nothing was charged") as refused:
+            await asyncio.wait_for(waiting, 5)
+        assert (refused.value.code, refused.value.retry_after_seconds) == (ErrorCode.COORDINATOR_UNAVAILABLE, 2)
+        for refuse in (writer.check, lambda: writer.submit(hold("new"))):
+            with pytest.raises(PotluckError, match="Nothing was charged"):
+                refuse()
+        ledger.unavailable_times = 0
+        assert await asyncio.wait_for(settled, 5) is LedgerOutcome.APPLIED
+        # The one that waited may have been opened, for all that the gateway knows.
+        assert ledger.batches == [["runs", "waits"]]
+        assert ledger.kinds == [[SettleHold, SettleHold]]
+        assert await writer.submit(hold("newer")) is LedgerOutcome.APPLIED
+
+
+async def test_a_ledger_that_nothing_waits_for_is_asked_whether_it_is_back(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(ledger_writer, "HOLD_PATIENCE_SECONDS", 0)
+    async with writing() as (ledger, writer):
+        ledger.unavailable_times = 1
+        with pytest.raises(PotluckError):
+            await writer.submit(hold("waits"))
+        ledger.batches.clear()
+        while writer._failing_since is not None:
+            await asyncio.sleep(0)
+        writer.check()
+
+
+async def test_a_mark_takes_the_place_of_the_one_that_waits_but_not_of_one_on_its_way(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        marked = [writer.submit(MarkDelivered("a", number)) for number in range(1, 100)]
+        writer.submit(MarkDelivered("b", 1))
+        assert len(writer._waiting) == 2
+        writer._company_is_over()
+        await asyncio.sleep(0)  # their commit is on its way
+        later = writer.submit(MarkDelivered("a", 100))
+        assert await asyncio.gather(*marked) == [LedgerOutcome.APPLIED] * 99
+        writer._company_is_over()
+        assert await later is LedgerOutcome.APPLIED
+        assert ledger.commands == [MarkDelivered("a", 99), MarkDelivered("b", 1), MarkDelivered("a", 100)]
+        assert not writer._marks
 
 
 async def test_one_command_that_cannot_be_applied_does_not_stop_the_others():

@@ -149,14 +149,14 @@ def test_what_one_node_showed_counts_once_and_for_others_with_the_same_card():
     assert slots(Sizer(first)) == slots(Sizer())
 
 
-def test_what_was_learned_outlives_the_directory(tmp_path):
+def test_what_was_learned_outlives_the_directory(database_url):
     from potluck_coordinator.storage.state import StateName
     from tests.support.books import open_books
 
     box, replica, _ = running(kv_capacity_tokens=5_000)
     planner = Planner({replica.replica_id: replica}, {}, 0, NOTHING_LEARNED, 1000.0)
     planner.advance(PoolFacts((wish("32b", 1),), {ENTRY.model_id: ENTRY}, {box.node_id: box}), 1000.0)
-    with open_books(tmp_path) as books:
+    with open_books(database_url) as books:
         assert books.run_now(lambda work: work.plan.corrections()) == NOTHING_LEARNED
         books.run_now(lambda work: work.plan.keep_corrections(planner.corrections))
         assert books.run_now(lambda work: work.plan.corrections()) == planner.corrections

@@ -40,6 +40,8 @@ from potluck_protocol.errors import PotluckError
 CHORES_SECONDS: Final = 1.0
 COLLECT_SECONDS: Final = 3600.0
 """Garbage that went round in circles for longer than a few seconds stays for so long."""
+SETTLEMENTS_SECONDS: Final = 30.0
+"""After the database was away, gateways have so long to hand over their settlements before holds that ran out end at their marks."""
 _NEVER: Final = 2**31 - 1
 SNAPSHOT_VERSIONS_PER_START: Final = 1_000_000
 """Versions must grow over restarts, and are not worth a commit each."""
@@ -87,9 +89,12 @@ class Directory:
         paces: Paces,
         gateways: Gateways,
         pool: Pool,
+        term: int,
     ) -> None:
         self._store = store
         self._clock = clock
+        self.term: Final = term
+        """Of this run of the coordinator on its database."""
         self.accounts: Final = accounts
         self.ledger: Final = ledger
         self.enrolment: Final = enrolment
@@ -105,11 +110,17 @@ class Directory:
         nodes.gateway_speaks = gateways.hear
 
     @classmethod
-    async def open(cls, settings: Settings, clock: Clock) -> Directory:
+    async def open(cls, settings: Settings, clock: Clock, term: int | None = None) -> Directory:
         """Opens the books, making what a first start needs, and writes the operator's file.
 
+        Args:
+            settings: the operator's.
+            clock: for dates.
+            term: of the run that this directory is started again for; None at a coordinator's start.
+
         Raises:
-            PotluckError: for a database, CA folder or catalogue that cannot be used, saying why.
+            PotluckError: for a database, CA folder or catalogue that cannot be used, saying why; so also where another coordinator has the
+                database, or has begun on it since the run did.
         """
         own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
         authority = CertificateAuthority.load_or_create(settings.certificate_authority_dir, clock.unix_ms())
@@ -117,6 +128,7 @@ class Directory:
         store = Store(settings.database_url)
         try:
             store.migrate()
+            term = store.begin_term(term)
             pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits)
             await offer(store, built_in_catalogue(), own)
             board = await _board(store)
@@ -159,18 +171,25 @@ class Directory:
             paces=Paces(store, board, clock),
             gateways=gateways,
             pool=pool,
+            term=term,
         )
 
     async def run_background(self) -> None:
-        """Settles overdue holds, books judged minutes and plans anew, until cancelled."""
+        """Settles overdue holds, books judged minutes and plans anew, until cancelled.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE once another coordinator has taken the database over.
+        """
         collected_at = self._clock.monotonic_seconds()
         while True:
             await asyncio.sleep(CHORES_SECONDS)
+            self._store.check()
             if self._clock.monotonic_seconds() - collected_at >= COLLECT_SECONDS:
                 collected_at = self._clock.monotonic_seconds()
                 gc.collect()
             try:
-                await self.ledger.settle_expired(self._clock.unix_ms())
+                if self._store.there_seconds >= SETTLEMENTS_SECONDS:
+                    await self.ledger.settle_expired(self._clock.unix_ms())
                 self._gateways.look()
                 await self.nodes.judge_minutes()
                 await self.nodes.refresh_old_plan()

@@ -7,14 +7,13 @@ Refusals are found out before anything is written, so one command's refusal neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import structlog
 
 from potluck_coordinator.desks import StatementLine
-from potluck_coordinator.domain import ledger, pricing
+from potluck_coordinator.domain import ledger
 from potluck_coordinator.domain.ledger import (
     AuditReport,
     Balance,
@@ -23,12 +22,10 @@ from potluck_coordinator.domain.ledger import (
     LedgerAccountKind,
     LedgerCommand,
     LedgerOutcome,
-    MarkDelivered,
-    OpenHold,
-    SettleHold,
     ledger_account_id,
 )
-from potluck_coordinator.storage.store import Store
+from potluck_coordinator.domain.ledger_batch import LedgerBatch, LedgerChanges, accounts_of
+from potluck_coordinator.storage.store import LONG_SECONDS_MAX, Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -65,8 +62,11 @@ class LedgerDesk:
         now_ms = self._clock.unix_ms()
 
         def apply(work: UnitOfWork) -> tuple[LedgerOutcome, ...]:
-            gateway_epochs = work.gateways.epochs()
-            return tuple(self._apply(work, command, gateway_epochs, now_ms) for command in commands)
+            holds = work.holds.several({command.hold_id for command in commands})
+            batch = self._batch(work, commands, holds)
+            outcomes = batch.carry_out(commands)
+            _write(work, batch.changes(), now_ms)
+            return outcomes
 
         return apply
 
@@ -95,6 +95,7 @@ class LedgerDesk:
         now_ms = self._clock.unix_ms()
 
         def claim(work: UnitOfWork) -> int:
+            work.ledger.lock([ledger_account_id(kind, account_id) for kind in (LedgerAccountKind.USER, LedgerAccountKind.NODE_OWNER)])
             earned = _balance(work, account_id).earned_micro_credits
             claimed = work.ledger.claimed(account_id, claim_id)
             if claimed is not None:
@@ -110,7 +111,7 @@ class LedgerDesk:
     async def audit(self) -> AuditReport:
         """Derives every balance anew; what it finds is also logged."""
         now_ms = self._clock.unix_ms()
-        report = await self._store.run(lambda work: work.audit.report(now_ms))
+        report = await self._store.run(lambda work: work.audit.report(now_ms), LONG_SECONDS_MAX)
         if report.findings:
             _log.error("audit_found_broken_books", findings=report.findings)
         return report
@@ -127,8 +128,10 @@ class LedgerDesk:
         def settle_some(work: UnitOfWork) -> int:
             now_ms = self._clock.unix_ms()
             holds = find(work)
+            batch = self._batch(work, (), {hold.hold_id: hold for hold in holds})
             for hold in holds:
-                self._close(work, hold, HoldState.EXPIRED, hold.delivered_micro_credits, now_ms)
+                batch.close(hold, HoldState.EXPIRED, hold.delivered_micro_credits)
+            _write(work, batch.changes(), now_ms)
             return len(holds)
 
         settled_count = 0
@@ -138,40 +141,18 @@ class LedgerDesk:
             _log.info("holds_settled_for_absent_gateway", hold_count=settled_count)
         return settled_count
 
-    def _apply(self, work: UnitOfWork, command: LedgerCommand, gateway_epochs: AbstractSet[int], now_ms: int) -> LedgerOutcome:
-        hold = work.holds.get(command.hold_id)
-        outcome = ledger.judge(hold, command, gateway_epochs)
-        if outcome is not None:
-            return outcome
-        match command:
-            case OpenHold():
-                return _open(work, command, now_ms)
-            case MarkDelivered():
-                work.holds.mark(command.hold_id, command.amount_micro_credits)
-            case SettleHold():
-                assert hold is not None, "a settlement without a hold is refused by judge"
-                self._close(work, hold, HoldState.SETTLED, command.amount_micro_credits, now_ms)
-        return LedgerOutcome.APPLIED
-
-    def _close(self, work: UnitOfWork, hold: Hold, state: HoldState, amount_micro_credits: int, now_ms: int) -> None:
-        if not work.holds.close(hold.hold_id, state, amount_micro_credits, now_ms):
-            raise PotluckError(ErrorCode.INTERNAL_ERROR, f"Hold {hold.hold_id} was closed by another hand.")
-        # Freed before it is paid: the two together would overdraw the account for a moment, which the database refuses.
-        work.ledger.release(ledger_account_id(LedgerAccountKind.USER, hold.payer), hold.amount_micro_credits)
-        fee = pricing.fee(amount_micro_credits, self._fee_basis_points)
-        transaction = ledger.settlement(hold, amount_micro_credits, fee)
-        if transaction is not None:
-            work.ledger.post(transaction, now_ms)
+    def _batch(self, work: UnitOfWork, commands: Sequence[LedgerCommand], holds: Mapping[str, Hold]) -> LedgerBatch:
+        """Over the holds, which are locked, and then their accounts: the one order in which all that moves money locks."""
+        positions = work.ledger.lock(accounts_of(commands, holds.values()))
+        return LedgerBatch(holds, positions, work.gateways.epochs(), self._fee_basis_points)
 
 
-def _open(work: UnitOfWork, command: OpenHold, now_ms: int) -> LedgerOutcome:
-    for share in command.payees:
-        if work.ledger.position(ledger_account_id(LedgerAccountKind.NODE_OWNER, share.account_id)) is None:
-            return LedgerOutcome.CONFLICT
-    if not work.ledger.hold(ledger_account_id(LedgerAccountKind.USER, command.payer), command.amount_micro_credits):
-        return LedgerOutcome.INSUFFICIENT_CREDITS
-    work.holds.add(command, now_ms)
-    return LedgerOutcome.APPLIED
+def _write(work: UnitOfWork, changes: LedgerChanges, now_ms: int) -> None:
+    work.holds.add(changes.opened, now_ms)
+    work.holds.mark(changes.marks)
+    work.holds.close(changes.closed, now_ms)
+    work.ledger.hold(changes.held_changes)
+    work.ledger.book(changes.transactions, now_ms)
 
 
 def _balance(work: UnitOfWork, account_id: AccountId) -> Balance:

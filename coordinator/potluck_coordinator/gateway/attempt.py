@@ -255,7 +255,7 @@ class Attempt:
             self.usage = self._counted()
             self.charge_micro_credits = self.charge_so_far()
             # An undecided hold is settled too: the writer sends its opening first. A hedge that was never read has none.
-            if self._hold is not None and (not self._hold.done() or self._hold.result() is LedgerOutcome.APPLIED):
+            if self._hold is not None and (not self._hold.done() or _stands(self._hold)):
                 self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
         finally:
             self._release()
@@ -305,15 +305,17 @@ class Attempt:
 
     def _hold_decided(self, hold: asyncio.Future[LedgerOutcome]) -> None:
         """A refused hold ends the attempt at once: an engine that answers in one piece would otherwise work to its end, unpaid."""
-        if not hold.cancelled() and hold.result() is not LedgerOutcome.APPLIED:
-            self._relay.fail(_refusal(hold.result(), self._hold_micro_credits))
+        if hold.cancelled() or _stands(hold):
+            return
+        failure = hold.exception()
+        self._relay.fail(failure if isinstance(failure, PotluckError) else _refusal(hold.result(), self._hold_micro_credits))
 
     def _settled(self, settlement: asyncio.Future[LedgerOutcome]) -> None:
         """The client was shown a price; the books must not silently say another."""
         if settlement.cancelled() or self._hold is None or self._hold.cancelled():
             return
         # Decided before: the writer keeps the order. Of a hold that was refused there is nothing to settle.
-        if self._hold.result() is LedgerOutcome.APPLIED and settlement.result() is not LedgerOutcome.APPLIED:
+        if _stands(self._hold) and settlement.result() is not LedgerOutcome.APPLIED:
             _log.error("settlement_refused", attempt_id=self.attempt_id, charge_micro_credits=self.charge_micro_credits)
 
     def _keep(self, data: bytes) -> None:
@@ -328,6 +330,11 @@ class Attempt:
         while len(body) < ERROR_BODY_BYTES_MAX and (data := await self._relay.next_data()) is not None:
             body += data
         return body
+
+
+def _stands(hold: asyncio.Future[LedgerOutcome]) -> bool:
+    """Of a hold that is decided."""
+    return hold.exception() is None and hold.result() is LedgerOutcome.APPLIED
 
 
 def _refusal(outcome: LedgerOutcome, hold_micro_credits: int) -> PotluckError:

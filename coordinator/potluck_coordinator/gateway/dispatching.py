@@ -103,6 +103,7 @@ class Dispatching:
         """Starts an attempt and, beside it, its hold. The engine is not kept waiting; the client sees nothing before the hold stands.
 
         A hedge has its hold, and its account is charged a turn, only once it is read: until then it is the pool's own affair.
+        Raises COORDINATOR_UNAVAILABLE where no hold can be had, before the engine hears of it.
         """
         session = self._links.host(replica.node_id)
         assert session is not None, "placement saw the node in this same turn of the loop"
@@ -155,6 +156,7 @@ class Dispatching:
     def _send(
         self, attempt_id: AttemptId, request: InferenceRequest, replica: ReplicaView, *, session: Host, tried: frozenset[NodeId]
     ) -> Relay:
+        self._books.ledger.check()
         now, body = self._clock.monotonic_seconds(), _body_of(request, replica)
         relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
         start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, body, request.stream, self._window_bytes)

@@ -2,8 +2,10 @@
 
 Decides when to send. A hold has a client waiting for it and leaves at once, before what else waits; marks and settlements have nobody
 waiting, and stay up to 20 ms for company. A hold for which the payer's credits do not suffice is tried once more, in its place among all
-that waits: a settlement before it may free what it needs. A command leaves the queue when the directory has answered, so a directory that
-restarts delays settlements and loses none; one that the ledger fails on by itself is given up. It must not know amounts.
+that waits: a settlement before it may free what it needs. A command leaves the queue when the directory has answered, so a directory or a
+database that is away delays settlements and loses none; one that the ledger fails on by itself is given up. Holds do not wait for long:
+once the ledger has failed for two seconds, those that wait are refused, and new ones at once, until it answers again. It must not know
+amounts.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold
+from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, OpenHold, SettleHold
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from potluck_coordinator.desks import Ledger
     from potluck_coordinator.domain.ledger import LedgerCommand
+
+    _Batch = list[tuple[int, tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]]]
 
 _log = structlog.get_logger()
 
@@ -33,6 +37,10 @@ RETRY_SECONDS: Final = 0.5
 """After a failed commit. A directory that restarts is back after about two seconds, and a client waits for its hold meanwhile."""
 COMPANY_SECONDS: Final = 0.02
 """How long marks and settlements wait for company."""
+HOLD_PATIENCE_SECONDS: Final = 2.0
+"""How long a ledger may fail before nobody waits for a hold any more."""
+REFUSED: Final = "The pool's books are away for now, and no request can be answered without them. Nothing was charged; try again."
+REFUSED_RETRY_SECONDS: Final = 2
 
 
 class LedgerWriter:
@@ -49,6 +57,10 @@ class LedgerWriter:
         self._waiting: dict[int, tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]] = {}
         """By number, in the order of their coming."""
         self._numbers = count()
+        self._marks: dict[str, int] = {}
+        """The newest mark of each hold that waits, by its number: the one before it says nothing any more."""
+        self._under_way: frozenset[int] = frozenset()
+        self._failing_since: float | None = None
         self._due = asyncio.Event()
         self._all_due = False
         """Not only the holds."""
@@ -57,23 +69,52 @@ class LedgerWriter:
         self._idle.set()
 
     def submit(self, command: LedgerCommand) -> asyncio.Future[LedgerOutcome]:
-        """Queues a command; the future is its outcome.
+        """Queues a command; the future is its outcome, or for a hold the error that it was refused with.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE for a new hold if the directory has been away for so long that the queue is full.
+            PotluckError: as `check`, for a new hold.
         """
         loop = asyncio.get_running_loop()
         urgent = isinstance(command, OpenHold)
-        if urgent and len(self._waiting) >= QUEUE_LENGTH_MAX:
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
+        if urgent:
+            self.check()
+        if isinstance(command, MarkDelivered) and (waiting := self._older_mark(command)) is not None:
+            return waiting
         outcome: asyncio.Future[LedgerOutcome] = loop.create_future()
-        self._waiting[next(self._numbers)] = (command, outcome)
+        number = next(self._numbers)
+        self._waiting[number] = (command, outcome)
+        if isinstance(command, MarkDelivered):
+            self._marks[command.hold_id] = number
         self._idle.clear()
         if urgent:
             self._due.set()
         elif self._timer is None:
             self._timer = loop.call_later(COMPANY_SECONDS, self._company_is_over)
         return outcome
+
+    def check(self) -> None:
+        """Raises PotluckError(COORDINATOR_UNAVAILABLE) where a new hold would be refused: the ledger fails, or too much waits."""
+        if self._holds_are_refused():
+            raise self._refusal()
+        if len(self._waiting) >= QUEUE_LENGTH_MAX:
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
+
+    def _older_mark(self, command: MarkDelivered) -> asyncio.Future[LedgerOutcome] | None:
+        """Puts a mark in the place of the same hold's earlier one, where that still waits."""
+        number = self._marks.get(command.hold_id)
+        if number is None or number in self._under_way:
+            return None
+        _, outcome = self._waiting[number]
+        self._waiting[number] = (command, outcome)
+        return outcome
+
+    def _holds_are_refused(self) -> bool:
+        since = self._failing_since
+        return since is not None and asyncio.get_running_loop().time() - since >= HOLD_PATIENCE_SECONDS
+
+    def _refusal(self) -> PotluckError:
+        """One of its own for each who is refused."""
+        return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, REFUSED, retry_after_seconds=REFUSED_RETRY_SECONDS)
 
     def _company_is_over(self) -> None:
         self._timer = None
@@ -92,31 +133,56 @@ class LedgerWriter:
             everything, batch = self._all_due, self._next_batch()
             # Cleared now: what comes during the commit may want it set again.
             self._all_due = False
-            if not batch:
+            if not batch and self._failing_since is None:
                 continue  # what the timer was for has left already
             started_at = loop.time()
+            self._under_way = frozenset(number for number, _ in batch)
             try:
+                # Of nothing, where the ledger failed: that it answers is all that is asked.
                 outcomes = await self._apply([command for _, (command, _) in batch])
             except PotluckError as error:
-                # Commands carry stable ids, so sending them again cannot apply them twice.
-                _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._waiting))
+                self._under_way = frozenset()
+                self._failed(error, started_at)
                 await asyncio.sleep(RETRY_SECONDS)
                 self._send_all()
                 continue
+            self._under_way = frozenset()
+            if self._failing_since is not None:
+                _log.info("ledger_answers_again", away_seconds=round(loop.time() - self._failing_since, 1), waiting=len(self._waiting))
+                self._failing_since = None
             self._observe(loop.time() - started_at)
             if len(batch) == BATCH_LENGTH_MAX:
                 self._send_all()
-            for (number, (_, future)), outcome in zip(batch, outcomes, strict=True):
-                if outcome is LedgerOutcome.INSUFFICIENT_CREDITS and not everything:
-                    self._send_all()
-                    continue
-                del self._waiting[number]
-                if not future.done():
-                    future.set_result(outcome)
-            if not self._waiting:
-                self._idle.set()
+            self._answer(batch, outcomes, everything=everything)
 
-    def _next_batch(self) -> list[tuple[int, tuple[LedgerCommand, asyncio.Future[LedgerOutcome]]]]:
+    def _answer(self, batch: _Batch, outcomes: Sequence[LedgerOutcome], *, everything: bool) -> None:
+        for (number, (command, future)), outcome in zip(batch, outcomes, strict=True):
+            if outcome is LedgerOutcome.INSUFFICIENT_CREDITS and not everything:
+                self._send_all()
+                continue
+            del self._waiting[number]
+            if self._marks.get(command.hold_id) == number:
+                del self._marks[command.hold_id]
+            if not future.done():
+                future.set_result(outcome)
+        if not self._waiting:
+            self._idle.set()
+
+    def _failed(self, error: PotluckError, started_at: float) -> None:
+        """Commands carry stable ids, so what was sent may be sent again: it is not applied twice, whatever became of it."""
+        _log.warning("ledger_commit_failed", code=error.code, waiting=len(self._waiting))
+        if self._failing_since is None:
+            self._failing_since = started_at
+        if not self._holds_are_refused():
+            return
+        for number, (command, outcome) in self._waiting.items():
+            if isinstance(command, OpenHold):
+                # It may stand, for all that is known: then it is freed.
+                self._waiting[number] = (SettleHold(command.hold_id, 0), asyncio.get_running_loop().create_future())
+                if not outcome.done():
+                    outcome.set_exception(self._refusal())
+
+    def _next_batch(self) -> _Batch:
         due = (item for item in self._waiting.items() if self._all_due or isinstance(item[1][0], OpenHold))
         return list(islice(due, BATCH_LENGTH_MAX))
 

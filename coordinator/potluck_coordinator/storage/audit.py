@@ -7,9 +7,9 @@ their backs, by a tool or by a fault of the disk.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import text
 from sqlmodel import Session
@@ -20,6 +20,7 @@ from potluck_coordinator.domain.payees import split
 HOLD_OVERDUE_MS: Final = 60_000
 """How long past its deadline an open hold may wait for the reaper before the audit asks why."""
 FINDINGS_PER_RULE_MAX: Final = 20
+ROWS_AT_A_TIME: Final = 1_000
 
 # Each query returns one row for each breach, ready to be filled into its sentence, and finds partners by their keys: comparing every row
 # with every other one would stop the pool for minutes. SUBSTR(…, 8) is what follows "settle:"; || '' keeps the planner from looking
@@ -114,7 +115,7 @@ class Audit:
 
     def _misdivided_holds(self) -> Iterator[str]:
         """Holds whose payees did not get what `domain.payees.split` gives them; nobody else can have got it, for transactions balance."""
-        for hold_id, rows in groupby(self._connection.execute(text(_EARNINGS)), lambda row: row[0]):
+        for hold_id, rows in groupby(self._streamed(_EARNINGS), lambda row: row[0]):
             lines = sorted((account_id, earned, weight, part) for _, earned, account_id, weight, part in rows)
             parts = tuple(part for *_, part in lines)
             due = split(lines[0][1], [weight for _, _, weight, _ in lines])
@@ -125,7 +126,7 @@ class Audit:
     def _altered_transactions(self) -> Iterator[str]:
         """Transactions whose postings no longer give their fingerprint (`domain.ledger.Transaction.fingerprint`)."""
         current, expected, digest = "", "", hashlib.sha256()
-        for transaction_id, kind, fingerprint, account_id, amount in self._connection.execute(text(_LINES)):
+        for transaction_id, kind, fingerprint, account_id, amount in self._streamed(_LINES):
             if transaction_id != current:
                 if current and digest.hexdigest() != expected:
                     yield current
@@ -133,6 +134,10 @@ class Audit:
             digest.update(f"\n{account_id} {amount}".encode())
         if current and digest.hexdigest() != expected:
             yield current
+
+    def _streamed(self, query: str) -> Iterable[Any]:
+        """Rows in portions: these are about as many as there are postings."""
+        return self._connection.execute(text(query).execution_options(stream_results=True, max_row_buffer=ROWS_AT_A_TIME))
 
     def _number(self, query: str) -> int:
         return int(self._connection.execute(text(query)).scalar_one())

@@ -7,33 +7,56 @@ credits are moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 from sqlalchemy import bindparam, select
-from sqlmodel import Session, col, insert, update
+from sqlmodel import Session, col
 
 from potluck_coordinator.domain.ledger import Hold, HoldState, OpenHold
+from potluck_coordinator.domain.ledger_batch import ClosedHold
 from potluck_coordinator.domain.payees import PayeeShare, merged
+from potluck_coordinator.storage.bulk import Change, Insertion
 from potluck_coordinator.storage.tables import GatewayRow, HoldPayeeRow, HoldRow
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId
 
-# Built once and run past the session: putting them together anew was most of what a payment cost.
+# Built once and run past the session: putting them together anew was most of what a payment cost. Rows stay as they are read until the
+# transaction ends, in one order for all who read several (SQLite has one writer anyway).
 _GET: Final = (
     select(HoldRow, col(HoldPayeeRow.account_id), col(HoldPayeeRow.weight))
     .join(HoldPayeeRow, col(HoldPayeeRow.hold_id) == col(HoldRow.hold_id), isouter=True)
-    .where(col(HoldRow.hold_id) == bindparam("hold"))
+    .where(col(HoldRow.hold_id).in_(bindparam("holds", expanding=True)))
+    .order_by(col(HoldRow.hold_id))
+    .with_for_update(of=HoldRow)
 )
 _OPEN: Final = select(col(HoldRow.hold_id)).where(col(HoldRow.state) == HoldState.OPEN).limit(bindparam("count_max"))
 _OVERDUE: Final = _OPEN.where(col(HoldRow.expires_at_unix_ms) <= bindparam("now")).order_by(col(HoldRow.expires_at_unix_ms))
 _ORPHANED: Final = _OPEN.where(col(HoldRow.gateway_epoch).not_in(select(col(GatewayRow.epoch))))
-_ADD: Final = insert(HoldRow)
-_ADD_PAYEE: Final = insert(HoldPayeeRow)
-_MARK: Final = update(HoldRow).where(col(HoldRow.hold_id) == bindparam("hold")).values(delivered=bindparam("mark"))
-_CLOSE: Final = (
-    update(HoldRow)
-    .where(col(HoldRow.hold_id) == bindparam("hold"), col(HoldRow.state) == HoldState.OPEN)
-    .values(state=bindparam("end"), settled=bindparam("paid"), closed_at_unix_ms=bindparam("now"))
+_ADD: Final = Insertion(
+    "hold",
+    {
+        "hold_id": "text",
+        "payer_account_id": "text",
+        "payee_account_id": "text",
+        "amount": "bigint",
+        "delivered": "bigint",
+        "settled": "bigint",
+        "state": "text",
+        "gateway_epoch": "bigint",
+        "expires_at_unix_ms": "bigint",
+        "opened_at_unix_ms": "bigint",
+    },
+)
+_ADD_PAYEES: Final = Insertion("hold_payee", {"hold_id": "text", "account_id": "text", "weight": "bigint"})
+_MARK: Final = Change("hold", ("hold_id", "text"), {"mark": "bigint"}, {"delivered": "given.mark"})
+_CLOSE: Final = Change(
+    "hold",
+    ("hold_id", "text"),
+    {"end_state": "text", "paid": "bigint", "closed_at": "bigint"},
+    {"state": "given.end_state", "settled": "given.paid", "closed_at_unix_ms": "given.closed_at"},
+    only_where="hold.state = 'open'",
 )
 
 
@@ -44,45 +67,67 @@ class HoldRepository:
         self._connection = session.connection()
 
     def get(self, hold_id: str) -> Hold | None:
-        rows = self._connection.execute(_GET, {"hold": hold_id}).all()
-        return _hold(rows) if rows else None
+        return self.several([hold_id]).get(hold_id)
 
-    def add(self, command: OpenHold, now_unix_ms: int) -> None:
-        if len(command.payees) > 1:
-            shares = [{"hold_id": command.hold_id, "account_id": share.account_id, "weight": share.weight} for share in command.payees]
-            self._connection.execute(_ADD_PAYEE, shares)
-        opened = {
-            "hold_id": command.hold_id,
-            "payer_account_id": command.payer,
-            "payee_account_id": command.payees[0].account_id,
-            "amount": command.amount_micro_credits,
-            "delivered": 0,
-            "settled": 0,
-            "state": HoldState.OPEN,
-            "gateway_epoch": command.gateway_epoch,
-            "expires_at_unix_ms": command.expires_at_unix_ms,
-            "opened_at_unix_ms": now_unix_ms,
-        }
-        self._connection.execute(_ADD, opened)
+    def several(self, hold_ids: Collection[str]) -> dict[str, Hold]:
+        """Those that there are, by id."""
+        rows = self._connection.execute(_GET, {"holds": sorted(hold_ids)})
+        return {hold_id: _hold(list(each)) for hold_id, each in groupby(rows, lambda row: row.hold_id)}
 
-    def mark(self, hold_id: str, delivered_micro_credits: int) -> None:
-        self._connection.execute(_MARK, {"hold": hold_id, "mark": delivered_micro_credits})
+    def add(self, commands: Sequence[OpenHold], now_unix_ms: int) -> None:
+        """Opens new ones, each sealing its shares."""
+        _ADD_PAYEES.run(
+            self._connection,
+            [
+                {"hold_id": command.hold_id, "account_id": share.account_id, "weight": share.weight}
+                for command in commands
+                if len(command.payees) > 1
+                for share in command.payees
+            ],
+        )
+        _ADD.run(
+            self._connection,
+            [
+                {
+                    "hold_id": command.hold_id,
+                    "payer_account_id": command.payer,
+                    "payee_account_id": command.payees[0].account_id,
+                    "amount": command.amount_micro_credits,
+                    "delivered": 0,
+                    "settled": 0,
+                    "state": HoldState.OPEN.value,
+                    "gateway_epoch": command.gateway_epoch,
+                    "expires_at_unix_ms": command.expires_at_unix_ms,
+                    "opened_at_unix_ms": now_unix_ms,
+                }
+                for command in commands
+            ],
+        )
 
-    def close(self, hold_id: str, state: HoldState, settled_micro_credits: int, now_unix_ms: int) -> bool:
-        """Ends the hold; of any number of callers one is told True."""
-        end = {"hold": hold_id, "end": state, "paid": settled_micro_credits, "now": now_unix_ms}
-        return self._connection.execute(_CLOSE, end).rowcount == 1
+    def mark(self, marks: Mapping[str, int]) -> None:
+        """Raises open holds' marks."""
+        _MARK.run(self._connection, [{"hold_id": hold_id, "mark": mark} for hold_id, mark in marks.items()])
+
+    def close(self, ends: Sequence[ClosedHold], now_unix_ms: int) -> None:
+        """Ends open holds; raises PotluckError(INTERNAL_ERROR) where one has ended already, of which nothing may then be written."""
+        rows = [
+            {"hold_id": end.hold_id, "end_state": end.state.value, "paid": end.settled_micro_credits, "closed_at": now_unix_ms}
+            for end in ends
+        ]
+        if _CLOSE.run(self._connection, rows) != len(ends):
+            raise PotluckError(ErrorCode.INTERNAL_ERROR, "A hold was closed by another hand.")
 
     def overdue(self, now_unix_ms: int, limit: int) -> tuple[Hold, ...]:
-        """Open holds whose deadline has come, the oldest deadlines first."""
+        """Open holds whose deadline has come, of the oldest deadlines."""
         return self._each(self._connection.execute(_OVERDUE, {"now": now_unix_ms, "count_max": limit}).scalars().all())
 
     def orphaned(self, limit: int) -> tuple[Hold, ...]:
-        """Open holds of gateway epochs that are nobody's any more."""
+        """Open holds of epochs that are no gateway's any more."""
         return self._each(self._connection.execute(_ORPHANED, {"count_max": limit}).scalars().all())
 
     def _each(self, hold_ids: Sequence[str]) -> tuple[Hold, ...]:
-        return tuple(hold for hold_id in hold_ids if (hold := self.get(hold_id)) is not None)
+        # Locked only now: one may have ended meanwhile, by another's hand.
+        return tuple(hold for hold in self.several(hold_ids).values() if hold.state is HoldState.OPEN) if hold_ids else ()
 
 
 def _hold(rows: Sequence[Any]) -> Hold:

@@ -6,13 +6,15 @@ does not sum to zero, a line for a sealed one, and any change of what is written
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from sqlalchemy import bindparam, func
-from sqlmodel import Session, col, insert, select, update
+from sqlmodel import Session, col, select
 
 from potluck_coordinator.desks import StatementLine
 from potluck_coordinator.domain.ledger import LedgerAccountId, LedgerAccountKind, Transaction, ledger_account_id
+from potluck_coordinator.storage.bulk import Change, Insertion
 from potluck_coordinator.storage.tables import EarningsClaimRow, LedgerAccountRow, LedgerTransactionRow, PostingRow
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId
@@ -22,19 +24,22 @@ _STATEMENT_WORDS: Final = {LedgerAccountKind.USER: "spending", LedgerAccountKind
 # Built once and run past the session: putting them together anew was most of what a payment cost.
 _ACCOUNT: Final = LedgerAccountRow
 _POSITION: Final = select(_ACCOUNT.posted, _ACCOUNT.held).where(col(_ACCOUNT.ledger_account_id) == bindparam("account"))
-_HOLD: Final = (
-    update(_ACCOUNT)
-    .where(col(_ACCOUNT.ledger_account_id) == bindparam("account"), col(_ACCOUNT.posted) - col(_ACCOUNT.held) >= bindparam("micro_credits"))
-    .values(held=col(_ACCOUNT.held) + bindparam("micro_credits"))
+# Locked until the transaction ends, in one order for all who lock several.
+_LOCK: Final = (
+    select(_ACCOUNT.ledger_account_id, _ACCOUNT.posted, _ACCOUNT.held)
+    .where(col(_ACCOUNT.ledger_account_id).in_(bindparam("accounts", expanding=True)))
+    .order_by(col(_ACCOUNT.ledger_account_id))
+    .with_for_update()
 )
-_RELEASE: Final = (
-    update(_ACCOUNT)
-    .where(col(_ACCOUNT.ledger_account_id) == bindparam("account"))
-    .values(held=col(_ACCOUNT.held) - bindparam("micro_credits"))
-)
+_HOLD: Final = Change("ledger_account", ("ledger_account_id", "text"), {"more": "bigint"}, {"held": "held + given.more"})
 _FINGERPRINT: Final = select(LedgerTransactionRow.fingerprint).where(col(LedgerTransactionRow.transaction_id) == bindparam("transaction"))
-_ADD_POSTING: Final = insert(PostingRow)
-_ADD_TRANSACTION: Final = insert(LedgerTransactionRow)
+_ADD_POSTINGS: Final = Insertion(
+    "posting",
+    {"transaction_id": "text", "line": "integer", "ledger_account_id": "text", "amount": "bigint", "created_at_unix_ms": "bigint"},
+)
+_ADD_TRANSACTIONS: Final = Insertion(
+    "ledger_transaction", {"transaction_id": "text", "kind": "text", "fingerprint": "text", "created_at_unix_ms": "bigint"}
+)
 
 
 class LedgerRepository:
@@ -56,13 +61,14 @@ class LedgerRepository:
         found = self._connection.execute(_POSITION, {"account": account_id}).first()
         return None if found is None else (found[0], found[1])
 
-    def hold(self, account_id: LedgerAccountId, amount_micro_credits: int) -> bool:
-        """Sets credits aside if there are so many; False, and nothing done, if not. One statement, so that no race can spend twice."""
-        return self._connection.execute(_HOLD, {"account": account_id, "micro_credits": amount_micro_credits}).rowcount == 1
+    def lock(self, account_ids: Collection[LedgerAccountId]) -> dict[LedgerAccountId, tuple[int, int]]:
+        """The positions of those that there are, which nobody else can move before this transaction ends."""
+        found = self._connection.execute(_LOCK, {"accounts": sorted(account_ids)})
+        return {LedgerAccountId(account_id): (posted, held) for account_id, posted, held in found}
 
-    def release(self, account_id: LedgerAccountId, amount_micro_credits: int) -> None:
-        """Frees credits that `hold` set aside."""
-        self._connection.execute(_RELEASE, {"account": account_id, "micro_credits": amount_micro_credits})
+    def hold(self, changes: Mapping[LedgerAccountId, int]) -> None:
+        """Sets more aside, or less; the database refuses to overdraw an account."""
+        _HOLD.run(self._connection, [{"ledger_account_id": account_id, "more": more} for account_id, more in changes.items()])
 
     def post(self, transaction: Transaction, now_unix_ms: int) -> bool:
         """Books a transaction; False for one that is booked already.
@@ -75,25 +81,38 @@ class LedgerRepository:
             if known != transaction.fingerprint:
                 raise PotluckError(ErrorCode.ALREADY_EXISTS, f"Transaction {transaction.transaction_id} is booked with other postings.")
             return False
-        lines = [
-            {
-                "transaction_id": transaction.transaction_id,
-                "line": line,
-                "ledger_account_id": posting.ledger_account_id,
-                "amount": posting.amount_micro_credits,
-                "created_at_unix_ms": now_unix_ms,
-            }
-            for line, posting in enumerate(transaction.postings)
-        ]
-        self._connection.execute(_ADD_POSTING, lines)
-        sealed = {
-            "transaction_id": transaction.transaction_id,
-            "kind": transaction.kind,
-            "fingerprint": transaction.fingerprint,
-            "created_at_unix_ms": now_unix_ms,
-        }
-        self._connection.execute(_ADD_TRANSACTION, sealed)
+        self.lock([posting.ledger_account_id for posting in transaction.postings])
+        self.book([transaction], now_unix_ms)
         return True
+
+    def book(self, transactions: Sequence[Transaction], now_unix_ms: int) -> None:
+        """Writes transactions that are new, over accounts that are locked."""
+        _ADD_POSTINGS.run(
+            self._connection,
+            [
+                {
+                    "transaction_id": transaction.transaction_id,
+                    "line": line,
+                    "ledger_account_id": posting.ledger_account_id,
+                    "amount": posting.amount_micro_credits,
+                    "created_at_unix_ms": now_unix_ms,
+                }
+                for transaction in transactions
+                for line, posting in enumerate(transaction.postings)
+            ],
+        )
+        _ADD_TRANSACTIONS.run(
+            self._connection,
+            [
+                {
+                    "transaction_id": transaction.transaction_id,
+                    "kind": transaction.kind.value,
+                    "fingerprint": transaction.fingerprint,
+                    "created_at_unix_ms": now_unix_ms,
+                }
+                for transaction in transactions
+            ],
+        )
 
     def lines_of(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:
         """The newest postings to a person's two accounts, newest first."""

@@ -26,6 +26,8 @@ class StateName(StrEnum):
     SNAPSHOT_VERSION = "snapshot_version"
     GROUP_GENERATION = "group_generation"
     FIT_CORRECTIONS = "fit_corrections"
+    COORDINATOR_TERM = "coordinator_term"
+    """Which coordinator run has the database: each begins a new one."""
 
 
 class StateRepository:

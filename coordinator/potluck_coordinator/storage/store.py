@@ -1,29 +1,32 @@
 """One database, one writer.
 
 Decides that a single thread with a single connection runs every unit of work, each whole or not at all, and that units which wait together
-share one commit. Nothing is acknowledged before its commit. It must not know what a unit does.
-
-The one connection is also the one that checkpoints SQLite's log: releases before 3.51.3 can corrupt it when two do. It locks SQLite's file,
-so that a second coordinator on the same database fails at its start instead of later.
+share one commit. Nothing is acknowledged before its commit. Where the database goes away, what waits fails at once, and each later unit is
+one more try to reach it; whether a commit that was under way took effect is then not known, so that only what may be repeated is repeated,
+by whoever sent it. It must not know what a unit does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
+from sqlalchemy import Connection
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
 from sqlmodel import Session
 
+from potluck_coordinator.storage.absence import DatabaseAwayError, ReplacedError
+from potluck_coordinator.storage.database import open_database
 from potluck_coordinator.storage.schema import migrate
+from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -32,15 +35,15 @@ T = TypeVar("T")
 GROUP_COMMIT_COUNT_MAX: Final = 256
 WAITING_COUNT_MAX: Final = 8192
 """Units that may wait; more are refused, for whoever sends them is not being slowed down by anything else."""
-SQLITE_BUSY_TIMEOUT_MS: Final = 5_000
-_SQLITE_PRAGMAS: Final = (
-    f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT_MS}",
-    "PRAGMA locking_mode = EXCLUSIVE",
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = FULL",  # in WAL mode anything less may forget acknowledged commits when the power fails
-    "PRAGMA foreign_keys = ON",
-    "PRAGMA recursive_triggers = ON",  # otherwise REPLACE would delete a posting past its trigger
-)
+RECONNECT_PAUSE_SECONDS: Final = 0.25
+"""Between two tries to reach a database that is away; units in between fail without one."""
+SILENCE_SECONDS_MAX: Final = 5.0
+"""How long a unit or a commit may take. A server that stands still keeps its connections open, and says nothing on them."""
+LONG_SECONDS_MAX: Final = 900.0
+"""The same for what looks through all of the books: a migration, an audit."""
+WATCH_SECONDS: Final = 0.5
+_OWN_ERRORS: Final = (IntegrityError, DataError, ProgrammingError)
+"""What a unit is refused for by itself; any other of the database's errors ends the whole transaction."""
 
 _log = structlog.get_logger()
 
@@ -53,24 +56,79 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
+        self._database = open_database(url)
+        self._connection: Connection | None = None
+        self._term: int | None = None
+        self._tried_at = 0.0
+        self._lost_at: float | None = None
+        self._back_at = float("-inf")
+        self._away_reason = ""
+        self._is_replaced = False
+        self._silent_after: float | None = None
+        """When what is under way has taken too long."""
+        self._watched = threading.Lock()
         self._waiting: queue.Queue[_Unit | None] = queue.Queue(WAITING_COUNT_MAX)
         self._closing = threading.Lock()
         self._closed = False
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write, name="potluck-store", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="potluck-store-watch", daemon=True).start()
 
     def migrate(self) -> None:
         """Brings the schema up to date.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE where another process has the database; INTERNAL_ERROR where a newer Potluck wrote it.
+            PotluckError: COORDINATOR_UNAVAILABLE where the database is away or another process has it; INTERNAL_ERROR where a newer Potluck
+                wrote it.
         """
-        self._submit(_Unit(migrate)).result()
+        try:
+            self._submit(_Unit(migrate, LONG_SECONDS_MAX)).result()
+        except DatabaseAwayError as error:
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, error.reason) from None
 
-    async def run(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Runs `work` in one transaction and returns its result once that is committed; whatever it raises undoes all of it."""
-        future: Future[T] = self._submit(_Unit(lambda connection: _with_session(connection, work)))
+    def begin_term(self, term: int | None) -> int:
+        """Makes this store the only one that may write, until another begins a later term; the term.
+
+        Args:
+            term: what this run of the coordinator began already, or None to begin one.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE where a later one has begun (`ReplacedError`), or the database is away.
+        """
+
+        def begin(work: UnitOfWork) -> int:
+            if term is None:
+                return work.state.advance(StateName.COORDINATOR_TERM)
+            if work.state.counter(StateName.COORDINATOR_TERM) != term:
+                raise ReplacedError
+            return term
+
+        self._term = self._submit(_Unit(partial(_with_session, begin))).result()
+        assert self._term is not None
+        return self._term
+
+    def check(self) -> None:
+        """Raises ReplacedError once another coordinator has begun a term: this store never writes again."""
+        if self._is_replaced:
+            raise ReplacedError
+
+    @property
+    def there_seconds(self) -> float:
+        """Since when the database has not been away; infinite where it never was."""
+        return 0.0 if self._lost_at is not None else time.monotonic() - self._back_at
+
+    async def run(self, work: Callable[[UnitOfWork], T], seconds_max: float | None = None) -> T:
+        """Runs `work` in one transaction and returns its result once that is committed; whatever it raises undoes all of it.
+
+        Args:
+            work: what to do.
+            seconds_max: how long it may take before the database is held to be away, if not `SILENCE_SECONDS_MAX`.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE where the database is away. It may then have been committed, all of it, or not.
+        """
+        future: Future[T] = self._submit(_Unit(partial(_with_session, work), seconds_max))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
@@ -100,7 +158,9 @@ class Store:
                 if last:
                     return
         finally:
-            self._engine.dispose()
+            self._ended.set()
+            self._drop(lost=False)
+            self._database.dispose()
 
     def _next_group(self) -> tuple[list[_Unit], bool]:
         """Everything that waits, at least one; the flag tells that the store closes after it."""
@@ -120,34 +180,102 @@ class Store:
         if not group:
             return
         try:
-            with self._engine.connect() as connection, connection.begin():
+            connection = self._connected()
+            with connection.begin() as transaction:
                 for unit in group:
-                    unit.run(connection)
+                    self._silent_after = time.monotonic() + unit.seconds_max
+                    unit.run(connection, is_alone=len(group) == 1)
+                self._silent_after = time.monotonic() + SILENCE_SECONDS_MAX
+                if len(group) == 1 and group[0].has_failed and transaction.is_active:
+                    transaction.rollback()
         except BaseException as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
-            _log.error("store_commit_failed", unit_count=len(group), error_type=type(error).__name__, cause=str(getattr(error, "orig", "")))
+            self._note_failure(error, len(group))
             for unit in group:
                 unit.future.set_exception(_public(error))
             return
+        finally:
+            self._silent_after = None
         for unit in group:
             unit.answer()
+
+    def _connected(self) -> Connection:
+        """The connection, made anew if it was lost.
+
+        Raises:
+            DatabaseAwayError: it cannot be had now.
+            ReplacedError: it never will be.
+        """
+        self.check()
+        if self._connection is not None:
+            return self._connection
+        if time.monotonic() - self._tried_at < RECONNECT_PAUSE_SECONDS:
+            raise DatabaseAwayError(self._away_reason)
+        try:
+            self._connection = self._database.connect(self._term)
+        finally:
+            self._tried_at = time.monotonic()
+        if self._lost_at is not None:
+            self._back_at = time.monotonic()
+            _log.info("database_back", away_seconds=round(self._back_at - self._lost_at, 1))
+            self._lost_at = None
+        return self._connection
+
+    def _note_failure(self, error: BaseException, unit_count: int) -> None:
+        if isinstance(error, ReplacedError):
+            self._is_replaced = True
+        elif isinstance(error, DatabaseAwayError) or self._database.was_lost(error):
+            self._away_reason = error.reason if isinstance(error, DatabaseAwayError) else _words(error)
+            if self._lost_at is None:
+                self._lost_at = time.monotonic()
+                _log.error("database_away", reason=self._away_reason, unit_count=unit_count)
+            self._drop(lost=True)
+        else:
+            _log.error("store_commit_failed", unit_count=unit_count, error_type=type(error).__name__, cause=_words(error))
+            if self._connection is not None:
+                # SQLite leaves a transaction open whose commit it refuses.
+                self._connection.connection.rollback()
+
+    def _drop(self, *, lost: bool) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        with self._watched, contextlib.suppress(DBAPIError):
+            if lost:
+                connection.invalidate()
+            connection.close()
+
+    def _watch(self) -> None:
+        """Until the store is closed: a connection on which something takes too long is ended, so that the writer goes on without it."""
+        while not self._ended.wait(WATCH_SECONDS):
+            with self._watched:
+                connection, silent_after = self._connection, self._silent_after
+                if connection is None or silent_after is None or time.monotonic() < silent_after:
+                    continue
+                _log.error("database_silent")
+                self._database.sever(connection)
 
 
 class _Unit:
     """One piece of work, its result, and whoever waits for it."""
 
-    def __init__(self, work: Callable[[Connection], Any]) -> None:
+    def __init__(self, work: Callable[[Connection], Any], seconds_max: float | None = None) -> None:
         self.future: Future[Any] = Future()
+        self.seconds_max = SILENCE_SECONDS_MAX if seconds_max is None else seconds_max
         self._work = work
         self._result: Any = None
         self._error: Exception | None = None
 
-    def run(self, connection: Connection) -> None:
-        """Runs the work inside its own savepoint, so that its failure undoes nothing of its neighbours'."""
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
+
+    def run(self, connection: Connection, *, is_alone: bool) -> None:
+        """Runs the work inside its own savepoint, so that its failure undoes nothing of its neighbours'; one without any needs none."""
         try:
-            with connection.begin_nested():
+            with contextlib.nullcontext() if is_alone else connection.begin_nested():
                 self._result = self._work(connection)
         except Exception as error:
-            if isinstance(error, DBAPIError) and not isinstance(error, IntegrityError):
+            if isinstance(error, DBAPIError) and not isinstance(error, _OWN_ERRORS):
                 raise  # a full disk or a lost server ends the whole transaction, not this savepoint alone
             self._error = error
 
@@ -158,7 +286,7 @@ class _Unit:
             self.future.set_result(self._result)
 
 
-def _with_session(connection: Connection, work: Callable[[UnitOfWork], T]) -> T:
+def _with_session(work: Callable[[UnitOfWork], T], connection: Connection) -> T:
     # populate_existing: triggers and bulk updates change rows behind the session's back
     with Session(connection, join_transaction_mode="rollback_only", execution_options={"populate_existing": True}) as session:
         result = work(UnitOfWork(session))
@@ -167,40 +295,21 @@ def _with_session(connection: Connection, work: Callable[[UnitOfWork], T]) -> T:
 
 
 def _public(error: BaseException) -> BaseException:
-    if not isinstance(error, OperationalError):
+    """What one of those who waited is told; an error of its own for each, since raising one leaves its marks on it."""
+    if isinstance(error, ReplacedError):
+        return ReplacedError()
+    if isinstance(error, DatabaseAwayError):
+        return DatabaseAwayError(error.reason)
+    if not isinstance(error, (OperationalError, InterfaceError)):
         return error
     if "locked" in str(error.orig):
         return PotluckError(
             ErrorCode.COORDINATOR_UNAVAILABLE,
             "Another process has this coordinator's database open; stop it, or give this coordinator a data folder of its own.",
         )
-    return PotluckError(
-        ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator's database takes no writes now: its disk may be full or its server away."
-    )
+    return DatabaseAwayError(_words(error), had_begun=True)
 
 
-def unusable_url(error: Exception) -> PotluckError:
-    """What to say of a database URL that SQLAlchemy would not have; without the URL's own text, for it may hold a password."""
-    missing = f" {error.name} is not installed." if isinstance(error, ModuleNotFoundError) else ""
-    text = f"The database URL cannot be used.{missing} It looks like sqlite:////folder/potluck.db or postgresql+psycopg://user@host/name."
-    return PotluckError(ErrorCode.INVALID_REQUEST, text)
-
-
-def _engine(url: str) -> Engine:
-    try:
-        engine = create_engine(url, poolclass=StaticPool)
-    except (ArgumentError, ModuleNotFoundError, ValueError) as error:
-        raise unusable_url(error) from None
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return engine
-
-
-def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    del record
-    connection.isolation_level = None  # the driver must not begin transactions of its own
-    cursor = connection.cursor()
-    for pragma in _SQLITE_PRAGMAS:
-        cursor.execute(pragma)
-    cursor.close()
+def _words(error: BaseException) -> str:
+    """The driver's own, in one line; a statement and its values are no part of them."""
+    return " ".join(str(getattr(error, "orig", None) or "").split())
