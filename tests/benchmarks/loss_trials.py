@@ -6,7 +6,6 @@ Decides the order, and that Potluck loses an engine alone and a whole node. It m
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.benchmarks.loss_traces import LossRow
 from tests.benchmarks.losses import FREEZE, KILL, Blow, Trial, Victim, run_trials
 from tests.benchmarks.peer_contenders import STARTS
 from tests.benchmarks.pool import Pool
+from tests.benchmarks.processes import Handle
 
 BLOWS: Final = (KILL, FREEZE)
 ENGINE_COUNT: Final = 2
@@ -40,7 +40,7 @@ def peer_losses(
                 except PeerUnavailableError as error:
                     absent[name] = str(error)
             for trial, (figures, hit) in zip(trials, run_trials(trials), strict=True):
-                _end(trial.victims[hit])
+                trial.victims[hit].send(signal.SIGKILL)  # whoever stops what is frozen would wait for it
                 rows.append(LossRow(trial.contender.name, "engine", blow.name, blow is FREEZE, figures))
     return rows, absent
 
@@ -54,8 +54,10 @@ def _with_engines(name: str, folder: Path, blow: Blow, relay_cores: frozenset[in
             stack.callback(engines[-1].stop)
         contender = STARTS[name](folder, [engine.url for engine in engines], relay_cores)
         stack.callback(contender.stop)
-        processes = [engine.process_ids()["engine"] for engine in engines]
-        yield Trial(contender, [Victim(ids[0], ids) for ids in processes], blow)
+        victims = [_held(ids[0], ids) for ids in (engine.process_ids()["engine"] for engine in engines)]
+        for victim in victims:
+            stack.callback(victim.close)
+        yield Trial(contender, victims, blow)
 
 
 def pool_losses(pool: Pool, say: Callable[[str], None]) -> list[LossRow]:
@@ -68,7 +70,9 @@ def pool_losses(pool: Pool, say: Callable[[str], None]) -> list[LossRow]:
             wait_until_answers(pool.contender)
             victims = [_victim(pool, number, lost) for number in range(len(pool.nodes))]
             ((figures, hit),) = run_trials([Trial(pool.contender, victims, blow)])
-            _end(victims[hit])
+            victims[hit].send(signal.SIGKILL)
+            for victim in victims:
+                victim.close()
             rows.append(LossRow(pool.contender.name, lost, blow.name, blow is FREEZE, figures))
             if lost == "node":
                 pool.start_again(hit)
@@ -77,11 +81,8 @@ def pool_losses(pool: Pool, say: Callable[[str], None]) -> list[LossRow]:
 
 def _victim(pool: Pool, number: int, lost: str) -> Victim:
     engine = pool.engine_of(number)
-    return Victim(engine, (engine,) if lost == "engine" else pool.nodes[number].family)
+    return _held(engine, (engine,) if lost == "engine" else pool.nodes[number].family)
 
 
-def _end(victim: Victim) -> None:
-    """Ends what was frozen."""
-    for process_id in victim.process_ids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process_id, signal.SIGKILL)
+def _held(engine: int, process_ids: Sequence[int]) -> Victim:
+    return Victim(engine, tuple(Handle(process_id) for process_id in process_ids))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from tests.benchmarks.answers import ended, tokens_of
 from tests.benchmarks.contenders import MODEL, Contender
 from tests.benchmarks.load import Load, prompt
 from tests.benchmarks.loss_traces import LossFigures, Trace, loss_figures
-from tests.benchmarks.processes import cpu_seconds
+from tests.benchmarks.processes import Handle, cpu_seconds
 from tests.benchmarks.turns import PACE_MS
 
 STREAM_COUNT: Final = 16
@@ -52,10 +51,18 @@ FREEZE: Final = Blow("SIGSTOP", signal.SIGSTOP, 5.0, 9.0)
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """What may be hit: the engine by whose work the busier one is known, and all that is hit with it."""
+    """What may be hit: the engine by whose work the busier one is known, and all processes that are hit with it."""
 
     engine: int
-    process_ids: tuple[int, ...]
+    processes: tuple[Handle, ...]
+
+    def send(self, signal_number: int) -> None:
+        for process in self.processes:
+            process.send(signal_number)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +96,7 @@ async def _run(trial: Trial) -> tuple[LossFigures, int]:
         spent = [(cpu_seconds(victim.engine) or 0.0) - earlier for victim, earlier in zip(victims, before, strict=True)]
         hit = spent.index(max(spent))
         lost_at = time.monotonic()
-        for process_id in victims[hit].process_ids:
-            os.kill(process_id, blow.signal_number)
+        victims[hit].send(blow.signal_number)
         probes: list[asyncio.Task[None]] = []
         while time.monotonic() < lost_at + blow.asking_seconds:
             probes.append(asyncio.create_task(ask.stream(PROBE_TOKEN_COUNT, 0.0, probe=True)))

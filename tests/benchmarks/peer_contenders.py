@@ -206,6 +206,24 @@ def _install_step(command: list[str]) -> None:
         raise PeerUnavailableError(f"cannot be installed: {last_lines}")
 
 
+_ENVIRONMENTS_OF: Final[Mapping[str, str]] = {
+    "sglang-router": "sglang_router",
+    "vllm-router": "vllm_router",
+    "smg": "smg",
+    "LiteLLM": "litellm",
+    "Ray Serve, HAProxy": "ray_serve",
+    "Ray Serve": "ray_serve",
+}
+
+
+def install(name: str) -> None:
+    """Makes what the peer needs, once; raises PeerUnavailableError. Starting does it as well, but then others already run."""
+    if name == "HAProxy":
+        haproxy_program()
+    elif name in _ENVIRONMENTS_OF:
+        peer_environment(_ENVIRONMENTS_OF[name])
+
+
 STARTS: Final[Mapping[str, Start]] = {
     "HAProxy": start_haproxy,
     "aiohttp relay": start_aiohttp_relay,

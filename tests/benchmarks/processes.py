@@ -164,8 +164,7 @@ class Child:
 
     def stop(self) -> None:
         """Ends the process and whatever it leaves behind."""
-        # A handle names one process for good; a number may soon be another's.
-        family = [handle for process_id in descendants(self.process_id) if (handle := _handle(process_id)) is not None]
+        family = [Handle(process_id) for process_id in descendants(self.process_id)]
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -177,16 +176,29 @@ class Child:
             if stream is not None:
                 stream.close()
         for handle in family:
+            handle.send(signal.SIGKILL)
+            handle.close()
+
+
+class Handle:
+    """Names one process for good; its number may soon be another's."""
+
+    def __init__(self, process_id: int) -> None:
+        try:
+            self._descriptor: int | None = os.pidfd_open(process_id)
+        except OSError:
+            self._descriptor = None
+
+    def send(self, signal_number: int) -> None:
+        """Does nothing to a process that is gone."""
+        if self._descriptor is not None:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-            os.close(handle)
+                signal.pidfd_send_signal(self._descriptor, signal_number)
 
-
-def _handle(process_id: int) -> int | None:
-    try:
-        return os.pidfd_open(process_id)
-    except OSError:
-        return None
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _end_with_parent() -> None:

@@ -30,7 +30,7 @@ from tests.benchmarks.loss_traces import LossRow
 from tests.benchmarks.loss_trials import peer_losses, pool_losses
 from tests.benchmarks.marks import ENGINE, OURS, Rounds
 from tests.benchmarks.outcome import Outcome, Standing, document
-from tests.benchmarks.peer_contenders import STARTS
+from tests.benchmarks.peer_contenders import STARTS, install
 from tests.benchmarks.plot import draw
 from tests.benchmarks.pool import Pool, start_pool
 from tests.benchmarks.processes import CpuReading, resident_bytes
@@ -89,6 +89,15 @@ class Benchmark:
             say(f"{name}: {error}")
         else:
             self.turns[name] = []
+
+    def prepare(self, name: str) -> bool:
+        """Whether all is there that a peer needs; installs it on the first run, and else notes it as absent."""
+        try:
+            install(name)
+        except PeerUnavailableError as error:
+            self.absent[name] = str(error)
+            say(f"{name}: {error}")
+        return name not in self.absent
 
     def _workloads_of(self, name: str) -> Mapping[str, Load]:
         return {key: load for key, load in self._workloads.items() if name != ENGINE or key in OF_THE_ENGINE}
@@ -175,10 +184,12 @@ def run_benchmark(plan: Plan, folder: Path) -> Outcome:
             pools.append(start_pool(folder, cores.relay, cores.home))
             return pools[0].contender
 
-        benchmark.add(ENGINE, lambda: start_engine(folder, cores.home))
-        engine_url = benchmark.contenders[ENGINE].url
-        for name in plan.peers:
-            benchmark.add(name, lambda name=name: STARTS[name](folder, [engine_url], cores.relay))
+        peers = [name for name in plan.peers if benchmark.prepare(name)]
+        if plan.round_count:
+            benchmark.add(ENGINE, lambda: start_engine(folder, cores.home))
+            engine_url = benchmark.contenders[ENGINE].url
+            for name in peers:
+                benchmark.add(name, lambda name=name: STARTS[name](folder, [engine_url], cores.relay))
         benchmark.add(OURS, start_ours)
         standings: dict[str, Standing] = {}
         if plan.round_count:
@@ -191,10 +202,10 @@ def run_benchmark(plan: Plan, folder: Path) -> Outcome:
         )
         losses: list[LossRow] = []
         if plan.with_losses:
-            for name in plan.peers:
+            for name in (ENGINE, *peers):
                 if name in benchmark.contenders:
                     benchmark.contenders.pop(name).stop()
-            losses = _losses([name for name in plan.peers if name not in benchmark.absent], pools[0], folder, cores)
+            losses = _losses([name for name in peers if name not in benchmark.absent], pools[0], folder, cores)
         return Outcome(
             rounds=rounds,
             standings=standings,
@@ -250,7 +261,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     peers = parser.add_mutually_exclusive_group()
     peers.add_argument("--peers", nargs="*", choices=tuple(STARTS), default=NEAR_PEERS, metavar="PEER", help=_PEERS_HELP)
     peers.add_argument("--all", action="store_true", help="every peer; about six minutes, and more where they are installed first")
-    parser.add_argument("--rounds", type=int, default=4, help="how often each is measured, 6 s each time (default: 4; 0: losses only)")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each is measured, 6 s each time (default: 2; 0: losses only)")
     parser.add_argument("--seed", type=int, help="of the order within the rounds (default: drawn, and printed)")
     parser.add_argument("--no-losses", action="store_true", help="kill and freeze nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figures, the versions and the seed there")
