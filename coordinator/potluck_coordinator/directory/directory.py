@@ -65,9 +65,14 @@ async def _board(store: Store) -> SnapshotBoard:
     return SnapshotBoard(await store.run(lambda work: work.state.advance(StateName.SNAPSHOT_VERSION)) * SNAPSHOT_VERSIONS_PER_START)
 
 
-async def _tell_operator(settings: Settings, accounts: Accounts, url: str) -> None:
+async def _tell_operator(settings: Settings, accounts: Accounts, authority: CertificateAuthority) -> None:
     api_key = await operator_key(accounts, known_operator_key(settings.operator_file))
-    write_operator_file(settings.operator_file, url, api_key)
+    write_operator_file(settings.operator_file, local_url(settings, certificate_hash(authority.ca_certificate_pem)), api_key)
+
+
+async def _offer(store: Store, settings: Settings) -> None:
+    own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
+    await offer(store, built_in_catalogue(), own)
 
 
 class Directory:
@@ -119,10 +124,8 @@ class Directory:
             term: of the run that this directory is started again for; None at a coordinator's start.
 
         Raises:
-            PotluckError: for a database, CA folder or catalogue that cannot be used, saying why; so also where another coordinator has the
-                database, or has begun on it since the run did.
+            PotluckError: for a database, CA folder or catalogue that cannot be used, saying why; also where another coordinator has it.
         """
-        own = read_catalogue(settings.catalogue_file) if settings.catalogue_file is not None else ()
         authority = CertificateAuthority.load_or_create(settings.certificate_authority_dir, clock.unix_ms())
         fingerprint_key = load_or_create_key(settings.fingerprint_key_file)
         store = Store(settings.database_url)
@@ -130,7 +133,7 @@ class Directory:
             store.migrate()
             term = store.begin_term(term)
             pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits)
-            await offer(store, built_in_catalogue(), own)
+            await _offer(store, settings)
             board = await _board(store)
             accounts = Accounts(
                 store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits, key_was_revoked=board.forget_keys
@@ -153,7 +156,7 @@ class Directory:
             await pool.load()
             await lethal.load()
             await nodes.refresh()
-            await _tell_operator(settings, accounts, local_url(settings, certificate_hash(authority.ca_certificate_pem)))
+            await _tell_operator(settings, accounts, authority)
         except BaseException:
             store.close()
             raise
