@@ -132,12 +132,11 @@ class Directory:
         try:
             store.migrate()
             term = store.begin_term(term)
-            pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits)
+            grant = settings.grant_micro_credits
+            pool_id = await found_pool(store, clock, secrets.token_bytes, grant_micro_credits=grant)
             await _offer(store, settings)
             board = await _board(store)
-            accounts = Accounts(
-                store, clock, secrets.token_bytes, grant_micro_credits=settings.grant_micro_credits, key_was_revoked=board.forget_keys
-            )
+            accounts = Accounts(store, clock, secrets.token_bytes, grant_micro_credits=grant, key_was_revoked=board.forget_keys)
             ledger = LedgerDesk(store, clock, fee_basis_points=settings.fee_basis_points)
             gateways = Gateways(store, board, clock, settings.gateways)
             nodes = Nodes(store, board, clock, settings.lease_ttl_ms / 1000)
