@@ -24,7 +24,7 @@ from potluck_node.replicas import Replicas
 from potluck_node.report import NodeReport
 from potluck_node.resting import Resting
 from potluck_node.settings import Settings
-from potluck_protocol.values import GoodbyeReason
+from potluck_protocol.values import EndReason, GoodbyeReason
 
 LEAVE_LINK_SECONDS: Final = 15.0
 """How long leaving waits for a link that is not up."""
@@ -126,7 +126,7 @@ class Agent:
             if link.done():
                 link.result()
         await self._until(lambda: not self._attempts.busy, self._settings.drain_seconds)
-        self._attempts.hand_back(ENDING)
+        self._attempts.end_running(EndReason.HANDED_BACK, ENDING)
         # Read only now: the owner's `leave` may have come during the wait.
         reason = self._wanted_end or GoodbyeReason.STOPPING
         heard = await self._link.say_goodbye(reason)

@@ -180,11 +180,11 @@ class Attempts:
         attempt.delivery.cancel()
         self._end(attempt, EndReason.CANCELLED)
 
-    def hand_back(self, detail: str) -> int:
-        """Ends all that run, behind what they have said so far, to be continued elsewhere; how many there were."""
-        running = [attempt for attempt in self._attempts.values() if attempt.start is not None]
+    def end_running(self, reason: EndReason, detail: str, replica_id: ReplicaId | None = None) -> int:
+        """Ends all that run, or those of one replica, behind what they have said so far, to be continued elsewhere; how many there were."""
+        running = [attempt for attempt in self._attempts.values() if attempt.start and replica_id in {None, attempt.replica_id}]
         for attempt in running:
-            self._end(attempt, EndReason.HANDED_BACK, detail)
+            self._end(attempt, reason, detail)
         return len(running)
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
@@ -263,6 +263,8 @@ class Attempts:
         state = self._node_state()
         if state is not NodeState.SERVING:
             return f"the node is {state}"
+        if replica_id in self.watches.frozen:
+            return "the replica's engine stands still"
         slot_count = next((status.slot_count for status in self._replicas.statuses() if status.replica_id == replica_id), 0)
         if self._slot_count_max is not None:
             slot_count = min(slot_count, self._slot_count_max)

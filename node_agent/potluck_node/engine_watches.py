@@ -46,6 +46,8 @@ class EngineWatches:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._watches: dict[ReplicaId, _Watch] = {}
+        self.frozen: set[ReplicaId] = set()
+        """Those whose engines stand still as a whole, as `frozen_engines` found."""
         self.solo = SoloAnswers(now)
         self._culprits = Culprits(now)
 
@@ -69,6 +71,13 @@ class EngineWatches:
             verdict = judge(streams, documents)
             yield replica_id, verdict, (streams if verdict is Verdict.HUNG else documents).silent_seconds
 
+    def silences(self) -> Iterator[tuple[ReplicaId, float]]:
+        """For how long somebody has waited in vain for a word of each engine, for whatever kind of answer; only where somebody waits."""
+        for replica_id, watch in tuple(self._watches.items()):
+            waited = [each.silent_seconds for each in (watch.streams.silence, watch.documents.silence) if each.listening_count]
+            if waited:
+                yield replica_id, min(waited)
+
     def heard(self, replica_id: ReplicaId) -> None:
         """The engine showed otherwise that it is at work."""
         watch = self._watches.get(replica_id)
@@ -84,6 +93,7 @@ class EngineWatches:
     def died(self, replica_id: ReplicaId, waiting: Iterable[StartAttempt], *, may_be_their_fault: bool) -> None:
         """The engine is gone; the next one of this replica is watched anew."""
         self.solo.forget(replica_id)
+        self.frozen.discard(replica_id)
         watch = self._watches.pop(replica_id, None)
         if watch is None or not may_be_their_fault:
             return

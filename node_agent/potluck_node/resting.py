@@ -21,7 +21,7 @@ from potluck_node.probe.engine_remains import remains_of
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.rest import RestCause
-from potluck_protocol.values import NodeState
+from potluck_protocol.values import EndReason, NodeState
 
 LOOK_SECONDS: Final = 0.05
 SLOW_SECONDS: Final = 20.0
@@ -146,7 +146,7 @@ class Resting:
         while self._attempts.busy and self._clock.monotonic_seconds() < deadline:  # noqa: ASYNC110 - many things end it, and none tells
             await asyncio.sleep(LOOK_SECONDS)
         children = await asyncio.to_thread(self._children)
-        handed_back_count = self._attempts.hand_back(HANDED_BACK)
+        handed_back_count = self._attempts.end_running(EndReason.HANDED_BACK, HANDED_BACK)
         self._replicas.set_paused(True)
         if self._stage is not Stage.FREEING:
             self._enter(Stage.FREEING)

@@ -2,7 +2,8 @@
 
 Decides when they are looked at, that time in which this process itself stood still is nobody's silence, though what was before it counts,
 and that a server which its owner runs is not judged here: he may keep it busy himself, and `attach_server` looks after it. `domain.silence`
-judges the others, `attempts` knows who waits, and whoever runs the engines ends them. It must not know HTTP or processes.
+judges the others, `attempts` knows who waits, and whoever runs the engines ends them; those that stand still as a whole `frozen_engines`
+finds sooner. It must not know HTTP or processes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import structlog
 from potluck_node.attempts import Attempts
 from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.domain.silence import SILENCE_SECONDS_MAX, Verdict
+from potluck_node.frozen_engines import FrozenEngines
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.values import EngineStatus, ReplicaId
 
-LOOK_SECONDS: Final = 0.5
+LOOK_SECONDS: Final = 0.25
 ABSENCE_SECONDS_MIN: Final = 2.0
 """A look that comes so late says that this process could not run: a closed lid, a debugger, a machine without memory."""
 
@@ -41,14 +43,17 @@ class Watchdog:
         self._clock = clock
         self._looked_at_seconds = clock.monotonic_seconds()
         self._questions: dict[ReplicaId, asyncio.Task[None]] = {}
+        self._frozen = FrozenEngines(attempts=attempts, replicas=replicas, clock=clock)
 
     async def run(self) -> None:
         """Works until cancelled."""
         try:
             while True:
                 self.look()
+                self._frozen.look()
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
+            self._frozen.stop()
             for question in self._questions.values():
                 question.cancel()
 

@@ -207,8 +207,9 @@ async def test_a_node_that_answers_while_this_process_stands_still_is_not_given_
     await pool.add("other")
     relay = pool.start(node)
     node.lively = False
-    await pool.wait(1.25)
+    await pool.wait(0.75)
     assert node.asked_count == 0
+    await pool.wait(0.25)
     await pool._live(node)
     assert node.asked_count == 1
     # Its answer lies unread, and so does whatever else it said.

@@ -157,7 +157,7 @@ def test_an_agent_that_stands_still_now_and_then_still_finds_a_silence():
     watchdog = Watchdog(attempts=SimpleNamespace(watches=watches), replicas=replicas, clock=clock)
     began_at_seconds = clock.now_seconds
     while not ended and clock.now_seconds < began_at_seconds + 60:
-        for _ in range(20):
+        for _ in range(round(10 / LOOK_SECONDS)):
             clock.now_seconds += LOOK_SECONDS
             watchdog.look()
         clock.now_seconds += ABSENCE_SECONDS_MIN + 0.1

@@ -27,14 +27,15 @@ FIRST_TOKEN_SEQUENCE: Final = 1
 """The chunk that holds the first token at the latest: engines name the role in one of its own. What comes before is the prompt's time."""
 
 GAP_FACTOR: Final = 3.0
-GAP_SECONDS_MIN: Final = 1.0
+GAP_SECONDS_MIN: Final = 0.7
 GAP_SECONDS_MAX: Final = 2.0
 """So long without a token, or three times what is rare within these bounds, and the node is asked: whatever its tokens' pace, it owes a
 heartbeat every second."""
 GAP_UNKNOWN_SECONDS: Final = 0.5
 """What counts as rare of a replica that has not shown it."""
-ANSWER_SECONDS: Final = 1.0
-"""How long a node may take to say something once it was asked."""
+ANSWER_SECONDS: Final = 0.9
+"""How long a node may take to say something once it was asked, beyond what its line takes there and back. With the least patience, and a
+look that comes a quarter of a second late, a machine that stands still is given up within two seconds."""
 QUIET_BEATS: Final = 1.5
 """Of the period in which a busy node beats: after so long it is asked, where no token is due."""
 HUNG_FACTOR: Final = 10.0
@@ -75,6 +76,8 @@ class Quiet:
     begun: bool
     """The first token has come."""
     gap_p99_seconds: float | None
+    round_trip_seconds: float
+    """Of its line, as the node measured it; 0: it has not."""
     prefill_seconds: float
     """What the prompts before their first token at this engine may take, this attempt's own among them."""
 
@@ -87,10 +90,10 @@ def judge(quiet: Quiet, beat_seconds: float) -> Stall:
     patience_seconds = token_seconds if awaits_token else QUIET_BEATS * beat_seconds
     if quiet.attempt_seconds < patience_seconds:
         return Stall.NONE
-    if quiet.node_seconds >= beat_seconds:
+    if quiet.node_seconds >= (min(beat_seconds, GAP_SECONDS_MIN) if awaits_token else beat_seconds):
         if quiet.asked_seconds is None:
             return Stall.ASK if awaits_token or quiet.node_seconds >= patience_seconds else Stall.NONE
-        return Stall.NODE if quiet.asked_seconds >= ANSWER_SECONDS else Stall.NONE
+        return Stall.NODE if quiet.asked_seconds >= ANSWER_SECONDS + quiet.round_trip_seconds else Stall.NONE
     if not quiet.streams:
         # It may be long; `requests` bounds it, and its node watches its engine.
         return Stall.NONE

@@ -7,6 +7,7 @@ nobody's silence. It must not know how sessions end or requests are placed: `lin
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +48,8 @@ ABSENCE_SECONDS_MIN: Final = 2.0
 """A look that comes so late says that this process could not run."""
 ATTEMPT_ABSENCE_SECONDS_MIN: Final = 0.5
 """The same, for the shorter times that are counted for attempts."""
+TIMER_SECONDS: Final = 0.002
+"""By so much a loop's timers may come early."""
 HEARD_SECONDS: Final = 3.0
 """While in doubt: whoever was heard within this time is surely there; everybody else was asked."""
 
@@ -68,6 +71,7 @@ class Judging:
         elsewhere: what replicas of other nodes than these could do for a request.
         suspicions: hears of each attempt that is given up.
         changed: called with each node that placement is to see otherwise.
+        look: called for a look in between, when what a node was asked for is overdue: its clients wait.
     """
 
     def __init__(
@@ -76,7 +80,11 @@ class Judging:
         elsewhere: Callable[[InferenceRequest, frozenset[NodeId]], Elsewhere],
         suspicions: Suspicions,
         changed: Callable[[NodeId], None],
+        look: Callable[[], None],
     ) -> None:
+        self._look_now = look
+        self._look_at_seconds: float | None = None
+        """When the next look in between is due."""
         self._limits = limits
         self._elsewhere = elsewhere
         self._suspicions = suspicions
@@ -207,10 +215,18 @@ class Judging:
         match stall.judge(session.quiet(attempt_id, now), self._limits.heartbeat_busy_seconds):
             case Stall.ASK:
                 session.ask_for_beat(now)
+                self._look_in(stall.ANSWER_SECONDS + session.round_trip_seconds, now)
             case Stall.NODE if self._can_go(session, attempt_id).can_take:
                 self._give_up(session, attempt_id, relay, "The node that was answering fell silent.")
             case Stall.ENGINE if self._can_go(session, attempt_id).has_room:
                 self._give_up(session, attempt_id, relay, "The engine that was answering gave no more tokens.")
+
+    def _look_in(self, seconds: float, now: float) -> None:
+        """One at a time, and of two the sooner: whoever is asked together is looked at together."""
+        at = now + seconds
+        if self._look_at_seconds is None or not now < self._look_at_seconds <= at:
+            self._look_at_seconds = at
+            asyncio.get_running_loop().call_later(seconds + TIMER_SECONDS, self._look_now)
 
     def _is_past_hope(self, session: NodeSession, relay: Relay, now: float) -> bool:
         """Whether nothing can come of it any more, whether or not it could go on elsewhere. In doubt until the node fences itself."""

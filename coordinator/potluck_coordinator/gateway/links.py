@@ -91,7 +91,7 @@ class Links:
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
         self.suspicions = Suspicions(clock.monotonic_seconds)
-        self._judging = Judging(limits, self._elsewhere, self.suspicions, self.node_changed)
+        self._judging = Judging(limits, self._elsewhere, self.suspicions, self.node_changed, self.tick)
         self._reporting = Reporting(directory, limits.lease_ttl_seconds)
         self.leases = Leases(limits)
         self._probing = Probing(self.suspicions, self.node_changed, self.finish, clock.monotonic_seconds)

@@ -300,6 +300,7 @@ class NodeSession:
             streams=start.stream,
             begun=relay.next_sequence > FIRST_TOKEN_SEQUENCE,
             gap_p99_seconds=gap_p99_seconds(self._gap_counts[start.replica_id]),
+            round_trip_seconds=self.round_trip_seconds,
             prefill_seconds=prefill_seconds(waiting, status.prefill_tokens_per_second if status is not None else None),
         )
 

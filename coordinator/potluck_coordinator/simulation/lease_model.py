@@ -170,6 +170,7 @@ class Watch:
                 streams=True,
                 begun=attempt.first_token_at is not None,
                 gap_p99_seconds=None,
+                round_trip_seconds=0.0,
                 prefill_seconds=prefill_seconds(unread, None),
             )
             match judge(quiet, self._limits.heartbeat_busy_seconds):
