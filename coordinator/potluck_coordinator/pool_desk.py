@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from potluck_coordinator.domain.gate_counts import GateCounts
+from potluck_coordinator.domain.gate_counts import GateCounts, OthersCounts
 
 if TYPE_CHECKING:
     from potluck_coordinator.desks import PoolSnapshot
@@ -75,8 +75,11 @@ class PoolDesk(Protocol):
         """What other gateways told since that version, as soon as there is something, or nothing after 20 s."""
         ...
 
-    async def note_counts(self, counts: GateCounts) -> None:
-        """Adds to what the books have of hours and days; told twice it counts twice."""
+    async def note_counts(self, counts: GateCounts, known_version: int, *, gateway_epoch: int) -> OthersCounts:
+        """Adds to what the books have of hours and days, and tells what other gateways counted; told twice it counts twice.
+
+        known_version is that of the last answer, 0 for none.
+        """
         ...
 
     async def watch(self, known_version: int) -> PoolSnapshot:

@@ -145,10 +145,10 @@ async def test_the_day_knows_what_an_answer_came_to_so_far_should_this_gateway_d
         key, told = Asking(pool, tokens_per_day=5_000), NO_USE
         real = pool.coordinator.directory.pool.note_counts
 
-        async def note(counts) -> None:
+        async def note(counts, known_version, *, gateway_epoch):
             nonlocal told
             told = sum(counts.key_days.values(), told)
-            await real(counts)
+            return await real(counts, known_version, gateway_epoch=gateway_epoch)
 
         monkeypatch.setattr(pool.coordinator.directory.pool, "note_counts", note)
         asking = key.ask(max_tokens=300)

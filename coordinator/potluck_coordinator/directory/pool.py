@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from potluck_coordinator.directory.shared_counts import SharedCounts
 from potluck_coordinator.directory.view_board import ViewBoard
-from potluck_coordinator.domain.gate_counts import GateCounts
-from potluck_coordinator.domain.quotas import DAY_MS
 from potluck_coordinator.pool_desk import GatewayGrant
 
 if TYPE_CHECKING:
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     from potluck_coordinator.directory.gateways import Gateways
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
+    from potluck_coordinator.domain.gate_counts import GateCounts, OthersCounts
     from potluck_coordinator.pool_view import GatewayView, PoolView
     from potluck_coordinator.storage.store import Store
-    from potluck_coordinator.storage.unit_of_work import UnitOfWork
     from potluck_protocol.clock import Clock
 
 _log = structlog.get_logger()
@@ -42,7 +41,7 @@ class Pool:
         ledger: settles what an earlier gateway left open.
         nodes: hears that there is a new gateway.
         fingerprint_key: what gateways hash requests with that engines die of.
-        clock: for the certificate's dates, and which day it is.
+        clock: for the certificates' dates, and which day it is.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Pool:
         clock: Clock,
     ) -> None:
         self._pool_id = pool_id
-        self._store = store
         self._board = board
         self._authority = authority
         self._gateways = gateways
@@ -67,6 +65,7 @@ class Pool:
         self._nodes = nodes
         self._fingerprint_key = fingerprint_key
         self._clock = clock
+        self._counts = SharedCounts(store, clock)
         self._views = ViewBoard(clock.unix_ms(), lambda: gateways.epochs)
 
     async def load(self) -> None:
@@ -82,9 +81,7 @@ class Pool:
         _log.info("gateway_registered", number=number, epoch=epoch, orphaned_holds_settled=settled_count)
         server = self._authority.issue_server_certificate(self._clock.unix_ms())
         peer = self._authority.issue_gateway_certificate(epoch, self._clock.unix_ms())
-        day = self._clock.unix_ms() // DAY_MS
-        counts = await self._store.run(lambda work: GateCounts(work.promise.hours(), work.key_days.of(day)))
-        return GatewayGrant(epoch, self._pool_id, server, peer, self._fingerprint_key, counts)
+        return GatewayGrant(epoch, self._pool_id, server, peer, self._fingerprint_key, await self._counts.load())
 
     async def announce_gateway(self, epoch: int, peer_address: str, link_address: str) -> None:
         """As `PoolDesk.announce_gateway`."""
@@ -98,16 +95,9 @@ class Pool:
         """As `PoolDesk.follow_view`."""
         return await self._views.follow(epoch, known_version)
 
-    async def note_counts(self, counts: GateCounts) -> None:
+    async def note_counts(self, counts: GateCounts, known_version: int, *, gateway_epoch: int) -> OthersCounts:
         """As `PoolDesk.note_counts`."""
-
-        def note(work: UnitOfWork) -> None:
-            for hour, count in counts.promise_hours.items():
-                work.promise.add(hour, count)
-            for (key_prefix, day), used in counts.key_days.items():
-                work.key_days.add(key_prefix, day, used)
-
-        await self._store.run(note)
+        return await self._counts.note(counts, known_version, gateway_epoch, self._gateways.epochs)
 
     async def watch(self, known_version: int) -> PoolSnapshot:
         """As `PoolDesk.watch`."""

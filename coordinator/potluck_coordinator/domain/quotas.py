@@ -173,6 +173,11 @@ def remembered(day: int, used: KeyDay) -> KeyUse:
     return KeyUse(day, used.request_count, used.token_count, used.spend_micro_credits)
 
 
+def with_total(use: KeyUse, used: KeyDay) -> KeyUse:
+    """The same with so much used today in all; what is under way stays."""
+    return replace(use, request_count=used.request_count, token_count=used.token_count, spend_micro_credits=used.spend_micro_credits)
+
+
 def more_used(before: KeyUse, after: KeyUse) -> KeyDay:
     """What came between two moments of one day."""
     return KeyDay(

@@ -2,7 +2,8 @@
 
 Decides nothing of its own: which tier a request gets, and the promise, are `domain.tiers`, its key's day is `domain.quotas`, its account's
 hour `rate_windows`. Accounts' hours are this process's: one that starts anew begins with none. The promise and the keys' days are in
-the books, which are told every second. It must not know queues or nodes.
+the books, which are told every second; where there are several gateways, each is told as often what the others let in. It must not know
+queues or nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from limits import RateLimitItem
 from potluck_coordinator.domain import quotas as key_quotas
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.fairness import weight_of
-from potluck_coordinator.domain.gate_counts import GateCounts
+from potluck_coordinator.domain.gate_counts import NOTHING_UNDER_WAY, GateCounts, under_way, with_more
 from potluck_coordinator.domain.pricing import most_tokens
 from potluck_coordinator.domain.quotas import NO_USE, KeyDay, KeyUse
 from potluck_coordinator.domain.tiers import NONE, RESERVE_PERCENT, Compliance, PromiseCount, PromiseRecord, choose, is_kept
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
     from potluck_coordinator.desks import KeyIdentity
     from potluck_coordinator.domain.catalogue import CatalogueEntry
     from potluck_coordinator.domain.forecast import Work
+    from potluck_coordinator.domain.gate_counts import OthersCounts, UnderWay
     from potluck_coordinator.domain.quotas import Claim
     from potluck_coordinator.gateway.expectations import Expectations
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import KeyPrefix, ModelId, Usage
+    from potluck_protocol.values import AccountId, KeyPrefix, ModelId, Usage
 
 KEYS_MAX: Final = 10_000
 """With quotas, whose use is remembered; of those with nothing under way that goes first which asked longest ago."""
@@ -54,6 +56,8 @@ class TierLimits:
     """Of a model's room, what flex leaves to the default tier."""
     first_token_seconds: float = 5.0
     """What the default tier promises."""
+    is_shared: bool = False
+    """Other gateways let requests in, too."""
 
 
 def caller_of(identity: KeyIdentity) -> Caller:
@@ -133,6 +137,7 @@ class Visit:
         self._over = True
         if self._counted_at is not None:
             self._gate.windows.take_back(self.request.account_id, self._counted_at)
+            self._gate.tell_requests(self.request.account_id, -1)
         set_aside = key_quotas.set_aside(self._claim, self._marked)
         self._gate.use(self.request, lambda use: key_quotas.taken_back(use, *set_aside))
 
@@ -167,6 +172,11 @@ class Gate:
         self._record = PromiseRecord()
         self._untold_hours: dict[int, PromiseCount] = {}
         self._untold_days: dict[tuple[KeyPrefix, int], KeyDay] = {}
+        self._untold_requests: dict[AccountId, int] = {}
+        self._untold_under_way: dict[KeyPrefix, UnderWay] = {}
+        self._elsewhere: dict[KeyPrefix, UnderWay] = {}
+        """What keys have under way at other gateways."""
+        self._others_version = 0
 
     def enter(self, request: InferenceRequest, entry: CatalogueEntry) -> Visit:
         """Lets a request in, with its tier and its work.
@@ -181,7 +191,10 @@ class Gate:
         work = self._expectations.work(request)
         claim = _claim_of(request, entry, work)
         self._check_quotas(request, claim)
-        counted_at = self.windows.count(request.account_id) if choice.counts else None
+        counted_at = None
+        if choice.counts:
+            counted_at = self.windows.count(request.account_id)
+            self.tell_requests(request.account_id, 1)
         self.use(request, lambda use: key_quotas.begun(use, claim.tokens_max, claim.micro_credits_max))
         return Visit(self, replace(request, tier=choice.tier, work=work), work, claim, counted_at)
 
@@ -193,6 +206,8 @@ class Gate:
         before = key_quotas.today(self._uses.pop(key_prefix, KeyUse()), self._clock.unix_ms())
         after = self._uses[key_prefix] = change(before)
         self._tell_day((key_prefix, after.day), key_quotas.more_used(before, after))
+        if self.limits.is_shared:
+            self._untold_under_way[key_prefix] = under_way(after)
         if len(self._uses) > KEYS_MAX:
             idle = next((key for key, use in self._uses.items() if not use.running_count), None)
             if idle is not None:
@@ -222,9 +237,32 @@ class Gate:
 
     def take_untold(self) -> GateCounts:
         """What the books do not have yet; told once."""
-        untold = GateCounts(self._untold_hours, self._untold_days)
-        self._untold_hours, self._untold_days = {}, {}
+        untold = GateCounts(self._untold_hours, self._untold_days, self._untold_requests, self._untold_under_way)
+        self._untold_hours, self._untold_days, self._untold_requests, self._untold_under_way = {}, {}, {}, {}
         return untold
+
+    @property
+    def others_version(self) -> int:
+        """Of what was heard of other gateways."""
+        return self._others_version
+
+    def learn(self, others: OthersCounts) -> None:
+        """What other gateways counted. Days are the books' sums: what of this one's the books do not have yet is added."""
+        self._others_version = others.version
+        today = self._clock.unix_ms() // key_quotas.DAY_MS
+        for (key_prefix, day), total in others.key_days.items():
+            if day == today and (key_prefix in self._uses or len(self._uses) < KEYS_MAX):
+                known = key_quotas.today(self._uses.get(key_prefix, KeyUse()), self._clock.unix_ms())
+                self._uses[key_prefix] = key_quotas.with_total(known, total + self._untold_days.get((key_prefix, day), NO_USE))
+        for account_id, count in others.account_requests.items():
+            self.windows.count_elsewhere(account_id, count)
+        self._elsewhere |= others.under_way
+        self._elsewhere = {key: elsewhere for key, elsewhere in self._elsewhere.items() if elsewhere != NOTHING_UNDER_WAY}
+
+    def tell_requests(self, account_id: AccountId, count: int) -> None:
+        """So many more of an account's were let in, or fewer."""
+        if self.limits.is_shared:
+            self._untold_requests[account_id] = self._untold_requests.get(account_id, 0) + count
 
     def put_back(self, untold: GateCounts) -> None:
         """The books could not be told."""
@@ -232,6 +270,9 @@ class Gate:
             self._tell_hour(hour, count)
         for key_day, used in untold.key_days.items():
             self._tell_day(key_day, used)
+        for account_id, request_count in untold.account_requests.items():
+            self.tell_requests(account_id, request_count)
+        self._untold_under_way = {**untold.under_way, **self._untold_under_way}
 
     def _tell_hour(self, hour: int, count: PromiseCount) -> None:
         self._untold_hours[hour] = self._untold_hours.get(hour, NONE) + count
@@ -247,7 +288,8 @@ class Gate:
     def _check_quotas(self, request: InferenceRequest, claim: Claim) -> None:
         caller, now_ms = request.caller, self._clock.unix_ms()
         use = key_quotas.today(self._uses.get(caller.key_prefix, KeyUse()), now_ms)
-        refusal = key_quotas.refusal(caller.quotas, use, claim, now_ms)
+        elsewhere = self._elsewhere.get(caller.key_prefix, NOTHING_UNDER_WAY)
+        refusal = key_quotas.refusal(caller.quotas, with_more(use, elsewhere), claim, now_ms)
         if refusal is None:
             return
         if refusal.retry_after_seconds is None:

@@ -78,6 +78,19 @@ def liveness_limits(settings: Settings) -> LivenessLimits:
     )
 
 
+def request_limits(settings: Settings) -> RequestLimits:
+    """What requests are let in by, as the operator set it."""
+    return RequestLimits(
+        AdmissionLimits(settings.queue_length_max, settings.queue_deadline_seconds),
+        TierLimits(
+            rate_limit(settings.default_tier_rate),
+            settings.default_tier_reserve_percent,
+            settings.default_tier_first_token_seconds,
+            is_shared=settings.gateways > 1,
+        ),
+    )
+
+
 def link_address(settings: Settings, machine: str, port: int) -> str:
     """Where nodes reach a gateway on a machine of the cluster; without a host where that is whatever host a node knows the pool by."""
     host = settings.public_hosts.get(machine, machine)
@@ -124,6 +137,7 @@ class Gateway:
         self._links.measures.token_seconds_max = settings.answer_token_seconds_max
         self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
         self._keys = KeyCache(directory.accounts.authenticate, lambda: self._snapshot.key_generation, clock)
+        self._epoch = 0
         self._peers: Peers | None = None
         self._requests: RequestService | None = None
         self._keyed: KeyedRequests | None = None
@@ -141,6 +155,7 @@ class Gateway:
     async def start(self) -> Endpoints:
         """Registers with the directory, learns the pool, and serves. Raises PotluckError if the directory is away or a port is taken."""
         grant = await self._directory.pool.register_gateway(self._number)
+        self._epoch = grant.epoch
         self._links.registered(grant.epoch, grant.fingerprint_key)
         peers = self._peers = Peers(grant.epoch, grant.peer, self._links, self._clock, self._serve_queues)
         self._take(await self._directory.pool.watch(0))
@@ -154,14 +169,7 @@ class Gateway:
             links=self._links,
             books=books,
             catalogue=lambda: self._snapshot.models,
-            limits=RequestLimits(
-                AdmissionLimits(self._settings.queue_length_max, self._settings.queue_deadline_seconds),
-                TierLimits(
-                    rate_limit(self._settings.default_tier_rate),
-                    self._settings.default_tier_reserve_percent,
-                    self._settings.default_tier_first_token_seconds,
-                ),
-            ),
+            limits=request_limits(self._settings),
             clock=self._clock,
             draw=random.random,
             flex_models=lambda: self._snapshot.flex_models,
@@ -315,14 +323,18 @@ class Gateway:
         await self._note_counts()
 
     async def _note_counts(self) -> None:
-        """Hands what the gate has counted to the books; what they do not take is told again."""
+        """Hands what the gate has counted to the books and to other gateways', and hears theirs; what is not taken is told again."""
         gate = self.requests.gate
-        if untold := gate.take_untold():
-            try:
-                await self._directory.pool.note_counts(untold)
-            except PotluckError:
-                gate.put_back(untold)
-                raise
+        untold = gate.take_untold()
+        if not untold and not gate.limits.is_shared:
+            return
+        try:
+            others = await self._directory.pool.note_counts(untold, gate.others_version, gateway_epoch=self._epoch)
+        except PotluckError:
+            gate.put_back(untold)
+            raise
+        if gate.limits.is_shared:
+            gate.learn(others)
 
 
 async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

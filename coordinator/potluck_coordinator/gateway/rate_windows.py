@@ -1,5 +1,7 @@
 """The default tier's requests of each account within the operator's window, such as an hour, by the `limits` library's moving window.
 
+Those that other gateways let in are counted as soon as this one is told of them.
+
 Decides how many accounts are counted, and what of a refused request is taken back. What a window is and whether it has room, `limits` says;
 its own storage in memory starts threads and forgets nothing early, so that this one keeps the moments of each account. A gateway that
 starts anew has forgotten them. It must not know tiers or headers.
@@ -76,6 +78,13 @@ class _Moments(Storage, MovingWindowSupport):
         """When the last one was made."""
         moments = self._moments.get(key)
         return moments[-1] if moments else -math.inf
+
+    def add(self, key: str, count: int) -> None:
+        """So many requests more, or fewer, that were made elsewhere: now, as far as this one knows, and whatever the limit is."""
+        moments = self._moments.setdefault(key, deque())
+        moments.extend([self._now_seconds()] * count)
+        for _ in range(min(-count, len(moments))):
+            moments.pop()
 
     def take_back(self, key: str, moment: float) -> None:
         """The one that was made then was none after all, if it is still counted."""
@@ -162,6 +171,10 @@ class RateWindows:
     def take_back(self, account_id: AccountId, moment: float) -> None:
         """The request that was counted then got no answer, by no fault of its own. One that has left the window takes no other with it."""
         self._moments.take_back(self._limit.key_for(account_id), moment)
+
+    def count_elsewhere(self, account_id: AccountId, count: int) -> None:
+        """Other gateways let so many in; less than none, where they took some back."""
+        self._moments.add(self._limit.key_for(account_id), count)
 
     def allowance(self, account_id: AccountId) -> Allowance:
         """What the account has left."""

@@ -32,6 +32,11 @@ class KeyDayRepository:
         self._session.add(row)
         self._session.flush()
 
+    def get(self, key_prefix: KeyPrefix, day: int) -> KeyDay:
+        """A key's use of that day, so far."""
+        row = self._session.get(KeyDayRow, (key_prefix, day))
+        return KeyDay() if row is None else KeyDay(row.request_count, row.token_count, row.spend)
+
     def of(self, day: int) -> Mapping[tuple[KeyPrefix, int], KeyDay]:
         """Every key's use of that day."""
         rows = self._session.exec(select(KeyDayRow).where(col(KeyDayRow.day) == day))
