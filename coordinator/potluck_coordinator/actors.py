@@ -162,6 +162,14 @@ class GatewayActor(_Actor):
         if self._gateway is not None:
             await self._gateway.stop()
 
+    async def drain(self, seconds_max: float) -> int:
+        """As `Gateway.drain`; nothing is left where it has not begun to serve."""
+        return 0 if self._gateway is None or (await self.ready()) is not None else await self._gateway.drain(seconds_max)
+
+    async def load(self) -> tuple[int, int]:
+        """As `Gateway.load`."""
+        return (0, 0) if self._gateway is None or (await self.ready()) is not None else self._gateway.load
+
     async def _serve(self) -> None:
         from potluck_coordinator.gateway.gateway import Gateway  # noqa: PLC0415 - only this process needs servers
 

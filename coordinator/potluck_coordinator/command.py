@@ -103,6 +103,27 @@ def serve(
 
 
 @app.command()
+def restart(
+    drain_seconds: Annotated[float, _option("How long a gateway waits for its answers; what is left then is broken off. [300]")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each step.")] = False,
+    data_dir: DataDir = None,
+    settings_file: SettingsFile = None,
+) -> None:
+    """Start the gateways of the coordinator on this machine anew, one after another, without breaking an answer off.
+
+    Each takes nothing new, lets its answers end and its nodes go to the others, stops, and serves again before the next one begins. A
+    single gateway does the same, and nobody is served while it starts. The directory goes on; stop the coordinator to upgrade it.
+    """
+    from potluck_coordinator.restart_command import restart as steps  # noqa: PLC0415
+
+    try:
+        for line in steps(load_settings({"data_dir": data_dir}, settings_file), drain_seconds, as_json=as_json):
+            typer.echo(line)
+    except PotluckError as error:
+        _fail(error, EXIT_FAILED)
+
+
+@app.command()
 def refused(
     lift: Annotated[str | None, _option("Refuse a request no longer: its number, or all; all forgets suspects, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

@@ -1,6 +1,6 @@
 """Ray, in the one place that imports it: where the coordinator's actors live.
 
-Decides how Ray is started (on loopback, with a token, without a dashboard) or joined, that the directory runs on this machine, where the
+Decides how Ray is started (as `ray_environment` has it, without a dashboard) or joined, that the directory runs on this machine, where the
 books are, and the gateways on all machines in turn, that they come back when their process or machine dies, and when so much is away that
 only a new coordinator helps. It must not know what `actors` do: it only gives each its way to the others (`Reach`).
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import secrets
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ import structlog
 
 from potluck_coordinator.actors import DirectoryActor, GatewayActor
 from potluck_coordinator.desk_socket import Ask, DeskClient, DirectoryLostError
+from potluck_coordinator.ray_environment import check_host, private_ray, ray_environment
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import SystemClock
-from potluck_protocol.connection import is_loopback_host
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 NAMESPACE: Final = "potluck"
@@ -36,6 +36,7 @@ CALLS_MAX: Final = 1000
 """Of one actor at a time: each gateway of another machine always waits for the directory's next snapshot."""
 CANCEL_CHECK_SECONDS: Final = 0.25
 CHECK_SECONDS_MAX: Final = 1.0
+RESTART_PAUSE_SECONDS: Final = 2.0
 ABSENCE_SECONDS_MAX: Final = 30.0
 """An actor that does not answer for so long is not coming back, for Ray itself has failed or the process hangs."""
 GATEWAY_STOP_SECONDS_MAX: Final = 5.0
@@ -44,6 +45,18 @@ OBJECT_STORE_BYTES: Final = 80 * 1024 * 1024
 """Ray refuses less than 75 MiB. Nothing of ours goes through it."""
 
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class RestartStep:
+    """How far a restart has come."""
+
+    gateway: int
+    state: str
+    """ "draining", "starting" or "serving"."""
+    answer_count: int = 0
+    """Under way; once it is starting, those that were broken off."""
+    node_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class RayRuntime:
             PotluckError: COORDINATOR_UNAVAILABLE if Ray or the named cluster does not come up, INVALID_REQUEST for a host that not every
                 machine has; else whatever kept an actor from serving.
         """
-        os.environ.update(_ray_environment(self._settings))
+        os.environ.update(ray_environment(self._settings))
         import ray  # noqa: PLC0415 - reads its environment when it is imported
 
         try:
@@ -131,7 +144,7 @@ class RayRuntime:
         here = ray.get_runtime_context().get_node_id()
         alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         self._machines = [here, *sorted(alive.keys() - {here})]
-        _check_host(self._settings, len(self._machines))
+        check_host(self._settings, len(self._machines))
         desk_socket = self._run_dir / "desks"
         self._reach = _Reach(here, alive[here], len(self._machines) > 1, desk_socket, self._log_pipe)
         made = self._made(DirectoryActor, DIRECTORY, here, soft=False)
@@ -170,6 +183,43 @@ class RayRuntime:
             if isinstance(failure, ray.exceptions.ActorDiedError):
                 _log.error("gateway_made_anew", actor=name)
                 self._make_gateway(int(name.removeprefix(GATEWAY)))
+
+    def restart_gateways(self, drain_seconds_max: float) -> Iterator[RestartStep]:
+        """One after another: each lets its answers end, stops, is started again, and serves before the next one begins.
+
+        Raises:
+            PotluckError: COORDINATOR_UNAVAILABLE for one that does not come back; those after it are left alone.
+        """
+        import ray  # noqa: PLC0415
+
+        for number in range(self._settings.gateways):
+            name = f"{GATEWAY}{number}"
+            actor = self._actors[name]
+            drained = actor.drain.remote(drain_seconds_max)
+            while not ray.wait([drained], timeout=CHECK_SECONDS_MAX)[0]:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    yield RestartStep(number, "draining", *ray.get(actor.load.remote(), timeout=CHECK_SECONDS_MAX))
+            left_count = 0
+            with contextlib.suppress(ray.exceptions.RayError):  # it died meanwhile, and comes back anyway
+                left_count = ray.get(drained)
+                ray.get(actor.stop.remote(), timeout=GATEWAY_STOP_SECONDS_MAX)
+                ray.kill(actor, no_restart=False)
+            yield RestartStep(number, "starting", left_count)
+            self._wait_back(name)
+            yield RestartStep(number, "serving")
+            # The others are told of it, and link to it, before they send it their nodes.
+            time.sleep(RESTART_PAUSE_SECONDS)
+
+    def _wait_back(self, name: str) -> None:
+        import ray  # noqa: PLC0415
+
+        give_up_at = self._clock.monotonic_seconds() + ABSENCE_SECONDS_MAX
+        while self._clock.monotonic_seconds() < give_up_at:
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(self._actors[name].ready.remote(), timeout=CHECK_SECONDS_MAX) is None:
+                    return
+            time.sleep(CANCEL_CHECK_SECONDS)
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"{name} did not come back within {ABSENCE_SECONDS_MAX:.0f} s.")
 
     def stop(self) -> None:
         """Gateways first, so that nodes hear a goodbye and holds are settled; then the directory; then Ray. Bounded, never raises."""
@@ -242,50 +292,6 @@ class RayRuntime:
         }
 
 
-def _check_host(settings: Settings, machine_count: int) -> None:
-    if min(machine_count, settings.gateways) > 1 and is_loopback_host(settings.host):
-        raise PotluckError(
-            ErrorCode.INVALID_REQUEST,
-            f"The cluster has {machine_count} machines, and gateways on the others cannot be reached at {settings.host}: give "
-            "--host 0.0.0.0, or this machine's own address in the cluster, for which every gateway takes that of its machine.",
-        )
-
-
-def _ray_environment(settings: Settings) -> Mapping[str, str]:
-    """What Ray must find in its environment before it is imported; a cluster joined by address has its own."""
-    if settings.ray_address is not None:
-        return {}
-    return _private_ray(settings.ray_token_file)
-
-
-def _private_ray(token_file: Path) -> Mapping[str, str]:
-    """Of a Ray of our own on this machine."""
-    return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(_token_file(token_file)),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's word for "this machine only": its address becomes 127.0.0.1, which `_node_ip_address` would not do.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Any free port; the fixed default would collide with another coordinator's.
-        "AUTOSCALER_METRIC_PORT": "0",
-        # Ray's workers give way to everything else on the machine (niceness 15), and for these two everything else waits.
-        "RAY_worker_niceness": "0",
-        # Ray's own out-of-memory killer would pick the gateway when something else fills the machine.
-        "RAY_memory_monitor_refresh_ms": "0",
-    }
-
-
-def _token_file(path: Path) -> Path:
-    """The file with Ray's token, 0600, made once."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return path
-
-
 def _away_text(name: str, failure: Exception) -> str:
     reason = f" What it says: {failure.message}" if isinstance(failure, PotluckError) else ""
     return f"The coordinator's {name} has been away for too long.{reason}"
@@ -304,7 +310,7 @@ def spread(function: Callable[[Any], Any], inputs: Sequence[Any], address: str |
     """
     with tempfile.TemporaryDirectory(prefix="potluck-simulate-") as folder, _interrupts_in_turn() as interrupt:
         if address is None:
-            os.environ.update(_private_ray(Path(folder) / "token"))
+            os.environ.update(private_ray(Path(folder) / "token"))
         import ray  # noqa: PLC0415 - reads its environment when it is imported
 
         local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": f"{folder}/r"}

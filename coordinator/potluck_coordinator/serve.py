@@ -18,14 +18,16 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
+from potluck_coordinator.control import Control
 from potluck_coordinator.data_folder import locked, unusable
 from potluck_coordinator.listening import PREDECESSOR_SECONDS_MAX, RETRY_SECONDS, bind
 from potluck_coordinator.ray_runtime import RayRuntime
@@ -75,8 +77,8 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
                 runtime = RayRuntime(settings, run_dir, log_pipe)
                 try:
                     _start(runtime)
-                    with _stop_signal() as stopped_within:
-                        _write_endpoints(settings)
+                    with _stop_signal() as stopped_within, _controlled(runtime, run_dir / "control"):
+                        _write_endpoints(settings, run_dir / "control")
                         on_ready(settings)
                         while not stopped_within(CHECK_PAUSE_SECONDS):
                             runtime.check()
@@ -153,10 +155,27 @@ def _ignore(numbers: Iterable[signal.Signals]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _write_endpoints(settings: Settings) -> None:
+def _write_endpoints(settings: Settings, control: Path) -> None:
     """Whole or not at all: whoever sees the file may connect."""
-    endpoints = {"http": settings.http_port, "grpc": settings.grpc_port, "link": settings.link_port, "pid": os.getpid()}
+    ports = {"http": settings.http_port, "grpc": settings.grpc_port, "link": settings.link_port}
+    endpoints = {**ports, "pid": os.getpid(), "control": str(control)}
     write_private(settings.endpoints_file, json.dumps(endpoints).encode() + b"\n", durable=False)
+
+
+@contextmanager
+def _controlled(runtime: RayRuntime, path: Path) -> Iterator[None]:
+    """Other processes of this operator may ask for a restart of the gateways meanwhile."""
+
+    def answer(asked: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        if asked.get("ask") != "restart":
+            raise PotluckError(ErrorCode.INVALID_REQUEST, "This coordinator does not know what it was asked; is it an older one?")
+        yield from map(asdict, runtime.restart_gateways(float(asked["drain_seconds_max"])))
+
+    control = Control(path, answer)
+    try:
+        yield
+    finally:
+        control.stop()
 
 
 @contextmanager

@@ -5,7 +5,8 @@
 prints a line for each show and exits 1 if anything that was promised is broken: each gateway's clients are answered by every node, also by
 those of another gateway; a killed gateway's nodes serve again within 5 s, and every gateway comes back; no answer ends early as if it were
 whole; a client that asks again under its idempotency key is told the truth; no hold is left open, and the books balance; while the
-directory is killed again and again, no stream notices. The killed gateway is each in turn.
+directory is killed again and again, no stream notices; and while all gateways are restarted one after another, no answer is lost. The
+killed gateway is each in turn.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import psutil
 
 from tests.chaos.coordinator_loss import Load, wait_without_holds
 from tests.support.coordinator_process import CoordinatorProcess, wait_until
-from tests.support.pool_processes import MODEL, NodeProcess, Pool, new_invite, write_catalogue
+from tests.support.pool_processes import MODEL, SLOT_COUNT, NodeProcess, Pool, command, new_invite, write_catalogue
 
 GATEWAY_COUNT = 2
 NODES_BACK_SECONDS_MAX = 5.0
@@ -35,9 +36,9 @@ GATEWAYS_BACK_SECONDS_MAX = 30.0
 LOAD_SECONDS = 2.0
 SCRIPT = {"tokens": [f" {number}" for number in range(50)], "token_count": 150, "inter_token_ms": 10}
 SPREAD_TRIES = 20
-CLIENTS_PER_NODE = 4
-"""At a time: so many are not all placed on the node that looks best."""
-PLACED_TRIES = 6
+SLOTS_PER_NODE = 2
+"""As many clients ask at a time: a gateway's own nodes are not enough for its clients."""
+PLACED_TRIES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Client:
             self.connection.close()
         raise AssertionError(f"no connection out of 64 led to gateway {number}")
 
-    def ask(self, *, token_count: int = 60, stream: bool = True, **headers: str) -> http.client.HTTPResponse:
+    def ask(self, *, token_count: int = 100, stream: bool = True, **headers: str) -> http.client.HTTPResponse:
         body = {"model": MODEL, "stream": stream, "max_tokens": token_count, "messages": [{"role": "user", "content": "count"}]}
         sent = {"authorization": f"Bearer {self._api_key}", "content-type": "application/json", **headers}
         self.connection.request("POST", "/v1/chat/completions", json.dumps(body), sent)
@@ -129,9 +130,10 @@ def everyone_meets_everyone(pool: Pool) -> Show:
     for number in range(GATEWAY_COUNT):
         counts = met.setdefault(f"gateway {number}", dict.fromkeys(homes, 0))
         for _ in range(PLACED_TRIES):
-            clients = [Client(pool, number) for _ in range(CLIENTS_PER_NODE * len(pool.nodes))]
-            with ThreadPoolExecutor(len(clients)) as threads:
-                for node_id, body in threads.map(Client.answer, clients):
+            count = SLOTS_PER_NODE * len(pool.nodes)
+            with ThreadPoolExecutor(count) as threads:
+                # Each dials and asks at once: a connection that brings nothing for ten seconds is closed.
+                for node_id, body in threads.map(lambda number: Client(pool, number).answer(), [number] * count):
                     if not body.rstrip().endswith(b"[DONE]"):
                         broken.append(f"a client of gateway {number} got {body[-200:]!r} of node {node_id}")
                     counts[node_id] = counts.get(node_id, 0) + 1
@@ -228,6 +230,38 @@ def lose_the_directory(pool: Pool, kill_count: int) -> Show:
     )
 
 
+def restart_all(pool: Pool) -> Show:
+    """`potluck coordinator restart` under load: every gateway is another process afterwards, and no answer has noticed."""
+    spread(pool)
+    before = {number: process.pid for number, process in gateways(pool).items()}
+    with Load(pool) as load:
+        time.sleep(LOAD_SECONDS)
+        clients = [Client(pool, number) for number in range(GATEWAY_COUNT)]
+        with ThreadPoolExecutor(len(clients)) as threads:
+            answers = [threads.submit(client.answer, token_count=400) for client in clients]
+            time.sleep(0.3)
+            began_at = time.monotonic()
+            done = command(pool, "coordinator", "restart", "--json", "--data-dir", str(pool.coordinator.data_dir))
+            seconds = time.monotonic() - began_at
+            whole = [body.rstrip().endswith(b"[DONE]") and b'"error"' not in body for _, body in (answer.result() for answer in answers)]
+        pool.wait_connected()
+        time.sleep(LOAD_SECONDS)
+    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    served = [step["gateway"] for step in steps if step["state"] == "serving"]
+    broken = [] if all(whole) else [f"streams that ran were whole: {whole}"]
+    if done.returncode or served != list(range(GATEWAY_COUNT)):
+        broken.append(f"the command ended with {done.returncode}: {done.stdout}{done.stderr}")
+    if any(gateways(pool)[number].pid == pid for number, pid in before.items()):
+        broken.append("a gateway is the same process as before")
+    if load.broken:
+        broken.append(f"{load.broken} answers broke: {dict(load.failures)}")
+    open_hold_count, findings = wait_without_holds(pool)
+    if open_hold_count:
+        broken.append(f"{open_hold_count} holds are still open")
+    figures = {"seconds": round(seconds, 1), "answers_complete": load.complete, "answers_broken": load.broken, "steps": len(steps)}
+    return Show("all gateways are restarted", figures, (*broken, *findings, *load.silent_ends))
+
+
 def _answers(pool: Pool) -> bool:
     """Whether the directory answers: to look at accounts takes it."""
     return pool.coordinator.get("/v1/models", pool.api_key + "x")[0] == 401
@@ -237,6 +271,7 @@ def _answers(pool: Pool) -> bool:
 def pool_of_gateways(folder: Path, node_count: int = 4) -> Iterator[Pool]:
     """A coordinator of two gateways, and nodes on both."""
     catalogue = write_catalogue(folder / "models", SCRIPT)
+    catalogue.write_text(catalogue.read_text().replace(f"slot_count = {SLOT_COUNT}", f"slot_count = {SLOTS_PER_NODE}"))
     flags = ("--catalogue", str(catalogue), "--gateways", str(GATEWAY_COUNT))
     with ExitStack() as stack:
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", *flags))
@@ -253,6 +288,7 @@ def shows(pool: Pool, kill_count: int, directory_kill_count: int) -> Iterator[Ca
     yield lambda: everyone_meets_everyone(pool)
     for number in range(kill_count):
         yield lambda number=number: lose_a_gateway(pool, number % GATEWAY_COUNT)
+    yield lambda: restart_all(pool)
     if directory_kill_count:
         yield lambda: lose_the_directory(pool, directory_kill_count)
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from potluck_coordinator import actors as actors_module
-from potluck_coordinator.ray_runtime import ABSENCE_SECONDS_MAX, DIRECTORY, GATEWAY, RayRuntime, _check_host
+from potluck_coordinator.ray_environment import check_host
+from potluck_coordinator.ray_runtime import ABSENCE_SECONDS_MAX, DIRECTORY, GATEWAY, RayRuntime
 from potluck_coordinator.settings import Settings
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -117,10 +118,10 @@ def test_gateways_on_other_machines_do_not_listen_on_loopback(
 ) -> None:
     settings = Settings(data_dir=tmp_path, host=host, gateways=gateways)
     if not is_refused:
-        _check_host(settings, machine_count)
+        check_host(settings, machine_count)
         return
     with pytest.raises(PotluckError, match=r"--host 0\.0\.0\.0") as refused:
-        _check_host(settings, machine_count)
+        check_host(settings, machine_count)
     assert refused.value.code is ErrorCode.INVALID_REQUEST
 
 

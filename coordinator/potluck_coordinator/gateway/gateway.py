@@ -26,6 +26,7 @@ from potluck_coordinator.domain.admission import AdmissionLimits
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
 from potluck_coordinator.gateway.dispatching import Books
+from potluck_coordinator.gateway.draining import drain
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
 from potluck_coordinator.gateway.forward_servicer import ForwardServicer
 from potluck_coordinator.gateway.gate import TierLimits
@@ -204,6 +205,24 @@ class Gateway:
         for task in done:
             task.result()
         raise RuntimeError("a part of the gateway ended by itself")
+
+    async def drain(self, seconds_max: float) -> int:
+        """Lets what runs go on to its end, and everybody else go elsewhere; how many answers are left after so long. `stop` comes next."""
+        assert self._http is not None, "start comes first"
+        people, nodes = self._ports[:2]
+        return await drain(
+            http=self._http,
+            people=people,
+            nodes=nodes if len(self._snapshot.gateways) > 1 else None,
+            links=self._links,
+            requests=self.requests,
+            seconds_max=seconds_max,
+        )
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """The answers under way, and the nodes."""
+        return self.requests.in_flight_count, len(self._links)
 
     async def stop(self) -> None:
         """Ends answers with an error, says goodbye to the nodes, hands the last settlements over and closes the ports."""

@@ -138,6 +138,8 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.is_last = False
+        """It closes behind its next answer."""
         self._early = False
         self._reading_head = True
         self._message_ended = False
@@ -187,6 +189,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._timer.cancel()
         self._reading_head = False
         super().on_headers_complete()
+        if self.is_last:
+            self.cycle.keep_alive = False
         if self._served is not None:
             self._served.serve(self.cycle)
 
@@ -318,6 +322,15 @@ class HttpServer:
                 self._serving.result()
             await asyncio.sleep(0.005)
         return int(listener.getsockname()[1])
+
+    def close_behind_answers(self) -> None:
+        """Takes no new connections; those that stand close behind their next answer, which says so."""
+        if self._server is None:
+            return
+        for server in self._server.servers:
+            server.close()
+        for connection in tuple(self._server.server_state.connections):
+            connection.is_last = True  # type: ignore[union-attr]
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Takes no new connections and ends requests still running after the grace."""

@@ -85,7 +85,8 @@ class Links:
         """Whose replicas may be others than in the roster."""
         self._opening: dict[NodeId, asyncio.Lock] = {}
         self._outcasts: Mapping[NodeId, str] = {}
-        self._word = NOTHING_SAID
+        self.word = NOTHING_SAID
+        """The directory's, which every session is given."""
         self._desired: Mapping[NodeId, DesiredState] = {}
         self._losses_per_second: Mapping[NodeId, float] = {}
         self._closings: set[asyncio.Task[bool]] = set()
@@ -282,7 +283,7 @@ class Links:
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
                 session.wish(self._desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
-                session.word = self._word
+                session.word = self.word
                 session.suspicions, session.measures = self.suspicions, self.measures
                 session.losses_per_second = self._losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
@@ -293,7 +294,7 @@ class Links:
             self.node_changed(hello.node_id)
         session.restart_missing(frozenset(hello.in_flight))
         self._on_change()
-        return session, outbox, self.leases.welcome(session, self._word.link_addresses(self._gateway_epoch))
+        return session, outbox, self.leases.welcome(session, self.word.link_addresses(self._gateway_epoch))
 
     def disconnect(self, session: NodeSession, outbox: Outbox, goodbye: GoodbyeReason | None) -> asyncio.Task[bool] | None:
         """A link has ended; without a goodbye the session waits out its grace.
@@ -346,7 +347,8 @@ class Links:
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
-        self._outcasts, self._desired, self._word = snapshot.outcasts, snapshot.desired, word_of(snapshot)
+        self._outcasts, self._desired = snapshot.outcasts, snapshot.desired
+        self.word = word_of(snapshot, everyone_leaves=self.word.everyone_leaves)
         self._losses_per_second = snapshot.losses_per_second
         self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
         self._judging.drained = frozenset(snapshot.drained_replicas)
@@ -356,7 +358,7 @@ class Links:
             if session.node_id in snapshot.outcasts:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
                 continue
-            session.word = self._word
+            session.word = self.word
             session.losses_per_second = snapshot.losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
             session.fail_broken(snapshot.broken_groups)
             if session.node_id in snapshot.desired:

@@ -6,6 +6,7 @@ They go with a goodbye, upon which agents dial another gateway first. It must no
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 WORDS = "Another gateway of this pool has room for this node."
+
+
+def leave(links: Links) -> None:
+    """From now on nothing new is begun on any node of this gateway."""
+    links.word = replace(links.word, everyone_leaves=True)
+    for session in links.sessions:
+        session.word = links.word
+        links.node_changed(session.node_id)
 
 
 def let_go(links: Links, count: int) -> int:
