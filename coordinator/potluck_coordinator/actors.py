@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import structlog
 
 from potluck_coordinator.desk_socket import DeskServer, RemoteDirectory, answer
+from potluck_coordinator.log_surges import LogSurges
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.observe import configure_logging
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.desk_socket import Ask
     from potluck_coordinator.directory.directory import Directory
     from potluck_coordinator.gateway.gateway import Gateway
-    from potluck_coordinator.settings import Settings
+from potluck_coordinator.settings import Settings
 
 FAILED_PAUSE_SECONDS: Final = 1.0
 """Between a failure and the end of its actor's process, so that a lasting cause does not become a busy loop of restarts."""
@@ -56,12 +57,20 @@ class Reach(Protocol):
         ...
 
 
+async def _tell_each_second(surges: LogSurges) -> None:
+    while True:
+        await asyncio.sleep(1)
+        surges.tell()
+
+
 class _Actor:
     """What both actors share: they serve from the start, say when they are ready, and end their process when they fail."""
 
     def __init__(self, settings: Settings, reach: Reach) -> None:
         _send_log_lines_to(reach.log_pipe())
-        configure_logging(json=settings.log_format == "json", level=settings.log_level)
+        surges = LogSurges()
+        configure_logging(json=settings.log_format == "json", level=settings.log_level, first=surges)
+        self._surges = asyncio.ensure_future(_tell_each_second(surges))
         self._settings = settings
         self._reach = reach
         self._ready: asyncio.Future[PotluckError | None] = asyncio.get_running_loop().create_future()

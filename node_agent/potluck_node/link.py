@@ -88,7 +88,7 @@ class Link:
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
         self._beat_wanted = self._request_wanted = False
-        self._tokens_sent_at_seconds = -math.inf
+        self._tokens_sent_at_seconds, self._told_seconds = -math.inf, 0.0
         self._move_at_seconds: float | None = None
         self._farewells = Farewells()
         self._stopping = False
@@ -165,7 +165,8 @@ class Link:
         """One dial, after its pause, whether for a first connection or to move from the current one."""
         if self._current is None:
             move_seconds = self._credentials.gateways.delay_seconds(self._jitter())
-            await self._pause(move_seconds + lease.reconnect_delay_seconds(self.session.failure_count, self._jitter()))
+            delay_seconds = lease.reconnect_delay_seconds(self.session.failure_count, self._jitter(), self._told_seconds)
+            await self._pause(move_seconds + delay_seconds)
             if self._stopping:
                 return
         try:
@@ -271,6 +272,7 @@ class Link:
                 self._renewed_after_refusal = False
         self.session = lease.after_failed_dial(self.session)
         self._credentials.gateways.failed()
+        self._told_seconds = (error.retry_after_seconds or 0.0) if error.code is ErrorCode.QUEUE_FULL else 0.0
         _log.warning("link_not_up", code=error.code, reason=error.message, failure_count=self.session.failure_count)
         if lease.should_ask_the_way(self.session.failure_count):
             await self._credentials.find_coordinator()

@@ -6,13 +6,14 @@ the node desk (`nodes`) plan anew. It must not know links: a node's session is t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import structlog
 
 from potluck_coordinator.desks import Enrolment
 from potluck_coordinator.directory.credentials import checked_label, proves
+from potluck_coordinator.directory.gathering import Gathering
 from potluck_coordinator.storage.join_tokens import StoredJoinToken
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.store import Store
@@ -46,6 +47,7 @@ class Enrolments:
         self._clock = clock
         self._authority = authority
         self._node_has_joined = node_has_joined
+        self._looking_up = Gathering(self._look_up)
 
     async def join(
         self, certificate_request_der: bytes, token_id: TokenId, token_secret: str, display_name: str, inventory: Inventory
@@ -89,8 +91,10 @@ class Enrolments:
 
     async def is_enrolled(self, node_id: NodeId) -> bool:
         """As `desks.EnrolmentDesk.is_enrolled`."""
-        node = await self._store.run(lambda work: work.nodes.get(node_id))
-        return node is not None and node.status is NodeStatus.ACTIVE
+        return await self._looking_up.ask(node_id, None) is not None
+
+    async def _look_up(self, asked: Mapping[NodeId, None]) -> Mapping[NodeId, bool]:
+        return dict.fromkeys(await self._store.run(lambda work: work.nodes.active_among(asked)), True)
 
     async def renew(self, certificate_request_der: bytes) -> tuple[NodeId, str]:
         """As `desks.EnrolmentDesk.renew`: the proof of the key is enough, however long its last certificate has run out."""

@@ -21,6 +21,7 @@ import structlog
 
 from potluck_coordinator.desks import NodeRecord, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
+from potluck_coordinator.directory.gathering import Gathering
 from potluck_coordinator.directory.kept_plan import KeptPlan
 from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view, still_there, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
@@ -37,7 +38,7 @@ from potluck_coordinator.storage.store import Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, ModelId, NodeId, NodeState, ReplicaId
+from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, ReplicaId
 
 PLAN_SECONDS_MAX: Final = 5.0
 """How old a plan may be: time alone, an absence or an idle replica, may call for another one."""
@@ -62,6 +63,7 @@ class Nodes:
         self._clock = clock
         self._silence_seconds_max = silence_seconds_max
         self._run_id = secrets.token_hex(8)
+        self._beginning = Gathering(self._begin_sessions)
         self._live: dict[NodeId, LiveNode] = {}
         self.gateway_speaks: Callable[[int], None] = lambda _: None
         """Called with the epoch of each gateway that reports; raises for one that was replaced."""
@@ -190,16 +192,9 @@ class Nodes:
         """As `NodeDesk.open_session`."""
         self.gateway_speaks(gateway_epoch)
 
-        def begin(work: UnitOfWork) -> EnrolledNode:
-            epoch = work.nodes.next_epoch(hello.node_id)
-            node = work.nodes.get(hello.node_id)
-            if epoch is None or node is None:
-                raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "This node is no longer part of the pool; ask for a new invite.")
-            work.nodes.describe(hello.node_id, hello.inventory, hello.agent_version)
-            work.nodes.saw(hello.node_id, self._clock.unix_ms())
-            return node
-
-        node = await self._store.run(begin)
+        node = await self._beginning.ask(hello.node_id, (hello.inventory, hello.agent_version))
+        if node is None:
+            raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "This node is no longer part of the pool; ask for a new invite.")
         said = NodeReport(
             node_id=node.node_id,
             epoch=node.epoch,
@@ -216,6 +211,10 @@ class Nodes:
         await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
+
+    async def _begin_sessions(self, said: Mapping[NodeId, tuple[Inventory, str]]) -> Mapping[NodeId, EnrolledNode]:
+        now_ms = self._clock.unix_ms()
+        return await self._store.run(lambda work: work.nodes.begin_sessions(said, now_ms))
 
     async def close_session(self, node_id: NodeId, epoch: int, reason: GoodbyeReason | None) -> None:
         """As `NodeDesk.close_session`; a session that a newer one has replaced says nothing about the node."""

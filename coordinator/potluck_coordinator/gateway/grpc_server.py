@@ -21,7 +21,7 @@ from potluck_protocol.v1 import account_pb2_grpc, gateway_pb2_grpc, inference_pb
 
 CALLS_MAX: Final = 1024
 """Calls that the grpc port serves at a time; more are refused with RESOURCE_EXHAUSTED."""
-LINKS_MAX: Final = 4096
+LINKS_MAX: Final = 16_384
 """Links at a time, as a node has one, and for a moment two while it moves; more are refused with RESOURCE_EXHAUSTED."""
 PEERS_MAX: Final = 512
 """Links of other gateways: one of each, and for a moment two while it is made anew."""

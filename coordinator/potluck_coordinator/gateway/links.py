@@ -21,6 +21,7 @@ from potluck_coordinator.domain.placement import rejection
 from potluck_coordinator.domain.survival import LOSSES_PER_SECOND_GUESS
 from potluck_coordinator.gateway.deaths_heard import DeathsHeard
 from potluck_coordinator.gateway.directory_word import NOTHING_SAID, word_of
+from potluck_coordinator.gateway.doorway import Doorway
 from potluck_coordinator.gateway.judging import Elsewhere, Judging
 from potluck_coordinator.gateway.leases import Leases
 from potluck_coordinator.gateway.leavers import Leavers, has_died
@@ -95,6 +96,7 @@ class Links:
         self._judging = Judging(limits, self._elsewhere, self.suspicions, self.node_changed, self.tick)
         self._reporting = Reporting(directory, limits.lease_ttl_seconds)
         self.leases = Leases(limits)
+        self._doorway = Doorway()
         self._probing = Probing(self.suspicions, self.node_changed, self.finish, clock.monotonic_seconds)
 
     def __len__(self) -> int:
@@ -268,7 +270,7 @@ class Links:
         """Begins the node's session, or goes on with it over a new link.
 
         Raises:
-            PotluckError: INVALID_CERTIFICATE from the directory for a node that may not serve.
+            PotluckError: INVALID_CERTIFICATE from the directory for a node that may not serve, QUEUE_FULL for one that should come again.
         """
         async with self._opening.setdefault(hello.node_id, asyncio.Lock()):
             session = self._sessions.get(hello.node_id)
@@ -277,7 +279,8 @@ class Links:
                 self.close(session, None, GoodbyeReason.REPLACED)
                 session = None
             if session is None:
-                grant = await self._directory.nodes.open_session(hello, gateway_epoch=self._gateway_epoch)
+                with self._doorway.place():
+                    grant = await self._directory.nodes.open_session(hello, gateway_epoch=self._gateway_epoch)
                 if hello.node_id in self._outcasts:
                     # The snapshot that says so came while the directory's answer was on its way.
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)

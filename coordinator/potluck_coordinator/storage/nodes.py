@@ -6,11 +6,12 @@ membership: who comes back, perhaps under another owner, is trusted anew or not.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
-from sqlmodel import Session, col, delete, select, update
+from sqlmodel import Session, case, col, delete, select, update
 
 from potluck_coordinator.storage.tables import NodeRow, TrustedNodeRow
 from potluck_protocol.values import AccountId, Inventory, NodeId
@@ -115,22 +116,23 @@ class NodeRepository:
         """Takes the word back; nothing is wrong where there is none."""
         self._session.exec(delete(TrustedNodeRow).where(col(TrustedNodeRow.node_id) == node_id))
 
-    def next_epoch(self, node_id: NodeId) -> int | None:
-        """The epoch of a new session, higher than any before; None for a node that is not active."""
-        statement = (
-            update(NodeRow)
-            .where(col(NodeRow.node_id) == node_id, col(NodeRow.status) == NodeStatus.ACTIVE)
-            .values(epoch=col(NodeRow.epoch) + 1)
-        )
-        if self._session.exec(statement).rowcount != 1:
-            return None
-        return self._session.exec(select(NodeRow.epoch).where(NodeRow.node_id == node_id)).one()
+    def active_among(self, node_ids: Collection[NodeId]) -> frozenset[NodeId]:
+        """Those of them that are active."""
+        found = select(NodeRow.node_id).where(col(NodeRow.node_id).in_(node_ids), col(NodeRow.status) == NodeStatus.ACTIVE)
+        return frozenset(NodeId(node_id) for node_id in self._session.exec(found))
 
-    def describe(self, node_id: NodeId, inventory: Inventory, agent_version: str) -> None:
-        """Keeps what the node's hello says of itself."""
-        self._session.exec(
-            update(NodeRow).where(col(NodeRow.node_id) == node_id).values(inventory=_inventory_json(inventory), agent_version=agent_version)
-        )
+    def begin_sessions(self, said: Mapping[NodeId, tuple[Inventory, str]], now_unix_ms: int) -> Mapping[NodeId, EnrolledNode]:
+        """Gives each that is active an epoch higher than any before, and keeps what its hello says of itself; the others are missing."""
+        active = col(NodeRow.node_id).in_(said), col(NodeRow.status) == NodeStatus.ACTIVE
+        seen_at = case((col(NodeRow.last_seen_at_unix_ms) < now_unix_ms, now_unix_ms), else_=col(NodeRow.last_seen_at_unix_ms))
+        self._session.exec(update(NodeRow).where(*active).values(epoch=col(NodeRow.epoch) + 1, last_seen_at_unix_ms=seen_at))
+        rows = self._session.exec(select(NodeRow).where(*active)).all()
+        for row in rows:
+            inventory, agent_version = said[NodeId(row.node_id)]
+            # A row that stays as it is costs no statement.
+            row.inventory, row.agent_version = _inventory_json(inventory), agent_version
+        self._session.flush()
+        return {NodeId(row.node_id): _node(row) for row in rows}
 
     def saw(self, node_id: NodeId, now_unix_ms: int) -> None:
         """Keeps when the node was last heard of; that time never goes back."""

@@ -18,7 +18,9 @@ QUICK_DIAL_SECONDS: Final = 0.1
 """A line that was cut is mostly back at once, and the coordinator keeps a broken link's answers for less than a second: so the first dials
 come within that time, each after the last one's end."""
 RECONNECT_DELAY_FIRST_SECONDS: Final = 0.5
-RECONNECT_DELAY_MAX_SECONDS: Final = 2.0
+RECONNECT_DELAY_MAX_SECONDS: Final = 5.0
+TOLD_SECONDS_MAX: Final = 30.0
+"""However long a coordinator wants it to wait."""
 ASK_AFTER_DIALS: Final = 3
 """In vain, beyond the quick ones."""
 USEFUL_SECONDS: Final = 0.3
@@ -152,13 +154,16 @@ def beat_may_ride(*, waiting: bool, tokens_sent_at_seconds: float, now_seconds: 
     return not waiting and now_seconds - tokens_sent_at_seconds <= RIDE_SECONDS
 
 
-def reconnect_delay_seconds(failure_count: int, jitter: float) -> float:
+def reconnect_delay_seconds(failure_count: int, jitter: float, told_seconds: float = 0.0) -> float:
     """How long to wait before the next dial: nothing up to the first failure, then little, then full jitter under a ceiling that doubles.
 
     Args:
         failure_count: see `Session.failure_count`.
         jitter: a random number from 0 to 1.
+        told_seconds: when the coordinator wants this node to come again, at the earliest; 0: it has not said so.
     """
+    if told_seconds > 0:
+        return min(told_seconds, TOLD_SECONDS_MAX) * (1 + jitter)
     if failure_count <= 1:
         return 0.0
     if failure_count <= QUICK_DIAL_COUNT:
