@@ -57,6 +57,8 @@ class Storm:
     """Of all nodes; what the mark is on."""
     dials: int
     """Of all agents together, until everybody was back."""
+    failed_dials: dict[str, int]
+    """Why, in the agents' words, the commonest first."""
     dials_each_second: tuple[int, ...]
     welcomes_each_second: tuple[int, ...]
     cpu_seconds: dict[str, float]
@@ -124,11 +126,11 @@ class Pool:
         welcomed: list[float] = []
         while len(welcomed) < self._node_count and time.monotonic() - counted_from < GIVE_UP_SECONDS:
             time.sleep(0.25)
-            welcomed, _ = self.fleet.since(killed_at)
+            welcomed, _, _ = self.fleet.since(killed_at)
         back_at = time.monotonic()
         if len(welcomed) < self._node_count:
             raise RuntimeError(f"{len(welcomed)} of {self._node_count} nodes came back within {GIVE_UP_SECONDS:.0f} s")
-        welcomed, dialled = self.fleet.since(killed_at)
+        welcomed, dialled, failures = self.fleet.since(killed_at)
         after = self.processes()
         cpu_after = CpuReading.take([pid for pids in after.values() for pid in pids])
         cpu = {name: sum(cpu_after.by_process[pid] - cpu_before.by_process.get(pid, 0.0) for pid in pids) for name, pids in after.items()}
@@ -143,6 +145,7 @@ class Pool:
             half_back_seconds=round(max(0.0, welcomed[len(welcomed) // 2] - offset), 2),
             all_back_seconds=round(max(0.0, welcomed[-1] - offset), 2),
             dials=sum(moment <= back_at - killed_at for moment in dialled),
+            failed_dials=failures,
             dials_each_second=each_second(dialled),
             welcomes_each_second=each_second(welcomed),
             cpu_seconds={name: round(seconds, 2) for name, seconds in cpu.items()},
@@ -157,6 +160,7 @@ def show(storm: Storm) -> str:
         f"{storm.victim} killed, {storm.node_count} nodes: the first back after {storm.listening_after_seconds} s, half of them "
         f"{storm.half_back_seconds} s and all {storm.all_back_seconds} s from when it counts (mark: {BACK_SECONDS_MAX:.0f} s)\n"
         f"  {storm.dials} dials, by second {storm.dials_each_second}; welcomes {storm.welcomes_each_second}\n"
+        f"  failed dials {storm.failed_dials}\n"
         f"  CPU seconds {storm.cpu_seconds}\n"
         f"  log: {storm.log_lines} lines, {storm.log_lines_in_the_worst_second} in the worst second (mark: {LINES_PER_SECOND_MAX}); "
         f"{storm.log_events}\n  {'met' if storm.met else 'NOT MET'}"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,10 +103,14 @@ class Fleet:
         """Which idle periods the agents were told."""
         return sorted({seconds for status in self._ask_all(do="status") for seconds in status["idle_seconds"]})
 
-    def since(self, at: float) -> tuple[list[float], list[float]]:
-        """Seconds after a moment of the monotonic clock: of each node's last welcome, and of every dial."""
+    def since(self, at: float) -> tuple[list[float], list[float], dict[str, int]]:
+        """Seconds after a moment of the monotonic clock, of each node's last welcome and of every dial; and why dials failed."""
         found = self._ask_all(do="since", at=at)
-        return tuple(sorted(moment for part in found for moment in part[name]) for name in ("welcomed", "dialled"))  # type: ignore[return-value]
+        welcomed, dialled = (sorted(moment for part in found for moment in part[name]) for name in ("welcomed", "dialled"))
+        failures: Counter[str] = Counter()
+        for part in found:
+            failures.update(part["failures"])
+        return welcomed, dialled, dict(failures.most_common(8))
 
     def leave(self) -> None:
         """Everybody says goodbye."""

@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from potluck_node.peer_measurement import PeerMeasuring
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock
+from potluck_protocol.errors import PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
     Accelerator,
@@ -176,6 +178,7 @@ class SimulatedLink(Link):
 
     dialled_at: list[float]
     welcomed_at: list[float]
+    failures: list[tuple[float, str]]
     fixed_period_seconds: float | None = None
 
     async def _dial(self) -> None:
@@ -190,6 +193,10 @@ class SimulatedLink(Link):
     def _take(self, frame: node_pb2.CoordinatorFrame) -> None:
         super()._take(frame)
         self.keep_period()
+
+    async def _after_failed_dial(self, error: PotluckError) -> None:
+        self.failures.append((time.monotonic(), f"{error.code}: {error.message[:60]}"))
+        await super()._after_failed_dial(error)
 
     def keep_period(self) -> None:
         """A measurement decides how often its nodes beat; otherwise the coordinator does."""
@@ -222,7 +229,7 @@ class SimulatedAgent:
             clock=clock,
             jitter=random.random,
         )
-        self.link.dialled_at, self.link.welcomed_at = [], []
+        self.link.dialled_at, self.link.welcomed_at, self.link.failures = [], [], []
         self.link.fixed_period_seconds = period_seconds
         self.running = asyncio.ensure_future(self.link.run())
 
@@ -275,7 +282,8 @@ class Fleet:
         """What has been dialled, and who was welcomed last, since a moment of the monotonic clock."""
         welcomed = [agent.link.welcomed_at[-1] for agent in self.agents if agent.link.welcomed_at and agent.link.welcomed_at[-1] >= at]
         dialled = sorted(moment - at for agent in self.agents for moment in agent.link.dialled_at if moment >= at)
-        return {"welcomed": sorted(moment - at for moment in welcomed), "dialled": dialled}
+        failures = Counter(words for agent in self.agents for moment, words in agent.link.failures if moment >= at)
+        return {"welcomed": sorted(moment - at for moment in welcomed), "dialled": dialled, "failures": dict(failures.most_common(8))}
 
     async def leave(self) -> dict[str, Any]:
         """Everybody says goodbye, and the process may end."""

@@ -62,12 +62,12 @@ def test_nothing_beats_without_a_lease() -> None:
     assert not lease.beat_due(Session(), busy=True, now_seconds=1e9)
 
 
-def test_the_first_dials_after_a_loss_come_within_a_second_and_later_ones_back_off_to_two() -> None:
+def test_the_first_dials_after_a_loss_come_within_a_second_and_later_ones_back_off_to_five() -> None:
     for jitter in (0.0, 1.0):
         quick = [lease.reconnect_delay_seconds(count, jitter) for count in range(11)]
         assert quick == [0, 0, *[0.05 + 0.05 * jitter] * 9]
         assert sum(quick) < 1
-    assert [lease.reconnect_delay_seconds(count, 1.0) for count in range(11, 16)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert [lease.reconnect_delay_seconds(count, 1.0) for count in range(11, 16)] == [0.5, 1.0, 2.0, 4.0, 5.0]
 
 
 def test_the_way_is_asked_for_after_the_quick_dials_and_every_third_from_then_on() -> None:
@@ -84,6 +84,30 @@ def test_only_frames_of_the_own_epoch_are_carried_out_and_none_once_fenced(epoch
 @given(count=st.integers(0, 10**9), jitter=st.floats(0, 1))
 def test_a_pause_is_never_longer_than_its_bound(count: int, jitter: float) -> None:
     assert 0 <= lease.reconnect_delay_seconds(count, jitter) <= lease.RECONNECT_DELAY_MAX_SECONDS
+
+
+@given(count=st.integers(0, 10**9), jitter=st.floats(0, 1), told=st.floats(0.01, 10**6))
+def test_who_is_told_to_come_again_comes_no_sooner_and_not_together(count: int, jitter: float, told: float) -> None:
+    delay = lease.reconnect_delay_seconds(count, jitter, told)
+    at_least = min(told, lease.TOLD_SECONDS_MAX)
+    assert at_least <= delay <= 2 * at_least
+    assert delay == at_least * (1 + jitter)
+
+
+def test_a_renewal_says_how_often_to_beat_while_idle_and_an_older_coordinators_says_nothing() -> None:
+    beaten = lease.after_beat(serving(), 1.0)
+    told = lease.after_renewal(beaten, epoch=beaten.epoch, lease_ttl_ms=15_000, heartbeat_idle_ms=5_600)
+    assert told.heartbeat_idle_seconds == 5.6
+    silent = lease.after_renewal(lease.after_beat(told, 2.0), epoch=told.epoch, lease_ttl_ms=15_000)
+    assert silent.heartbeat_idle_seconds == 5.6
+
+
+@pytest.mark.parametrize(
+    ("waiting", "tokens_sent_at", "now", "rides"),
+    [(False, 9.9, 10.0, True), (False, 9.7, 10.0, False), (True, 9.9, 10.0, False), (False, float("-inf"), 10.0, False)],
+)
+def test_a_heartbeat_that_is_due_goes_with_tokens_that_flow_once(waiting, tokens_sent_at, now, rides) -> None:
+    assert lease.beat_may_ride(waiting=waiting, tokens_sent_at_seconds=tokens_sent_at, now_seconds=now) is rides
 
 
 def flapping(session: Session, count: int, *, failed_dials: int, lived_seconds: float) -> Session:

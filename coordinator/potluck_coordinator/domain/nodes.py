@@ -29,7 +29,7 @@ RENEWALS_PER_LEASE: Final = 5
 DOUBT_SECONDS_MAX: Final = 600.0
 """As long as minutes stay without a verdict (`domain.uptime`)."""
 RETURN_SECONDS: Final = 10.0
-"""Agents dial again within two seconds of a line's return, and many at once take their turns."""
+"""Agents dial again within five seconds of a line's return, and many at once take their turns."""
 
 
 @dataclass(frozen=True, slots=True)

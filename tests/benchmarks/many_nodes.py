@@ -1,0 +1,254 @@
+"""`python -m tests.benchmarks.many_nodes`: what a linked node and a heartbeat cost the coordinator, beside the least that gRPC can do.
+
+Decides how it is measured. A real coordinator (`potluck coordinator serve`) and a bare server (`tests.support.bare_links`: the same port,
+certificates, options and messages, and a handler that only stores each message) each get as many agents as the other, with links of their
+own over mutual TLS. CPU time is the processes' own, all threads together, so that neighbours on the machine change it little.
+
+- A heartbeat: with `--nodes`' first count, the agents beat once a second, then for as long not at all, in turns on both servers. Its cost
+  is the difference over the beats. Round by round that of the gateway is divided by that of the bare server.
+- A node's memory: resident bytes with the second count less those with the first, over the nodes in between.
+- Idle nodes: with both counts the agents beat as the coordinator tells them. All of the coordinator's processes are counted (gateway,
+  directory, driver and Ray's own). What they cost a second is taken to grow with the nodes as it does from the first count to the second,
+  and reckoned for 10,000.
+
+Marks, by the pessimistic end of the interval: a heartbeat <= 1.3 x the bare server's; memory <= 1.5 x; 10,000 idle nodes <= 0.4 core.
+Progress goes to standard error. Ends with 1 where a mark is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+from potluck_coordinator.domain.beat_period import idle_period_seconds
+from potluck_coordinator.domain.nodes import LivenessLimits
+from potluck_protocol.clock import SystemClock
+from tests.benchmarks.arithmetic import Estimate, Mark, estimate, ratios
+from tests.benchmarks.processes import Child, CpuReading, descendants, resident_bytes
+from tests.support.coordinator_process import CoordinatorProcess
+from tests.support.node_fleet import Fleet, bare_links, enrol_nodes
+from tests.support.simulated_agents import Nodes
+
+HEARTBEAT_RATIO_MAX: Final = 1.3
+MEMORY_RATIO_MAX: Final = 1.5
+IDLE_CORES_MAX: Final = 0.4
+IDLE_NODES: Final = 10_000
+LINKED_PER_SECOND: Final = 150
+SETTLE_SECONDS: Final = 8.0
+SILENT_PERIOD_SECONDS: Final = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Microseconds of CPU time of one heartbeat."""
+
+    gateway_micros: float
+    bare_micros: float
+    beats_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """So many idle nodes, as the coordinator has them beat."""
+
+    node_count: int
+    period_seconds: list[float]
+    beats_per_second: float
+    cores: dict[str, float]
+    bare_cores: float
+    resident_bytes: dict[str, int]
+
+
+class Bench:
+    """Both servers and their agents."""
+
+    def __init__(self, folder: Path, stack: ExitStack, node_count: int, say: Callable[[str], None]) -> None:
+        say(f"enrolling {node_count} nodes")
+        keys = asyncio.run(enrol_nodes(folder / "coordinator", node_count))
+        authority_dir = folder / "coordinator" / "ca"
+        ca = CertificateAuthority.load_or_create(authority_dir, SystemClock().unix_ms()).ca_certificate_pem
+        self.coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator"))
+        ports = self.coordinator.wait_ready()
+        self.bare: Child
+        self.bare, bare_port = stack.enter_context(bare_links(folder, authority_dir))
+        self.fleet = stack.enter_context(Fleet(folder / "agents", Nodes(f"127.0.0.1:{ports['link']}", ca, keys), 2))
+        self.bare_fleet = stack.enter_context(Fleet(folder / "bare-agents", Nodes(f"127.0.0.1:{bare_port}", ca, keys), 2))
+        self._say = say
+
+    def processes(self) -> dict[str, tuple[int, ...]]:
+        """Of the coordinator, by what they are."""
+        gateway, directory = (self.coordinator.actor(name).pid for name in ("GatewayActor", "DirectoryActor"))
+        driver = self.coordinator.process.pid
+        ray = tuple(process_id for process_id in descendants(driver) if process_id not in {gateway, directory})
+        return {"gateway": (gateway,), "directory": (directory,), "driver": (driver,), "ray": ray}
+
+    def link(self, count: int) -> None:
+        self._say(f"linking {count} nodes to each")
+        self.fleet.link(count, LINKED_PER_SECOND, 300)
+        self.bare_fleet.link(count, LINKED_PER_SECOND, 300)
+        time.sleep(SETTLE_SECONDS)
+
+    def heartbeats(self, rounds: int, seconds: float) -> list[Round]:
+        """In turns, the order changing from round to round."""
+        found = []
+        (gateway,) = self.processes()["gateway"]
+        sides = {"gateway": (self.fleet, gateway), "bare": (self.bare_fleet, self.bare.process_id)}
+        for fleet, _ in sides.values():
+            fleet.beat_every(5.0)
+        for number in range(rounds):
+            self._say(f"heartbeats, round {number + 1} of {rounds}")
+            micros, rate = {}, 0.0
+            for name in sorted(sides, reverse=bool(number % 2)):
+                micros[name], rate = _beat_micros(*sides[name], seconds)
+            found.append(Round(micros["gateway"], micros["bare"], rate))
+        return found
+
+    def idle(self, count: int, seconds: float) -> Idle:
+        """As the coordinator tells them to beat; the bare server's agents in the same period."""
+        self._say(f"{count} idle nodes")
+        self.fleet.beat_every(None)
+        time.sleep(2 * SETTLE_SECONDS)
+        periods = self.fleet.idle_periods()
+        self.bare_fleet.beat_every(max(periods))
+        time.sleep(SETTLE_SECONDS)
+        groups = self.processes()
+        everyone = [*(process_id for group in groups.values() for process_id in group), self.bare.process_id]
+        beats, before = self.fleet.beat_count(), CpuReading.take(everyone)
+        time.sleep(seconds)
+        after, beats = CpuReading.take(everyone), self.fleet.beat_count() - beats
+        lasted = after.at_seconds - before.at_seconds
+        return Idle(
+            count,
+            periods,
+            beats / lasted,
+            {name: after.spent_since(before, group) / lasted for name, group in groups.items()},
+            after.spent_since(before, [self.bare.process_id]) / lasted,
+            {**{name: sum(map(resident_bytes, group)) for name, group in groups.items()}, "bare": resident_bytes(self.bare.process_id)},
+        )
+
+
+def _beat_micros(fleet: Fleet, process_id: int, seconds: float) -> tuple[float, float]:
+    """One heartbeat's microseconds, and how many came a second: what a process spends while they come, less what it spends without."""
+
+    def spent(period_seconds: float, wait_seconds: float) -> tuple[float, int]:
+        fleet.beat_every(period_seconds)
+        time.sleep(wait_seconds)
+        beats, before = fleet.beat_count(), CpuReading.take([process_id])
+        time.sleep(seconds)
+        after = CpuReading.take([process_id])
+        cores = after.spent_since(before, [process_id]) / (after.at_seconds - before.at_seconds)
+        return cores, fleet.beat_count() - beats
+
+    with_beats, beat_count = spent(1.0, 2.0)
+    # Shorter than a lease.
+    without, strays = spent(SILENT_PERIOD_SECONDS, 0.5)
+    fleet.beat_every(5.0)
+    time.sleep(2.0)
+    rate = (beat_count - strays) / seconds
+    return (with_beats - without) / rate * 1e6, rate
+
+
+def reckoned_cores(small: Idle, large: Idle, node_count: int) -> dict[str, float]:
+    """What so many idle nodes would cost, by process: as it grows from the one count to the other, and with the period of so many."""
+    fixed: dict[str, float] = {}
+    period = idle_period_seconds(node_count, 0.0, LivenessLimits())
+    for name, cores in large.cores.items():
+        each = max(0.0, (cores - small.cores[name]) / (large.node_count - small.node_count))
+        base = max(0.0, cores - each * large.node_count)
+        fixed[name] = base + each * node_count * max(large.period_seconds) / period
+    return fixed
+
+
+def memory_per_node(small: Idle, large: Idle) -> dict[str, float]:
+    """Resident bytes, by process."""
+    count = large.node_count - small.node_count
+    return {name: (large.resident_bytes[name] - small.resident_bytes[name]) / count for name in large.resident_bytes}
+
+
+def marks_of(rounds: Sequence[Round], small: Idle, large: Idle) -> list[Mark]:
+    memory = memory_per_node(small, large)
+    idle = sum(reckoned_cores(small, large, IDLE_NODES).values())
+    ratio = memory["gateway"] / memory["bare"]
+    beat = estimate(ratios([one.gateway_micros for one in rounds], [one.bare_micros for one in rounds]))
+    return [
+        Mark("a heartbeat's CPU, gateway over bare server", HEARTBEAT_RATIO_MAX, "x", beat),
+        Mark("a node's memory, gateway over bare server", MEMORY_RATIO_MAX, "x", Estimate(ratio, ratio, ratio)),
+        Mark(f"{IDLE_NODES:,} idle nodes, all of the coordinator", IDLE_CORES_MAX, "cores", Estimate(idle, idle, idle)),
+    ]
+
+
+def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
+    ours, theirs = (estimate([getattr(one, name) for one in rounds]) for name in ("gateway_micros", "bare_micros"))
+    memory = {name: f"{size / 1024:.1f} KiB" for name, size in memory_per_node(small, large).items()}
+    lines = [
+        f"a heartbeat at {rounds[0].beats_per_second:.0f}/s: gateway {ours.median:.0f} us ({ours.low:.0f} to {ours.high:.0f}), "
+        f"bare server {theirs.median:.0f} us ({theirs.low:.0f} to {theirs.high:.0f})",
+        f"memory of a node: {memory}",
+    ]
+    lines += [
+        f"{one.node_count} idle nodes, a beat each {one.period_seconds} s, {one.beats_per_second:.0f}/s: cores "
+        + ", ".join(f"{name} {cores:.3f}" for name, cores in one.cores.items())
+        + f"; bare server {one.bare_cores:.3f}"
+        for one in (small, large)
+    ]
+    reckoned = reckoned_cores(small, large, IDLE_NODES)
+    lines.append(f"{IDLE_NODES:,} idle nodes, reckoned: " + ", ".join(f"{name} {cores:.3f}" for name, cores in reckoned.items()))
+    for mark in marks_of(rounds, small, large):
+        assert mark.estimate is not None
+        shown = f"{mark.estimate.median:.2f} ({mark.estimate.low:.2f} to {mark.estimate.high:.2f}) {mark.unit}, at most {mark.limit}"
+        lines.append(f"{'met    ' if mark.met else 'NOT MET'}  {mark.name}: {shown}")
+    return "\n".join(lines)
+
+
+def as_json(rounds: Sequence[Round], small: Idle, large: Idle) -> Mapping[str, Any]:
+    return {
+        "heartbeat_rounds": [asdict(one) for one in rounds],
+        "idle": [asdict(small), asdict(large)],
+        "memory_bytes_per_node": memory_per_node(small, large),
+        "idle_cores_reckoned": {"node_count": IDLE_NODES, **reckoned_cores(small, large, IDLE_NODES)},
+        "marks": [{**asdict(mark), "met": mark.met} for mark in marks_of(rounds, small, large)],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs=2, default=[1000, 3000], metavar=("FEW", "MANY"))
+    parser.add_argument("--rounds", type=int, default=5, help="of heartbeats")
+    parser.add_argument("--seconds", type=float, default=5.0, help="each window of a round, at most 8: a lease must outlast it")
+    parser.add_argument("--idle-seconds", type=float, default=20.0)
+    parser.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
+    arguments = parser.parse_args()
+    few, many = arguments.nodes
+    if not (0 < few < many and arguments.rounds > 0 and 0 < arguments.seconds <= 8):
+        parser.error("--nodes are two counts, the smaller one first; --rounds at least 1; --seconds at most 8")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="potluck-nodes-") as folder, ExitStack() as stack:
+        bench = Bench(Path(folder), stack, many, say)
+        bench.link(few)
+        small = bench.idle(few, arguments.idle_seconds)
+        rounds = bench.heartbeats(arguments.rounds, arguments.seconds)
+        bench.link(many)
+        large = bench.idle(many, arguments.idle_seconds)
+    print(json.dumps(as_json(rounds, small, large)) if arguments.json else table(rounds, small, large), flush=True)
+    return 0 if all(mark.met for mark in marks_of(rounds, small, large)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
