@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -35,12 +35,24 @@ class PoolReading:
     compliance: Compliance = NO_COMPLIANCE
 
 
+class _OfModel(NamedTuple):
+    """What is counted of one model's answers."""
+
+    relayed: Counter
+    prompt: Counter
+    completion: Counter
+    cached_prompt: Counter
+    first_token: Histogram
+
+
 class Metrics:
     """One process's counts, in a registry of its own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._read_pool: Callable[[], PoolReading] | None = None
+        self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._by_model: dict[ModelId, _OfModel] = {}
         registry = self._registry
         self._requests = Counter("potluck_requests", "HTTP requests by route and status.", ("endpoint", "status"), registry=registry)
         self._duration = Histogram(
@@ -88,18 +100,32 @@ class Metrics:
 
     def observe_request(self, endpoint: str, status: int, duration_seconds: float) -> None:
         """Counts one HTTP request that is over. `endpoint` is a route's pattern, never a path as it came."""
-        self._requests.labels(endpoint, str(status)).inc()
-        self._duration.labels(endpoint).observe(duration_seconds)
+        known = self._by_route.get((endpoint, status))
+        if known is None:
+            # As many as there are routes and statuses. To find them by their labels costs more than to count.
+            known = self._by_route[endpoint, status] = self._requests.labels(endpoint, str(status)), self._duration.labels(endpoint)
+        known[0].inc()
+        known[1].observe(duration_seconds)
 
     def observe_answer(self, model_id: ModelId, usage: Usage | None, relayed_bytes: int, first_token_seconds: float | None) -> None:
         """Counts one answer that is over; `model_id` is one of the catalogue's. None: the engine never said, or no byte came."""
-        self._relayed.labels(model_id).inc(relayed_bytes)
+        known = self._by_model.get(model_id)
+        if known is None:
+            known = self._by_model[model_id] = _OfModel(
+                relayed=self._relayed.labels(model_id),
+                prompt=self._tokens.labels("prompt", model_id),
+                completion=self._tokens.labels("completion", model_id),
+                cached_prompt=self._tokens.labels("cached_prompt", model_id),
+                first_token=self._first_token.labels(model_id),
+            )
+        known.relayed.inc(relayed_bytes)
         if usage is not None:
-            self._tokens.labels("prompt", model_id).inc(usage.prompt_token_count)
-            self._tokens.labels("completion", model_id).inc(usage.completion_token_count)
-            self._tokens.labels("cached_prompt", model_id).inc(usage.cached_prompt_token_count)
+            known.prompt.inc(usage.prompt_token_count)
+            known.completion.inc(usage.completion_token_count)
+            if usage.cached_prompt_token_count:
+                known.cached_prompt.inc(usage.cached_prompt_token_count)
         if first_token_seconds is not None:
-            self._first_token.labels(model_id).observe(first_token_seconds)
+            known.first_token.observe(first_token_seconds)
 
     def observe_hedge(self, model_id: ModelId, end: HedgeEnd, wasted_tokens: float) -> None:
         """Counts one second attempt whose request is over."""

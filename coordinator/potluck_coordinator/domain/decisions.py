@@ -6,7 +6,7 @@ Decides what is kept of a request's story and for how long, and what the stories
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
@@ -78,7 +78,10 @@ class Story:
 
     def and_then(self, step: Step) -> Story:
         """The story with one more step."""
-        return self if len(self.steps) >= STEPS_MAX else replace(self, steps=(*self.steps, step))
+        if len(self.steps) >= STEPS_MAX:
+            return self
+        steps = (*self.steps, step)
+        return Story(self.request_id, self.account_id, self.model_id, self.arrived_at_unix_ms, self.arrived_at_seconds, steps)
 
 
 def was_refused(story: Story) -> bool:

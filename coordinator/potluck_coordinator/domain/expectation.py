@@ -8,7 +8,9 @@ It must not know requests or nodes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 from potluck_coordinator.domain.forecast import Forecast, Work
@@ -42,11 +44,11 @@ class Lengths:
 
     weights: tuple[float, ...] = ()
     token_sums: tuple[float, ...] = ()
+    weight: float = field(init=False, compare=False)
+    """In answers."""
 
-    @property
-    def weight(self) -> float:
-        """In answers."""
-        return sum(self.weights)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", sum(self.weights))
 
 
 def guessed(tokens: float = TOKENS_GUESS) -> Lengths:
@@ -79,14 +81,13 @@ def expected(lengths: Lengths, tokens_max: int | None) -> AnswerExpectation:
     if total <= 0:
         return expected(guessed(), tokens_max)
     limit = math.inf if tokens_max is None else float(max(0, tokens_max))
-    mean = sum(min(tokens, weight * limit) for tokens, weight in zip(lengths.token_sums, lengths.weights, strict=True) if weight) / total
-    reached, high = 0.0, 0.0
-    for number, weight in enumerate(lengths.weights):
-        reached += weight
-        if reached >= HIGH_SHARE * total:
-            high = _BIN_TOKENS[number]
-            break
-    return AnswerExpectation(mean, max(mean, min(high, limit)))
+    if tokens_max is None:
+        mean = sum(lengths.token_sums) / total
+    else:
+        known = zip(lengths.token_sums, lengths.weights, strict=True)
+        mean = sum(min(tokens, weight * limit) for tokens, weight in known if weight) / total
+    number = bisect_left(tuple(accumulate(lengths.weights)), HIGH_SHARE * total)
+    return AnswerExpectation(mean, max(mean, min(_BIN_TOKENS[number], limit)))
 
 
 def expected_of(own: Lengths | None, model: Lengths, tokens_max: int | None) -> AnswerExpectation:

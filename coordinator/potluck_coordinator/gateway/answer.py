@@ -196,6 +196,7 @@ class Answer:
         finally:
             on_closed, self._on_closed = self._on_closed, lambda _: None
             on_closed(self)
+            self._race.let_go()
 
     async def _beginning(self, data: bytes, attempt: Attempt) -> bytes:
         """The first bytes for the client, with the tier in them. What only keeps its connection alive is passed on before."""
@@ -337,8 +338,7 @@ class Answer:
         self._token_count = attempt.tokens_before + attempt.relayed_token_count
         self.charge_micro_credits += attempt.charge_micro_credits
         self.document = self._with_tier(attempt.document)
-        if attempt.usage is not None:
-            self.usage = usage_together(attempt.usage, attempt.tokens_before)
+        self.usage = self.usage if attempt.usage is None else usage_together(attempt.usage, attempt.tokens_before)
 
     def _said(self, attempt: Attempt) -> Said:
         delivered = self._delivered(attempt)

@@ -171,13 +171,13 @@ class Attempt:
         """
         head = await self._relay.wait_for_head()
         hold = self._hold or self._taken()
-        try:
-            # Shielded: a client that goes away must not cancel what says whether there is something to settle.
-            async with asyncio.timeout(HOLD_SECONDS_MAX):
-                outcome = await asyncio.shield(hold)
-        except TimeoutError:
-            # Not COORDINATOR_UNAVAILABLE: the request has run, and must not look like one that can safely be made again.
-            raise PotluckError(ErrorCode.INTERNAL_ERROR, "The ledger did not answer in time.") from None
+        if not hold.done():
+            # Not awaited itself: a client that goes away must not cancel what says whether there is something to settle.
+            await asyncio.wait((hold,), timeout=HOLD_SECONDS_MAX)
+            if not hold.done():
+                # Not COORDINATOR_UNAVAILABLE: the request has run, and must not look like one that can safely be made again.
+                raise PotluckError(ErrorCode.INTERNAL_ERROR, "The ledger did not answer in time.")
+        outcome = hold.result()
         if outcome is not LedgerOutcome.APPLIED:
             raise _refusal(outcome, self._hold_micro_credits)
         if head.http_status >= HTTP_ERROR_MIN:
@@ -258,7 +258,9 @@ class Attempt:
             if self._hold is not None and (not self._hold.done() or _stands(self._hold)):
                 self._ledger.submit(SettleHold(self.attempt_id, self.charge_micro_credits)).add_done_callback(self._settled)
         finally:
-            self._release()
+            release, self._release, self._take = self._release, _released, None
+            # It knows this attempt: kept, both would stay for the garbage collector.
+            release()
 
     def _counted(self) -> Usage | None:
         """The engine's count, within what the answer can have had."""
@@ -335,6 +337,10 @@ class Attempt:
 def _stands(hold: asyncio.Future[LedgerOutcome]) -> bool:
     """Of a hold that is decided."""
     return hold.exception() is None and hold.result() is LedgerOutcome.APPLIED
+
+
+def _released() -> None:
+    """What follows an attempt has followed."""
 
 
 def _refusal(outcome: LedgerOutcome, hold_micro_credits: int) -> PotluckError:

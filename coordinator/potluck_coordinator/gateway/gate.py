@@ -9,7 +9,7 @@ queues or nodes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from limits import RateLimitItem
@@ -196,7 +196,7 @@ class Gate:
             counted_at = self.windows.count(request.account_id)
             self.tell_requests(request.account_id, 1)
         self.use(request, lambda use: key_quotas.begun(use, claim.tokens_max, claim.micro_credits_max))
-        return Visit(self, replace(request, tier=choice.tier, work=work), work, claim, counted_at)
+        return Visit(self, request.let_in(choice.tier, work), work, claim, counted_at)
 
     def use(self, request: InferenceRequest, change: Callable[[KeyUse], KeyUse]) -> None:
         """Counts for the request's key, if that has bounds."""

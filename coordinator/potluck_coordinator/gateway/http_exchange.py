@@ -83,8 +83,12 @@ class Exchange:
         self._sending = False
         self._piece_count = 0
         self._last_on_connection = False
+        self._working: asyncio.Task[Any] | None = None
+        """Whoever does what the client waits for."""
         self._looking: asyncio.TimerHandle
-        """While somebody works for the client: when it is next seen whether it still reads."""
+        """When it is next seen whether the client still reads."""
+        self._stalled_at_piece = -1
+        self._is_gone = False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.started_at = clock.monotonic_seconds()
@@ -150,35 +154,38 @@ class Exchange:
         """
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        gone, stalled_at_piece = False, -1
-
-        def leave() -> None:
-            nonlocal gone
-            if not gone:
-                gone = True
-                task.cancel()
-
-        def look() -> None:
-            nonlocal stalled_at_piece
-            if self._sending and stalled_at_piece == self._piece_count:
-                leave()
-                return
-            stalled_at_piece = self._piece_count if self._sending else -1
-            self._looking = loop.call_later(STALL_SECONDS_MAX, look)
-
-        self._looking = loop.call_later(STALL_SECONDS_MAX, look)
+        self._working, self._stalled_at_piece = task, -1
+        self._looking = loop.call_later(STALL_SECONDS_MAX, self._look)
         # Not before the work waits for the first time: a task cannot cancel itself.
-        watching = loop.call_soon(self._connection.watch, leave)
+        watching = loop.call_soon(self._connection.watch, self._leave)
         try:
             await work
         except asyncio.CancelledError:
-            if gone and task.uncancel() == 0:
+            if self._is_gone and task.uncancel() == 0:
                 raise ClientGoneError from None
             raise
         finally:
             self._looking.cancel()
             watching.cancel()
             self._connection.watch(None)
+            self._working = None
+
+    def _leave(self) -> None:
+        if self._working is not None and not self._is_gone:
+            self._is_gone = True
+            self._working.cancel()
+
+    def _look(self) -> None:
+        """Whether the client has taken anything since the last time."""
+        if self._sending and self._stalled_at_piece == self._piece_count:
+            self._leave()
+            return
+        self._stalled_at_piece = self._piece_count if self._sending else -1
+        self._looking = asyncio.get_running_loop().call_later(STALL_SECONDS_MAX, self._look)
+
+    def let_go(self) -> None:
+        """The request is over. What asked for headers knows this exchange, and both would stay for the garbage collector."""
+        self.more_headers = tuple
 
     async def reply(self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = ()) -> None:
         """The whole answer at once."""

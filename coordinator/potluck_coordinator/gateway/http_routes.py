@@ -200,6 +200,7 @@ class HttpRoutes:
                 "charge_micro_credits": inference.charge_micro_credits,
                 "first_byte_ms": None if exchange.first_byte_seconds is None else round(exchange.first_byte_seconds * 1000, 1),
             }
+        exchange.let_go()
         write = _log.debug if record.pattern in _QUIET_PATTERNS else _log.info
         write(
             "http_request",

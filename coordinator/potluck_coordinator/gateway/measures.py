@@ -78,6 +78,7 @@ class _Attempt:
         "read_by",
         "relay",
         "request",
+        "tokens",
         "work",
     )
 
@@ -85,6 +86,7 @@ class _Attempt:
         self.request = request
         self.relay = relay
         self.work = work
+        self.tokens = work.tokens
         self.began_at = began_at
         self.names, self.prompt_bytes = request.prompt_blocks()
         self.cached_tokens = 0.0
@@ -126,10 +128,6 @@ class _Replica:
     def pass_time(self, now: float) -> None:
         self.area += len(self.attempts) * (now - self.area_at)
         self.area_at = now
-
-    def waiting(self, now: float) -> list[_Attempt]:
-        """Those that are not read yet."""
-        return [attempt for attempt in self.attempts.values() if attempt.unread_tokens(now)]
 
 
 class Measures:
@@ -184,12 +182,17 @@ class Measures:
         replica = self._replicas.get(replica_id)
         if replica is None or not replica.attempts:
             return Load(0.0, 0.0, 0.0, 0.0)
-        committed = sum(attempt.work.tokens for attempt in replica.attempts.values())
-        dispatched = sum(attempt.work.tokens for attempt in replica.attempts.values() if attempt.began_at >= heard_at)
+        committed = dispatched = backlog = since = 0.0
         now = self.now()
-        waiting = replica.waiting(now)
-        since = min((attempt.began_at for attempt in waiting), default=0.0)
-        return Load(committed, dispatched, sum(attempt.unread_tokens(now) for attempt in waiting), since)
+        for attempt in replica.attempts.values():
+            committed += attempt.tokens
+            if attempt.began_at >= heard_at:
+                dispatched += attempt.tokens
+            # Whoever began first comes first.
+            if unread := attempt.unread_tokens(now):
+                since = since if backlog else attempt.began_at
+                backlog += unread
+        return Load(committed, dispatched, backlog, since)
 
     def began_anew(self, replica_id: ReplicaId) -> None:
         """Its engine did: nothing is cached there, and its cache may hold another number of tokens."""
@@ -204,9 +207,12 @@ class Measures:
         replica.pass_time(now)
         attempt.area = replica.area
         rate = replica.speeds.prefill_tokens_per_second
-        if waiting := replica.waiting(now):
-            read = rate * (now - min(other.began_at for other in waiting))
-            attempt.ahead_tokens = max(0.0, sum(other.unread_tokens(now) for other in waiting) - read)
+        backlog = since = 0.0
+        for other in replica.attempts.values():
+            if unread := other.unread_tokens(now):
+                since = since if backlog else other.began_at
+                backlog += unread
+        attempt.ahead_tokens = max(0.0, backlog - rate * (now - since)) if backlog else 0.0
         if attempt.names:
             depth, attempt.distance_tokens = self.prefixes.depth(replica_id, attempt.names, now)
             attempt.cached_tokens = cached_tokens(depth, attempt.prompt_bytes, attempt.work.prompt_tokens)

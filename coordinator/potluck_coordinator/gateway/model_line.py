@@ -6,7 +6,7 @@ Decides nothing: order is `waiting` and `domain.fairness`, room is `domain.tiers
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.admission import NOBODY, Capacity, Pace, Queued
@@ -197,7 +197,8 @@ class ModelLine:
             now: monotonic.
         """
         uses = self._uses.values()
-        whole = replace(whole, in_flight_count=sum(use.count for use in uses), committed_tokens=sum(use.tokens for use in uses))
+        in_flight_count, committed_tokens = sum(use.count for use in uses), sum(use.tokens for use in uses)
+        whole = Capacity(whole.slot_count, in_flight_count, whole.kv_tokens, committed_tokens)
         if tier is ServiceTier.DEFAULT or self._default_seen_at is None:
             return whole
         return left_to_flex(whole, self.default_use, reserve_percent, now - self._default_seen_at)

@@ -240,6 +240,8 @@ class Queues:
     def serve(self, model_id: ModelId) -> None:
         """Gives one model's free room to those whose turn it is: to continued requests, to the default tier, to flex."""
         line = self.line(model_id)
+        if not line.waiting_count:
+            return
         for waiting, placement in self._free_room.given(line):
             if (chosen := self._placed(waiting.request, placement)) is not None:
                 self._give(line, waiting, chosen)

@@ -36,6 +36,14 @@ _WORDS: Final = {
 }
 
 
+def _no_hedge(_late: Attempt, _excluded: frozenset[NodeId]) -> None:
+    return None
+
+
+async def _unheard(_event: Event) -> None:
+    return None
+
+
 class Race:
     """One request's.
 
@@ -66,6 +74,11 @@ class Race:
         if self._task is not None:
             self._task.cancel()
         self._timer = self._task = None
+
+    def let_go(self) -> None:
+        """The request is over. Whom this knows knows it, and both would stay for the garbage collector."""
+        self.stop()
+        self._begin, self._hear = _no_hedge, _unheard
 
     async def drop(self, end: HedgeEnd) -> None:
         """Cancels the hedge at its node; what it gave goes nowhere."""

@@ -5,12 +5,12 @@ Decides how many of its slots are left. What was measured comes from `measured_v
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
 from potluck_coordinator.domain.placement import ReplicaView, slots_beside_owner
 from potluck_coordinator.domain.suspicion import Standing
-from potluck_coordinator.gateway.measured_view import measured
+from potluck_coordinator.gateway.measured_view import Offered, measured
 from potluck_protocol.values import EngineState, NodeState
 
 if TYPE_CHECKING:
@@ -29,17 +29,19 @@ def view_of(session: NodeSession, wish: DesiredEngine, status: EngineStatus | No
     standing = Standing.TRUSTED if session.suspicions is None else session.suspicions.standing(wish.replica_id)
     is_unrivalled = wish.model.model_id in session.unrivalled_models
     half_open = standing is Standing.HALF_OPEN and not is_unrivalled
-    if half_open:
-        room_count = min(room_count, 1)
+    room_count = min(room_count, 1) if half_open else room_count
     if wish.engine_kind == ATTACH_KIND and status is not None:
         room_count = slots_beside_owner(room_count, in_flight_count, status.waiting_count)
     slot_count = min(status.slot_count, wish.slot_count, room_count) if status is not None else 0
-    view = ReplicaView(
+    weight, facts = session.word.slow.get(wish.replica_id, 1.0), dict[str, Any](slot_count=slot_count)
+    if session.measures is not None and status is not None:
+        offered = Offered(slot_count, in_flight_count, weight, session.heartbeat_at)
+        facts.update(measured(status, session.measures, session.machine.line, offered))
+    return ReplicaView(
         replica_id=wish.replica_id,
         node_id=session.node_id,
         model_id=wish.model.model_id,
         ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
-        slot_count=slot_count,
         in_flight_count=in_flight_count,
         node_paused=session.state is not NodeState.SERVING,
         node_suspect=standing is Standing.SUSPECTED or (session.suspect and wish.model.model_id not in session.vouched_models),
@@ -53,9 +55,7 @@ def view_of(session: NodeSession, wish: DesiredEngine, status: EngineStatus | No
         losses_per_second=session.losses_per_second,
         half_open=half_open,
         drained="" if is_unrivalled else session.word.drained.get(wish.replica_id, ""),
-        weight=session.word.slow.get(wish.replica_id, 1.0),
+        weight=weight,
         heard_at_seconds=session.heartbeat_at,
+        **facts,
     )
-    if session.measures is None or status is None:
-        return view
-    return measured(view, status, session.measures, session.machine.line)

@@ -49,10 +49,11 @@ KEPT: Final = "kept for one that was overtaken"
 class _Entry:
     """One replica, in its kind."""
 
-    __slots__ = ("kind", "replica")
+    __slots__ = ("kind", "likeness", "replica")
 
-    def __init__(self, replica: ReplicaView, kind: Kind) -> None:
+    def __init__(self, replica: ReplicaView, alike: tuple[object, ...], kind: Kind) -> None:
         self.replica = replica
+        self.likeness = alike
         self.kind = kind
 
 
@@ -231,19 +232,21 @@ class Roster:
             self._nodes.pop(node_id, None)
 
     def _come(self, replica: ReplicaView) -> _Entry:
-        kind = self._kind(replica)
-        entry = _Entry(replica, kind)
+        alike = likeness(replica)
+        kind = self._kind(replica, alike)
+        entry = _Entry(replica, alike, kind)
         kind.put(entry, self._usual(replica.model_id))
         self._replicas[replica.replica_id] = entry
         return entry
 
     def _change(self, entry: _Entry, replica: ReplicaView) -> None:
-        kind = entry.kind
-        if likeness(entry.replica) == likeness(replica):
+        kind, alike = entry.kind, likeness(replica)
+        if entry.likeness == alike:
             kind.forget_sums(entry.replica)
         else:
             self._drop(entry)
-            kind = entry.kind = self._kind(replica)
+            kind = entry.kind = self._kind(replica, alike)
+            entry.likeness = alike
         entry.replica = replica
         kind.put(entry, self._usual(replica.model_id))
 
@@ -257,12 +260,15 @@ class Roster:
         if not len(entry.kind):
             model_id = entry.replica.model_id
             kinds = self._kinds[model_id]
-            del kinds[likeness(entry.replica)]
+            del kinds[entry.likeness]
             if not kinds:
                 del self._kinds[model_id]
 
-    def _kind(self, replica: ReplicaView) -> Kind:
-        return self._kinds.setdefault(replica.model_id, {}).setdefault(likeness(replica), Kind())
+    def _kind(self, replica: ReplicaView, alike: tuple[object, ...]) -> Kind:
+        kinds = self._kinds.setdefault(replica.model_id, {})
+        if alike not in kinds:
+            kinds[alike] = Kind()
+        return kinds[alike]
 
     def _usual(self, model_id: ModelId) -> tuple[Work, ...]:
         usual = self._forecast(model_id)
