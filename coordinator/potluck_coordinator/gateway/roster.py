@@ -233,22 +233,19 @@ class Roster:
 
     def _come(self, replica: ReplicaView) -> _Entry:
         alike = likeness(replica)
-        kind = self._kind(replica, alike)
-        entry = _Entry(replica, alike, kind)
-        kind.put(entry, self._usual(replica.model_id))
+        entry = _Entry(replica, alike, self._kind(replica.model_id, alike))
+        entry.kind.put(entry, self._usual(replica.model_id))
         self._replicas[replica.replica_id] = entry
         return entry
 
     def _change(self, entry: _Entry, replica: ReplicaView) -> None:
-        kind, alike = entry.kind, likeness(replica)
-        if entry.likeness == alike:
-            kind.forget_sums(entry.replica)
+        if entry.likeness == (alike := likeness(replica)):
+            entry.kind.forget_sums(entry.replica)
         else:
             self._drop(entry)
-            kind = entry.kind = self._kind(replica, alike)
-            entry.likeness = alike
+            entry.likeness, entry.kind = alike, self._kind(replica.model_id, alike)
         entry.replica = replica
-        kind.put(entry, self._usual(replica.model_id))
+        entry.kind.put(entry, self._usual(replica.model_id))
 
     def _leave(self, entry: _Entry) -> None:
         self._drop(entry)
@@ -264,11 +261,9 @@ class Roster:
             if not kinds:
                 del self._kinds[model_id]
 
-    def _kind(self, replica: ReplicaView, alike: tuple[object, ...]) -> Kind:
-        kinds = self._kinds.setdefault(replica.model_id, {})
-        if alike not in kinds:
-            kinds[alike] = Kind()
-        return kinds[alike]
+    def _kind(self, model_id: ModelId, alike: tuple[object, ...]) -> Kind:
+        kinds = self._kinds.setdefault(model_id, {})
+        return kinds[alike] if alike in kinds else kinds.setdefault(alike, Kind())
 
     def _usual(self, model_id: ModelId) -> tuple[Work, ...]:
         usual = self._forecast(model_id)
