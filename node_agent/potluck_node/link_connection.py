@@ -1,8 +1,7 @@
 """One channel with one Link stream on it: greet, write what waits, read, close.
 
-Decides how long what is not urgent waits for company: not at all while little is said, and up to 4 ms after the last flush where many
-streams together can share frames. `attempts` says that an answer's first two pieces and its end are urgent, `link` that control is. It must
-not know what frames mean, nor why a connection is opened or given up.
+`domain.company` decides how long what is not urgent waits for more; `attempts` says that an answer's first two pieces and its end are
+urgent, `link` that control is. It must not know what frames mean, nor why a connection is opened or given up.
 
 One task writes. It takes what waits into one frame, up to a bound of `link`'s; while that frame is on its way, more gathers for the next.
 """
@@ -18,13 +17,9 @@ import grpc
 import grpc.aio
 import structlog
 
+from potluck_node.domain.company import Company
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
 
-COALESCE_SECONDS: Final = 0.004
-BUSY_WAKES_PER_SECOND: Final = 2000.0
-"""Pieces a second from which on they wait for each other: where they are fewer, hardly two meet within the wait, and it only delays."""
-RATE_SECONDS: Final = 0.05
-"""Over so long pieces are counted."""
 CLOSE_LIMIT_SECONDS: Final = 2.0
 
 _log = structlog.get_logger()
@@ -46,9 +41,7 @@ class LinkConnection:
         self._work = asyncio.Event()
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flushed_at_seconds = 0.0
-        self._counted_since_seconds = 0.0
-        self._wake_count = 0
-        self._is_busy = False
+        self._company = Company()
         self._writer: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
         """gRPC takes one write at a time."""
@@ -84,23 +77,14 @@ class LinkConnection:
         if urgent:
             self._work.set()
             return
-        self._wake_count += 1
+        self._company.said()
         if self._flush_timer is not None or self._work.is_set():
             return
-        now = self._loop.time()
-        self._count(now)
-        wait_seconds = self._flushed_at_seconds + COALESCE_SECONDS - now if self._is_busy else 0.0
+        wait_seconds = self._company.wait_seconds(self._loop.time(), self._flushed_at_seconds)
         if wait_seconds <= 0:
             self._work.set()
         else:
             self._flush_timer = self._loop.call_later(wait_seconds, self._work.set)
-
-    def _count(self, now: float) -> None:
-        """How much is being said, by what was said lately."""
-        seconds = now - self._counted_since_seconds
-        if seconds >= RATE_SECONDS:
-            self._is_busy = self._wake_count >= BUSY_WAKES_PER_SECOND * seconds
-            self._counted_since_seconds, self._wake_count = now, 0
 
     async def close(self, last: node_pb2.NodeFrame | None = None) -> bool:
         """Closes stream and channel, after a last frame where one is given; whether the other side took notice of it in time."""
