@@ -116,13 +116,16 @@ class _Asking:
         self._http = http
         self._url = f"{contender.url}/v1/chat/completions"
         self._headers = {"authorization": contender.authorization, "content-type": "application/json"}
+        self._asked_count = 0
+        """Every prompt begins with another number: routers send those that begin alike to one engine."""
         self.traces: list[Trace] = []
         self.probes: list[Trace] = []
 
     async def stream(self, token_count: int, delay_seconds: float, *, probe: bool = False) -> None:
         """One request to its end, or until it is given up."""
         load = Load(streamed=True, connection_count=1, token_count=token_count, pace_ms=PACE_MS)
-        words = [{"role": "user", "content": prompt(load)}]
+        self._asked_count += 1
+        words = [{"role": "user", "content": f"{self._asked_count}. {prompt(load)}"}]
         body = json.dumps({"model": MODEL, "messages": words, "max_tokens": token_count, "stream": True})
         await asyncio.sleep(delay_seconds)
         asked_at = time.monotonic()

@@ -90,6 +90,9 @@ class Verdict:
         return None if self.estimate is None else self.estimate.high <= self.bound
 
 
+_ENDLESS: Final = Estimate(math.inf, math.inf, math.inf)
+
+
 def verdicts(rounds: Rounds) -> list[Verdict]:
     """Every mark of the table, in its order."""
     return [Verdict(f"{mark.name}, to {mark.peer}", mark.bound, "x", _ratio(mark, rounds)) for mark in MARKS]
@@ -100,7 +103,8 @@ def _ratio(mark: Mark, rounds: Rounds) -> Estimate | None:
         return None
     theirs = mark.values(rounds, mark.peer)
     if not all(value > 0 for value in theirs):
-        return None
+        # It added nothing that could be measured.
+        return _ENDLESS
     return estimate(ratios(mark.values(rounds, OURS), theirs))
 
 
@@ -118,6 +122,6 @@ def loss_verdicts(losses: Sequence[LossRow]) -> list[Verdict]:
     for row in ours:
         if row.is_freeze:
             seconds = row.figures.detection_p99_seconds
-            value = Estimate(seconds, seconds, seconds) if seconds is not None else Estimate(math.inf, math.inf, math.inf)
+            value = Estimate(seconds, seconds, seconds) if seconds is not None else _ENDLESS
             found.append(Verdict(f"seconds until streams went on, {row.blow} of one of two {row.lost}s", DETECTION_SECONDS_MAX, "s", value))
     return found

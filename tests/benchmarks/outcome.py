@@ -5,6 +5,7 @@ Decides nothing but names. It must not know how anything was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -73,7 +74,7 @@ def document(outcome: Outcome) -> dict[str, object]:
         "pinned": outcome.pinned,
         "foreign_cpu_share": outcome.foreign_cpu_share,
         "provisional": outcome.is_provisional,
-        "marks": [{**asdict(verdict), "met": verdict.met} for verdict in outcome.verdicts],
+        "marks": [_mark(verdict) for verdict in outcome.verdicts],
         "rounds": {name: [asdict(turn) for turn in turns] for name, turns in outcome.rounds.turns.items()},
         "relay_groups": {name: list(groups) for name, groups in outcome.rounds.relay_groups.items()},
         "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
@@ -81,3 +82,10 @@ def document(outcome: Outcome) -> dict[str, object]:
         "absent": dict(outcome.absent),
         "stumbles": dict(outcome.stumbles),
     }
+
+
+def _mark(verdict: Verdict) -> dict[str, object]:
+    found = None if verdict.estimate is None else asdict(verdict.estimate)
+    # JSON has no word for what is endless.
+    finite = found and {name: value if math.isfinite(value) else None for name, value in found.items()}
+    return {"name": verdict.name, "bound": verdict.bound, "unit": verdict.unit, "estimate": finite, "met": verdict.met}

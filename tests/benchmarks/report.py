@@ -135,6 +135,7 @@ def _footnotes(outcome: Outcome) -> list[str]:
         "Medians. Ratios are of one round each; in brackets 95 % bootstrap intervals, whose worse end decides a mark.",
         "TLS on Potluck's link, a database on disk, every request paid for. Every answer was checked for all of its tokens, in order.",
     ]
+    lines.append(f"{', '.join(f'{name} {version}' for name, version in outcome.versions.items())}.")
     lines += [f"{name} broke an answer off in {count} of its turns; they were run again." for name, count in outcome.stumbles.items()]
     if outcome.is_provisional:
         lines.append(f"PROVISIONAL: others used {outcome.foreign_cpu_share:.0%} of this machine meanwhile. Run it again on an idle one.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 
 from tests.benchmarks.arithmetic import Estimate
 from tests.benchmarks.loss_traces import CUT, DOUBLED, HUNG, REFUSED, WHOLE, LossFigures, LossRow
-from tests.benchmarks.marks import MARKS, OURS, Rounds, Verdict, loss_verdicts, verdicts
+from tests.benchmarks.marks import DETECTION_SECONDS_MAX, MARKS, OURS, Rounds, Verdict, loss_verdicts, verdicts
 from tests.benchmarks.outcome import Outcome, Standing, document
-from tests.benchmarks.peer_contenders import STARTS
+from tests.benchmarks.peer_contenders import ROOT, STARTS
 from tests.benchmarks.plot import draw
 from tests.benchmarks.report import table
 from tests.benchmarks.turns import OF_THE_ENGINE, WORKLOADS, Turn
@@ -88,6 +89,12 @@ def test_every_mark_names_a_peer_that_there_is_and_a_workload_that_is_run() -> N
     assert all(len(mark.values(rounds, who)) == 3 for mark in MARKS for who in (OURS, mark.peer))
 
 
+def test_the_documentation_names_the_same_bounds() -> None:
+    text = (ROOT / "docs/benchmarks/README.md").read_text()
+    rows = re.findall(r"^\| .*\| ([\d.]+)(?: s)? \|$", text.split("## The marks")[1].split("\n#")[0], re.MULTILINE)
+    assert [float(bound) for bound in rows] == [*(mark.bound for mark in MARKS), 0, DETECTION_SECONDS_MAX]
+
+
 def test_the_marks_compare_the_coordinator_alone_and_the_agent_for_itself() -> None:
     found = {name: verdict.estimate.median for name, verdict in _found(_outcome()).items() if verdict.estimate is not None}
     assert len(found) == len(MARKS)
@@ -130,6 +137,16 @@ def test_a_loss_must_harm_nobody_and_a_freeze_be_passed_soon() -> None:
 def test_a_freeze_that_nobody_ever_noticed_is_no_figure_but_endless() -> None:
     _, seconds = loss_verdicts([LossRow("Potluck", "node", "SIGSTOP", True, replace(_HARMED, probe_failed_count=0))])
     assert seconds.estimate == Estimate(math.inf, math.inf, math.inf)
+    outcome = replace(_outcome(), losses=[LossRow("Potluck", "node", "SIGSTOP", True, _HARMED)])
+    written = json.loads(json.dumps(document(outcome), allow_nan=False))
+    assert (written["marks"][-1]["estimate"]["high"], written["marks"][-1]["met"]) == (None, False)
+
+
+def test_a_peer_that_adds_nothing_cannot_be_kept_up_with() -> None:
+    rounds = _outcome().rounds
+    free = [replace(turn, times={**turn.times, "request_ms": 0.9}) for turn in rounds.turns["vllm-router"]]
+    found = _found(replace(_outcome(), rounds=replace(rounds, turns={**rounds.turns, "vllm-router": free})))
+    assert found["added latency, an idle request, to vllm-router"].met is False
 
 
 def test_the_table_and_the_document_tell_the_same() -> None:
