@@ -32,7 +32,8 @@ class Trace:
 
     asked_at_seconds: float
     tokens: Sequence[Token]
-    is_over: bool
+    over_at_seconds: float | None
+    """None: it was not, when the trial was."""
     is_ended: bool
     """By the word for it, `[DONE]`."""
     is_refused: bool
@@ -45,14 +46,17 @@ def end_of(trace: Trace, token_count: int) -> str:
         return DOUBLED
     if trace.is_refused:
         return REFUSED
-    if not trace.is_over:
+    if trace.over_at_seconds is None:
         return HUNG
     return WHOLE if trace.is_ended and numbers == list(range(token_count)) else CUT
 
 
 def pause_of(trace: Trace, lost_at_seconds: float) -> float | None:
-    """From the loss to the stream's next token; None where none came any more or the stream was over before."""
-    return next((token.came_at_seconds - lost_at_seconds for token in trace.tokens if token.came_at_seconds > lost_at_seconds), None)
+    """From the loss to what the stream's client heard next, a token or its end; None where it was never anything."""
+    heard = [token.came_at_seconds for token in trace.tokens]
+    if trace.over_at_seconds is not None:
+        heard.append(trace.over_at_seconds)
+    return min((at - lost_at_seconds for at in heard if at > lost_at_seconds), default=None)
 
 
 def longest_gap(trace: Trace) -> float:
@@ -68,18 +72,14 @@ class LossFigures:
     ends: dict[str, int]
     """Of the streams, by the words above."""
     longest_gap_seconds: float
-    resumed_after_seconds: list[float]
-    """From the loss to the next token, of each stream that was hit and went on: what noticing and resuming took together."""
+    pauses_seconds: list[float]
+    """From the loss to what they heard next, of each stream that was hit and heard anything: noticing and resuming together."""
     probe_count: int
     """Short requests, one after the other from the loss on."""
     probe_failed_count: int
     noticed_after_seconds: float | None
-    """When the last short request was asked that was sent into the loss; None: they still were at the end."""
-
-    @property
-    def detection_p99_seconds(self) -> float | None:
-        """How long at most the loss went unnoticed, by the streams that resumed, and else by what new requests met."""
-        return percentile(self.resumed_after_seconds, 99) if self.resumed_after_seconds else self.noticed_after_seconds
+    """The 99th percentile of these pauses, or when the last short request was asked that came to harm, whichever is longer. None: when the
+    trial was over, streams still heard nothing, or short requests still came to harm."""
 
 
 def loss_figures(
@@ -89,16 +89,23 @@ def loss_figures(
     ends = [end_of(trace, token_count) for trace in streams]
     after = sorted((probe for probe in probes if probe.asked_at_seconds >= lost_at_seconds), key=lambda probe: probe.asked_at_seconds)
     failed = [trace.asked_at_seconds for trace in after if end_of(trace, probe_token_count) != WHOLE]
-    noticed = None if after and failed and failed[-1] == after[-1].asked_at_seconds else max(failed, default=lost_at_seconds)
-    pauses = [pause_of(trace, lost_at_seconds) for trace in streams]
+    alive = [trace for trace in streams if trace.over_at_seconds is None or trace.over_at_seconds > lost_at_seconds]
+    pauses = [pause_of(trace, lost_at_seconds) for trace in alive]
+    hit = sorted(pause for pause, trace in zip(pauses, alive, strict=True) if pause is not None and _is_hit(pause, trace, token_count))
+    is_open = HUNG in ends or (bool(failed) and failed[-1] == after[-1].asked_at_seconds)
+    noticed_seconds = max(percentile(hit, 99) or 0.0, max(failed, default=lost_at_seconds) - lost_at_seconds)
     return LossFigures(
         ends={word: ends.count(word) for word in (WHOLE, REFUSED, CUT, DOUBLED, HUNG)},
         longest_gap_seconds=max(map(longest_gap, streams)),
-        resumed_after_seconds=sorted(pause for pause in pauses if pause is not None and pause > HIT_SECONDS),
+        pauses_seconds=hit,
         probe_count=len(after),
         probe_failed_count=len(failed),
-        noticed_after_seconds=None if noticed is None else noticed - lost_at_seconds,
+        noticed_after_seconds=None if is_open else noticed_seconds,
     )
+
+
+def _is_hit(pause_seconds: float, trace: Trace, token_count: int) -> bool:
+    return pause_seconds > HIT_SECONDS or end_of(trace, token_count) != WHOLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,17 +130,17 @@ class _Asking:
         await asyncio.sleep(delay_seconds)
         asked_at = time.monotonic()
         pieces: list[tuple[float, bytes]] = []
-        refused, over = False, False
+        refused, over_at = False, None
         try:
             async with self._http.post(self._url, data=body.encode(), headers=self._headers) as answer:
                 refused = answer.status != 200
                 while piece := await answer.content.readany():
                     pieces.append((time.monotonic(), piece))
-            over = True
+            over_at = time.monotonic()
         except aiohttp.ClientError:
             # Cut off in the middle it is truncated; without any answer it has failed.
-            over, refused = True, refused or not pieces
+            over_at, refused = time.monotonic(), refused or not pieces
         finally:
             whole = b"".join(data for _, data in pieces)
             kept = self.probes if probe else self.traces
-            kept.append(Trace(asked_at, tokens_of(pieces), over, ended(whole), refused or b'"error"' in whole))
+            kept.append(Trace(asked_at, tokens_of(pieces), over_at, ended(whole), refused or b'"error"' in whole))

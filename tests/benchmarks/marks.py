@@ -121,7 +121,7 @@ def loss_verdicts(losses: Sequence[LossRow]) -> list[Verdict]:
         found.append(Verdict(f"answers harmed, {row.blow} of one of two {row.lost}s", 0, "", Estimate(count, count, count)))
     for row in ours:
         if row.is_freeze:
-            seconds = row.figures.detection_p99_seconds
+            seconds = row.figures.noticed_after_seconds
             value = Estimate(seconds, seconds, seconds) if seconds is not None else _ENDLESS
             found.append(Verdict(f"seconds until streams went on, {row.blow} of one of two {row.lost}s", DETECTION_SECONDS_MAX, "s", value))
     return found

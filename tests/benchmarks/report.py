@@ -104,11 +104,11 @@ def _loss_lines(losses: Sequence[LossRow]) -> list[str]:
     ]
 
 
-_LOSS_WORDS: Final = "requests: short ones that failed after the loss; noticed: until streams went on, or no more requests were lost"
+_LOSS_WORDS: Final = "requests: short ones that failed after the loss; noticed: until all streams went on or had ended, and none failed"
 
 
 def _noticed(figures: LossFigures) -> str:
-    seconds = figures.detection_p99_seconds
+    seconds = figures.noticed_after_seconds
     return "never" if seconds is None else f"{seconds:.2f}"
 
 

@@ -45,7 +45,7 @@ def _turn(name: str) -> Turn:
     )
 
 
-_UNHARMED = LossFigures({WHOLE: 16, REFUSED: 0, CUT: 0, DOUBLED: 0, HUNG: 0}, 0.5, [0.4, 0.5], 20, 0, 0.0)
+_UNHARMED = LossFigures({WHOLE: 16, REFUSED: 0, CUT: 0, DOUBLED: 0, HUNG: 0}, 0.5, [0.4, 0.5], 20, 0, 0.5)
 _HARMED = LossFigures({WHOLE: 8, REFUSED: 1, CUT: 2, DOUBLED: 1, HUNG: 4}, 0.02, [], 20, 3, None)
 
 
@@ -124,7 +124,7 @@ def test_a_peer_that_could_not_run_costs_its_own_row_and_its_marks_alone() -> No
 
 def test_a_loss_must_harm_nobody_and_a_freeze_be_passed_soon() -> None:
     assert [verdict.met for verdict in loss_verdicts(_outcome().losses)] == [True, True]
-    late = replace(_UNHARMED, resumed_after_seconds=[0.4, 2.1])
+    late = replace(_UNHARMED, noticed_after_seconds=2.1)
     probes = replace(_UNHARMED, probe_failed_count=1)
     never = replace(_HARMED, probe_failed_count=0)
     for figures, met in ((late, [True, False]), (probes, [False, True]), (never, [False, False])):
