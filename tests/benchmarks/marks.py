@@ -108,6 +108,12 @@ def _ratio(mark: Mark, rounds: Rounds) -> Estimate | None:
     return estimate(ratios(mark.values(rounds, OURS), theirs))
 
 
+def stumbles_verdict(stumbles: Mapping[str, int]) -> Verdict:
+    """Every request of the rounds is answered, and whole."""
+    count = stumbles.get(OURS, 0)
+    return Verdict("turns with an answer refused or not whole", 0, "", Estimate(count, count, count))
+
+
 DETECTION_SECONDS_MAX: Final = 2.0
 HARMS: Final = (REFUSED, CUT, DOUBLED, HUNG)
 

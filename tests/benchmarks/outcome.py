@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Final
 
 from tests.benchmarks.loss_traces import LossRow
-from tests.benchmarks.marks import Rounds, Verdict, loss_verdicts, verdicts
+from tests.benchmarks.marks import Rounds, Verdict, loss_verdicts, stumbles_verdict, verdicts
 
 BUSY_SHARE_MAX: Final = 0.10
 """Beyond this the machine was not ours alone, and the figures are provisional."""
@@ -36,7 +36,7 @@ class Outcome:
     absent: Mapping[str, str]
     """Contenders that could not be measured, and why."""
     stumbles: Mapping[str, int]
-    """Turns of a peer in which it broke an answer off, and which were run again."""
+    """Turns of a contender in which it broke an answer off or refused one, and which were run again."""
     versions: Mapping[str, str]
     """Of the contenders and of the machine."""
     command: str
@@ -61,7 +61,8 @@ class Outcome:
     @property
     def verdicts(self) -> list[Verdict]:
         """Every mark, the losses' behind the others."""
-        return [*verdicts(self.rounds), *loss_verdicts(self.losses)]
+        rounds = [*verdicts(self.rounds), stumbles_verdict(self.stumbles)] if self.rounds.turns else []
+        return [*rounds, *loss_verdicts(self.losses)]
 
 
 def document(outcome: Outcome) -> dict[str, object]:

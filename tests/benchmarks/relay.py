@@ -44,7 +44,7 @@ HEAVY_PEERS: Final = ("LiteLLM", "Ray Serve, HAProxy", "Ray Serve")
 """Their trials of losses are run alone: 16 streams are work for them."""
 IDLE_SECONDS: Final = 3.0
 STUMBLES_MAX: Final = 3
-"""Turns of a peer that may break off and be run again; with one more it is out."""
+"""Turns that may break off and be run again; with one more a peer is out, and of Potluck's the run has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +121,18 @@ class Benchmark:
         return lambda load: self._client.run(load, contender.target())
 
     def _guarded(self, name: str, work: Callable[[Contender], object]) -> None:
-        """A peer that answers wrongly has its turn again, or is out, with the reason in its row; Potluck or the engine may not."""
+        """Who answers wrongly has the turn again, or is out, with the reason in its row; the engine may not, and Potluck misses a mark."""
         while name in self.contenders:
             try:
                 work(self.contenders[name])
             except LoadFailedError as error:
-                if name in {ENGINE, OURS}:
+                if name == ENGINE:
                     raise
                 self.stumbles[name] += 1
                 say(f"{name}: failed under load: {error}")
                 if self.stumbles[name] > STUMBLES_MAX:
+                    if name == OURS:
+                        raise
                     self.absent[name] = f"failed under load: {error}"
                     self.contenders.pop(name).stop()
                     del self.turns[name]

@@ -136,7 +136,9 @@ def _footnotes(outcome: Outcome) -> list[str]:
         "TLS on Potluck's link, a database on disk, every request paid for. Every answer was checked for all of its tokens, in order.",
     ]
     lines.append(f"{', '.join(f'{name} {version}' for name, version in outcome.versions.items())}.")
-    lines += [f"{name} broke an answer off in {count} of its turns; they were run again." for name, count in outcome.stumbles.items()]
+    lines += [
+        f"{name} refused an answer or broke it off in {count} turns; they were run again." for name, count in outcome.stumbles.items()
+    ]
     if outcome.is_provisional:
         lines.append(f"PROVISIONAL: others used {outcome.foreign_cpu_share:.0%} of this machine meanwhile. Run it again on an idle one.")
     return lines

@@ -120,10 +120,11 @@ def test_a_peer_that_breaks_an_answer_off_has_its_turn_again(monkeypatch, failur
     assert benchmark.stumbles["LiteLLM"] == failure_count
 
 
-def test_potluck_may_break_no_answer_off(monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "failure_count"), [("Potluck", STUMBLES_MAX + 1), ("direct", 1)])
+def test_without_potluck_or_the_engine_there_is_nothing_to_compare(monkeypatch, name: str, failure_count: int) -> None:
     monkeypatch.setattr("tests.benchmarks.turns.SETTLE_SECONDS", 0.0)
-    benchmark = Benchmark(Stumbling("Potluck", 1), WORKLOADS)
-    benchmark.add("Potluck", lambda: _contender("Potluck"))
+    benchmark = Benchmark(Stumbling(name, failure_count), WORKLOADS)
+    benchmark.add(name, lambda: _contender(name))
     with pytest.raises(LoadFailedError):
         benchmark.run_rounds(1, seed=1)
 
