@@ -51,6 +51,7 @@ _SECRET_TEXT: Final = re.compile(
     r"sk-potluck-[A-Za-z0-9_-]+"  # an API key
     r"|potluck1\.[A-Za-z0-9_.-]+"  # an invite
     r"|(?<=Bearer )\S+"
+    r"|(?<=://)[^\s/:@]*:[^\s@]+(?=@)"  # who, and with which password, in a URL
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
     re.DOTALL,
 )
@@ -112,12 +113,13 @@ def _lost_line(of: str) -> str:
     return dumps({"event": "log_line_lost", "level": "error", "of": _SECRET_TEXT.sub(BLANK, of)}) + "\n"
 
 
-def configure_logging(*, json: bool, level: str = "info") -> None:
+def configure_logging(*, json: bool, level: str = "info", first: Processor | None = None) -> None:
     """Sends this process's log lines, its libraries' included, to standard error.
 
     Args:
         json: one JSON object a line for machines; otherwise lines for people.
         level: the least severe level that is written: "debug", "info", "warning" or "error".
+        first: sees each line of our own before all else, and may drop it.
 
     Raises:
         ValueError: the level is none of these.
@@ -134,7 +136,7 @@ def configure_logging(*, json: bool, level: str = "info") -> None:
     ]
     renderer: Processor = structlog.processors.JSONRenderer(sort_keys=False) if json else _renderer_for_people(colors=file.isatty())
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*([first] if first is not None else []), *shared, renderer],
         wrapper_class=_unfailing_logger(level_number),
         logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", file)),
         cache_logger_on_first_use=False,
