@@ -80,6 +80,10 @@ class _Actor:
         """None once it serves, or what kept it from serving."""
         return await asyncio.shield(self._ready)
 
+    async def process_id(self) -> int:
+        """Another one after each restart."""
+        return os.getpid()
+
     async def _serve(self) -> None:
         """Opens, calls `_opened`, and returns only when told to stop."""
         raise NotImplementedError

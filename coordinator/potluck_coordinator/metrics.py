@@ -7,11 +7,11 @@ It must not know who counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from potluck_coordinator.domain.hedging import HedgeEnd
 from potluck_coordinator.domain.tiers import NO_COMPLIANCE, Compliance
@@ -45,11 +45,30 @@ class _OfModel(NamedTuple):
     first_token: Histogram
 
 
-class Metrics:
-    """One process's counts, in a registry of its own."""
+class _Labelled:
+    """A registry whose every sample bears one label more, as its collector; for `generate_latest`."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: CollectorRegistry, name: str, value: str) -> None:
+        self._registry = registry
+        self._name = name
+        self._value = value
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample._replace(labels={**sample.labels, self._name: self._value}) for sample in metric.samples]
+            yield metric
+
+
+class Metrics:
+    """One process's counts, in a registry of its own.
+
+    Args:
+        gateway: which of several gateways it is; every sample says so. None: there is but one.
+    """
+
+    def __init__(self, gateway: int | None = None) -> None:
         self._registry = CollectorRegistry()
+        self._shown: Any = self._registry if gateway is None else _Labelled(self._registry, "gateway", str(gateway))
         self._read_pool: Callable[[], PoolReading] | None = None
         self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._by_model: dict[ModelId, _OfModel] = {}
@@ -150,4 +169,4 @@ class Metrics:
                 self._promised.labels(window).set(promised.count)
                 # Of none at all the promise was kept.
                 self._kept.labels(window).set(1.0 if promised.share is None else promised.share)
-        return generate_latest(self._registry)
+        return generate_latest(self._shown)

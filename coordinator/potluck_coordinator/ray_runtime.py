@@ -195,7 +195,7 @@ class RayRuntime:
         for number in range(self._settings.gateways):
             name = f"{GATEWAY}{number}"
             actor = self._actors[name]
-            drained = actor.drain.remote(drain_seconds_max)
+            drained, process_id = actor.drain.remote(drain_seconds_max), self._process_id(name)
             while not ray.wait([drained], timeout=CHECK_SECONDS_MAX)[0]:
                 with contextlib.suppress(ray.exceptions.RayError):
                     yield RestartStep(number, "draining", *ray.get(actor.load.remote(), timeout=CHECK_SECONDS_MAX))
@@ -205,18 +205,28 @@ class RayRuntime:
                 ray.get(actor.stop.remote(), timeout=GATEWAY_STOP_SECONDS_MAX)
                 ray.kill(actor, no_restart=False)
             yield RestartStep(number, "starting", left_count)
-            self._wait_back(name)
+            self._wait_back(name, process_id)
             yield RestartStep(number, "serving")
             # The others are told of it, and link to it, before they send it their nodes.
             time.sleep(RESTART_PAUSE_SECONDS)
 
-    def _wait_back(self, name: str) -> None:
+    def _process_id(self, name: str) -> int:
+        """0 while it is away."""
+        import ray  # noqa: PLC0415
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            return int(ray.get(self._actors[name].process_id.remote(), timeout=CHECK_SECONDS_MAX))
+        return 0
+
+    def _wait_back(self, name: str, former_process_id: int) -> None:
+        """Until another process serves in its place; a killed one may still answer for a moment."""
         import ray  # noqa: PLC0415
 
         give_up_at = self._clock.monotonic_seconds() + ABSENCE_SECONDS_MAX
         while self._clock.monotonic_seconds() < give_up_at:
             with contextlib.suppress(ray.exceptions.RayError):
-                if ray.get(self._actors[name].ready.remote(), timeout=CHECK_SECONDS_MAX) is None:
+                is_ready = ray.get(self._actors[name].ready.remote(), timeout=CHECK_SECONDS_MAX) is None
+                if is_ready and self._process_id(name) not in {0, former_process_id}:
                     return
             time.sleep(CANCEL_CHECK_SECONDS)
         raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, f"{name} did not come back within {ABSENCE_SECONDS_MAX:.0f} s.")

@@ -14,6 +14,9 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
+import secrets
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +30,8 @@ from typing import Any
 import psutil
 
 from tests.chaos.coordinator_loss import Load, wait_without_holds
-from tests.support.coordinator_process import CoordinatorProcess, wait_until
+from tests.support.coordinator_process import CoordinatorProcess, wait_gone, wait_until
+from tests.support.namespaces import Host, two_hosts
 from tests.support.pool_processes import MODEL, SLOT_COUNT, NodeProcess, Pool, command, new_invite, write_catalogue
 
 GATEWAY_COUNT = 2
@@ -36,6 +40,8 @@ GATEWAYS_BACK_SECONDS_MAX = 30.0
 LOAD_SECONDS = 2.0
 SCRIPT = {"tokens": [f" {number}" for number in range(50)], "token_count": 150, "inter_token_ms": 10}
 SPREAD_TRIES = 20
+RAY_PORT = 6379
+"""In a namespace of its own: nobody else has it."""
 SLOTS_PER_NODE = 2
 """As many clients ask at a time: a gateway's own nodes are not enough for its clients."""
 PLACED_TRIES = 10
@@ -50,8 +56,45 @@ class Show:
     broken: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where the gateways are: all on this host, or the second one on another, which joined a Ray cluster of this one's."""
+
+    other: Host | None = None
+    own_address: str = "127.0.0.1"
+    ray_address: str = ""
+
+    def address(self, number: int) -> str:
+        """Of a gateway."""
+        return self.other.address if self.other is not None and number else self.own_address
+
+    def wrap(self, number: int) -> tuple[str, ...]:
+        """What puts a command on a gateway's host."""
+        return self.other.wrap if self.other is not None and number else ()
+
+
+CLUSTER = Cluster()
+
+
 def gateways(pool: Pool) -> dict[int, psutil.Process]:
     """Every gateway's process that serves now, by its number."""
+    return _gateways_of_hosts(pool) if CLUSTER.other is not None else _gateways_of_log(pool)
+
+
+def _gateways_of_hosts(pool: Pool) -> dict[int, psutil.Process]:
+    """By their addresses: what the other host's gateway logs goes to Ray's files there."""
+    http_port = pool.coordinator.wait_ready()["http"]
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.NoSuchProcess):
+            if "ray::GatewayActor" not in "".join(process.info["cmdline"] or ()):
+                continue
+            listening = {(one.laddr.ip, one.laddr.port) for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+            found |= {number: process for number in range(GATEWAY_COUNT) if (CLUSTER.address(number), http_port) in listening}
+    return found
+
+
+def _gateways_of_log(pool: Pool) -> dict[int, psutil.Process]:
     found: dict[int, psutil.Process] = {}
     for line in pool.coordinator.log().splitlines():
         with suppress(ValueError, psutil.NoSuchProcess, KeyError):
@@ -95,17 +138,13 @@ class Client:
     """One client's connection, which leads to one gateway; made so often until it does."""
 
     def __init__(self, pool: Pool, number: int) -> None:
-        process, port = gateways(pool)[number], pool.coordinator.wait_ready()["http"]
+        port = pool.coordinator.wait_ready()["http"]
         self._api_key = pool.api_key
         for _ in range(64):
-            self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            self.connection.connect()
-            mine = self.connection.sock.getsockname()[1]
-            # The kernel has dealt it; its gateway takes it a moment later.
-            for _ in range(40):
-                if any(one.raddr and one.raddr.port == mine for one in process.net_connections("tcp")):
-                    return
-                time.sleep(0.005)
+            self.connection = http.client.HTTPConnection(CLUSTER.address(number), port, timeout=60)
+            self.connection.request("GET", "/metrics", headers={"authorization": f"Bearer {self._api_key}"})
+            if b'potluck_nodes_connected{gateway="%d"}' % number in self.connection.getresponse().read():
+                return
             self.connection.close()
         raise AssertionError(f"no connection out of 64 led to gateway {number}")
 
@@ -269,16 +308,18 @@ def _answers(pool: Pool) -> bool:
 
 @contextmanager
 def pool_of_gateways(folder: Path, node_count: int = 4) -> Iterator[Pool]:
-    """A coordinator of two gateways, and nodes on both."""
+    """A coordinator of two gateways, and nodes; of two hosts every second one is on the other."""
     catalogue = write_catalogue(folder / "models", SCRIPT)
     catalogue.write_text(catalogue.read_text().replace(f"slot_count = {SLOT_COUNT}", f"slot_count = {SLOTS_PER_NODE}"))
-    flags = ("--catalogue", str(catalogue), "--gateways", str(GATEWAY_COUNT))
+    flags = ["--catalogue", str(catalogue), "--gateways", str(GATEWAY_COUNT), "--host", CLUSTER.own_address]
+    if CLUSTER.ray_address:
+        flags += ["--ray-address", CLUSTER.ray_address]
     with ExitStack() as stack:
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", *flags))
         coordinator.wait_ready()
         pool = Pool(folder, coordinator, [])
         for number in range(node_count):
-            pool.nodes.append(stack.enter_context(NodeProcess(folder / f"node-{number}", new_invite(pool))))
+            pool.nodes.append(stack.enter_context(NodeProcess(folder / f"node-{number}", new_invite(pool), wrap=CLUSTER.wrap(number % 2))))
         pool.wait_connected()
         yield pool
 
@@ -293,13 +334,64 @@ def shows(pool: Pool, kill_count: int, directory_kill_count: int) -> Iterator[Ca
         yield lambda: lose_the_directory(pool, directory_kill_count)
 
 
+def play_on_two_hosts(arguments: list[str]) -> int:
+    """Two namespaces, a Ray node in each, and this program once more in the first of them."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, two_hosts() as (own, other), ExitStack() as stack:
+        token = Path(folder) / "token"
+        token.write_text(secrets.token_hex(32))
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_worker_niceness": "0",
+            "RAY_memory_monitor_refresh_ms": "0",
+        }
+        ray_address = f"{own.address}:{RAY_PORT}"
+        common = ["--num-cpus=0", "--block", "--disable-usage-stats", "--object-store-memory=83886080"]
+        head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/r"]
+        for host, flags in ((own, head), (other, [f"--address={ray_address}"])):
+            command_line = [
+                *host.wrap,
+                str(Path(sys.executable).with_name("ray")),
+                "start",
+                f"--node-ip-address={host.address}",
+                *flags,
+                *common,
+            ]
+            log = stack.enter_context((Path(folder) / f"{host.name}.log").open("wb"))
+            stack.enter_context(_running(command_line, environment, log))
+            wait_until(lambda host=host: "raylet" in host.run("ss", "-tlnpH"), 60, f"a Ray node on {host.name}")
+        cluster = ["--cluster", own.address, other.name, other.address, ray_address]
+        again = [*own.wrap, sys.executable, "-m", "tests.chaos.many_gateways", *arguments, *cluster]
+        return subprocess.run(again, env=environment, check=False).returncode
+
+
+@contextmanager
+def _running(command_line: list[str], environment: dict[str, str], log: Any) -> Iterator[None]:
+    process = subprocess.Popen(command_line, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(30)
+        wait_gone(family, 20)
+
+
 def main() -> int:
     """Plays them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=4, help="of gateways [4]")
     parser.add_argument("--directory-kills", type=int, default=20, help="during streams [20]")
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--two-hosts", action="store_true", help="the gateways on two hosts: network namespaces, for which it takes root")
+    parser.add_argument("--cluster", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.two_hosts:
+        return play_on_two_hosts([word for word in sys.argv[1:] if word != "--two-hosts"])
+    if arguments.cluster:
+        own_address, name, address, ray_address = arguments.cluster
+        globals()["CLUSTER"] = Cluster(Host(name, address), own_address, ray_address)
     failed_count = 0
     with tempfile.TemporaryDirectory() as folder, pool_of_gateways(Path(folder), arguments.nodes) as pool:
         for play in shows(pool, arguments.kills, arguments.directory_kills):

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from potluck_coordinator.gateway.requests import RequestService
 
 LOOK_SECONDS: Final = 0.1
-GONE_PER_LOOK_SHARE: Final = 0.05
-"""Of the nodes that are left: hundreds need some seconds, so that the others do not get all of them at once."""
+GO_SECONDS: Final = 1.0
+"""Between those that go: as long as a node may take to come to another gateway, so that not all that serve a model are on their way."""
+GO_SHARE: Final = 0.1
+"""Of the nodes that are left."""
 KEPT_ALIVE_SECONDS: Final = 1.0
 """How long a connection that stands may still bring a request, to be told with its answer that it was the last."""
 
@@ -57,9 +59,10 @@ async def drain(
         leave(links)
     await asyncio.sleep(min(KEPT_ALIVE_SECONDS, seconds_max))
     closing.append(asyncio.ensure_future(http.stop(seconds_max)))
+    next_go_at = loop.time()
     while loop.time() < give_up_at:
-        if nodes is not None:
-            let_go(links, max(1, int(len(links) * GONE_PER_LOOK_SHARE)))
+        if nodes is not None and loop.time() >= next_go_at and let_go(links, max(1, int(len(links) * GO_SHARE))):
+            next_go_at = loop.time() + GO_SECONDS
         if requests.in_flight_count == 0 and (nodes is None or not len(links)) and all(one.done() for one in closing):
             break
         await asyncio.sleep(LOOK_SECONDS)

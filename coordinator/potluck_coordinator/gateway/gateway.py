@@ -22,14 +22,12 @@ from typing import Any, Final
 import structlog
 
 from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
-from potluck_coordinator.domain.admission import AdmissionLimits
-from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.account_servicer import AccountServicer
+from potluck_coordinator.gateway.as_set import host_port, link_address, liveness_limits, request_limits
 from potluck_coordinator.gateway.dispatching import Books
 from potluck_coordinator.gateway.draining import drain
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
 from potluck_coordinator.gateway.forward_servicer import ForwardServicer
-from potluck_coordinator.gateway.gate import TierLimits
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server, build_peer_server
 from potluck_coordinator.gateway.http_server import HttpServer
 from potluck_coordinator.gateway.inference_servicer import InferenceServicer
@@ -44,13 +42,12 @@ from potluck_coordinator.gateway.parting import let_go
 from potluck_coordinator.gateway.peers import Peers
 from potluck_coordinator.gateway.pool_servicer import PoolServicer
 from potluck_coordinator.gateway.process_load import ProcessLoad
-from potluck_coordinator.gateway.requests import RequestLimits, RequestService
+from potluck_coordinator.gateway.requests import RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
 from potluck_coordinator.pool_desk import GatewayGrant
-from potluck_coordinator.rate_text import rate_limit
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import Clock
-from potluck_protocol.connection import ConnectionDocument, is_loopback_host
+from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId
 from potluck_protocol.version import PROTOCOL_VERSION
@@ -65,41 +62,13 @@ RETRY_SECONDS: Final = 0.5
 """Between two tries to hear of a directory that is away; the last snapshot holds meanwhile."""
 FAILURES_IN_A_ROW_MAX: Final = 20
 """Of a periodic work, that nobody foresaw: five seconds of looks at nodes and queues."""
+MEET_SECONDS_MAX: Final = 3.0
+"""How long a gateway that starts waits for the others' links and words, before it takes requests for which it knows no node."""
+MEET_LOOK_SECONDS: Final = 0.02
 HTTP_GRACE_SECONDS: Final = 1.0
 """For the last words of answers that were ended."""
 DRAIN_SECONDS_MAX: Final = 3.0
 """How long a stop waits for the last settlements; what is left then is settled at its last mark by the next start."""
-
-
-def liveness_limits(settings: Settings) -> LivenessLimits:
-    """The lease and its companions as the operator set them."""
-    return LivenessLimits(
-        lease_ttl_seconds=settings.lease_ttl_ms / 1000,
-        heartbeat_busy_seconds=settings.heartbeat_busy_ms / 1000,
-        heartbeat_idle_seconds=settings.heartbeat_idle_ms / 1000,
-        link_grace_seconds=settings.link_grace_ms / 1000,
-    )
-
-
-def request_limits(settings: Settings) -> RequestLimits:
-    """What requests are let in by, as the operator set it."""
-    return RequestLimits(
-        AdmissionLimits(settings.queue_length_max, settings.queue_deadline_seconds),
-        TierLimits(
-            rate_limit(settings.default_tier_rate),
-            settings.default_tier_reserve_percent,
-            settings.default_tier_first_token_seconds,
-            is_shared=settings.gateways > 1,
-        ),
-    )
-
-
-def link_address(settings: Settings, machine: str, port: int) -> str:
-    """Where nodes reach a gateway on a machine of the cluster; without a host where that is whatever host a node knows the pool by."""
-    host = settings.public_hosts.get(machine, machine)
-    if is_loopback_host(host):
-        host = settings.public_host or ""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class ReplacedError(Exception):
@@ -134,7 +103,7 @@ class Gateway:
         self._settings = settings
         self._directory = directory
         self._clock = clock
-        self._metrics = Metrics()
+        self._metrics = Metrics(number if settings.gateways > 1 else None)
         self._snapshot = PoolSnapshot(0, {}, {}, {}, 0)
         self._links = Links(directory, liveness_limits(settings), clock, self._serve_queues)
         self._links.measures.token_seconds_max = settings.answer_token_seconds_max
@@ -145,6 +114,8 @@ class Gateway:
         self._requests: RequestService | None = None
         self._keyed: KeyedRequests | None = None
         self._ports: list[GrpcServer] = []
+        self._people_port: GrpcServer | None = None
+        self._node_port: GrpcServer | None = None
         self._http: HttpServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._load = ProcessLoad()
@@ -189,19 +160,17 @@ class Gateway:
                 _every(REPORT_SECONDS, self._report),
             )
         ]
-        endpoints, peer_address = await self._serve(grant, requests, peers)
-        if peer_address:
-            others = (_every(LOOK_SECONDS, partial(self._meet_others, peers)), peers.follow(self._directory.pool))
-            self._tasks += [asyncio.ensure_future(work) for work in others]
-        nodes_address = link_address(self._settings, self._peer_host, endpoints.own_link_port)
-        await self._directory.pool.announce_gateway(grant.epoch, peer_address, nodes_address)
+        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._links.is_enrolled, self._clock, self._gateway_epochs)
+        link_port, own_link_port = await self._serve_nodes(grant, interceptor)
+        await self._join_others(grant, interceptor, peers, own_link_port)
+        http_port, grpc_port = await self._serve_people(grant, interceptor, requests, link_port)
         # What was imported and built so far stays for good: the collector need not look through it again and again.
         gc.collect()
         gc.freeze()
         # A request leaves no circles behind, and Python would look for some after each few: that was a tenth of what it cost.
         gc.set_threshold(YOUNG_OBJECTS_MAX, *gc.get_threshold()[1:])
         _log.info("gateway_serving", number=self._number, epoch=grant.epoch, pool_id=grant.pool_id)
-        return endpoints
+        return Endpoints(http_port, grpc_port, link_port, own_link_port)
 
     async def run(self) -> None:
         """Waits for as long as everything behind the ports is at work; raises what ended a part of it."""
@@ -213,11 +182,11 @@ class Gateway:
     async def drain(self, seconds_max: float) -> int:
         """Lets what runs go on to its end, and everybody else go elsewhere; how many answers are left after so long. `stop` comes next."""
         assert self._http is not None, "start comes first"
-        people, nodes = self._ports[:2]
+        assert self._people_port is not None
         return await drain(
             http=self._http,
-            people=people,
-            nodes=nodes if len(self._snapshot.gateways) > 1 else None,
+            people=self._people_port,
+            nodes=self._node_port if len(self._snapshot.gateways) > 1 else None,
             links=self._links,
             requests=self.requests,
             seconds_max=seconds_max,
@@ -251,15 +220,45 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _serve(self, grant: GatewayGrant, requests: RequestService, peers: Peers) -> tuple[Endpoints, str]:
-        """Opens the ports; the address of the one for other gateways is empty where there are none."""
+    async def _serve_nodes(self, grant: GatewayGrant, interceptor: CallInterceptor) -> tuple[int, int]:
+        """Opens the link port, and the one beside it that is this gateway's own, where there are several."""
+        settings = self._settings
+        servicer = LinkServicer(self._links, self._directory, self._clock)
+        nodes = self._node_port = build_link_server(grant, interceptor, servicer, shared=settings.gateways > 1)
+        self._ports.append(nodes)
+        own_link_port = settings.own_link_port_of(self._number)
+        if own_link_port is not None:
+            own_link_port = await nodes.add_own_port(settings.host, own_link_port)
+        link_port = await nodes.start(settings.host, settings.link_port)
+        return link_port, own_link_port or link_port
+
+    async def _join_others(self, grant: GatewayGrant, interceptor: CallInterceptor, peers: Peers, own_link_port: int) -> None:
+        """Says where this gateway is reached, and waits a little until it has heard of the others' nodes: people come only then."""
+        peer_address = ""
+        if self._settings.gateways > 1:
+            server = build_peer_server(grant, interceptor, ForwardServicer(self._links, peers, self._clock, self._serve_queues))
+            self._ports.append(server)
+            peer_address = host_port(self._peer_host, await server.start(self._peer_host, 0))
+        nodes_address = link_address(self._settings, self._peer_host, own_link_port)
+        await self._directory.pool.announce_gateway(grant.epoch, peer_address, nodes_address)
+        if not peer_address:
+            return
+        others = (_every(LOOK_SECONDS, partial(self._meet_others, peers)), peers.follow(self._directory.pool))
+        self._tasks += [asyncio.ensure_future(work) for work in others]
+        give_up_at = self._clock.monotonic_seconds() + MEET_SECONDS_MAX
+        while not peers.has_met(self._snapshot.gateways) and self._clock.monotonic_seconds() < give_up_at:  # noqa: ASYNC110 - two know
+            await asyncio.sleep(MEET_LOOK_SECONDS)
+
+    async def _serve_people(
+        self, grant: GatewayGrant, interceptor: CallInterceptor, requests: RequestService, link_port: int
+    ) -> tuple[int, int]:
+        """Opens the http and the grpc port."""
         settings = self._settings
         shared = settings.gateways > 1
         keyed = self._keyed = KeyedRequests(
             requests, self._directory.idempotency, self._clock, hash_key=grant.fingerprint_key, gateway_epoch=grant.epoch
         )
-        interceptor = CallInterceptor(self._keys, lambda: self._links.outcasts, self._links.is_enrolled, self._clock, self._gateway_epochs)
-        people = build_grpc_server(
+        people = self._people_port = build_grpc_server(
             grant,
             interceptor,
             enrolment=EnrolmentServicer(self._directory.enrolment),
@@ -268,13 +267,8 @@ class Gateway:
             pool=PoolServicer(self._directory.nodes, self._directory.catalogue, requests, self._links, self._clock),
             shared=shared,
         )
-        nodes = build_link_server(grant, interceptor, LinkServicer(self._links, self._directory, self._clock), shared=shared)
-        self._ports = [people, nodes]
+        self._ports.append(people)
         grpc_port = await people.start(settings.host, settings.grpc_port)
-        own_link_port = settings.own_link_port_of(self._number)
-        if own_link_port is not None:
-            own_link_port = await nodes.add_own_port(settings.host, own_link_port)
-        link_port = await nodes.start(settings.host, settings.link_port)
         document = ConnectionDocument(
             PROTOCOL_VERSION, grant.pool_id, grpc_port, link_port, settings.public_host, grant.server.ca_certificate_pem
         )
@@ -288,16 +282,7 @@ class Gateway:
             tls_certificate=settings.http_tls_certificate,
             tls_key=settings.http_tls_key,
         )
-        http_port = await self._http.start(settings.host, settings.http_port, shared=shared)
-        return Endpoints(http_port, grpc_port, link_port, own_link_port or link_port), await self._serve_peers(grant, interceptor, peers)
-
-    async def _serve_peers(self, grant: GatewayGrant, interceptor: CallInterceptor, peers: Peers) -> str:
-        if self._settings.gateways == 1:
-            return ""
-        server = build_peer_server(grant, interceptor, ForwardServicer(self._links, peers, self._clock, self._serve_queues))
-        self._ports.append(server)
-        port = await server.start(self._peer_host, 0)
-        return f"[{self._peer_host}]:{port}" if ":" in self._peer_host else f"{self._peer_host}:{port}"
+        return await self._http.start(settings.host, settings.http_port, shared=shared), grpc_port
 
     def _gateway_epochs(self) -> Collection[int]:
         return self._snapshot.gateways.keys()

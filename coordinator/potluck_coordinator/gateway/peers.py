@@ -75,6 +75,12 @@ class Peers:
     def __len__(self) -> int:
         return len(self._peers)
 
+    def has_met(self, gateways: Mapping[int, GatewayRecord]) -> bool:
+        """Whether there is a link to each of the others among them, and a word of its nodes."""
+        others = [epoch for epoch, record in gateways.items() if epoch != self._epoch and record.peer_address]
+        met = (self._peers.get(epoch) for epoch in others)
+        return all(peer is not None and peer.way.outbox is not None and peer.view is not None for peer in met)
+
     async def meet(self, gateways: Mapping[int, GatewayRecord]) -> None:
         """Links to whoever is new among them, and lets go of whoever is gone."""
         others = {epoch: record.peer_address for epoch, record in gateways.items() if epoch != self._epoch and record.peer_address}
