@@ -7,6 +7,7 @@ It must not know who counts.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -111,6 +112,8 @@ class Metrics:
             registry=registry,
         )
         self._refused = Gauge("potluck_requests_refused_for_good", "Requests that killed two engines.", registry=registry)
+        tasks = Gauge("potluck_asyncio_tasks", "Tasks of the gateway's loop: a number that only ever grows is a leak.", registry=registry)
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
         Gauge("potluck_build_info", "The version that runs.", ("version",), registry=registry).labels(package_version()).set(1)
 
     def watch_pool(self, read: Callable[[], PoolReading]) -> None:

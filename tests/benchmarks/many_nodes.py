@@ -193,11 +193,9 @@ def marks_of(rounds: Sequence[Round], small: Idle, large: Idle) -> list[Mark]:
 def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
     ours, theirs = (estimate([getattr(one, name) for one in rounds]) for name in ("gateway_micros", "bare_micros"))
     memory = {name: f"{size / 1024:.1f} KiB" for name, size in memory_per_node(small, large).items()}
-    lines = [
-        f"a heartbeat at {rounds[0].beats_per_second:.0f}/s: gateway {ours.median:.0f} us ({ours.low:.0f} to {ours.high:.0f}), "
-        f"bare server {theirs.median:.0f} us ({theirs.low:.0f} to {theirs.high:.0f})",
-        f"memory of a node: {memory}",
-    ]
+    gateway = f"gateway {ours.median:.0f} us ({ours.low:.0f} to {ours.high:.0f})"
+    bare = f"bare server {theirs.median:.0f} us ({theirs.low:.0f} to {theirs.high:.0f})"
+    lines = [f"a heartbeat at {rounds[0].beats_per_second:.0f}/s: {gateway}, {bare}", f"memory of a node: {memory}"]
     lines += [
         f"{one.node_count} idle nodes, a beat each {one.period_seconds} s, {one.beats_per_second:.0f}/s: cores "
         + ", ".join(f"{name} {cores:.3f}" for name, cores in one.cores.items())

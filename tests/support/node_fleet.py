@@ -112,6 +112,10 @@ class Fleet:
             failures.update(part["failures"])
         return welcomed, dialled, dict(failures.most_common(8))
 
+    def churn(self, seconds: float, per_second: float) -> None:
+        """For so long, so many agents a second end, with a goodbye or without, and begin anew."""
+        self._ask_all(do="churn", seconds=seconds, per_second=per_second / len(self._children))
+
     def leave(self) -> None:
         """Everybody says goodbye."""
         self._ask_all(do="leave")

@@ -285,6 +285,20 @@ class Fleet:
         failures = Counter(words for agent in self.agents for moment, words in agent.link.failures if moment >= at)
         return {"welcomed": sorted(moment - at for moment in welcomed), "dialled": dialled, "failures": dict(failures.most_common(8))}
 
+    async def churn(self, seconds: float, per_second: float) -> dict[str, Any]:
+        """Agents end and begin anew, by turns with a goodbye and without a word."""
+        give_up_at, turn = time.monotonic() + seconds, 0
+        while time.monotonic() < give_up_at:
+            number = turn % len(self.agents)
+            agent, turn = self.agents[number], turn + 1
+            if turn % 2:
+                await agent.link.say_goodbye(GoodbyeReason.STOPPING)
+            agent.running.cancel()
+            await asyncio.gather(agent.running, return_exceptions=True)
+            self.agents[number] = SimulatedAgent(self._nodes, self._nodes.keys[number], self._period_seconds)
+            await asyncio.sleep(1 / per_second)
+        return await self.status()
+
     async def leave(self) -> dict[str, Any]:
         """Everybody says goodbye, and the process may end."""
         await asyncio.gather(*(agent.link.say_goodbye(GoodbyeReason.STOPPING) for agent in self.agents))
