@@ -1,8 +1,12 @@
-"""Kills a process that writes the ledger, again and again: `python -m tests.chaos.ledger_crash --rounds 50`.
+"""Kills a process that writes the ledger, again and again: `python -m tests.chaos.ledger_crash --rounds 200 --database postgresql`.
 
-After each SIGKILL the books are opened again: every acknowledged payment must be there, every other one whole or absent, the audit clean.
-Every second payment is shared by two payees, of whom neither may have got a part without the other. Ends 1 otherwise.
-`--write FOLDER ROUND` is the process that is killed.
+On PostgreSQL two of three rounds first kill something of the server while the writer goes on: all of it, by SIGKILL of its first process,
+or the one process that serves the writer, after which the server ends all sessions and recovers. The writer then sends again what it heard
+no answer to, under the same ids, as the gateway does.
+
+After each round the books are opened again: every acknowledged payment must be there, every other one whole or absent, the audit clean.
+Every second payment is shared by two payees, of whom neither may have got a part without the other. Ends 1 otherwise. `--write URL ROUND`
+is the process that is killed.
 """
 
 from __future__ import annotations
@@ -15,13 +19,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 from sqlalchemy import text
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
+from potluck_coordinator.storage.absence import DatabaseAwayError
 from tests.support.books import Books, open_hold
+from tests.support.postgresql import Cluster, cluster
 
 REPOSITORY = Path(__file__).parents[2]
 BALANCE = 10**12
@@ -30,11 +39,13 @@ ACKNOWLEDGED_MAX = 400
 PRICE = 5
 SHARES = ({"bob": 1}, {"bob": 3, "cat": 1})
 """Of 5 cat's share is 1, rounded down."""
+RETRY_SECONDS = 0.02
 
 
 @dataclass
 class CrashOutcome:
     rounds: int = 0
+    server_kills: int = 0
     acknowledged: int = 0
     lost: int = 0
     half_done: int = 0
@@ -46,30 +57,38 @@ class CrashOutcome:
         return not (self.lost or self.half_done or self.misdivided or self.findings)
 
 
-def crash(folder: Path, *, rounds: int, seed: int) -> CrashOutcome:
+def crash(url: str, *, rounds: int, seed: int, server: Cluster | None = None) -> CrashOutcome:
     """Rounds of write, kill and check on one database."""
     chance = random.Random(seed)
     outcome = CrashOutcome()
     acknowledged: set[str] = set()
     for number in range(rounds):
-        acknowledged |= _write_and_kill(folder, number, chance.randrange(1, ACKNOWLEDGED_MAX))
+        kill_server = None if server is None else (None, server.kill_and_start, server.kill_a_session)[number % 3]
+        outcome.server_kills += kill_server is not None
+        acknowledged |= _write_and_kill(url, number, chance.randrange(1, ACKNOWLEDGED_MAX), kill_server)
         outcome.rounds += 1
         outcome.acknowledged = len(acknowledged)
-        _check(folder, acknowledged, outcome)
+        _check(url, acknowledged, outcome)
         if not outcome.clean:
             break
     return outcome
 
 
-def _write_and_kill(folder: Path, number: int, wanted: int) -> set[str]:
-    """Lets the writer go until it has acknowledged so many payments, and kills it in the middle of the next ones."""
+def _write_and_kill(url: str, number: int, wanted: int, kill_server: Callable[[], None] | None) -> set[str]:
+    """Lets the writer go until it has acknowledged so many payments, and kills it in the middle of the next ones.
+
+    With the server it goes on for as many again after that one is killed, in the middle of them.
+    """
     writer = subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.ledger_crash", "--write", str(folder), str(number)], stdout=subprocess.PIPE, cwd=REPOSITORY
+        [sys.executable, "-m", "tests.chaos.ledger_crash", "--write", url, str(number)], stdout=subprocess.PIPE, cwd=REPOSITORY
     )
     assert writer.stdout is not None
     lines = []
     try:
         lines += [writer.stdout.readline() for _ in range(wanted)]
+        if kill_server is not None:
+            kill_server()
+            lines += [writer.stdout.readline() for _ in range(wanted)]
     finally:
         writer.kill()
         lines += writer.stdout.readlines()
@@ -79,8 +98,8 @@ def _write_and_kill(folder: Path, number: int, wanted: int) -> set[str]:
     return acknowledged
 
 
-def _check(folder: Path, acknowledged: set[str], outcome: CrashOutcome) -> None:
-    books = Books(f"sqlite:///{folder / 'potluck.db'}")
+def _check(url: str, acknowledged: set[str], outcome: CrashOutcome) -> None:
+    books = Books(url)
     try:
         holds = books.run_now(lambda work: work.audit._connection.execute(text("SELECT hold_id, state, settled FROM hold")).all())
         share_count = books.run_now(lambda work: work.audit._connection.execute(text("SELECT COUNT(*) FROM hold_payee")).scalar())
@@ -101,9 +120,10 @@ def _shares(hold_id: str) -> dict[str, int]:
     return SHARES[int(hold_id.rpartition("-")[2]) % len(SHARES)]
 
 
-def write(folder: Path, number: int) -> None:
+def write(url: str, number: int) -> None:
     """Pays from many threads for ever, and prints each payment's id once it is acknowledged."""
-    books = Books(f"sqlite:///{folder / 'potluck.db'}")
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    books = Books(url)
     if number == 0:
         books.add_people("ann", grant=BALANCE)
         books.add_people("bob", "cat", grant=0)
@@ -113,7 +133,13 @@ def write(folder: Path, number: int) -> None:
         for payment in range(10**9):
             hold_id = f"{number}-{thread}-{payment}"
             hold = open_hold(hold_id, payees=_shares(hold_id), amount=PRICE)
-            assert set(books.apply_now(hold, SettleHold(hold_id, PRICE))) == {LedgerOutcome.APPLIED}
+            while True:
+                try:
+                    outcomes = books.apply_now(hold, SettleHold(hold_id, PRICE))
+                    break
+                except DatabaseAwayError:
+                    time.sleep(RETRY_SECONDS)
+            assert set(outcomes) == {LedgerOutcome.APPLIED}
             with printing:
                 os.write(1, f"{hold_id}\n".encode())
 
@@ -121,18 +147,30 @@ def write(folder: Path, number: int) -> None:
         threading.Thread(target=pay, args=(thread,)).start()
 
 
+@contextmanager
+def database(kind: str) -> Iterator[tuple[str, Cluster | None]]:
+    """One that forgets nothing: its URL, and its server if it has one."""
+    if kind == "sqlite":
+        with tempfile.TemporaryDirectory() as folder:
+            yield f"sqlite:///{Path(folder) / 'potluck.db'}", None
+    else:
+        with cluster(durable=True) as server:
+            yield server.url(server.new_database()), server
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--write", nargs=2, metavar=("FOLDER", "ROUND"))
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--write", nargs=2, metavar=("URL", "ROUND"))
     arguments = parser.parse_args()
     if arguments.write:
-        write(Path(arguments.write[0]), int(arguments.write[1]))
+        write(arguments.write[0], int(arguments.write[1]))
         return 0
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = crash(Path(folder), rounds=arguments.rounds, seed=arguments.seed)
+    with database(arguments.database) as (url, server):
+        outcome = crash(url, rounds=arguments.rounds, seed=arguments.seed, server=server)
     print(f"{outcome} in {time.monotonic() - started:.0f} s")
     return 0 if outcome.clean else 1
 

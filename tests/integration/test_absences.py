@@ -41,9 +41,9 @@ def books(database_url):
             for hour in (
                 hour for hour in range(NOW_HOUR - HISTORY_HOURS - 336, NOW_HOUR) if (hour - NOW_HOUR) % WEEK_HOURS in (0, 1, 3, 4)
             ):
-                work.uptime.add(NodeId("stays"), hour, 60, 0)
+                work.uptime.add(hour, {NodeId("stays"): (60, 0)})
                 is_away = (hour - NOW_HOUR) % WEEK_HOURS == 1
-                work.uptime.add(NodeId("leaves"), hour, 20 if is_away else 60, 40 if is_away else 0)
+                work.uptime.add(hour, {NodeId("leaves"): (20, 40) if is_away else (60, 0)})
 
         opened.run_now(book)
         yield opened

@@ -39,8 +39,8 @@ async def passes(books, nodes, seconds, *, silent=(), gone=()):
         await nodes.refresh_old_plan()
 
 
-async def test_silence_of_many_is_charged_to_nobody_and_moves_nothing(tmp_path):
-    async with node_desk(tmp_path, *NAMES) as (books, _, nodes):
+async def test_silence_of_many_is_charged_to_nobody_and_moves_nothing(database_url):
+    async with node_desk(database_url, *NAMES) as (books, _, nodes):
         holders, _ = await pool_of(books, nodes)
         before = await minutes(nodes)
         await passes(books, nodes, 400, silent=holders[:5])
@@ -50,8 +50,8 @@ async def test_silence_of_many_is_charged_to_nobody_and_moves_nothing(tmp_path):
         assert holding(nodes) == holders
 
 
-async def test_the_silence_of_one_is_its_own(tmp_path):
-    async with node_desk(tmp_path, *NAMES) as (books, _, nodes):
+async def test_the_silence_of_one_is_its_own(database_url):
+    async with node_desk(database_url, *NAMES) as (books, _, nodes):
         holders, _ = await pool_of(books, nodes)
         before = await minutes(nodes)
         await passes(books, nodes, 400, gone=holders[:1])
@@ -60,8 +60,8 @@ async def test_the_silence_of_one_is_its_own(tmp_path):
         assert len(set(holding(nodes)) - set(holders)) == 1
 
 
-async def test_many_that_do_not_come_back_after_a_restart_of_the_gateway_are_planned_away_after_ten_minutes_only(tmp_path):
-    async with node_desk(tmp_path, *NAMES) as (books, _, nodes):
+async def test_many_that_do_not_come_back_after_a_restart_of_the_gateway_are_planned_away_after_ten_minutes_only(database_url):
+    async with node_desk(database_url, *NAMES) as (books, _, nodes):
         holders, _ = await pool_of(books, nodes)
         nodes.gateway_started({2})
         await passes(books, nodes, 590, gone=holders[:5])
@@ -70,8 +70,8 @@ async def test_many_that_do_not_come_back_after_a_restart_of_the_gateway_are_pla
         assert len(set(holding(nodes)) - set(holders)) == 4, "everyone else who is there"
 
 
-async def test_owners_who_stop_their_nodes_together_are_planned_away_in_time(tmp_path):
-    async with node_desk(tmp_path, *NAMES) as (books, _, nodes):
+async def test_owners_who_stop_their_nodes_together_are_planned_away_in_time(database_url):
+    async with node_desk(database_url, *NAMES) as (books, _, nodes):
         holders, _ = await pool_of(books, nodes)
         for name in holders[:5]:
             await nodes.close_session(NodeId(name), 1, GoodbyeReason.STOPPING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
 from sqlalchemy import text
 
 from potluck_coordinator.directory.board import SnapshotBoard
@@ -16,6 +17,12 @@ from tests.integration.test_node_desk import add_node, node_desk
 
 BREAK = "CREATE TRIGGER broken BEFORE INSERT ON {} BEGIN SELECT RAISE(ABORT, 'on purpose'); END"
 MEND = "DROP TRIGGER broken"
+
+
+@pytest.fixture
+def database_url(tmp_path):
+    """SQLite counts the rows that it writes."""
+    return f"sqlite:///{tmp_path / 'books.db'}"
 
 
 def execute(books, statement):
@@ -34,8 +41,8 @@ def kept(books):
     return set(books.run_now(lambda work: work.plan.all()))
 
 
-async def test_only_what_differs_is_written_however_many_replicas_there_are(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, _, _):
+async def test_only_what_differs_is_written_however_many_replicas_there_are(database_url):
+    async with node_desk(database_url, "a") as (books, _, _):
         (one,) = books.run_now(lambda work: work.plan.all()).values()
         many = {ReplicaId(f"a/{number}"): replace(one, replica_id=ReplicaId(f"a/{number}")) for number in range(40_000)}
         books.run_now(lambda work: work.plan.keep({one.replica_id: one}, many))
@@ -48,8 +55,8 @@ async def test_only_what_differs_is_written_however_many_replicas_there_are(tmp_
         assert found == changed
 
 
-async def test_a_new_node_costs_the_rows_of_its_own_replicas(tmp_path):
-    async with node_desk(tmp_path, *"abcdefgh") as (books, _, nodes):
+async def test_a_new_node_costs_the_rows_of_its_own_replicas(database_url):
+    async with node_desk(database_url, *"abcdefgh") as (books, _, nodes):
         add_node(books, "new")
         before = rows_written(books)
         await nodes.refresh()
@@ -60,8 +67,8 @@ async def test_a_new_node_costs_the_rows_of_its_own_replicas(tmp_path):
         assert rows_written(books) == written
 
 
-async def test_a_plan_that_could_not_be_kept_is_kept_by_the_next_one_and_told_only_then(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_plan_that_could_not_be_kept_is_kept_by_the_next_one_and_told_only_then(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         add_node(books, "b")
         execute(books, BREAK.format("planned_replica"))
         # Both ask before either has begun: who waited must not take the other's failure for an answer.
@@ -78,8 +85,8 @@ async def test_a_plan_that_could_not_be_kept_is_kept_by_the_next_one_and_told_on
         assert set(again._planner.replicas) == {"a/tiny", "b/tiny"}
 
 
-async def test_a_groups_generation_is_told_only_once_it_is_in_the_books(tmp_path):
-    async with pool_in(tmp_path) as pool:
+async def test_a_groups_generation_is_told_only_once_it_is_in_the_books(database_url):
+    async with pool_in(database_url) as pool:
         for name in OWNERS:
             await pool.join(name)
         await pool.report()
@@ -95,8 +102,8 @@ async def test_a_groups_generation_is_told_only_once_it_is_in_the_books(tmp_path
         assert pool.books.run_now(lambda work: work.groups.all())[GROUP].generation == generation
 
 
-async def test_how_wishes_are_met_is_counted_once_a_plan_and_makes_none(tmp_path):
-    async with node_desk(tmp_path, "a") as (_, _, nodes):
+async def test_how_wishes_are_met_is_counted_once_a_plan_and_makes_none(database_url):
+    async with node_desk(database_url, "a") as (_, _, nodes):
         first, _ = await nodes.standings()
         planned_at = nodes._answered_count
         async with nodes._refreshing:  # a plan is being made
@@ -107,8 +114,8 @@ async def test_how_wishes_are_met_is_counted_once_a_plan_and_makes_none(tmp_path
         assert (await nodes.standings())[0] is not first
 
 
-async def test_what_nodes_showed_is_written_once_a_minute_however_often_it_changes(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, _, nodes):
+async def test_what_nodes_showed_is_written_once_a_minute_however_often_it_changes(database_url):
+    async with node_desk(database_url, "a") as (books, _, nodes):
         key, before = CorrectionKey("processor", "scripted", "tiny", ""), rows_written(books)
         planner, seen = nodes._planner, []
         for second in range(150):

@@ -234,8 +234,8 @@ async def test_a_trusted_node_that_dials_again_is_trusted(tmp_path):
         assert [view.is_trusted for view in session.replica_views(TINY)] == [True]
 
 
-async def test_trust_is_kept_by_the_books_and_ends_with_membership(tmp_path):
-    async with node_desk(tmp_path, "a", "b") as (books, board, nodes):
+async def test_trust_is_kept_by_the_books_and_ends_with_membership(database_url):
+    async with node_desk(database_url, "a", "b") as (books, board, nodes):
         for name in ("a", "b"):
             await nodes.set_node_trust(name, trusted=True)
         assert board.snapshot.trusted_replicas == {"a/tiny", "b/tiny"}
@@ -261,8 +261,8 @@ async def test_trust_is_kept_by_the_books_and_ends_with_membership(tmp_path):
         assert failure.value.code is ErrorCode.NOT_FOUND
 
 
-async def test_trust_counts_where_planning_fails(tmp_path, monkeypatch):
-    async with node_desk(tmp_path, "a") as (_, board, nodes):
+async def test_trust_counts_where_planning_fails(database_url, monkeypatch):
+    async with node_desk(database_url, "a") as (_, board, nodes):
         await nodes.set_node_trust("a", trusted=True)
 
         def fail(*_):

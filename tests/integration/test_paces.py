@@ -31,8 +31,8 @@ def paces_of(books, board, nodes):
     return paces
 
 
-async def test_a_replica_under_half_of_its_usual_speed_gets_less_and_under_a_fifth_nothing_for_a_while(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_replica_under_half_of_its_usual_speed_gets_less_and_under_a_fifth_nothing_for_a_while(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         paces = paces_of(books, board, nodes)
         await passes(books, nodes, paces, 30, 80.0)
         books.clock.advance(24 * 3600)
@@ -49,8 +49,8 @@ async def test_a_replica_under_half_of_its_usual_speed_gets_less_and_under_a_fif
 
 
 @pytest.mark.parametrize("away_days", [1, 9])
-async def test_what_is_usual_outlives_a_restart_and_no_more_than_seven_days(tmp_path, away_days):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_what_is_usual_outlives_a_restart_and_no_more_than_seven_days(database_url, away_days):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         paces = paces_of(books, board, nodes)
         await passes(books, nodes, paces, 30, 80.0)
         books.clock.advance(24 * 3600 * away_days)
@@ -63,8 +63,8 @@ async def test_what_is_usual_outlives_a_restart_and_no_more_than_seven_days(tmp_
 
 
 @pytest.mark.parametrize("known_days_ago", [1, DAYS_MAX])
-async def test_a_drain_outlasts_midnight_whatever_is_published_then(tmp_path, known_days_ago):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_drain_outlasts_midnight_whatever_is_published_then(database_url, known_days_ago):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         paces = paces_of(books, board, nodes)
         await passes(books, nodes, paces, 30, 80.0)
         midnight_minute = (books.clock.unix_ms() // MINUTE_MS // DAY_MINUTES + known_days_ago + 1) * DAY_MINUTES
@@ -83,8 +83,8 @@ async def test_a_drain_outlasts_midnight_whatever_is_published_then(tmp_path, kn
         assert board.snapshot.drained_replicas == {}
 
 
-async def test_a_nodes_word_about_another_ones_replica_or_nonsense_is_dropped(tmp_path):
-    async with node_desk(tmp_path, "a") as (books, board, nodes):
+async def test_a_nodes_word_about_another_ones_replica_or_nonsense_is_dropped(database_url):
+    async with node_desk(database_url, "a") as (books, board, nodes):
         paces = paces_of(books, board, nodes)
         said = report(
             "a", engines=(replace(STATUS, replica_id=ReplicaId("other")),), decode_tokens_per_second={REPLICA: 80.0, "other": -1.0}

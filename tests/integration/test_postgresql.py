@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -25,6 +25,8 @@ from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.values import ReplicaId
+from tests.integration.test_node_desk import node_desk
 from tests.support.books import Books, open_books, open_hold
 from tests.support.postgresql import Cluster, cluster
 
@@ -273,7 +275,7 @@ def test_the_password_comes_from_its_file_and_is_never_shown(own_server, tmp_pat
     name = own_server.new_database()
     monkeypatch.delenv("PGPASSWORD", raising=False)
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
-    wrong = own_server.url_by_network(name).replace("potluck@", "potluck:wr0ng-secret@")
+    wrong = own_server.url_by_network(name).replace("keeper@", "keeper:wr0ng-secret@")
     for url, reason in ((own_server.url_by_network(name), "no password supplied"), (wrong, "password authentication failed")):
         store = Store(url)
         with pytest.raises(PotluckError, match=reason) as failure:
@@ -283,7 +285,7 @@ def test_the_password_comes_from_its_file_and_is_never_shown(own_server, tmp_pat
         said = capsys.readouterr()
         assert "wr0ng-secret" not in failure.value.message + said.out + said.err
     password_file = tmp_path / "pgpass"
-    password_file.write_text(f"127.0.0.1:{own_server.port}:*:potluck:{own_server.password}\n")
+    password_file.write_text(f"127.0.0.1:{own_server.port}:*:keeper:{own_server.password}\n")
     password_file.chmod(0o600)
     monkeypatch.setenv("PGPASSFILE", str(password_file))
     store = Store(own_server.url_by_network(name))
@@ -319,6 +321,16 @@ def test_what_one_unit_may_not_write_costs_no_other_its_commit(books):
     assert outcomes == [(APPLIED,)] * 3
     assert "NUL" in str(refused)
     assert books.store.there_seconds > 1
+
+
+async def test_a_plan_of_ten_thousand_is_written_well_before_the_database_is_held_to_be_silent(own_server):
+    async with node_desk(own_server.url(own_server.new_database()), "a") as (books, _, _):
+        ((replica_id, one),) = books.run_now(lambda work: work.plan.all()).items()
+        many = {ReplicaId(f"a/{number}"): replace(one, replica_id=ReplicaId(f"a/{number}")) for number in range(10_000)}
+        books.run_now(lambda work: work.plan.keep({replica_id: one}, many))
+        changed = {name: replace(each, made_for="changed") for name, each in many.items()}
+        books.run_now(lambda work: work.plan.keep(many, changed))
+        assert books.run_now(lambda work: work.plan.all()) == changed
 
 
 def _url(books: Books) -> str:

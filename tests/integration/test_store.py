@@ -252,8 +252,8 @@ def test_an_accounts_newest_lines_are_found_without_sorting_all_of_them(sqlite_b
 def test_uptime_hours_hold_at_most_sixty_minutes(books):
     books.run_now(lambda work: work.nodes.add(_node("n1")))
     for _ in range(70):
-        books.run_now(lambda work: work.uptime.add("n1", 5, 1, 0))
-    books.run_now(lambda work: work.uptime.add("n1", 6, 0, 2))
+        books.run_now(lambda work: work.uptime.add(5, {"n1": (1, 0)}))
+    books.run_now(lambda work: work.uptime.add(6, {"n1": (0, 2)}))
     assert books.run_now(lambda work: work.uptime.totals()) == {"n1": (60, 2)}
     assert books.run_now(lambda work: work.uptime.totals(since_hour=6)) == {"n1": (0, 2)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -135,11 +136,14 @@ class LedgerMachine(RuleBasedStateMachine):
     """Opens, marks, settles, repeats, contradicts, expires, orphans and claims, one by one and in batches."""
 
     commands = Bundle("commands")
+    fresh_database = staticmethod(nullcontext)
+    """Gives the URL of an empty one."""
 
     @initialize()
     def start(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.books = Books("sqlite://")
+        self.database = self.fresh_database()
+        self.books = Books(self.database.__enter__() or "sqlite://")
         self.books.gateways_are()
         self.books.add_people(*PEOPLE, grant=GRANT)
         self.model = Model()
@@ -275,6 +279,7 @@ class LedgerMachine(RuleBasedStateMachine):
         finally:
             self.books.store.close()
             self.loop.close()
+            self.database.__exit__(None, None, None)
 
     def _rebuild_from_postings(self) -> None:
         """Adds the postings up from nothing, without the ledger's own queries."""

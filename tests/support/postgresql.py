@@ -32,6 +32,8 @@ MISSING = "These tests need PostgreSQL's own programs. On Debian and Ubuntu: apt
 SERVER_USER = "postgres"
 START_SECONDS_MAX = 30.0
 TEMPLATE = "migrated"
+_QUICK_RECOVERY = ("-c", "recovery_init_sync_method=syncfs")
+"""Else a server that was killed opens each of its files, of which every database has three hundred."""
 _FAST = ("-c", "fsync=off", "-c", "full_page_writes=off", "-c", "autovacuum=off")
 
 
@@ -58,11 +60,11 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, *, durable: bool = False, options: Sequence[str] = ()) -> None:
-        self._folder = folder
-        self._options = (*(() if durable else _FAST), *options)
+        self.folder = folder
+        self._options = (*_QUICK_RECOVERY, *(() if durable else _FAST), *options)
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers = itertools.count()
-        self.user = "potluck"
+        self.user = "keeper"
         self.password = secrets.token_hex(16)
         self.port = _free_port()
         folder.chmod(0o700)
@@ -85,15 +87,15 @@ class Cluster:
 
     def start(self) -> None:
         """Returns once it takes connections."""
-        arguments = ["-D", str(self._folder / "data"), "-k", str(self._folder), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
+        arguments = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
         give_up_at = time.monotonic() + START_SECONDS_MAX
         while True:
-            with (self._folder / "log").open("ab") as log:
+            with (self.folder / "log").open("ab") as log:
                 self._process = subprocess.Popen(
                     [*_as_server("--pdeathsig", "QUIT"), program("postgres"), *arguments, *self._options],
                     stdout=log,
                     stderr=log,
-                    cwd=self._folder,
+                    cwd=self.folder,
                 )
             while self._process.poll() is None:
                 with contextlib.suppress(psycopg.OperationalError):
@@ -101,7 +103,7 @@ class Cluster:
                     return
                 time.sleep(0.02)
             # A server that was killed leaves its shared memory until the last of its processes has noticed.
-            assert time.monotonic() < give_up_at, (self._folder / "log").read_text()
+            assert time.monotonic() < give_up_at, (self.folder / "log").read_text()
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -139,22 +141,23 @@ class Cluster:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.resume()
 
-    def kill_a_session(self, application_name: str) -> bool:
-        """`kill -9` of the server's process for a client, after which the server ends all others, too, and recovers."""
+    def kill_and_start(self) -> None:
+        """`kill -9`, and started again."""
+        self.kill()
+        self.start()
+
+    def kill_a_session(self) -> None:
+        """`kill -9` of the process that serves a coordinator, after which the server ends all other sessions, too, and recovers."""
         with self.connect("postgres") as connection:
-            found = connection.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", (application_name,)).fetchone()
-        if found is None:
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(found[0], signal.SIGKILL)
-        return True
+            ((process_id,),) = connection.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'potluck coordinator%'")
+        os.kill(process_id, signal.SIGKILL)
 
     def connect(self, database: str) -> psycopg.Connection:
-        return psycopg.connect(host=str(self._folder), port=self.port, user=self.user, dbname=database, autocommit=True, connect_timeout=5)
+        return psycopg.connect(host=str(self.folder), port=self.port, user=self.user, dbname=database, autocommit=True, connect_timeout=5)
 
     def url(self, database: str) -> str:
         """By the socket in the folder, which only its owner can enter: no password."""
-        return f"postgresql+psycopg://{self.user}@/{database}?host={self._folder}&port={self.port}"
+        return f"postgresql+psycopg://{self.user}@/{database}?host={self.folder}&port={self.port}"
 
     def url_by_network(self, database: str) -> str:
         """By loopback, without the password that it then asks for."""
@@ -172,6 +175,13 @@ class Cluster:
                 engine.dispose()
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {'template1' if empty else TEMPLATE}")
         return name
+
+    @contextmanager
+    def fresh_url(self) -> Iterator[str]:
+        """A database with the newest schema, for as long as it is needed."""
+        name = self.new_database()
+        yield self.url(name)
+        self.drop(name)
 
     def drop(self, name: str) -> None:
         with self.connect("postgres") as connection:

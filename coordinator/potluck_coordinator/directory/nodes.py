@@ -225,7 +225,7 @@ class Nodes:
         if not replaced:
             self._forget([node_id])
             self._said_goodbye |= {node_id} if reason is GoodbyeReason.STOPPING else set()
-        await self._store.run(lambda work: work.nodes.saw(node_id, self._clock.unix_ms()))
+        await self._store.run(lambda work: work.nodes.saw([node_id], self._clock.unix_ms()))
         if reason is GoodbyeReason.LEAVING and not replaced:
             await self._store.run(lambda work: work.nodes.end(node_id, NodeStatus.LEFT, "taken out by its owner"))
             self._card_foreign_bytes.pop(node_id, None)
@@ -290,8 +290,7 @@ class Nodes:
         def book(work: UnitOfWork) -> None:
             for minute in judged:
                 _book_minute(work, minute)
-            for node_id in live:
-                work.nodes.saw(node_id, now_ms)
+            work.nodes.saw(live, now_ms)
 
         await self._store.run(book)
 
@@ -393,6 +392,5 @@ async def _to_its_end(planning: Callable[[], _Result]) -> _Result:
 
 
 def _book_minute(work: UnitOfWork, minute: JudgedMinute) -> None:
-    for node_id, verdict in minute.verdicts.items():
-        if verdict is not Verdict.UNKNOWN:
-            work.uptime.add(node_id, minute.minute // 60, int(verdict is Verdict.UP), int(verdict is Verdict.DOWN))
+    counts = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
+    work.uptime.add(minute.minute // 60, {node_id: counts[verdict] for node_id, verdict in minute.verdicts.items() if verdict in counts})

@@ -6,7 +6,7 @@ database needs of a connection is `sqlite` and `postgresql`. It must not know un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from sqlalchemy import URL, Connection, create_engine
@@ -36,6 +36,10 @@ class Database(Protocol):
 
     def sever(self, connection: Connection) -> None:
         """Ends a connection on which another thread waits in vain, so that the wait ends, too."""
+        ...
+
+    def on_statement(self, begins: Callable[[], None], ends: Callable[[], None]) -> None:
+        """Says what to call before each statement, and after each that did not fail."""
         ...
 
     def dispose(self) -> None: ...

@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 from sqlmodel import Session, case, col, delete, select, update
 
+from potluck_coordinator.storage.bulk import Change
 from potluck_coordinator.storage.tables import NodeRow, TrustedNodeRow
 from potluck_protocol.values import AccountId, Inventory, NodeId
+
+_SAW: Final = Change(
+    "node",
+    ("node_id", "text"),
+    {"seen_at": "bigint"},
+    {"last_seen_at_unix_ms": "given.seen_at"},
+    only_where="last_seen_at_unix_ms < given.seen_at",
+)
 
 
 class NodeStatus(StrEnum):
@@ -134,13 +144,9 @@ class NodeRepository:
         self._session.flush()
         return {NodeId(row.node_id): _node(row) for row in rows}
 
-    def saw(self, node_id: NodeId, now_unix_ms: int) -> None:
-        """Keeps when the node was last heard of; that time never goes back."""
-        self._session.exec(
-            update(NodeRow)
-            .where(col(NodeRow.node_id) == node_id, col(NodeRow.last_seen_at_unix_ms) < now_unix_ms)
-            .values(last_seen_at_unix_ms=now_unix_ms)
-        )
+    def saw(self, node_ids: Collection[NodeId], now_unix_ms: int) -> None:
+        """Keeps when the nodes were last heard of; that time never goes back."""
+        _SAW.run(self._session.connection(), [{"node_id": node_id, "seen_at": now_unix_ms} for node_id in node_ids])
 
 
 def _inventory_json(inventory: Inventory) -> str:

@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from typing import Final
 
 import msgspec
-from sqlalchemy import bindparam
-from sqlmodel import Session, col, delete, insert, select
+from sqlmodel import Session, col, select
 
 from potluck_coordinator.domain.fit.corrections import NOTHING_LEARNED, Corrections
 from potluck_coordinator.domain.planning.words import PlannedReplica
+from potluck_coordinator.storage.bulk import Insertion, Removal
 from potluck_coordinator.storage.state import StateName, StateRepository
 from potluck_coordinator.storage.tables import PlannedReplicaRow
 from potluck_protocol.values import ReplicaId
 
-# A row at a time, as many as there are: one statement has room for some thousands of ids only.
-_REMOVE: Final = delete(PlannedReplicaRow).where(col(PlannedReplicaRow.replica_id) == bindparam("removed"))
-_ADD: Final = insert(PlannedReplicaRow)
+_REMOVE: Final = Removal("planned_replica", ("replica_id", "text"))
+_ADD: Final = Insertion("planned_replica", {"replica_id": "text", "node_id": "text", "plan": "text"})
 
 
 class PlanRepository:
@@ -49,8 +48,6 @@ class PlanRepository:
         """Makes these the replicas that there are, where those were; writes only what differs."""
         connection = self._session.connection()
         new = [replica for replica_id, replica in replicas.items() if before.get(replica_id) != replica]
-        if removed := [*(before.keys() - replicas.keys()), *(replica.replica_id for replica in new)]:
-            connection.execute(_REMOVE, [{"removed": replica_id} for replica_id in removed])
-        if new:
-            rows = [{"replica_id": one.replica_id, "node_id": one.node_id, "plan": msgspec.json.encode(one).decode()} for one in new]
-            connection.execute(_ADD, rows)
+        _REMOVE.run(connection, [*(before.keys() - replicas.keys()), *(replica.replica_id for replica in new)])
+        rows = [{"replica_id": one.replica_id, "node_id": one.node_id, "plan": msgspec.json.encode(one).decode()} for one in new]
+        _ADD.run(connection, rows)

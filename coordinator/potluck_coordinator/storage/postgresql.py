@@ -14,10 +14,11 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
-from sqlalchemy import URL, Connection, Engine, text
+from sqlalchemy import URL, Connection, Engine, event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -108,6 +109,11 @@ class Postgresql:
             assert driver is not None
             with socket.socket(fileno=os.dup(driver.pgconn.socket)) as end:
                 end.shutdown(socket.SHUT_RDWR)
+
+    def on_statement(self, begins: Callable[[], None], ends: Callable[[], None]) -> None:
+        """As `Database.on_statement`."""
+        event.listen(self._engine, "before_cursor_execute", lambda *_: begins())
+        event.listen(self._engine, "after_cursor_execute", lambda *_: ends())
 
     def dispose(self) -> None:
         self._engine.dispose()

@@ -6,6 +6,7 @@ the loss of power. It must not know units of work.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, event
@@ -48,6 +49,9 @@ class Sqlite:
 
     def sever(self, connection: Connection) -> None:
         """A disk that does not answer cannot be left."""
+
+    def on_statement(self, begins: Callable[[], None], ends: Callable[[], None]) -> None:
+        """Nobody would end one."""
 
     def dispose(self) -> None:
         self._engine.dispose()

@@ -38,7 +38,7 @@ WAITING_COUNT_MAX: Final = 8192
 RECONNECT_PAUSE_SECONDS: Final = 0.25
 """Between two tries to reach a database that is away; units in between fail without one."""
 SILENCE_SECONDS_MAX: Final = 5.0
-"""How long a unit or a commit may take. A server that stands still keeps its connections open, and says nothing on them."""
+"""How long a statement or a commit may take. A server that stands still keeps its connections open, and says nothing on them."""
 LONG_SECONDS_MAX: Final = 900.0
 """The same for what looks through all of the books: a migration, an audit."""
 WATCH_SECONDS: Final = 0.5
@@ -64,13 +64,15 @@ class Store:
         self._back_at = float("-inf")
         self._away_reason = ""
         self._is_replaced = False
+        self._seconds_max = SILENCE_SECONDS_MAX
         self._silent_after: float | None = None
-        """When what is under way has taken too long."""
+        """When the statement or commit under way has taken too long."""
         self._watched = threading.Lock()
         self._waiting: queue.Queue[_Unit | None] = queue.Queue(WAITING_COUNT_MAX)
         self._closing = threading.Lock()
         self._closed = False
         self._ended = threading.Event()
+        self._database.on_statement(self._statement_begins, self._statement_ends)
         self._thread = threading.Thread(target=self._write, name="potluck-store", daemon=True)
         self._thread.start()
         threading.Thread(target=self._watch, name="potluck-store-watch", daemon=True).start()
@@ -123,7 +125,7 @@ class Store:
 
         Args:
             work: what to do.
-            seconds_max: how long it may take before the database is held to be away, if not `SILENCE_SECONDS_MAX`.
+            seconds_max: how long a statement may take before the database is held to be away, if not `SILENCE_SECONDS_MAX`.
 
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE where the database is away. It may then have been committed, all of it, or not.
@@ -183,9 +185,10 @@ class Store:
             connection = self._connected()
             with connection.begin() as transaction:
                 for unit in group:
-                    self._silent_after = time.monotonic() + unit.seconds_max
+                    self._seconds_max = unit.seconds_max
                     unit.run(connection, is_alone=len(group) == 1)
-                self._silent_after = time.monotonic() + SILENCE_SECONDS_MAX
+                self._seconds_max = SILENCE_SECONDS_MAX
+                self._statement_begins()  # the commit
                 if len(group) == 1 and group[0].has_failed and transaction.is_active:
                     transaction.rollback()
         except BaseException as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
@@ -194,7 +197,7 @@ class Store:
                 unit.future.set_exception(_public(error))
             return
         finally:
-            self._silent_after = None
+            self._statement_ends()
         for unit in group:
             unit.answer()
 
@@ -244,13 +247,20 @@ class Store:
                 connection.invalidate()
             connection.close()
 
+    def _statement_begins(self) -> None:
+        self._silent_after = time.monotonic() + self._seconds_max
+
+    def _statement_ends(self) -> None:
+        self._silent_after = None
+
     def _watch(self) -> None:
-        """Until the store is closed: a connection on which something takes too long is ended, so that the writer goes on without it."""
+        """Until the store is closed: a connection on which a statement takes too long is ended, so that the writer goes on without it."""
         while not self._ended.wait(WATCH_SECONDS):
             with self._watched:
                 connection, silent_after = self._connection, self._silent_after
                 if connection is None or silent_after is None or time.monotonic() < silent_after:
                     continue
+                self._silent_after = None
                 _log.error("database_silent")
                 self._database.sever(connection)
 

@@ -6,13 +6,23 @@ Decides that an hour holds 60 minutes at most. It must not know how a minute was
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from sqlalchemy import and_, case, func
-from sqlmodel import Session, col, select, update
+from sqlmodel import Session, col, select
 
 from potluck_coordinator.domain.survival import WEEK_HOURS, History
+from potluck_coordinator.storage.bulk import Insertion
 from potluck_coordinator.storage.tables import NodeUptimeHourRow
 from potluck_protocol.values import NodeId
+
+_ADD: Final = Insertion(
+    "node_uptime_hour",
+    {"node_id": "text", "hour": "bigint", "up_minutes": "integer", "down_minutes": "integer"},
+    otherwise="""ON CONFLICT (node_id, hour) DO UPDATE
+    SET up_minutes = node_uptime_hour.up_minutes + excluded.up_minutes, down_minutes = node_uptime_hour.down_minutes + excluded.down_minutes
+    WHERE node_uptime_hour.up_minutes + node_uptime_hour.down_minutes + excluded.up_minutes + excluded.down_minutes <= 60""",
+)
 
 
 class UptimeRepository:
@@ -21,21 +31,10 @@ class UptimeRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def add(self, node_id: NodeId, hour: int, up_minutes: int, down_minutes: int) -> None:
-        """Adds minutes to an hour. More than fit into it, as after the clock was set back, are dropped: they are nobody's."""
-        row = NodeUptimeHourRow
-        if self._session.get(row, (node_id, hour)) is None:
-            self._session.add(row(node_id=node_id, hour=hour, up_minutes=0, down_minutes=0))
-            self._session.flush()
-        self._session.exec(
-            update(row)
-            .where(
-                col(row.node_id) == node_id,
-                col(row.hour) == hour,
-                col(row.up_minutes) + col(row.down_minutes) + up_minutes + down_minutes <= 60,
-            )
-            .values(up_minutes=col(row.up_minutes) + up_minutes, down_minutes=col(row.down_minutes) + down_minutes)
-        )
+    def add(self, hour: int, minutes: Mapping[NodeId, tuple[int, int]]) -> None:
+        """Adds nodes' up and down minutes to an hour. More than fit into it, as after the clock was set back, are dropped: nobody's."""
+        rows = [{"node_id": node_id, "hour": hour, "up_minutes": up, "down_minutes": down} for node_id, (up, down) in minutes.items()]
+        _ADD.run(self._session.connection(), rows)
 
     def totals(self, since_hour: int = 0) -> Mapping[NodeId, tuple[int, int]]:
         """Up and down minutes of every node with any, from that hour on."""
