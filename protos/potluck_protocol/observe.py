@@ -138,7 +138,7 @@ def configure_logging(*, json: bool, level: str = "info", first: Processor | Non
     structlog.configure(
         processors=[*([first] if first is not None else []), *shared, renderer],
         wrapper_class=_unfailing_logger(level_number),
-        logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", file)),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", file)),
         cache_logger_on_first_use=False,
     )
     handler = _UnfailingHandler(cast("TextIO", file))

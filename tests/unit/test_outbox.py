@@ -52,6 +52,24 @@ async def test_everything_that_waits_goes_together():
     assert await is_empty(outbox)
 
 
+async def test_what_can_wait_leaves_with_what_is_said_next():
+    outbox = Outbox()
+    outbox.acknowledge(AttemptId("a"), 3, can_wait=True)
+    assert await is_empty(outbox)
+    outbox.start(start("b"))
+    frame = await taken(outbox)
+    assert ([each.attempt_id for each in frame.starts], [each.attempt_id for each in frame.acknowledgements]) == (["b"], ["a"])
+    assert await is_empty(outbox)
+
+
+async def test_what_can_wait_does_not_wait_for_long():
+    outbox = Outbox()
+    outbox.acknowledge(AttemptId("a"), 3, can_wait=True)
+    assert [each.next_sequence for each in (await asyncio.wait_for(outbox.take(), 5)).acknowledgements] == [3]
+    outbox.acknowledge(AttemptId("b"), 4, can_wait=True)
+    assert [each.next_sequence for each in (await asyncio.wait_for(outbox.take(), 5)).acknowledgements] == [4]
+
+
 @pytest.mark.parametrize(
     "put",
     [

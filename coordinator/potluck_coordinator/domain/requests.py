@@ -243,7 +243,7 @@ def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
 
 
 def _in_the_race(course: Course, event: Hedged | Began | Outrun | HedgeBroke) -> tuple[Course, tuple[Effect, ...]]:
-    alone = replace(course, hedge_node_id=None)
+    alone = course if course.hedge_node_id is None else replace(course, hedge_node_id=None)
     match event:
         case Hedged(node_id) if may_be_hedged(course) and node_id not in course.excluded | {course.node_id}:
             return replace(course, hedge_node_id=node_id, was_hedged=True, attempt_count=course.attempt_count + 1), ()

@@ -56,7 +56,9 @@ class Expectations:
 
     def learn(self, request: InferenceRequest, usage: Usage, completion_tokens_max: int) -> None:
         """One more whole answer, by its engine's count; of that no more is believed than can be true."""
-        model = self._models.setdefault(request.model_id, _Model())
+        model = self._models.get(request.model_id)
+        if model is None:
+            model = self._models[request.model_id] = _Model()
         tokens = min(max(0, usage.completion_token_count), completion_tokens_max) / max(1, request.answer_count)
         own = model.accounts.pop(request.account_id, Lengths())
         own_expected, everybodys = expected_of(own, model.everybody, None), expected(model.everybody, None)

@@ -66,7 +66,10 @@ class ModelLine:
     @property
     def waiting_count(self) -> int:
         """Requests that wait."""
-        return len(self.continued) + sum(len(queue) for queue in self.queues.values())
+        count = len(self.continued)
+        for queue in self.queues.values():
+            count += len(queue)
+        return count
 
     def __iter__(self) -> Iterator[WaitingRequest]:
         yield from tuple(self.continued)

@@ -177,8 +177,7 @@ class NodeSession:
             self.busy_since = now
         self.look_at, self.telling.has_news = -math.inf, True
         relay.gap_counts = self._gap_counts.setdefault(start.replica_id, [0] * GAP_BUCKETS)
-        self.attempts[start.attempt_id] = relay
-        self.requests[start.attempt_id] = request
+        self.attempts[start.attempt_id], self.requests[start.attempt_id] = relay, request
         self._starts[start.attempt_id] = start
         self._tried[start.attempt_id] = tried
         self.attempts_by_replica[start.replica_id] = self.attempts_by_replica.get(start.replica_id, 0) + 1
@@ -243,7 +242,8 @@ class NodeSession:
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """Tells the node what it may forget, and by how much it may go on."""
         if self.outbox is not None:
-            self.outbox.acknowledge(attempt_id, next_sequence)
+            has_ended = (relay := self.attempts.get(attempt_id)) is not None and relay.ended_by_node
+            self.outbox.acknowledge(attempt_id, next_sequence, can_wait=has_ended)
 
     def wish(self, desired: DesiredState) -> None:
         """Hands on the directory's wish if it is new."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 STARTS_BYTES_MAX: Final = 1024 * 1024
 """Of the requests in one frame, if there are several: a frame over `channels.MESSAGE_BYTES_MAX` would end the link, and every time anew."""
 
+COMPANY_SECONDS: Final = 0.02
+"""How long the acknowledgement of an end waits for company."""
 CANCELS_MAX: Final = 4096
 """In one frame: four times the attempts that a node may have. Only a node that makes up attempts and reads nothing gets there."""
 
@@ -26,7 +28,7 @@ CANCELS_MAX: Final = 4096
 class Outbox:
     """Belongs to one link. What is put into it leaves at the loop's next turn, or behind the frame that is on its way."""
 
-    __slots__ = ("_acknowledged", "_cancelled", "_filled", "_frame", "_starts", "closed")
+    __slots__ = ("_acknowledged", "_cancelled", "_filled", "_frame", "_starts", "_timer", "closed")
 
     def __init__(self) -> None:
         self._frame = node_pb2.CoordinatorFrame()
@@ -36,6 +38,8 @@ class Outbox:
         self._acknowledged: dict[AttemptId, int] = {}
         """Once for each attempt, however often it is said: a node that reads nothing must not make them grow."""
         self._filled = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        """While something waits for company."""
         self.closed = False
         """The goodbye is said: nothing new reaches the node."""
 
@@ -52,10 +56,20 @@ class Outbox:
             self._cancelled[attempt_id] = None
             self._filled.set()
 
-    def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
-        """The chunks that the node may forget: those before this number."""
+    def acknowledge(self, attempt_id: AttemptId, next_sequence: int, *, can_wait: bool = False) -> None:
+        """The chunks that the node may forget: those before this number.
+
+        Args:
+            attempt_id: whose.
+            next_sequence: the number.
+            can_wait: nothing of it is to come any more, so that it may leave with what is said next; a frame of its own costs as much as
+                the answer's.
+        """
         self._acknowledged[attempt_id] = next_sequence
-        self._filled.set()
+        if not can_wait:
+            self._filled.set()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(COMPANY_SECONDS, self._filled.set)
 
     def wish(self, desired: DesiredState) -> None:
         """What the node should run."""
@@ -82,6 +96,9 @@ class Outbox:
     async def take(self) -> node_pb2.CoordinatorFrame:
         """The frame, as soon as anything is in it."""
         await self._filled.wait()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         frame, self._frame = self._frame, node_pb2.CoordinatorFrame()
         for attempt_id in self._cancelled:
             frame.cancels.add(attempt_id=attempt_id)
