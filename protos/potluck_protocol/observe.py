@@ -155,7 +155,7 @@ def configure_logging(*, json: bool, level: str = "info", first: Processor | Non
 
 
 def _renderer_for_people(*, colors: bool) -> Processor:
-    """What structlog writes; without colours put together here in a tenth of its time, for a pool writes a line for each request."""
+    """Structlog's own; without colours the same line put together in a tenth of its time, for a pool writes one for each request."""
     complete = structlog.dev.ConsoleRenderer(colors=colors)
     if colors:
         return complete
