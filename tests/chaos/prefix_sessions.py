@@ -131,7 +131,7 @@ class Pool:
 
         def place(request: InferenceRequest, excluded: frozenset[str], work: Any, _: Any = None) -> Placement:
             kinds = self._coordinator.gateway._links.roster().kinds(request.model_id)
-            able = [replica for kind in kinds for replica in kind.replicas if has_slot(replica) and replica.node_id not in excluded]
+            able = [replica for kind in kinds for replica in kind.replicas() if has_slot(replica) and replica.node_id not in excluded]
             able.sort(key=lambda replica: replica.replica_id)
             return Placement(choose(request, able) if able and choose is not None else None, (), work)
 

@@ -104,10 +104,9 @@ class Kind:
         """Any of them: what `likeness` says of it is true of all."""
         return next(iter(self._entries)).replica
 
-    @property
-    def replicas(self) -> tuple[ReplicaView, ...]:
-        """All of them, which takes its time."""
-        return tuple(entry.replica for entry in self._entries)
+    def replicas(self) -> Iterator[ReplicaView]:
+        """All of them."""
+        return (entry.replica for entry in self._entries)
 
     @property
     def tells_capacity(self) -> bool:
@@ -272,8 +271,8 @@ class Roster:
     def count_on(self, kind: Kind, node_ids: Iterable[NodeId]) -> tuple[int, int, int, int]:
         """Of a kind those on the nodes: replicas, free ones, slots, and free slots."""
         found = [entry.replica for node_id in node_ids for entry in self._nodes.get(node_id, {}).values() if entry.kind is kind]
-        free_slots = sum(max(0, replica.slot_count - replica.in_flight_count) for replica in found)
-        return len(found), sum(map(is_free, found)), sum(replica.slot_count for replica in found), free_slots
+        free_slots = (max(0, replica.slot_count - replica.in_flight_count) for replica in found)
+        return len(found), sum(map(is_free, found)), sum(replica.slot_count for replica in found), sum(free_slots)
 
     def draw(
         self,
