@@ -60,6 +60,13 @@ class _Labelled:
             yield metric
 
 
+def _task_count() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # whoever reads this has no loop
+        return 0
+
+
 class Metrics:
     """One process's counts, in a registry of its own.
 
@@ -113,7 +120,7 @@ class Metrics:
         )
         self._refused = Gauge("potluck_requests_refused_for_good", "Requests that killed two engines.", registry=registry)
         tasks = Gauge("potluck_asyncio_tasks", "Tasks of the gateway's loop: a number that only ever grows is a leak.", registry=registry)
-        tasks.set_function(lambda: len(asyncio.all_tasks()))
+        tasks.set_function(_task_count)
         Gauge("potluck_build_info", "The version that runs.", ("version",), registry=registry).labels(package_version()).set(1)
 
     def watch_pool(self, read: Callable[[], PoolReading]) -> None:

@@ -315,7 +315,7 @@ async def hear_a_wish(front, node_id, number):
 
 
 def as_found(roster):
-    return {likeness(kind.sample): {replica.replica_id: replica for replica in kind.replicas} for kind in roster.kinds(MODEL)}
+    return {likeness(kind.sample): {replica.replica_id: replica for replica in kind.replicas()} for kind in roster.kinds(MODEL)}
 
 
 def found_anew(front):

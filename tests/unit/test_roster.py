@@ -120,10 +120,10 @@ def test_sums_and_orders_are_those_of_the_replicas_that_are_there(steps, exclude
         roster.enter(NodeId(name), views)
     known = [view for views in there.values() for view in views]
     kinds = roster.kinds(MODEL)
-    assert sorted(view.replica_id for kind in kinds for view in kind.replicas) == sorted(view.replica_id for view in known)
+    assert sorted(view.replica_id for kind in kinds for view in kind.replicas()) == sorted(view.replica_id for view in known)
     assert roster.replica_count(MODEL) == len(known)
     for kind in kinds:
-        of_kind = kind.replicas
+        of_kind = tuple(kind.replicas())
         assert kind.free_count == sum(map(is_free, of_kind))
         assert kind.slot_count == sum(view.slot_count for view in of_kind)
         assert kind.free_slot_count == sum(max(0, view.slot_count - view.in_flight_count) for view in of_kind)
