@@ -40,6 +40,7 @@ PRICE = 5
 SHARES = ({"bob": 1}, {"bob": 3, "cat": 1})
 """Of 5 cat's share is 1, rounded down."""
 RETRY_SECONDS = 0.02
+PROGRESS_ROUNDS = 10
 
 
 @dataclass
@@ -69,6 +70,8 @@ def crash(url: str, *, rounds: int, seed: int, server: Cluster | None = None) ->
         outcome.rounds += 1
         outcome.acknowledged = len(acknowledged)
         _check(url, acknowledged, outcome)
+        if outcome.rounds % PROGRESS_ROUNDS == 0:
+            print(outcome, file=sys.stderr, flush=True)
         if not outcome.clean:
             break
     return outcome

@@ -262,11 +262,15 @@ def test_node_epochs_only_rise_and_only_for_active_nodes(books):
     from potluck_coordinator.storage.nodes import NodeStatus
 
     books.run_now(lambda work: work.nodes.add(_node("n1")))
-    assert [books.run_now(lambda work: work.nodes.next_epoch("n1")) for _ in range(3)] == [1, 2, 3]
+    hello = (_node("n1").inventory, "0.1.0")
+
+    def begin(*names):
+        return books.run_now(lambda work: work.nodes.begin_sessions(dict.fromkeys(names, hello), 6))
+
+    assert [begin("n1")["n1"].epoch for _ in range(3)] == [1, 2, 3]
     assert books.run_now(lambda work: work.nodes.get("n1")) == _node("n1", epoch=3)
     assert books.run_now(lambda work: work.nodes.end("n1", NodeStatus.REVOKED, "stolen"))
-    assert books.run_now(lambda work: work.nodes.next_epoch("n1")) is None
-    assert books.run_now(lambda work: work.nodes.next_epoch("nobody")) is None
+    assert begin("n1", "nobody") == {}
     assert not books.run_now(lambda work: work.nodes.end("n1", NodeStatus.LEFT, "went"))
 
 
