@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.arithmetic import orders
-from tests.benchmarks.contenders import Contender, PeerUnavailableError, start_engine
+from tests.benchmarks.contenders import Contender, PeerUnavailableError, start_engine, wait_until_answers
 from tests.benchmarks.load import Load, LoadFailedError, LoadResult
 from tests.benchmarks.load_client import LoadClient
 from tests.benchmarks.loss_traces import LossRow
@@ -71,8 +71,9 @@ _BEGAN_AT: Final = time.monotonic()
 class Benchmark:
     """The rounds: who takes part, what was measured so far, and who dropped out."""
 
-    def __init__(self, client: LoadClient, workloads: Mapping[str, Load]) -> None:
+    def __init__(self, client: LoadClient, workloads: Mapping[str, Load], wait: Callable[[Contender], None] = wait_until_answers) -> None:
         self._client = client
+        self._wait = wait
         self._workloads = workloads
         self.contenders: dict[str, Contender] = {}
         self.turns: dict[str, list[Turn]] = {}
@@ -136,6 +137,8 @@ class Benchmark:
                     self.absent[name] = f"failed under load: {error}"
                     self.contenders.pop(name).stop()
                     del self.turns[name]
+                    return
+                self._wait(self.contenders[name])
             else:
                 return
 

@@ -110,7 +110,7 @@ def _contender(name: str) -> Contender:
 @pytest.mark.parametrize(("failure_count", "round_count"), [(0, 2), (STUMBLES_MAX, 2), (STUMBLES_MAX + 1, None)])
 def test_a_peer_that_breaks_an_answer_off_has_its_turn_again(monkeypatch, failure_count: int, round_count: int | None) -> None:
     monkeypatch.setattr("tests.benchmarks.turns.SETTLE_SECONDS", 0.0)
-    benchmark = Benchmark(Stumbling("LiteLLM", failure_count), WORKLOADS)
+    benchmark = Benchmark(Stumbling("LiteLLM", failure_count), WORKLOADS, lambda _contender: None)
     for name in ("Potluck", "LiteLLM"):
         benchmark.add(name, lambda name=name: _contender(name))
     benchmark.run_rounds(2, seed=1)
@@ -123,14 +123,14 @@ def test_a_peer_that_breaks_an_answer_off_has_its_turn_again(monkeypatch, failur
 @pytest.mark.parametrize(("name", "failure_count"), [("Potluck", STUMBLES_MAX + 1), ("direct", 1)])
 def test_without_potluck_or_the_engine_there_is_nothing_to_compare(monkeypatch, name: str, failure_count: int) -> None:
     monkeypatch.setattr("tests.benchmarks.turns.SETTLE_SECONDS", 0.0)
-    benchmark = Benchmark(Stumbling(name, failure_count), WORKLOADS)
+    benchmark = Benchmark(Stumbling(name, failure_count), WORKLOADS, lambda _contender: None)
     benchmark.add(name, lambda: _contender(name))
     with pytest.raises(LoadFailedError):
         benchmark.run_rounds(1, seed=1)
 
 
 def test_the_engine_itself_is_asked_only_what_is_taken_off() -> None:
-    benchmark = Benchmark(Stumbling("LiteLLM", 0), WORKLOADS)
+    benchmark = Benchmark(Stumbling("LiteLLM", 0), WORKLOADS, lambda _contender: None)
     benchmark.add("direct", lambda: _contender("direct"))
     benchmark.run_rounds(1, seed=1)
     (turn,) = benchmark.turns["direct"]
@@ -293,7 +293,7 @@ def test_a_peer_that_cannot_be_installed_is_left_out_with_the_reason(monkeypatch
         raise PeerUnavailableError("cannot be installed: no network")
 
     monkeypatch.setattr("tests.benchmarks.relay.install", fail)
-    benchmark = Benchmark(Stumbling("LiteLLM", 0), WORKLOADS)
+    benchmark = Benchmark(Stumbling("LiteLLM", 0), WORKLOADS, lambda _contender: None)
     assert benchmark.prepare("smg") is False
     assert benchmark.absent == {"smg": "cannot be installed: no network"}
 
