@@ -152,6 +152,11 @@ async def test_stamped_tokens_say_their_number_and_when_they_left(http):
         assert [token.split(":")[0] for token in content.split()] == numbers
 
 
+async def test_prompts_of_stamped_answers_are_counted_by_their_length(http):
+    asked = {"messages": [{"role": "user", "content": "p" * 200}], "scripted": {"stamped": True}}
+    assert json.loads((await post(http, asked))[1])["usage"]["prompt_tokens"] == 50
+
+
 async def test_the_prompt_may_name_the_pace(http):
     started_at = time.monotonic()
     await post(http, {"messages": [{"role": "user", "content": "at 30"}], "scripted": {"pace_in_prompt": True}})

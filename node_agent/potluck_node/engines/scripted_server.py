@@ -4,7 +4,7 @@
 with its URL and serves on loopback. It is the engine of tests and benchmarks, so a token costs it little: the event of each token is made
 once for an answer, and sending it is one write.
 
-Decides how tokens are counted: a prompt's words are its tokens, and that it goes on behind a last message of the assistant's that is the
+Decides how tokens are counted: a prompt's words are its tokens, or a quarter of its characters where answers are stamped, and that it goes on behind a last message of the assistant's that is the
 beginning of what the script says, as llama.cpp does. What is said, when, and with which fault is for `script` to say; where
 the script has a cost, `batch_runner` says when.
 """
@@ -31,6 +31,9 @@ from potluck_node.engines.scripted_http import Exchange, serve_http
 from potluck_node.lifeline import exit_with_parent
 
 _EXIT_STATUS: Final = 86
+_CHARACTERS_PER_TOKEN: Final = 4
+"""Of a stamped script's prompts: about what real ones have, and nothing to count."""
+_LAST_WORD_CHARACTERS_MAX: Final = 16
 
 
 class RequestRefusedError(Exception):
@@ -180,10 +183,11 @@ class ScriptedServer:
         except (TypeError, ValueError) as error:
             raise RequestRefusedError(400, str(error)) from error
         first_token, asked = _said_before(body, script)
-        words = _prompt_text(asked, chat=chat).split()
+        text = _prompt_text(asked, chat=chat)
+        words = text[-_LAST_WORD_CHARACTERS_MAX:].split() if script.stamped else text.split()
         if script.pace_in_prompt and words and words[-1].isdecimal():
             script = replace(script, inter_token_ms=int(words[-1]))
-        prompt_token_count = len(words) + first_token
+        prompt_token_count = (len(text) // _CHARACTERS_PER_TOKEN if script.stamped else len(words)) + first_token
         if prompt_token_count >= self._context_length_tokens:
             message = f"request ({prompt_token_count} tokens) exceeds the available context size ({self._context_length_tokens} tokens)"
             raise RequestRefusedError(400, message, "exceed_context_size_error")
