@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Final
 
 from tests.benchmarks.arithmetic import micros_per_unit, percentile
-from tests.benchmarks.load import Load, LoadResult
+from tests.benchmarks.load import Load, LoadFailedError, LoadResult
 
 PACE_MS: Final = 20
 _MANY: Final = 5000
@@ -58,7 +58,10 @@ def take_turn(run: Callable[[Load], LoadResult], workloads: Mapping[str, Load]) 
     results: dict[str, LoadResult] = {}
     for name, load in workloads.items():
         time.sleep(SETTLE_SECONDS)
-        results[name] = run(load)
+        try:
+            results[name] = run(load)
+        except LoadFailedError as error:
+            raise LoadFailedError(f"{name}: {error}") from error
     cpu = {name: _cost(workloads[name], result) for name, result in results.items()}
     return Turn(_times(results), cpu, fmean(result.foreign_cpu_share for result in results.values()))
 
