@@ -164,6 +164,12 @@ class TestPromptText:
         }
         assert len(texts) == 1
 
+    @given(st.text())
+    def test_a_text_stands_there_as_it_is_however_it_was_escaped(self, text):
+        body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+        plain, escaped = (prompt_text(CHAT, json.dumps(body, ensure_ascii=ascii_only).encode()) for ascii_only in (False, True))
+        assert plain == escaped == b"m\x1euser\x1f" + text.encode()
+
     def test_what_the_engine_reads_makes_a_difference(self):
         plain = chat(("user", "x"))
         tools = chat(("user", "x"), tools=[{"type": "function", "function": {"name": "f"}}])

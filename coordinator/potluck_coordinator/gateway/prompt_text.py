@@ -6,11 +6,14 @@ know engines' templates, nor what is done with the bytes; they are never kept no
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from potluck_protocol.values import Endpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _PART: Final = b"\x1e"
 """Between messages; within them `_FIELD`. Texts hold neither, and were it otherwise, a wrong guess would cost a placement."""
@@ -40,14 +43,17 @@ def prompt_text(endpoint: Endpoint, body: bytes) -> bytes:
         return b""
     try:
         read = _decoder.decode(body)
-        pieces = [read.model.encode(), bytes(read.tools), _text(read.prompt)]
-        pieces += [_PART + message.role.encode() + _FIELD + _text(message.content) + bytes(message.tool_calls) for message in read.messages]
+        pieces = [read.model.encode(), read.tools, _text(read.prompt)]
+        for message in read.messages:
+            pieces += (_PART, message.role.encode(), _FIELD, _text(message.content), message.tool_calls)
         return b"".join(pieces)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return b""
 
 
-def _text(value: msgspec.Raw) -> bytes:
-    """A text without its quotes and escapes; anything else as it stands."""
+def _text(value: msgspec.Raw) -> Buffer:
+    """A text without its quotes and escapes; anything else as it stands. Of a long prompt, copies cost more than all else here."""
     raw = bytes(value)
-    return _text_decoder.decode(raw).encode() if raw[:1] == b'"' else raw
+    if raw[:1] != b'"':
+        return raw
+    return memoryview(raw)[1:-1] if b"\\" not in raw else _text_decoder.decode(raw).encode()
