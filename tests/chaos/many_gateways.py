@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -30,9 +28,10 @@ from typing import Any
 import psutil
 
 from tests.chaos.coordinator_loss import Load, wait_without_holds
-from tests.support.coordinator_process import CoordinatorProcess, wait_gone, wait_until
-from tests.support.namespaces import Host, two_hosts
+from tests.support.coordinator_process import CoordinatorProcess, wait_until
+from tests.support.namespaces import Host
 from tests.support.pool_processes import MODEL, SLOT_COUNT, NodeProcess, Pool, command, new_invite, write_catalogue
+from tests.support.ray_hosts import ray_on_two_hosts
 
 GATEWAY_COUNT = 2
 NODES_BACK_SECONDS_MAX = 5.0
@@ -40,8 +39,6 @@ GATEWAYS_BACK_SECONDS_MAX = 30.0
 LOAD_SECONDS = 2.0
 SCRIPT = {"tokens": [f" {number}" for number in range(50)], "token_count": 150, "inter_token_ms": 10}
 SPREAD_TRIES = 20
-RAY_PORT = 6379
-"""In a namespace of its own: nobody else has it."""
 SLOTS_PER_NODE = 2
 """As many clients ask at a time: a gateway's own nodes are not enough for its clients."""
 PLACED_TRIES = 10
@@ -335,47 +332,11 @@ def shows(pool: Pool, kill_count: int, directory_kill_count: int) -> Iterator[Ca
 
 
 def play_on_two_hosts(arguments: list[str]) -> int:
-    """Two namespaces, a Ray node in each, and this program once more in the first of them."""
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder, two_hosts() as (own, other), ExitStack() as stack:
-        token = Path(folder) / "token"
-        token.write_text(secrets.token_hex(32))
-        environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_worker_niceness": "0",
-            "RAY_memory_monitor_refresh_ms": "0",
-        }
-        ray_address = f"{own.address}:{RAY_PORT}"
-        common = ["--num-cpus=0", "--block", "--disable-usage-stats", "--object-store-memory=83886080"]
-        head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/r"]
-        for host, flags in ((own, head), (other, [f"--address={ray_address}"])):
-            command_line = [
-                *host.wrap,
-                str(Path(sys.executable).with_name("ray")),
-                "start",
-                f"--node-ip-address={host.address}",
-                *flags,
-                *common,
-            ]
-            log = stack.enter_context((Path(folder) / f"{host.name}.log").open("wb"))
-            stack.enter_context(_running(command_line, environment, log))
-            wait_until(lambda host=host: "raylet" in host.run("ss", "-tlnpH"), 60, f"a Ray node on {host.name}")
+    """This program once more, on the first of two hosts with a Ray node each."""
+    with ray_on_two_hosts() as (own, other, ray_address, environment):
         cluster = ["--cluster", own.address, other.name, other.address, ray_address]
         again = [*own.wrap, sys.executable, "-m", "tests.chaos.many_gateways", *arguments, *cluster]
         return subprocess.run(again, env=environment, check=False).returncode
-
-
-@contextmanager
-def _running(command_line: list[str], environment: dict[str, str], log: Any) -> Iterator[None]:
-    process = subprocess.Popen(command_line, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        yield
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(30)
-        wait_gone(family, 20)
 
 
 def main() -> int:

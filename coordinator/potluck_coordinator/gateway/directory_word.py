@@ -32,8 +32,6 @@ class DirectoryWord:
     """Why they get nothing for a while."""
     gateways: Mapping[int, GatewayRecord] = field(default_factory=dict)
     """By epoch."""
-    everyone_leaves: bool = False
-    """This gateway is about to stop: its nodes finish what they are answering, and go elsewhere. No word of the directory's."""
 
     def link_addresses(self, own_epoch: int) -> tuple[str, ...]:
         """What a node that is with the gateway of that epoch is told of all of them."""
@@ -43,13 +41,6 @@ class DirectoryWord:
 NOTHING_SAID: Final = DirectoryWord()
 
 
-def word_of(snapshot: PoolSnapshot, *, everyone_leaves: bool) -> DirectoryWord:
+def word_of(snapshot: PoolSnapshot) -> DirectoryWord:
     """The snapshot's."""
-    return DirectoryWord(
-        snapshot.leaving,
-        snapshot.trusted_replicas,
-        snapshot.slow_replicas,
-        snapshot.drained_replicas,
-        snapshot.gateways,
-        everyone_leaves,
-    )
+    return DirectoryWord(snapshot.leaving, snapshot.trusted_replicas, snapshot.slow_replicas, snapshot.drained_replicas, snapshot.gateways)

@@ -1,8 +1,8 @@
 """How a gateway leaves without breaking an answer off: nobody new comes in, what runs goes on to its end, nodes go elsewhere.
 
 Decides the order. The ports close first, and connections that stand are told to come again elsewhere. With other gateways beside this one
-its nodes get nothing new, and each goes when it has nothing left to do, a share of them at a time; what waits here for room finds it at the
-others. The only gateway keeps its nodes until its last answer has ended. It must not know why it leaves, nor what comes after.
+a share of its nodes each second get nothing new from then on, and each goes when it has nothing left to do; the others are used meanwhile,
+by all gateways. The only gateway keeps its nodes until its last answer has ended. It must not know why it leaves, nor what comes after.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from potluck_coordinator.gateway.parting import leave, let_go
+from potluck_coordinator.gateway.parting import leave, let_leavers_go
 
 if TYPE_CHECKING:
     from potluck_coordinator.gateway.grpc_server import GrpcServer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS: Final = 0.1
 GO_SECONDS: Final = 1.0
-"""Between those that go: as long as a node may take to come to another gateway, so that not all that serve a model are on their way."""
+"""Between those that get nothing new: as long as a node may take to come to another gateway, so that few are on their way at a time."""
 GO_SHARE: Final = 0.1
 """Of the nodes that are left."""
 KEPT_ALIVE_SECONDS: Final = 1.0
@@ -55,14 +55,15 @@ async def drain(
     _log.info("gateway_draining", node_count=len(links), in_flight_count=requests.in_flight_count)
     http.close_behind_answers()
     closing = [asyncio.ensure_future(port.stop(seconds_max)) for port in (people, nodes) if port is not None]
-    if nodes is not None:
-        leave(links)
     await asyncio.sleep(min(KEPT_ALIVE_SECONDS, seconds_max))
     closing.append(asyncio.ensure_future(http.stop(seconds_max)))
     next_go_at = loop.time()
     while loop.time() < give_up_at:
-        if nodes is not None and loop.time() >= next_go_at and let_go(links, max(1, int(len(links) * GO_SHARE))):
-            next_go_at = loop.time() + GO_SECONDS
+        if nodes is not None:
+            if loop.time() >= next_go_at:
+                next_go_at = loop.time() + GO_SECONDS
+                leave(links, max(1, int(len(links) * GO_SHARE)))
+            let_leavers_go(links)
         if requests.in_flight_count == 0 and (nodes is None or not len(links)) and all(one.done() for one in closing):
             break
         await asyncio.sleep(LOOK_SECONDS)

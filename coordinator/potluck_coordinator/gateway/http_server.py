@@ -333,12 +333,16 @@ class HttpServer:
             connection.is_last = True  # type: ignore[union-attr]
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """Takes no new connections and ends requests still running after the grace."""
+        """Takes no new connections and ends requests still running after the grace. A second call shortens the first one's."""
         if self._server is None or self._serving is None:
             return
+        if self._server.should_exit:
+            await asyncio.wait([self._serving], timeout=grace_seconds)
+            self._server.force_exit = True
         self._server.config.timeout_graceful_shutdown = max(1, round(grace_seconds))
         self._server.should_exit = True
-        await self._serving
+        # Whoever waits may give up; the server goes on ending.
+        await asyncio.shield(self._serving)
         self._server = self._serving = None
 
     def _config(self) -> uvicorn.Config:

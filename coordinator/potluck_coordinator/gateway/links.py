@@ -351,7 +351,7 @@ class Links:
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
         self._outcasts, self._desired = snapshot.outcasts, snapshot.desired
-        self.word = word_of(snapshot, everyone_leaves=self.word.everyone_leaves)
+        self.word = word_of(snapshot)
         self._losses_per_second = snapshot.losses_per_second
         self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
         self._judging.drained = frozenset(snapshot.drained_replicas)

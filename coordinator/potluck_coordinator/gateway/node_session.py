@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 class NodeSession:
     """One agent process, from its hello to its goodbye, a link lost for longer than the grace, or the end of its lease."""
 
+    is_leaving = False
+    """It begins nothing new, and goes to another gateway when it has nothing left to do."""
+
     def __init__(self, hello: Hello, grant: SessionGrant, now: float) -> None:
         self.node_id: NodeId = hello.node_id
         self.session_id = hello.session_id

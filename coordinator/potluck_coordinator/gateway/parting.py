@@ -6,8 +6,6 @@ They go with a goodbye, upon which agents dial another gateway first. It must no
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,20 +19,26 @@ _log = structlog.get_logger()
 WORDS = "Another gateway of this pool has room for this node."
 
 
-def leave(links: Links) -> None:
-    """From now on nothing new is begun on any node of this gateway."""
-    links.word = replace(links.word, everyone_leaves=True)
-    for session in links.sessions:
-        session.word = links.word
+def let_go(links: Links, count: int) -> int:
+    """Lets so many nodes go, or as many as have nothing to do; how many went."""
+    idle = [session for session in reversed(links.sessions) if not session.attempts][:count]
+    for session in idle:
+        links.close(session, GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.COORDINATOR_STOPPING, WORDS)
+    if idle:
+        _log.info("nodes_let_go", node_count=len(idle), left_count=len(links))
+    return len(idle)
+
+
+def leave(links: Links, count: int) -> None:
+    """So many nodes more begin nothing new from now on, those first that have nothing to do."""
+    staying = [session for session in links.sessions if not session.is_leaving]
+    for session in sorted(staying, key=lambda session: len(session.attempts))[:count]:
+        session.is_leaving = True
         links.node_changed(session.node_id)
 
 
-def let_go(links: Links, count: int) -> int:
-    """Lets so many nodes go, or as many as have nothing to do; how many went."""
-    idle = [session for session in reversed(links.sessions) if not session.attempts]
-    for session in islice(idle, count):
-        links.close(session, GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.COORDINATOR_STOPPING, WORDS)
-    let_go_count = min(count, len(idle))
-    if let_go_count:
-        _log.info("nodes_let_go", node_count=let_go_count, left_count=len(links))
-    return let_go_count
+def let_leavers_go(links: Links) -> None:
+    """Lets those go that have nothing left to do."""
+    for session in links.sessions:
+        if session.is_leaving and not session.attempts:
+            links.close(session, GoodbyeReason.COORDINATOR_STOPPING, GoodbyeReason.COORDINATOR_STOPPING, WORDS)

@@ -47,7 +47,7 @@ def view_of(session: NodeSession, wish: DesiredEngine, status: EngineStatus | No
         node_suspect=standing is Standing.SUSPECTED or (session.suspect and wish.model.model_id not in session.vouched_models),
         link_up=session.outbox is not None and not session.outbox.closed,
         endpoints=status.endpoints if status is not None else (),
-        leaving=session.word.everyone_leaves or wish.replica_id in session.word.leaving,
+        leaving=session.is_leaving or wish.replica_id in session.word.leaving,
         context_length_tokens=max(0, min(status.context_length_tokens, wish.context_length_tokens)) if status is not None else 0,
         owner_account_id=session.owner_account_id,
         is_trusted=wish.replica_id in session.word.trusted,
