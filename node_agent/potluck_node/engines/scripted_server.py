@@ -4,9 +4,9 @@
 with its URL and serves on loopback. It is the engine of tests and benchmarks, so a token costs it little: the event of each token is made
 once for an answer, and sending it is one write.
 
-Decides how tokens are counted: a prompt's words are its tokens, or a quarter of its characters where answers are stamped, and that it goes on behind a last message of the assistant's that is the
-beginning of what the script says, as llama.cpp does. What is said, when, and with which fault is for `script` to say; where
-the script has a cost, `batch_runner` says when.
+Decides how tokens are counted: a prompt's words are its tokens, or a quarter of its characters where answers are stamped; and that it goes
+on behind a last message of the assistant's that is the beginning of what the script says, as llama.cpp does. What is said, when, and with
+which fault is for `script` to say; where the script has a cost, `batch_runner` says when.
 """
 
 from __future__ import annotations
