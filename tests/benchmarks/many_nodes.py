@@ -7,6 +7,7 @@ own over mutual TLS. CPU time is the processes' own, all threads together, so th
 - A heartbeat: with `--nodes`' first count, the agents beat once a second, then for as long not at all, in turns on both servers. Its cost
   is the difference over the beats. Round by round that of the gateway is divided by that of the bare server.
 - A node's memory: resident bytes with the second count less those with the first, over the nodes in between.
+- Joining: CPU time while those between the first count and the second come, handshake, hello and first wish included, over their number.
 - Idle nodes: with both counts the agents beat as the coordinator tells them. All of the coordinator's processes are counted (gateway,
   directory, driver and Ray's own). What they cost a second is taken to grow with the nodes as it does from the first count to the second,
   and reckoned for 10,000.
@@ -87,6 +88,7 @@ class Bench:
         self.fleet = stack.enter_context(Fleet(folder / "agents", Nodes(f"127.0.0.1:{ports['link']}", ca, keys), 2))
         self.bare_fleet = stack.enter_context(Fleet(folder / "bare-agents", Nodes(f"127.0.0.1:{bare_port}", ca, keys), 2))
         self._say = say
+        self._linked_count = 0
 
     def processes(self) -> dict[str, tuple[int, ...]]:
         """Of the coordinator, by what they are."""
@@ -95,11 +97,18 @@ class Bench:
         ray = tuple(process_id for process_id in descendants(driver) if process_id not in {gateway, directory})
         return {"gateway": (gateway,), "directory": (directory,), "driver": (driver,), "ray": ray}
 
-    def link(self, count: int) -> None:
+    def link(self, count: int) -> dict[str, float]:
+        """Until so many are linked to each; milliseconds of CPU time that each of those that came cost, by process."""
         self._say(f"linking {count} nodes to each")
+        groups = {**self.processes(), "bare": (self.bare.process_id,)}
+        everyone = [process_id for group in groups.values() for process_id in group]
+        came, self._linked_count = count - self._linked_count, count
+        before = CpuReading.take(everyone)
         self.fleet.link(count, LINKED_PER_SECOND, 300)
         self.bare_fleet.link(count, LINKED_PER_SECOND, 300)
+        after = CpuReading.take(everyone)
         time.sleep(SETTLE_SECONDS)
+        return {name: after.spent_since(before, groups[name]) / came * 1000 for name in ("gateway", "directory", "bare")}
 
     def heartbeats(self, rounds: int, seconds: float) -> list[Round]:
         """In turns, the order changing from round to round."""
@@ -242,9 +251,11 @@ def main() -> int:
         bench.link(few)
         small = bench.idle(few, arguments.idle_seconds)
         rounds = bench.heartbeats(arguments.rounds, arguments.seconds)
-        bench.link(many)
+        joining = bench.link(many)
         large = bench.idle(many, arguments.idle_seconds)
-    print(json.dumps(as_json(rounds, small, large)) if arguments.json else table(rounds, small, large), flush=True)
+    shown = table(rounds, small, large) + "\njoining, CPU ms a node: " + ", ".join(f"{name} {cost:.1f}" for name, cost in joining.items())
+    found = {**as_json(rounds, small, large), "joining_milliseconds_per_node": joining}
+    print(json.dumps(found) if arguments.json else shown, flush=True)
     return 0 if all(mark.met for mark in marks_of(rounds, small, large)) else 1
 
 

@@ -43,7 +43,7 @@ BOUNDS: Final[Mapping[str, float]] = {"resident_mib": 3.0, "descriptors": 2.0, "
 WARM_UP_SHARE: Final = 1 / 3
 SAMPLE_SECONDS: Final = 1.5
 SCRIPT: Final = {"tokens": [f" {number}" for number in range(50)], "token_count": 120, "inter_token_ms": 10}
-NODE_COUNT: Final = 3
+NODE_COUNT: Final = 2
 COMING_AND_GOING: Final = 20
 CLIENTS: Final = 4
 

@@ -24,13 +24,16 @@ import grpc.aio
 import structlog
 
 from potluck_node.attempts import Attempts
+from potluck_node.domain.gateways import Ways
 from potluck_node.domain.session import Phase
+from potluck_node.gateway_ways import GatewayWays
 from potluck_node.link import Link
 from potluck_node.no_replicas import NoReplicas
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.channels import CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock
+from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import (
@@ -83,15 +86,24 @@ class Nodes:
         return cls(found["target"], found["ca_certificate_pem"], tuple(EnrolledKey(**key) for key in found["keys"]))
 
 
+class RememberedWays(GatewayWays):
+    """The ways to the gateways, kept in memory alone."""
+
+    def _read(self) -> Ways:
+        return Ways(self._connection().link_target)
+
+    def _write(self) -> None: ...
+
+
 class HeldCredentials:
     """In the place of `credentials.Credentials`: the key and the certificate come from the caller, and last."""
 
     def __init__(self, nodes: Nodes, key: EnrolledKey) -> None:
         self._nodes = nodes
         self._key = key
-        self.identity = self
-        self.connection = self
-        self.link_target = nodes.target
+        host, port = nodes.target.rsplit(":", 1)
+        connection = ConnectionDocument(PROTOCOL_VERSION, "pool", 0, int(port), host, nodes.ca_certificate_pem)
+        self.gateways = RememberedWays(Path(), lambda: connection, SystemClock())
 
     async def make_ready(self) -> None: ...
     async def find_coordinator(self) -> None: ...
@@ -105,7 +117,7 @@ class HeldCredentials:
             self._nodes.ca_certificate_pem.encode(), key.private_key_pem.encode(), key.certificate_pem.encode()
         )
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        return grpc.aio.secure_channel(self.link_target, credentials, options=options)
+        return grpc.aio.secure_channel(self.gateways.target, credentials, options=options)
 
 
 class BoxReport:
