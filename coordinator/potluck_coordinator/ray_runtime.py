@@ -69,7 +69,8 @@ class _Reach:
     driver_machine: str
     """Ray's id of it."""
     driver_address: str
-    has_more_machines: bool
+    is_cluster: bool
+    """Of the operator's own: machines may join it at any time."""
     desk_socket: Path
     driver_log_pipe: str | None
 
@@ -80,10 +81,10 @@ class _Reach:
         return DeskClient(self.desk_socket).call if self._is_with_driver() else self._ask_through_ray
 
     def peer_host(self) -> str:
-        return self._address() if self.has_more_machines else "127.0.0.1"
+        return self._address() if self.is_cluster else "127.0.0.1"
 
     def listening_host(self, host: str) -> str:
-        return self._address() if host == self.driver_address and self.has_more_machines else host
+        return self._address() if host == self.driver_address and self.is_cluster else host
 
     def _is_with_driver(self) -> bool:
         import ray  # noqa: PLC0415
@@ -93,7 +94,8 @@ class _Reach:
     def _address(self) -> str:
         import ray  # noqa: PLC0415
 
-        return str(ray.util.get_node_ip_address())
+        here = ray.get_runtime_context().get_node_id()
+        return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
 
     async def _ask_through_ray(self, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         import ray  # noqa: PLC0415
@@ -146,7 +148,7 @@ class RayRuntime:
         self._machines = [here, *sorted(alive.keys() - {here})]
         check_host(self._settings, len(self._machines))
         desk_socket = self._run_dir / "desks"
-        self._reach = _Reach(here, alive[here], len(self._machines) > 1, desk_socket, self._log_pipe)
+        self._reach = _Reach(here, alive[here], self._settings.ray_address is not None, desk_socket, self._log_pipe)
         made = self._made(DirectoryActor, DIRECTORY, here, soft=False)
         self._actors[DIRECTORY] = made.remote(self._settings, self._reach, desk_socket)
         if not self._wait_ready([DIRECTORY], cancelled):

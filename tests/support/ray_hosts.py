@@ -26,12 +26,11 @@ COMMON = ("--num-cpus=0", "--block", "--disable-usage-stats", "--object-store-me
 @contextmanager
 def ray_on_two_hosts() -> Iterator[tuple[Host, Host, str, dict[str, str]]]:
     """The hosts, the first of which has the cluster's head; its address; and the environment of whoever joins it."""
-    # A short path, for those of Ray's sockets are bounded.
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
-        two_hosts() as (own, other),
-        ExitStack() as stack,
-    ):
+    # A short path, for those of Ray's sockets are bounded. Each host has one of its own there, as two machines have: by the files in it Ray
+    # tells which of its nodes is this machine's.
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
+        own, other = stack.enter_context(two_hosts())
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
         environment = {
@@ -44,15 +43,12 @@ def ray_on_two_hosts() -> Iterator[tuple[Host, Host, str, dict[str, str]]]:
         ray_address = f"{own.address}:{RAY_PORT}"
         head = ("--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/r")
         for host, flags in ((own, head), (other, (f"--address={ray_address}",))):
-            ray = (*host.wrap, str(Path(sys.executable).with_name("ray")), "start", f"--node-ip-address={host.address}")
+            apart = () if host is own else ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {folder}/r && exec "$@"', "sh")
+            ray = (*host.wrap, *apart, str(Path(sys.executable).with_name("ray")), "start", f"--node-ip-address={host.address}")
             log_file = Path(folder) / f"{host.name}.log"
             stack.enter_context(_running([*ray, *flags, *COMMON], environment, stack.enter_context(log_file.open("wb"))))
-            wait_until(lambda host=host: _has_raylet(host), START_SECONDS_MAX, f"a Ray node on {host.name}")
+            wait_until(lambda log_file=log_file: "Ray runtime started" in log_file.read_text(), START_SECONDS_MAX, f"Ray on {host.name}")
         yield own, other, ray_address, environment
-
-
-def _has_raylet(host: Host) -> bool:
-    return "raylet" in host.run("ss", "--tcp", "--listening", "--numeric", "--processes", "--no-header")
 
 
 @contextmanager
