@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,20 +76,23 @@ CLUSTER = Cluster()
 
 def gateways(pool: Pool) -> dict[int, psutil.Process]:
     """Every gateway's process that serves now, by its number."""
-    return _gateways_of_hosts(pool) if CLUSTER.other is not None else _gateways_of_log(pool)
+    return _gateways_of_hosts() if CLUSTER.other is not None else _gateways_of_log(pool)
 
 
-def _gateways_of_hosts(pool: Pool) -> dict[int, psutil.Process]:
-    """By their addresses: what the other host's gateway logs goes to Ray's files there."""
-    http_port = pool.coordinator.wait_ready()["http"]
+def _gateways_of_hosts() -> dict[int, psutil.Process]:
+    """By their network namespaces: what the other host's gateway logs goes to Ray's files there."""
+    here = Path("/proc/self/ns/net").readlink()
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline"]):
-        with suppress(psutil.NoSuchProcess):
-            if "ray::GatewayActor" not in "".join(process.info["cmdline"] or ()):
-                continue
-            listening = {(one.laddr.ip, one.laddr.port) for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
-            found |= {number: process for number in range(GATEWAY_COUNT) if (CLUSTER.address(number), http_port) in listening}
+        with suppress(psutil.NoSuchProcess, OSError):
+            if "".join(process.info["cmdline"] or ()).startswith("ray::GatewayActor") and _is_of_this_show(process):
+                found[int(Path(f"/proc/{process.pid}/ns/net").readlink() != here)] = process
     return found
+
+
+def _is_of_this_show(process: psutil.Process) -> bool:
+    """Others may run coordinators on this machine; ours have our token."""
+    return process.environ().get("RAY_AUTH_TOKEN_PATH") == os.environ["RAY_AUTH_TOKEN_PATH"]
 
 
 def _gateways_of_log(pool: Pool) -> dict[int, psutil.Process]:
@@ -107,6 +111,9 @@ def listening_ports(process: psutil.Process) -> set[int]:
 
 def gateway_of(pool: Pool, node: NodeProcess) -> int | None:
     """The number of the gateway that has the node's link; None where it has none now."""
+    if CLUSTER.other is not None:
+        last = json.loads((node.folder / "state" / "gateways.json").read_text())["last"]
+        return int(last.startswith(CLUSTER.other.address))
     for number, process in gateways(pool).items():
         with suppress(psutil.NoSuchProcess):
             ports = listening_ports(process)
@@ -125,10 +132,21 @@ def spread(pool: Pool) -> None:
             return
         one = next(node for node in pool.nodes if list(homes.values()).count(homes[node]) > 1)
         one.process.terminate()
-        (one.folder / "state" / "gateways.json").unlink(missing_ok=True)
+        one.process.wait(20)
+        _forget_gateway(one, next(number for number in range(GATEWAY_COUNT) if number not in homes.values()))
         one.start_again()
         pool.wait_connected()
     raise AssertionError(f"after {SPREAD_TRIES} tries the nodes are with {homes.values()}")
+
+
+def _forget_gateway(node: NodeProcess, wanted: int) -> None:
+    """The node dials anew: on one host wherever the kernel has it, on two the gateway that is wanted first."""
+    file = node.folder / "state" / "gateways.json"
+    known = json.loads(file.read_text())["known"] if CLUSTER.other is not None else []
+    file.unlink(missing_ok=True)
+    there = [address for address in known if address.startswith(f"{CLUSTER.address(wanted)}:")]
+    if there:
+        file.write_text(json.dumps({"last": there[0], "known": known}))
 
 
 class Client:
