@@ -100,9 +100,9 @@ async def test_a_link_that_comes_back_while_the_directory_is_away_costs_nothing(
     directory_is_there.set()
 
     def held_up(ask):
-        async def asked(*arguments):
+        async def asked(*arguments, **named):
             await directory_is_there.wait()
-            return await ask(*arguments)
+            return await ask(*arguments, **named)
 
         return asked
 
