@@ -24,6 +24,6 @@ def test_each_process_of_the_coordinator_can_die_under_load(tmp_path):
 
 @pytest.mark.timeout(240)
 def test_a_gateway_and_the_directory_die_beside_another_gateway(tmp_path):
-    with many_gateways.pool_of_gateways(tmp_path, node_count=3) as pool:
+    with many_gateways.pool_of_gateways(tmp_path) as pool:
         for play in many_gateways.shows(pool, kill_count=1, directory_kill_count=1):
             assert play().broken == ()

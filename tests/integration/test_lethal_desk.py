@@ -101,4 +101,4 @@ async def test_a_node_that_claims_deaths_without_end_is_heard_now_and_then(datab
         books.clock.advance(DEATHS_HEARD_SECONDS)
         await claim(1, connected())
         assert len(board.snapshot.suspect_requests) == DEATHS_HEARD_MAX + 1
-        assert len(links._deaths_heard_at[NODE]) == 1
+        assert len(links._deaths_heard._at[NODE]) == 1

@@ -1,7 +1,8 @@
 """A PostgreSQL of the tests' own: a cluster in a temporary folder, on a Unix socket there and on a free port of loopback.
 
-It is started by whoever needs it and stopped by its process id; it dies with the process that started it. The server refuses to run as
-root, so it then runs as `postgres`. Debian's package suffices, `apt-get install postgresql`, and no server of the machine's is touched.
+It is started by whoever needs it and stopped by its process id; it dies with the process that started it, and is no child of it: tests look
+for children of theirs, and end them. The server refuses to run as root, so it then runs as `postgres`. Debian's package suffices,
+`apt-get install postgresql`, and no server of the machine's is touched.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import psutil
 import psycopg
@@ -34,6 +37,21 @@ START_SECONDS_MAX = 30.0
 TEMPLATE = "migrated"
 _QUICK_RECOVERY = ("-c", "recovery_init_sync_method=syncfs")
 """Else a server that was killed opens each of its files, of which every database has three hundred."""
+_LAUNCHER = """
+import os, signal, subprocess, sys, threading
+if os.fork():
+    os._exit(0)
+os.setsid()
+server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+with os.fdopen(int(sys.argv[1]), "w") as told:
+    print(server.pid, file=told)
+def end_with_starter():
+    sys.stdin.read()
+    server.send_signal(signal.SIGQUIT)
+threading.Thread(target=end_with_starter, daemon=True).start()
+server.wait()
+"""
+"""Starts the server and reaps it. It is told by its standard input's end that whoever started it is gone."""
 _FAST = ("-c", "fsync=off", "-c", "full_page_writes=off", "-c", "autovacuum=off")
 
 
@@ -62,7 +80,8 @@ class Cluster:
     def __init__(self, folder: Path, *, durable: bool = False, options: Sequence[str] = ()) -> None:
         self.folder = folder
         self._options = (*_QUICK_RECOVERY, *(() if durable else _FAST), *options)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: psutil.Process | None = None
+        self._lifeline: IO[bytes] | None = None
         self._numbers = itertools.count()
         self.user = "keeper"
         self.password = secrets.token_hex(16)
@@ -90,14 +109,8 @@ class Cluster:
         arguments = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
         give_up_at = time.monotonic() + START_SECONDS_MAX
         while True:
-            with (self.folder / "log").open("ab") as log:
-                self._process = subprocess.Popen(
-                    [*_as_server("--pdeathsig", "QUIT"), program("postgres"), *arguments, *self._options],
-                    stdout=log,
-                    stderr=log,
-                    cwd=self.folder,
-                )
-            while self._process.poll() is None:
+            self._launch([*_as_server("--pdeathsig", "QUIT"), program("postgres"), *arguments, *self._options])
+            while self._process is not None and self._process.is_running():
                 with contextlib.suppress(psycopg.OperationalError):
                     self.connect("postgres").close()
                     return
@@ -105,6 +118,24 @@ class Cluster:
             # A server that was killed leaves its shared memory until the last of its processes has noticed.
             assert time.monotonic() < give_up_at, (self.folder / "log").read_text()
             time.sleep(0.05)
+
+    def _launch(self, command: Sequence[str]) -> None:
+        reader, writer = os.pipe()
+        with (self.folder / "log").open("ab") as log, os.fdopen(reader) as told:
+            launcher = subprocess.Popen(
+                [sys.executable, "-c", _LAUNCHER, str(writer), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                pass_fds=(writer,),
+            )
+            os.close(writer)
+            self._lifeline = launcher.stdin
+            process_id = int(told.readline())
+        launcher.wait()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended at once: its log says why
+            self._process = psutil.Process(process_id)
 
     def stop(self) -> None:
         """In good order, connections or not."""
@@ -126,6 +157,8 @@ class Cluster:
             self._process.send_signal(number)
             self._process.wait(START_SECONDS_MAX)
             self._process = None
+        if self._lifeline is not None:
+            self._lifeline.close()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
