@@ -75,7 +75,9 @@ class Clients:
         """503 with `Retry-After`: when asked and when told."""
         self.failures: Counter[str] = Counter()
         """Everything else."""
-        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(CLIENT_COUNT)]
+        # One after the other: at every moment of the run some answer has just begun, and another is about to end.
+        starts_seconds = [RUN_UP_SECONDS * number / CLIENT_COUNT for number in range(CLIENT_COUNT)]
+        self._threads = [threading.Thread(target=self._ask, args=(seconds,), daemon=True) for seconds in starts_seconds]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -88,7 +90,8 @@ class Clients:
             thread.join(60)
             assert not thread.is_alive(), "a client got no answer and no error"
 
-    def _ask(self) -> None:
+    def _ask(self, first_after_seconds: float) -> None:
+        self._stop.wait(first_after_seconds)
         while not self._stop.is_set():
             asked_at = time.monotonic()
             try:
