@@ -8,8 +8,7 @@ whatever went wrong. It must not know Ray, nor what directory and gateway do.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
+import atexit
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import structlog
 
 from potluck_coordinator.desk_socket import DeskServer, RemoteDirectory, answer
+from potluck_coordinator.log_pipe import LogPipe
 from potluck_coordinator.log_surges import LogSurges
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -67,7 +67,7 @@ class _Actor:
     """What both actors share: they serve from the start, say when they are ready, and end their process when they fail."""
 
     def __init__(self, settings: Settings, reach: Reach) -> None:
-        _send_log_lines_to(reach.log_pipe())
+        self._log_pipe = _send_log_lines_to(reach.log_pipe(), asyncio.get_running_loop())
         surges = LogSurges()
         configure_logging(json=settings.log_format == "json", level=settings.log_level, first=surges)
         self._surges = asyncio.ensure_future(_tell_each_second(surges))
@@ -83,6 +83,11 @@ class _Actor:
     async def process_id(self) -> int:
         """Another one after each restart."""
         return os.getpid()
+
+    def _say_last_words(self) -> None:
+        """Who stops an actor ends its process next."""
+        if self._log_pipe is not None:
+            self._log_pipe.let_out()
 
     async def _serve(self) -> None:
         """Opens, calls `_opened`, and returns only when told to stop."""
@@ -105,7 +110,7 @@ class _Actor:
             if not self._ready.done():
                 self._ready.set_result(_as_potluck_error(error))
             await asyncio.sleep(FAILED_PAUSE_SECONDS)
-            os._exit(1)
+            os._exit(1)  # after all its lines have left: the pause is longer than they wait
 
 
 class DirectoryActor(_Actor):
@@ -133,6 +138,7 @@ class DirectoryActor(_Actor):
         """Ends the desks and the background work, and closes the database."""
         self._task.cancel()
         await asyncio.wait([self._task])
+        self._say_last_words()
 
     async def _serve(self) -> None:
         from potluck_coordinator.directory.directory import Directory, spare_collections  # noqa: PLC0415 - only this process needs SQL
@@ -174,6 +180,7 @@ class GatewayActor(_Actor):
         await asyncio.wait([self._task])
         if self._gateway is not None:
             await self._gateway.stop()
+        self._say_last_words()
 
     async def drain(self, seconds_max: float) -> int:
         """As `Gateway.drain`; nothing is left where it has not begun to serve."""
@@ -194,37 +201,20 @@ class GatewayActor(_Actor):
         await self._gateway.run()
 
 
-def _send_log_lines_to(log_pipe: str | None) -> None:
-    """Points standard error at the driver's pipe; without a reader there, Ray's log file keeps it."""
+def _send_log_lines_to(log_pipe: str | None, loop: asyncio.AbstractEventLoop) -> LogPipe | None:
+    """Puts the driver's pipe in standard error's place; without a reader there, Ray's log file keeps it."""
     if log_pipe is None:
-        return
+        return None
     try:
         descriptor = os.open(log_pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
-        return
-    # It stays non-blocking: a terminal that is held, or a driver that is busy, costs lines and not the pool's time.
+        return None
     os.dup2(descriptor, 2)
     os.close(descriptor)
     # Ray has put a wrapper of its own around the old one, which costs more than the line.
-    sys.stderr = io.TextIOWrapper(io.BufferedWriter(_LossyDescriptor(2)), errors="backslashreplace", line_buffering=True)
-
-
-class _LossyDescriptor(io.RawIOBase):
-    """A descriptor that loses what nobody takes at once, and never fails whoever writes."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def write(self, data: Any) -> int:
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, data)
-        return len(data)
+    sys.stderr = pipe = LogPipe(2, loop)
+    atexit.register(pipe.let_out)
+    return pipe
 
 
 def _as_potluck_error(error: Exception) -> PotluckError:

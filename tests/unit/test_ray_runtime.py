@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -132,10 +133,10 @@ def test_what_ray_gave_up_is_not_waited_for(actors: Actors) -> None:
 
 
 ACTOR = """
-import os, sys, structlog
+import asyncio, os, sys, structlog
 from potluck_coordinator.actors import _send_log_lines_to
 from potluck_protocol.observe import configure_logging
-_send_log_lines_to(sys.argv[1])
+_send_log_lines_to(sys.argv[1], asyncio.new_event_loop())
 configure_logging(json=True)
 for number in range(2000):
     structlog.get_logger().info("a_line", number=number, padding="x" * 200)
@@ -182,5 +183,7 @@ def select_readable(descriptor: int) -> bool:
 def test_without_a_reader_the_old_standard_error_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log")
     before = sys.stderr
-    actors_module._send_log_lines_to(str(tmp_path / "log"))
+    loop = asyncio.new_event_loop()
+    assert actors_module._send_log_lines_to(str(tmp_path / "log"), loop) is None
+    loop.close()
     assert sys.stderr is before
