@@ -96,6 +96,7 @@ def test_what_is_wrong_is_named(change, words):
     assert "mine.toml" in failure.value.message
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("part", ["a", '"a.b"', "'='", '"\\""', "a "])
 def test_a_key_of_so_many_parts_that_the_parser_would_take_minutes_is_refused_at_once(part):
     began = time.process_time()

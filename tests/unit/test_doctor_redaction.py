@@ -230,6 +230,7 @@ REPEATED = [
 ]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("repeated", REPEATED)
 @pytest.mark.parametrize("characters", [4_000, 40_000])
 def test_time_grows_with_the_text_and_not_with_its_square(repeated, characters):

@@ -136,6 +136,7 @@ def test_a_page_costs_little_beside_itself(line):
         tracemalloc.stop()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "labels",
     [

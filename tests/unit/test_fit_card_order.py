@@ -199,6 +199,7 @@ JOINED = {
 }
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("join", JOINED)
 @pytest.mark.parametrize("size", ["8b", "70b"])
 def test_no_node_s_word_keeps_the_plan_waiting(join, size):

@@ -93,6 +93,7 @@ def test_what_would_keep_an_engine_busy_for_ever_is_refused_by_name(fields, para
     assert (refused.value.code, refused.value.param) == (ErrorCode.INVALID_REQUEST, param)
 
 
+@pytest.mark.timed
 def test_saying_no_is_quick_however_large_the_bomb_is():
     """Process time, so that a busy machine does not matter; the bound is the issue's."""
     raws = [body(**fields) for fields, _ in BOMBS]

@@ -252,6 +252,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("schema", HOSTILE.values(), ids=HOSTILE)
 def test_whatever_a_schema_holds_all_schemas_of_a_request_are_looked_through_in_so_many_steps(schema):
     """Each fits in alone or is refused; the same one again and again is refused in the end, after no more steps than one may take."""
@@ -287,6 +288,7 @@ def test_sizes_are_summed_before_anything_is_looked_at():
     assert refusal(json_schema={"description": "x" * 60_000}, guided_json=schema).param == "guided_json"
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("text", ["{" + " " * 32_000, "{1," + " " * 32_000, "a{" + " " * 32_000 + "x"])
 def test_blanks_in_braces_are_passed_over_once(text):
     began = time.process_time()
@@ -323,6 +325,7 @@ GRAMMAR = st.builds(
 ) | st.text(st.sampled_from('ab"[]()|*+?{}:=,019-\\^. \n#'), max_size=60).map(lambda text: f"root ::= {text}")
 
 
+@pytest.mark.timed
 @given(GRAMMAR)
 def test_any_grammar_is_passed_on_or_refused_by_name_and_soon(grammar):
     began = time.process_time()
@@ -355,6 +358,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.timed
 @given(st.dictionaries(st.sampled_from(KEYWORDS), VALUES, max_size=6))
 def test_any_schema_is_passed_on_or_refused_by_name_and_soon(schema):
     began = time.process_time()
@@ -365,6 +369,7 @@ def test_any_schema_is_passed_on_or_refused_by_name_and_soon(schema):
     assert time.process_time() - began < SECONDS_MAX
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "grammar",
     [

@@ -312,11 +312,11 @@ class Gateway:
 
     def _serve_queues(self) -> None:
         if self._requests is not None:
-            self._requests.queues.serve_all()
+            self._requests.queues.serve_soon()
 
     async def _tick(self) -> None:
         self._links.tick()
-        self._serve_queues()
+        self.requests.queues.serve_all()
 
     async def _report(self) -> None:
         self.requests.mark_delivered()

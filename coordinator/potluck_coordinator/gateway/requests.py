@@ -109,7 +109,7 @@ class RequestService:
             clock=clock,
             on_start=self.queues.charge,
             on_over=self.queues.over,
-            on_slot=self.queues.serve_all,
+            on_slot=self.queues.serve_soon,
         )
         self.queues.dispatch = self.dispatching.dispatch
         self._bounded: dict[Answer, Visit] = {}
