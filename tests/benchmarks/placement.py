@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from potluck_coordinator.domain.cost import cost
@@ -105,8 +105,7 @@ class World:
         """The view with what is under way there, which the gateway knows."""
         running = self.running[number]
         waiting = [one for one in running if one.begins_at > self.now]
-        return replace(
-            view,
+        return view._replace(
             in_flight_count=len(running),
             committed_tokens=sum(one.work.tokens for one in running),
             prefill_backlog_tokens=sum(one.unread_tokens for one in waiting),
@@ -148,7 +147,7 @@ class World:
             changed = Speeds(
                 speeds.prefill_tokens_per_second * factor, speeds.decode_base_seconds / factor**0.3, speeds.decode_each_seconds, 9, 9, 0.0
             )
-        self.true[number] = replace(view, speeds=changed)
+        self.true[number] = view._replace(speeds=changed)
         self.news.append((self.now + TELEMETRY_SECONDS, number, self.true[number]))
 
     def dispatch(self, number: int, work: Work, cached: float) -> None:
@@ -239,7 +238,7 @@ class Desk:
         self._roster = Roster(lambda _: USUAL)
         for view in self._views:
             busy = chance.randrange(view.slot_count + 1)
-            self._roster.enter(view.node_id, [replace(view, in_flight_count=busy, committed_tokens=900.0 * busy)])
+            self._roster.enter(view.node_id, [view._replace(in_flight_count=busy, committed_tokens=900.0 * busy)])
         self._prefixes = PrefixMap(lambda _: CacheState(capacity_tokens=1e9))
         self._work = Work(PROMPT_BYTES / 4, 200.0)
         text = "".join(chance.choices("abcdefghijklmnop     ", k=PROMPT_BYTES))
@@ -260,7 +259,7 @@ class Desk:
     def change(self) -> None:
         """One replica gets a request more, or has one less."""
         view = self._chance.choice(self._views)
-        self._roster.enter(view.node_id, [replace(view, in_flight_count=self._chance.randrange(view.slot_count))])
+        self._roster.enter(view.node_id, [view._replace(in_flight_count=self._chance.randrange(view.slot_count))])
 
 
 def microseconds(work: Any, count: int = 300, tries: int = 9) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +40,7 @@ def hedged(**changes) -> Course:
     course, _ = advance(Course(), Dispatched(FIRST))
     course, effects = advance(course, Hedged(OTHER))
     assert effects == ()
-    return replace(course, **changes)
+    return course._replace(**changes)
 
 
 def drop(end: HedgeEnd) -> DropHedge:

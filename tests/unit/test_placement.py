@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields, replace
 from itertools import cycle
 from random import Random
 
@@ -112,7 +111,7 @@ SPEEDS = Speeds(1000.0, 0.010, 0.001)
 )
 def test_each_term_decides_and_is_told(worse, term, seconds):
     good = replica_view("good", speeds=SPEEDS, **({"kv_capacity_tokens": 2000} if "kv_capacity_tokens" in worse else {}))
-    bad = replace(good, replica_id=ReplicaId("bad"), node_id=NodeId("bad"), **worse)
+    bad = good._replace(replica_id=ReplicaId("bad"), node_id=NodeId("bad"), **worse)
     for order in ([good, bad], [bad, good]):
         placement = place(Draw(tuple(Offer(replica, "by chance") for replica in order), ()), WORK, 0.0, 0.0)
         assert placement.chosen == good
@@ -130,7 +129,7 @@ def test_a_cache_is_worth_the_reading_that_it_saves_and_no_more():
     cold = replica_view("cold", speeds=SPEEDS)
     warm = replica_view("warm", speeds=SPEEDS, prefill_backlog_tokens=300.0)
     assert placed([cold, warm], warm={warm.replica_id: 390.0}).chosen == warm
-    late = replace(warm, prefill_backlog_tokens=600.0)
+    late = warm._replace(prefill_backlog_tokens=600.0)
     assert is_free(late) is False
     assert has_slot(late)
     placement = placed([cold, late], warm={late.replica_id: 390.0})
@@ -142,7 +141,7 @@ def test_a_replica_that_is_behind_gets_nothing_more_but_what_it_has_cached():
     rate = SPEEDS.prefill_tokens_per_second
     behind = replica_view("a", speeds=SPEEDS, prefill_backlog_tokens=rate * BACKLOG_SECONDS_MAX + 1)
     assert not is_free(behind)
-    assert is_free(replace(behind, prefill_backlog_tokens=rate * BACKLOG_SECONDS_MAX))
+    assert is_free(behind._replace(prefill_backlog_tokens=rate * BACKLOG_SECONDS_MAX))
     assert placed([behind]).chosen is None
     assert placed([behind], warm={behind.replica_id: 300.0}).chosen == behind
 
@@ -151,8 +150,8 @@ def test_costs_that_hardly_differ_are_the_same():
     """Nobody foresees two percent, and gateways that chose alike would make a herd."""
     first = replica_view("first", speeds=SPEEDS)
     total = cost(first, WORK, 0.0).total_seconds
-    near = replace(first, node_id=NodeId("near"), replica_id=ReplicaId("near"), round_trip_seconds=0.03 + total * TIE_SHARE * 0.9)
-    far = replace(first, node_id=NodeId("far"), replica_id=ReplicaId("far"), round_trip_seconds=0.03 + total * TIE_SHARE * 1.1)
+    near = first._replace(node_id=NodeId("near"), replica_id=ReplicaId("near"), round_trip_seconds=0.03 + total * TIE_SHARE * 0.9)
+    far = first._replace(node_id=NodeId("far"), replica_id=ReplicaId("far"), round_trip_seconds=0.03 + total * TIE_SHARE * 1.1)
     draw = Draw(tuple(Offer(replica, "by chance") for replica in (first, near, far)), ())
     assert {place(draw, WORK, chance, 0.0).chosen.node_id for chance in (0.0, 0.3, 0.6, 0.99)} == {"first", "near"}
     assert reasons(place(draw, WORK, 0.0, 0.0)) == [("as good", 1), ("chosen", 1), ("slower", 1)]
@@ -276,11 +275,11 @@ SAYS_NOTHING_OF_IT = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(ReplicaView)])
+@pytest.mark.parametrize("field", ReplicaView._fields)
 def test_replicas_are_alike_that_can_take_the_same_requests_but_for_their_load(field):
     plain = replica_view()
     value = DECIDES_ABILITY.get(field, SAYS_NOTHING_OF_IT.get(field, 7))
-    changed = replace(plain, **{field: value})
+    changed = plain._replace(**{field: value})
     assert changed != plain
     assert (likeness(plain) == likeness(changed)) is (field not in DECIDES_ABILITY)
 

@@ -54,7 +54,7 @@ def test_what_was_sent_since_the_view_is_counted_beside_it(remote):
     assert remote.now().prefill_backlog_tokens == 20.0
     # The next view counts the first of them itself.
     remote.way.starts_seen = 1
-    remote.node.tell({remote.view.replica_id: dataclasses.replace(remote.view, in_flight_count=2, committed_tokens=140.0)})
+    remote.node.tell({remote.view.replica_id: remote.view._replace(in_flight_count=2, committed_tokens=140.0)})
     assert (remote.now().in_flight_count, remote.now().committed_tokens) == (3, 180.0)
     remote.way.starts_seen = 2
     assert remote.now().in_flight_count == 2
@@ -65,7 +65,7 @@ def test_what_is_over_before_the_next_view_is_no_longer_counted(remote):
     remote.send("a")
     remote.node.finish(AttemptId("a"), remote.view.replica_id)
     remote.node.finish(AttemptId("a"), remote.view.replica_id)
-    assert remote.now() == dataclasses.replace(remote.view, is_remote=True)
+    assert remote.now() == remote.view._replace(is_remote=True)
     assert not remote.way.relays
 
 

@@ -39,7 +39,7 @@ TOOLS = Said(anything=True, why_not="it may call tools")
 def running(**changes) -> Course:
     course, effects = advance(Course(), Dispatched(NODE))
     assert effects == ()
-    return replace(course, **changes)
+    return course._replace(**changes)
 
 
 def after(course: Course, failure: Failure, said: Said, seconds_left: float = 100.0):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from random import Random
 
 import pytest
@@ -109,11 +108,9 @@ def test_sums_and_orders_are_those_of_the_replicas_that_are_there(steps, exclude
     roster, there = Roster(), {}
     for name, parts in steps:
         views = [
-            replace(
-                replica_view(name, in_flight_count=count, node_paused=paused, committed_tokens=float(tokens), kv_capacity_tokens=tokens),
-                replica_id=ReplicaId(f"{name}/{part}"),
-                context_length_tokens=count % 2,
-            )
+            replica_view(
+                name, in_flight_count=count, node_paused=paused, committed_tokens=float(tokens), kv_capacity_tokens=tokens
+            )._replace(replica_id=ReplicaId(f"{name}/{part}"), context_length_tokens=count % 2)
             for part, count, paused, tokens in parts
         ]
         there[name] = views
@@ -143,7 +140,7 @@ def test_sums_and_orders_are_those_of_the_replicas_that_are_there(steps, exclude
 
 def test_a_replica_that_serves_another_model_now_is_no_longer_of_the_first():
     roster = roster_of([replica_view("a")])
-    roster.enter(NodeId("a"), [replace(replica_view("a"), model_id="other")])
+    roster.enter(NodeId("a"), [replica_view("a")._replace(model_id="other")])
     assert (roster.kinds(MODEL), len(roster.kinds("other"))) == ((), 1)
 
 
@@ -202,5 +199,5 @@ def test_whose_client_waits_in_the_middle_of_an_answer_gets_slots_that_stay_empt
     roster = roster_of([paced])
     assert drawn(roster).offers == ()
     assert [offer.replica.node_id for offer in drawn(roster, takes_any_slot=True).offers] == ["paced"]
-    roster.enter(paced.node_id, [replace(paced, in_flight_count=5)])
+    roster.enter(paced.node_id, [paced._replace(in_flight_count=5)])
     assert drawn(roster, takes_any_slot=True).offers == (), "all that the engine has are taken"

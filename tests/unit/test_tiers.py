@@ -84,7 +84,7 @@ def test_of_few_slots_one_is_kept_and_one_is_left(slot_count, percent, slots):
 def test_a_flex_request_stays_out_of_what_is_kept():
     assert flex_fits(ROOM, 4_000)
     assert not flex_fits(ROOM, 4_001), "nine tenths of the cache are promised"
-    assert not flex_fits(replace(ROOM, slot_count=15), 10)
+    assert not flex_fits(ROOM._replace(slot_count=15), 10)
     assert flex_fits(Capacity(slot_count=1, in_flight_count=0, kv_tokens=100), 10_000), "where nothing runs, nothing is kept from anyone"
 
 

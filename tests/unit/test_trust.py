@@ -169,7 +169,7 @@ def test_admission_counts_the_room_of_trusted_replicas_alone():
     assert placing.slots(demanding, frozenset({NodeId("b")})) == (0, 0)
     whole = placing.capacity(MODEL)
     assert placing.within_reach(free, frozenset(), whole) is whole
-    trusted = replace(whole, slot_count=4, in_flight_count=3, kv_tokens=1000, committed_tokens=700.0)
+    trusted = whole._replace(slot_count=4, in_flight_count=3, kv_tokens=1000, committed_tokens=700.0)
     assert placing.within_reach(demanding, frozenset(), whole) == trusted
     assert placing.knows_others(free, frozenset({NodeId("b"), NodeId("c")}))
     assert placing.knows_others(demanding, frozenset({NodeId("a")}))

@@ -8,9 +8,9 @@ time after which it would not be. It must not know tasks, sockets, or how anythi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from potluck_protocol.errors import ErrorCode
 
@@ -50,8 +50,7 @@ class AdmissionLimits:
     """Of the bodies that wait for all models together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Capacity:
+class Capacity(NamedTuple):
     """All replicas of one model that take requests, together."""
 
     slot_count: int = 0
@@ -212,7 +211,7 @@ def beside(capacity: Capacity, announced: Queued) -> tuple[Capacity, Queued]:
     run_count = int(min(room, announced.count))
     waits = Queued(announced.count - run_count, announced.tokens - run_count * each_tokens)
     in_flight_count = capacity.in_flight_count + run_count
-    return replace(capacity, in_flight_count=in_flight_count, committed_tokens=capacity.committed_tokens + run_count * each_tokens), waits
+    return capacity._replace(in_flight_count=in_flight_count, committed_tokens=capacity.committed_tokens + run_count * each_tokens), waits
 
 
 def retry_after_seconds(predicted_seconds: float, limits: AdmissionLimits) -> float:

@@ -7,7 +7,7 @@ they are told, nor where they are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from potluck_coordinator.domain.quotas import KeyDay, KeyUse
@@ -37,8 +37,7 @@ def under_way(use: KeyUse) -> UnderWay:
 
 def with_more(use: KeyUse, elsewhere: UnderWay) -> KeyUse:
     """A key's use at one gateway, with what it has under way at others."""
-    return replace(
-        use,
+    return use._replace(
         running_count=use.running_count + elsewhere.running_count,
         pending_tokens=use.pending_tokens + elsewhere.tokens,
         pending_micro_credits=use.pending_micro_credits + elsewhere.micro_credits,

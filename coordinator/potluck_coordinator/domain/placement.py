@@ -9,7 +9,7 @@ that is looked at: a large pool costs no more than a small one. It must not know
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from potluck_coordinator.domain.cost import Cost, cache_share, cost
@@ -46,8 +46,7 @@ _NO_ACCOUNT: Final = AccountId("")
 _GUESSED: Final = prior(None, None)
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
+class ReplicaView(NamedTuple):
     """One replica as the gateway sees it now."""
 
     replica_id: ReplicaId
@@ -254,7 +253,7 @@ def has_slot_for_broken(replica: ReplicaView) -> bool:
 
 
 def _with_all_slots(replica: ReplicaView) -> ReplicaView:
-    return replace(replica, slot_count=replica.slot_count + replica.withheld_slot_count, withheld_slot_count=0)
+    return replica._replace(slot_count=replica.slot_count + replica.withheld_slot_count, withheld_slot_count=0)
 
 
 def is_behind(replica: ReplicaView) -> bool:

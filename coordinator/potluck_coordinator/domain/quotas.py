@@ -9,7 +9,7 @@ than its own answer and its prompt are longer than expected. It must not know wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -46,8 +46,7 @@ NO_QUOTAS: Final = KeyQuotas()
 LESS_OF_AN_ANSWER: Final = "a smaller `max_tokens`, or a shorter prompt"
 
 
-@dataclass(frozen=True, slots=True)
-class KeyUse:
+class KeyUse(NamedTuple):
     """What a key used on one day; and what is under way, whenever it began."""
 
     day: int = 0
@@ -165,7 +164,7 @@ _CREDITS: Final = _Names("spend", "spent", "credits", lambda micro_credits: cred
 def today(use: KeyUse, now_unix_ms: int) -> KeyUse:
     """The use as of now: a new day begins with nothing but what is under way."""
     day = now_unix_ms // DAY_MS
-    return use if use.day == day else replace(use, day=day, request_count=0, token_count=0.0, spend_micro_credits=0)
+    return use if use.day == day else use._replace(day=day, request_count=0, token_count=0.0, spend_micro_credits=0)
 
 
 def remembered(day: int, used: KeyDay) -> KeyUse:
@@ -175,7 +174,7 @@ def remembered(day: int, used: KeyDay) -> KeyUse:
 
 def with_total(use: KeyUse, used: KeyDay) -> KeyUse:
     """The same with so much used today in all; what is under way stays."""
-    return replace(use, request_count=used.request_count, token_count=used.token_count, spend_micro_credits=used.spend_micro_credits)
+    return use._replace(request_count=used.request_count, token_count=used.token_count, spend_micro_credits=used.spend_micro_credits)
 
 
 def more_used(before: KeyUse, after: KeyUse) -> KeyDay:
@@ -252,8 +251,7 @@ def _room(standing: _Standing) -> _Room:
 
 def begun(use: KeyUse, tokens: float, micro_credits: int) -> KeyUse:
     """With one request more under way."""
-    return replace(
-        use,
+    return use._replace(
         request_count=use.request_count + 1,
         running_count=use.running_count + 1,
         pending_tokens=use.pending_tokens + tokens,
@@ -269,8 +267,7 @@ def set_aside(claimed: Claim, marked: KeyDay) -> tuple[float, int]:
 def marked(use: KeyUse, claimed: Claim, before: KeyDay, now: KeyDay) -> KeyUse:
     """With so much counted of one that runs on, and before that so much: it is not set aside any more, but used."""
     (tokens_before, price_before), (tokens, price) = set_aside(claimed, before), set_aside(claimed, now)
-    return replace(
-        use,
+    return use._replace(
         pending_tokens=max(0.0, use.pending_tokens - (tokens_before - tokens)),
         pending_micro_credits=max(0, use.pending_micro_credits - (price_before - price)),
         token_count=use.token_count + now.token_count - before.token_count,
@@ -281,8 +278,7 @@ def marked(use: KeyUse, claimed: Claim, before: KeyDay, now: KeyDay) -> KeyUse:
 def ended(use: KeyUse, tokens: float, micro_credits: int, used_tokens: float, charged_micro_credits: int) -> KeyUse:
     """With that one over: the most that it could come to is replaced by what it came to."""
     running_count = max(0, use.running_count - 1)
-    return replace(
-        use,
+    return use._replace(
         running_count=running_count,
         # Sums of fractions do not come back to nothing by themselves.
         pending_tokens=max(0.0, use.pending_tokens - tokens) if running_count else 0.0,
@@ -295,7 +291,7 @@ def ended(use: KeyUse, tokens: float, micro_credits: int, used_tokens: float, ch
 
 def taken_back(use: KeyUse, tokens: float, micro_credits: int) -> KeyUse:
     """The pool refused it: it was no request of the key's."""
-    return replace(ended(use, tokens, micro_credits, 0.0, 0), request_count=max(0, use.request_count - 1))
+    return ended(use, tokens, micro_credits, 0.0, 0)._replace(request_count=max(0, use.request_count - 1))
 
 
 def _reset(left_seconds: float) -> str:

@@ -9,9 +9,9 @@ links, holds, queues or what was asked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from potluck_coordinator.domain.hedging import HedgeEnd
 from potluck_protocol.errors import ErrorCode
@@ -79,8 +79,7 @@ class Said:
     """Why what was said cannot be continued elsewhere; None: it can."""
 
 
-@dataclass(frozen=True, slots=True)
-class Course:
+class Course(NamedTuple):
     """One request's way so far."""
 
     stage: Stage = Stage.PLACING
@@ -224,7 +223,7 @@ def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
         case Stage.OVER, Completed() | Abandoned():
             return course, ()
         case Stage.PLACING, Dispatched(node_id):
-            running = replace(course, stage=Stage.RUNNING, node_id=node_id, attempt_count=course.attempt_count + 1)
+            running = course._replace(stage=Stage.RUNNING, node_id=node_id, attempt_count=course.attempt_count + 1)
             return running, ()
         case Stage.PLACING, Unplaced():
             return _over(course), (End(course.was_lost and not course.body_refused, tells_refusal=course.body_refused),)
@@ -243,16 +242,16 @@ def advance(course: Course, event: Event) -> tuple[Course, tuple[Effect, ...]]:
 
 
 def _in_the_race(course: Course, event: Hedged | Began | Outrun | HedgeBroke) -> tuple[Course, tuple[Effect, ...]]:
-    alone = course if course.hedge_node_id is None else replace(course, hedge_node_id=None)
+    alone = course if course.hedge_node_id is None else course._replace(hedge_node_id=None)
     match event:
         case Hedged(node_id) if may_be_hedged(course) and node_id not in course.excluded | {course.node_id}:
-            return replace(course, hedge_node_id=node_id, was_hedged=True, attempt_count=course.attempt_count + 1), ()
+            return course._replace(hedge_node_id=node_id, was_hedged=True, attempt_count=course.attempt_count + 1), ()
         case Began():
             return alone, _dropped(course, HedgeEnd.LOST)
         case Outrun() if course.hedge_node_id is not None:
-            return replace(alone, node_id=course.hedge_node_id), (Settle(), TakeHedge(HedgeEnd.WON))
+            return alone._replace(node_id=course.hedge_node_id), (Settle(), TakeHedge(HedgeEnd.WON))
         case HedgeBroke() if course.hedge_node_id is not None:
-            return replace(alone, excluded=course.excluded | {course.hedge_node_id}), _dropped(course, HedgeEnd.FAILED)
+            return alone._replace(excluded=course.excluded | {course.hedge_node_id}), _dropped(course, HedgeEnd.FAILED)
         case _:
             raise ValueError(f"{type(event).__name__} at the stage {course.stage}, hedged: {course.hedge_node_id is not None}")
 
@@ -271,31 +270,36 @@ def _after_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ..
     # Of a body that was made here to go on, the client knows nothing.
     tells_loss = course.was_lost and (failure in _UNDONE | {Failure.LOST} or (failure is Failure.UNFIT and course.continuing))
     if failure in _UNDONE and not said.anything:
-        course = replace(course, attempt_count=course.attempt_count - 1, refusal_count=course.refusal_count + 1)
+        course = course._replace(attempt_count=course.attempt_count - 1, refusal_count=course.refusal_count + 1)
     if course.body_refused and not said.anything:
         return _over(course), (Settle(), End(tells_loss=False, tells_refusal=failure is not Failure.UNFIT))
     is_spent = course.attempt_count >= ATTEMPTS_MAX or course.refusal_count >= REFUSALS_MAX or broke.seconds_left <= 0
     if failure is Failure.UNFIT and not (said.anything or course.continuing or is_spent):
-        asked = replace(course, stage=Stage.PLACING, node_id=None, excluded=excluded, body_refused=True)
+        asked = course._replace(stage=Stage.PLACING, node_id=None, excluded=excluded, body_refused=True)
         return asked, (Settle(), Place(excluded, continuing=False, if_spare=True))
     if failure in {Failure.FATAL, Failure.UNFIT} or is_spent:
         return _over(course), (Settle(), End(tells_loss))
     if said.anything and said.why_not is not None:
         return _over(course), (Settle(), End(tells_loss, said.why_not))
-    on = replace(
-        course, stage=Stage.PLACING, node_id=None, excluded=excluded, was_lost=was_lost, continuing=said.anything, body_refused=False
+    on = course._replace(
+        stage=Stage.PLACING,
+        node_id=None,
+        excluded=excluded,
+        was_lost=was_lost,
+        continuing=said.anything,
+        body_refused=False,
     )
     return on, (Settle(), Place(excluded, continuing=said.anything))
 
 
 def _after_hedged_break(course: Course, broke: Broke) -> tuple[Course, tuple[Effect, ...]]:
     """The hedge goes on alone where the request would have gone to another node from its beginning; otherwise it ends with the first."""
-    alone = replace(course, hedge_node_id=None)
+    alone = course._replace(hedge_node_id=None)
     if broke.failure is not Failure.FATAL and not broke.said.anything and broke.seconds_left > 0:
         assert course.node_id is not None, "an attempt runs somewhere"
         excluded, was_lost = course.excluded | {course.node_id}, course.was_lost or broke.failure is Failure.LOST
         is_unfit = broke.failure is Failure.UNFIT
-        taken = replace(alone, node_id=course.hedge_node_id, excluded=excluded, was_lost=was_lost, body_refused=is_unfit)
+        taken = alone._replace(node_id=course.hedge_node_id, excluded=excluded, was_lost=was_lost, body_refused=is_unfit)
         return taken, (Settle(), TakeHedge(HedgeEnd.REPLACED))
     on, effects = _after_break(alone, broke)
     return on, (*_dropped(course, HedgeEnd.LOST if broke.said.anything else HedgeEnd.GIVEN_UP), *effects)
@@ -306,4 +310,4 @@ def _dropped(course: Course, end: HedgeEnd) -> tuple[Effect, ...]:
 
 
 def _over(course: Course) -> Course:
-    return replace(course, stage=Stage.OVER, node_id=None, hedge_node_id=None)
+    return course._replace(stage=Stage.OVER, node_id=None, hedge_node_id=None)

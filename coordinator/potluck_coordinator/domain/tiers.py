@@ -8,7 +8,7 @@ must not know how the hour is counted, or who asks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -67,7 +67,7 @@ def left_to_flex(capacity: Capacity, default_use: Capacity, reserve_percent: int
     slots_due = min(math.ceil(capacity.slot_count * reserve_percent / 100), capacity.slot_count - 1)
     kept_slots = max(0, slots_due - default_use.in_flight_count)
     kept_tokens = max(0, int(capacity.kv_tokens * reserve_percent / 100 - default_use.committed_tokens))
-    return replace(capacity, slot_count=capacity.slot_count - kept_slots, kv_tokens=capacity.kv_tokens - kept_tokens)
+    return capacity._replace(slot_count=capacity.slot_count - kept_slots, kv_tokens=capacity.kv_tokens - kept_tokens)
 
 
 def flex_lacks_slots(left: Capacity) -> bool:

@@ -5,7 +5,6 @@ Decides nothing of its own. It must not know queues, holds or answers.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from potluck_coordinator.domain.admission import Capacity
@@ -104,12 +103,12 @@ class Placing:
         """No slots but those that can take the request, and where it demands trusted nodes no caches but theirs."""
         usable_count, free_count = self.slots(request, excluded)
         if usable_count < capacity.slot_count:
-            capacity = replace(capacity, slot_count=usable_count, in_flight_count=usable_count - free_count)
+            capacity = capacity._replace(slot_count=usable_count, in_flight_count=usable_count - free_count)
         if not request.trusted_only:
             return capacity
         kinds = [kind for kind in self._links.roster().kinds(request.model_id) if hurdle(kind.sample) is None and kind.sample.is_trusted]
         trusted = _together(kinds)
-        return replace(capacity, kv_tokens=trusted.kv_tokens, committed_tokens=trusted.committed_tokens)
+        return capacity._replace(kv_tokens=trusted.kv_tokens, committed_tokens=trusted.committed_tokens)
 
     def knows_others(self, request: InferenceRequest, excluded: frozenset[NodeId]) -> bool:
         """Whether another node means to serve the model: one that is suspect, or not ready, may be well in a moment; a paused one not.

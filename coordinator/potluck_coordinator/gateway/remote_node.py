@@ -6,7 +6,6 @@ what is held against it are the other gateway's affair, which tells how each att
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -81,7 +80,7 @@ class RemoteNode:
     def tell(self, replicas: Mapping[ReplicaId, ReplicaView]) -> bool:
         """What its gateway said last of each of its replicas, at least one; whether it takes back that one of them was full."""
         was_full, self._full = bool(self._full), set()
-        self._replicas = {replica_id: replace(view, is_remote=True) for replica_id, view in replicas.items()}
+        self._replicas = {replica_id: view._replace(is_remote=True) for replica_id, view in replicas.items()}
         return was_full
 
     def refused(self, attempt_id: AttemptId) -> None:
@@ -129,12 +128,11 @@ class RemoteNode:
         new = [self._measures.work_of(attempt_id) for attempt_id in self._new_at(view.replica_id)]
         link_up = view.link_up and self._way.outbox is not None
         if view.replica_id in self._full:
-            view = replace(view, in_flight_count=max(view.in_flight_count, view.slot_count))
+            view = view._replace(in_flight_count=max(view.in_flight_count, view.slot_count))
         if not new:
-            return view if link_up is view.link_up else replace(view, link_up=link_up)
+            return view if link_up is view.link_up else view._replace(link_up=link_up)
         tokens = sum(work.tokens for work in new)
-        return replace(
-            view,
+        return view._replace(
             link_up=link_up,
             in_flight_count=view.in_flight_count + len(new),
             committed_tokens=view.committed_tokens + tokens,

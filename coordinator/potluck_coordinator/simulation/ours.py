@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -261,7 +260,7 @@ class Ours:
     def _load(self, words: Words, now: float, *, ahead: Queued | None = None, counts_expected: bool = False) -> ModelLoad:
         capacity = self._line.capacity(self._pool.capacity, words.tier, RESERVE_PERCENT, now)
         if self._pool.slots(words.request.excluded)[0] == 0:
-            capacity = replace(capacity, slot_count=0)
+            capacity = capacity._replace(slot_count=0)
         if ahead is None:
             ahead = self._line.ahead_of(words.live, counts_expected=counts_expected)
         is_full = self._line.waiting_count >= self._limits.queue_length_max and self._gives_way(words) is None
