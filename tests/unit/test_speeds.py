@@ -14,6 +14,7 @@ from potluck_coordinator.domain.speeds import (
     AttemptTimes,
     Speeds,
     learned,
+    learned_in_one_piece,
     prior,
 )
 from potluck_coordinator.domain.survival import GUESS_HOURS, LOSSES_PER_HOUR_GUESS, LOSSES_PER_HOUR_MAX, History, losses_per_second
@@ -107,6 +108,40 @@ def test_whatever_was_seen_speeds_stay_within_bounds(attempts):
         assert least * 0.999 <= known.prefill_tokens_per_second <= most * 1.001
         assert 0 < known.decode_seconds(1) < 100
         assert known.decode_each_seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("read_tokens", "seconds", "faster"),
+    [
+        (2000.0, 0.5, True),
+        (2000.0, 2.0, False),  # it may have been read in a moment, and written for long
+        (0.0, 0.0, False),
+        (1e9, -1.0, True),
+    ],
+)
+def test_an_answer_in_one_piece_shows_only_that_a_replica_is_faster(read_tokens, seconds, faster):
+    known = prior(1000.0, None)
+    then = learned_in_one_piece(known, read_tokens, seconds)
+    assert (then.prefill_tokens_per_second > 1000.0) is faster
+    assert then._replace(prefill_tokens_per_second=1000.0, prefill_sample_count=0) == known
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e7), st.floats(-10, 1e6)), min_size=1, max_size=30))
+def test_no_more_is_believed_than_some_answer_in_one_piece_has_shown(answers):
+    before = known = prior(None, None)
+    for read, seconds in answers:
+        before, known = known, learned_in_one_piece(known, read, seconds)
+        assert known.prefill_tokens_per_second >= before.prefill_tokens_per_second
+    shown = max(read / max(seconds, 1e-4) for read, seconds in answers)
+    believed = max(prior(None, None).prefill_tokens_per_second, min(shown, PREFILL_TOKENS_PER_SECOND_BOUNDS[1]))
+    assert known.prefill_tokens_per_second <= believed * 1.001
+
+
+def test_a_model_that_always_answers_in_one_piece_is_known_after_some_answers():
+    known = prior(None, None)
+    for _ in range(40):
+        known = learned_in_one_piece(known, 4000.0, 0.5)
+    assert known.prefill_tokens_per_second == pytest.approx(8000.0, rel=0.1)
 
 
 def per_hour(whole, this_hour):

@@ -88,6 +88,24 @@ def learned(known: Speeds, seen: AttemptTimes, now: float) -> Speeds:
     return Speeds(prefill, base, each, prefill_count, decode_count, now, batch, known.told_token_seconds)
 
 
+def learned_in_one_piece(known: Speeds, read_tokens: float, seconds: float) -> Speeds:
+    """What is known after an answer of which nothing was seen before its end: that reading took no longer than all of it.
+
+    So it shows only that the replica is faster than was known. A model of embeddings is never seen otherwise.
+
+    Args:
+        known: before it.
+        read_tokens: of its own prompt, without what was cached.
+        seconds: from its dispatch to its end.
+    """
+    rate, count = known.prefill_tokens_per_second, known.prefill_sample_count
+    least = _within(read_tokens / max(seconds, SECONDS_MIN), PREFILL_TOKENS_PER_SECOND_BOUNDS)
+    if least <= rate:
+        return known
+    rate = _drawn_to(least, rate, _gain(count, 1.0, is_slower=False) * _weight(read_tokens))
+    return known._replace(prefill_tokens_per_second=rate, prefill_sample_count=count + 1)
+
+
 def _prefill(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float, int]:
     count, rate = known.prefill_sample_count, known.prefill_tokens_per_second
     # The first token itself is written, not read.
@@ -96,10 +114,16 @@ def _prefill(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float
         return rate, count
     # One that is over so soon says only that reading took nearly no time.
     sample = _within(seen.read_tokens / max(seconds, seen.first_token_seconds / 10), PREFILL_TOKENS_PER_SECOND_BOUNDS)
-    weight = seen.read_tokens / (seen.read_tokens + PREFILL_SAMPLE_TOKENS_MIN)
-    gain = _gain(count, freshness, is_slower=sample < rate) * weight
-    # Of times, not of rates, as those add up.
-    return 1 / ((1 - gain) / rate + gain / sample), count + 1
+    return _drawn_to(sample, rate, _gain(count, freshness, is_slower=sample < rate) * _weight(seen.read_tokens)), count + 1
+
+
+def _weight(read_tokens: float) -> float:
+    return read_tokens / (read_tokens + PREFILL_SAMPLE_TOKENS_MIN)
+
+
+def _drawn_to(sample: float, rate: float, gain: float) -> float:
+    """Of times, not of rates, as those add up."""
+    return 1 / ((1 - gain) / rate + gain / sample)
 
 
 def _decode(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float, float, int, float]:

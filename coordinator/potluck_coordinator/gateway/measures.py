@@ -283,9 +283,9 @@ class Measures:
             cached = min(usage.cached_prompt_token_count, prompt_tokens)
             answer_tokens = usage.completion_token_count
             self._confirm(replica, attempt, cached, prompt_tokens)
-        seconds = max(now - attempt.began_at, 1e-6)
+        own_tokens, seconds = max(0.0, prompt_tokens - cached), max(now - attempt.began_at, 1e-6)
         times = AttemptTimes(
-            read_tokens=attempt.ahead_tokens + max(0.0, prompt_tokens - cached),
+            read_tokens=attempt.ahead_tokens + own_tokens,
             first_token_seconds=relay.first_chunk_at - attempt.began_at,
             # Of several answers at once the times are nobody's in particular; of one in a piece there is only its end.
             answer_tokens=answer_tokens if request.stream and request.answer_count == 1 else 0,
@@ -294,8 +294,11 @@ class Measures:
         )
         if request.stream:
             replica.speeds = speeds_module.learned(replica.speeds, times, now)
-        read = max(0.0, prompt_tokens - cached) + answer_tokens
-        replica.cache = replica.cache._replace(read_tokens=replica.cache.read_tokens + read)
+        elif usage is not None:
+            # What was believed cached may have been, whatever its engine counts.
+            read_tokens = min(own_tokens, max(0.0, prompt_tokens - attempt.cached_tokens))
+            replica.speeds = speeds_module.learned_in_one_piece(replica.speeds, read_tokens, seconds)
+        replica.cache = replica.cache._replace(read_tokens=replica.cache.read_tokens + own_tokens + answer_tokens)
 
     def _confirm(self, replica: _Replica, attempt: _Attempt, cached: int, prompt_tokens: int) -> None:
         """Where less was cached than was believed, the cache forgets sooner than was believed; where as much was, later."""
