@@ -265,7 +265,7 @@ class Attempts:
             return f"the node is {state}"
         if replica_id in self.watches.frozen:
             return "the replica's engine stands still"
-        slot_count = next((status.slot_count for status in self._replicas.statuses() if status.replica_id == replica_id), 0)
+        slot_count = self._replicas.slot_count_of(replica_id)
         if self._slot_count_max is not None:
             slot_count = min(slot_count, self._slot_count_max)
         slot_count = self._slots_now(replica_id, slot_count)

@@ -40,6 +40,7 @@ from potluck_node.progress import ProgressLine, attached_words, engine_words, li
 from potluck_node.rest_command import finish, pause, resume
 from potluck_node.rest_words import reason_words, stage_words
 from potluck_node.settings import load_settings
+from potluck_protocol.circles import look_rarely
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.connection import Invite
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -193,6 +194,7 @@ def run(
             log_level=log_level,
         )
         configure_logging(json=settings.log_format == "json", level=settings.log_level)
+        look_rarely()
         uvloop.run(run_agent(settings, environment=os.environ, show=line.show, started=_stop_on_signals))
 
 

@@ -21,6 +21,9 @@ class NoReplicas:
     def statuses(self) -> tuple[()]:
         return ()
 
+    def slot_count_of(self, _replica_id: object) -> int:
+        return 0
+
     def ready_address(self, _replica_id: object) -> None:
         return None
 

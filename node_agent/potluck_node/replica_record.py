@@ -48,6 +48,11 @@ class ReplicaRecord:
     failure: str = ""
     failure_kind: FailureKind | None = None
 
+    @property
+    def slot_count(self) -> int:
+        """Its engine's, or as wished before the first start."""
+        return self.memory_plan.slot_count if self.memory_plan else self.observed.engine.slot_count
+
     def status(self, engine: Engine | None) -> EngineStatus:
         """The replica as the link tells it; `engine` is its kind, None where this node has none such."""
         wish, phase, plan = self.observed.engine, self.observed.phase, self.memory_plan
@@ -61,7 +66,7 @@ class ReplicaRecord:
             state=_STATE_OF_PHASE[phase],
             engine_kind=wish.engine_kind,
             engine_version=engine.version if engine else "",
-            slot_count=plan.slot_count if plan else wish.slot_count,
+            slot_count=self.slot_count,
             context_length_tokens=plan.context_length_tokens if plan else wish.context_length_tokens,
             memory_utilization_percent=plan.memory_utilization_percent if plan and self.heeds_utilization else 0,
             # A wheel is not exactly as long as the file in it; a bar never shows more than all of it.

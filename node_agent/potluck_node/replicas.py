@@ -42,6 +42,10 @@ class Replicas(Protocol):
         """Every replica as it stands now, wished or on its way out; a cheap read. `running_count` may be 0: `report` fills it in."""
         ...
 
+    def slot_count_of(self, replica_id: ReplicaId) -> int:
+        """As its status says; 0 where there is no such replica. Asked for each attempt."""
+        ...
+
     def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
         """Where the replica's engine answers, and only while it is READY."""
         ...

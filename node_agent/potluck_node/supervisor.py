@@ -107,6 +107,11 @@ class EngineSupervisor:
         """See `Replicas`."""
         return tuple(replica.status(self._engines.get(replica.observed.engine.engine_kind)) for replica in self._replicas.values())
 
+    def slot_count_of(self, replica_id: ReplicaId) -> int:
+        """See `Replicas`."""
+        replica = self._replicas.get(replica_id)
+        return 0 if replica is None else replica.slot_count
+
     def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
         """See `Replicas`."""
         replica = self._replicas.get(replica_id)

@@ -149,6 +149,9 @@ class FixedReplicas:
             EngineStatus(self.replica_id, ModelId("tiny"), self.state, self.engine_kind, slot_count=self.slot_count, endpoints=endpoints),
         )
 
+    def slot_count_of(self, replica_id: ReplicaId) -> int:
+        return self.slot_count if replica_id == self.replica_id else 0
+
     @property
     def replica_id(self) -> ReplicaId:
         """The one wished for, or a name of its own where nobody wishes."""

@@ -9,7 +9,6 @@ sessions and money are asked of the directory's desks by those who need them. It
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import secrets
 import time
@@ -46,6 +45,7 @@ from potluck_coordinator.gateway.requests import RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
 from potluck_coordinator.pool_desk import GatewayGrant
 from potluck_coordinator.settings import Settings
+from potluck_protocol.circles import look_rarely
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -54,8 +54,6 @@ from potluck_protocol.version import PROTOCOL_VERSION
 
 _log = structlog.get_logger()
 
-YOUNG_OBJECTS_MAX: Final = 10_000
-"""Made and not freed, before Python looks for circles among them; by default 700."""
 REPORT_SECONDS: Final = 1.0
 """Between two reports of nodes, and two marks of what answers have earned: so much of an answer is unpaid if this process dies."""
 RETRY_SECONDS: Final = 0.5
@@ -164,11 +162,7 @@ class Gateway:
         link_port, own_link_port = await self._serve_nodes(grant, interceptor)
         await self._join_others(grant, interceptor, peers, own_link_port)
         http_port, grpc_port = await self._serve_people(grant, interceptor, requests, link_port)
-        # What was imported and built so far stays for good: the collector need not look through it again and again.
-        gc.collect()
-        gc.freeze()
-        # A request leaves no circles behind, and Python would look for some after each few: that was a tenth of what it cost.
-        gc.set_threshold(YOUNG_OBJECTS_MAX, *gc.get_threshold()[1:])
+        look_rarely()
         _log.info("gateway_serving", number=self._number, epoch=grant.epoch, pool_id=grant.pool_id)
         return Endpoints(http_port, grpc_port, link_port, own_link_port)
 
