@@ -1,4 +1,4 @@
-"""Everything that one run of the benchmark found, and the JSON document of it.
+"""Everything that one run of the benchmark found, and the JSON document of it, there and back.
 
 Decides nothing but names. It must not know how anything was measured.
 """
@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from tests.benchmarks.loss_traces import LossRow
 from tests.benchmarks.marks import Rounds, Verdict, loss_verdicts, stumbles_verdict, verdicts
@@ -83,6 +85,12 @@ def document(outcome: Outcome) -> dict[str, object]:
         "absent": dict(outcome.absent),
         "stumbles": dict(outcome.stumbles),
     }
+
+
+def outcome_of(found: Mapping[str, Any]) -> Outcome:
+    """What such values say; marks are judged anew. Raises msgspec.ValidationError where they are none of a run's."""
+    rounds = {"turns": found.get("rounds"), "relay_groups": found.get("relay_groups")}
+    return msgspec.convert({**found, "rounds": rounds}, Outcome)
 
 
 def _mark(verdict: Verdict) -> dict[str, object]:

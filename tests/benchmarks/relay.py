@@ -29,7 +29,7 @@ from tests.benchmarks.load_client import LoadClient
 from tests.benchmarks.loss_traces import LossRow
 from tests.benchmarks.loss_trials import peer_losses, pool_losses
 from tests.benchmarks.marks import ENGINE, OURS, Rounds
-from tests.benchmarks.outcome import Outcome, Standing, document
+from tests.benchmarks.outcome import Outcome, Standing, document, outcome_of
 from tests.benchmarks.peer_contenders import STARTS, install
 from tests.benchmarks.plot import draw
 from tests.benchmarks.pool import Pool, start_pool
@@ -240,6 +240,8 @@ def _losses(peers: Sequence[str], pool: Pool, folder: Path, cores: Cores) -> lis
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
+    if options.show is not None:
+        return _show(options.show, options.plot)
     for number in (signal.SIGINT, signal.SIGTERM):
         # A polite end is an ordinary one: everything is stopped on the way out.
         signal.signal(number, lambda received, _frame: sys.exit(128 + received))
@@ -261,6 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(verdict.met is False for verdict in outcome.verdicts) else 0
 
 
+def _show(kept: Path, plot: Path | None) -> int:
+    """What an earlier run found."""
+    outcome = outcome_of(json.loads(kept.read_text()))
+    print(table(outcome))
+    if plot is not None:
+        draw(outcome, plot)
+    return 0
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay", description=__doc__)
     peers = parser.add_mutually_exclusive_group()
@@ -271,6 +282,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-losses", action="store_true", help="kill and freeze nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figures, the versions and the seed there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there, a .png")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: print the table of an earlier run's --json")
     options = parser.parse_args(arguments)
     if options.rounds < 0:
         parser.error("--rounds must be 0 at least")

@@ -13,7 +13,7 @@ import pytest
 from tests.benchmarks.arithmetic import Estimate
 from tests.benchmarks.loss_traces import CUT, DOUBLED, HUNG, REFUSED, WHOLE, LossFigures, LossRow
 from tests.benchmarks.marks import DETECTION_SECONDS_MAX, MARKS, OURS, Rounds, Verdict, loss_verdicts, verdicts
-from tests.benchmarks.outcome import Outcome, Standing, document
+from tests.benchmarks.outcome import Outcome, Standing, document, outcome_of
 from tests.benchmarks.peer_contenders import ROOT, STARTS
 from tests.benchmarks.plot import draw
 from tests.benchmarks.report import table
@@ -120,6 +120,12 @@ def test_a_peer_that_could_not_run_costs_its_own_row_and_its_marks_alone() -> No
     assert "LiteLLM: not measured: cannot be installed: no network" in printed
     assert "not measured  CPU per request, 32 at once, to LiteLLM" in printed
     assert "PROVISIONAL" not in printed
+
+
+@pytest.mark.parametrize("without", ["", "LiteLLM"])
+def test_what_was_kept_is_shown_as_it_was_found(without: str) -> None:
+    outcome = _outcome(without)
+    assert table(outcome_of(json.loads(json.dumps(document(outcome))))) == table(outcome)
 
 
 def test_a_loss_must_harm_nobody_and_a_freeze_be_passed_soon() -> None:
