@@ -56,6 +56,15 @@ async def test_a_node_that_asks_twice_gets_two_answers_of_two_lots_and_no_lot_is
     assert sum(map(len, books.lots)) == len(asked)
 
 
+async def test_who_asks_at_the_very_moment_in_which_the_last_answer_came_is_answered_too():
+    books = Books()
+    first = books.ask(("a", 1))
+    await asyncio.sleep(0)
+    books.go.set()
+    last = books.ask(("b", 2))
+    assert await asyncio.wait_for(asyncio.gather(*first, *last), 1) == [2, 4]
+
+
 async def test_a_lot_that_fails_fails_all_of_its_own_and_nobody_else():
     books = Books()
     books.go.set()

@@ -36,13 +36,16 @@ class Gathering(Generic[_Key, _Said, _Answer]):
         self._waiting.append((key, said, future))
         if self._answering is None:
             self._answering = asyncio.ensure_future(self._answer())
-            self._answering.add_done_callback(self._rest)
         return await future
 
-    def _rest(self, _: asyncio.Task[None]) -> None:
-        self._answering = None
-
     async def _answer(self) -> None:
+        try:
+            await self._answer_waiting()
+        finally:
+            # At once: whoever asks before this task counts as done would wait for the next one who asks.
+            self._answering = None
+
+    async def _answer_waiting(self) -> None:
         while self._waiting:
             lot: dict[_Key, tuple[_Said, asyncio.Future[_Answer | None]]] = {}
             later = []
