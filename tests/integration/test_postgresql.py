@@ -89,8 +89,23 @@ class Way:
         yield
         self.server.start()
 
+    @contextmanager
+    def made_read_only(self):
+        """As whoever runs it does when its disk is full, or another server takes over; sessions go on."""
+        self._set_read_only("on")
+        yield
+        self._set_read_only("off")
 
-@pytest.mark.parametrize("how", ["stopped", "crashed", "killed"])
+    def _set_read_only(self, word):
+        with self.server.connect("postgres") as connection:
+            connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {word}")
+            connection.execute("SELECT pg_reload_conf()")
+            while connection.execute("SHOW default_transaction_read_only").fetchone() != (word,):
+                time.sleep(0.02)
+        time.sleep(0.1)  # the coordinator's own session has the same signal to read
+
+
+@pytest.mark.parametrize("how", ["stopped", "crashed", "killed", "made_read_only"])
 def test_while_the_server_is_away_units_fail_at_once_and_then_the_store_goes_on(books, own_server, how):
     assert books.apply_now(open_hold("before", amount=1)) == (APPLIED,)
     with getattr(Way(own_server), how)():

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 from sqlalchemy import URL, Connection, Engine, event, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from potluck_coordinator.storage.absence import DatabaseAwayError, ReplacedError
@@ -99,8 +99,12 @@ class Postgresql:
         return connection
 
     def was_lost(self, error: BaseException) -> bool:
-        """A server that failed once in this way is asked for a new session: that costs a moment, and leaves no doubt about the lock."""
-        return isinstance(error, (OperationalError, InterfaceError)) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+        """A server that failed once in this way is asked for a new session: that costs a moment, and leaves no doubt about the lock.
+
+        One that takes no writes any more, as a standby or with a full disk, says so by an internal error.
+        """
+        failures = OperationalError, InterfaceError, InternalError
+        return isinstance(error, failures) or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
     def sever(self, connection: Connection) -> None:
         """As `Database.sever`. The driver waits on the socket, which ends for both sides of it."""

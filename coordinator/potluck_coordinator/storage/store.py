@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlmodel import Session
 
 from potluck_coordinator.storage.absence import DatabaseAwayError, ReplacedError
@@ -310,7 +310,7 @@ def _public(error: BaseException) -> BaseException:
         return ReplacedError()
     if isinstance(error, DatabaseAwayError):
         return DatabaseAwayError(error.reason)
-    if not isinstance(error, (OperationalError, InterfaceError)):
+    if not isinstance(error, DBAPIError) or isinstance(error, _OWN_ERRORS):
         return error
     if "locked" in str(error.orig):
         return PotluckError(
