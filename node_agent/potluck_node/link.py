@@ -246,7 +246,7 @@ class Link:
         self._current = connection
         self._connected_at_seconds = self._clock.monotonic_seconds()
         self._renewed_after_refusal = False
-        self.trouble = ""
+        self.trouble, self._told_seconds = "", 0.0
         self._credentials.gateways.linked(welcome.link_addresses)
         connection.start_writing()
         reader = asyncio.create_task(self._read(connection), name="link reader")

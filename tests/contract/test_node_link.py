@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from potluck_node.domain import session as lease
 from potluck_node.domain.session import Phase
 from potluck_protocol.codec import goodbye_message
 from potluck_protocol.engine_codec import desired_state_message
@@ -56,6 +57,19 @@ async def test_the_first_frame_is_a_hello_alone_and_a_welcome_brings_the_wish(co
         beats = len(link.frames)
         await link.until(lambda: len(link.frames) > beats)
         assert [wish.revision for wish in node.replicas.desired] == [3, 4]
+
+
+async def test_a_node_that_was_told_when_to_come_again_is_quick_again_once_it_was_let_in(coordinator, tmp_path, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(lease, "reconnect_delay_seconds", lambda _count, _jitter, told_seconds: told.append(told_seconds) or 0.0)
+    coordinator.come_again_seconds = 5.0
+    async with wired_node(coordinator, tmp_path, None) as node:
+        link = await coordinator.next_link()
+        await link.welcome()
+        await link.until(lambda: node.link.session.phase is Phase.SERVING and link.frames)
+        link.close()
+        await coordinator.next_link()
+    assert told == [0.0, 5.0, 0.0]
 
 
 async def test_a_change_of_status_is_told_before_the_next_heartbeat_is_due(coordinator, tmp_path) -> None:

@@ -17,8 +17,10 @@ from potluck_protocol.channels import SERVER_OPTIONS
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.codec import welcome_message
 from potluck_protocol.connection import ConnectionDocument
+from potluck_protocol.errors import ErrorCode
 from potluck_protocol.identity import node_id_of_public_key, public_key_der, public_key_of_request
-from potluck_protocol.v1 import node_pb2, node_pb2_grpc
+from potluck_protocol.metadata import ERROR_DETAIL
+from potluck_protocol.v1 import common_pb2, node_pb2, node_pb2_grpc
 from potluck_protocol.values import AccountId, AttemptId, DesiredState, ResumePoint, Welcome
 
 WAIT_SECONDS = 5.0
@@ -119,6 +121,8 @@ class LinkCoordinator(node_pb2_grpc.NodeServiceServicer, node_pb2_grpc.Enrolment
         self.renew_leases = True
         self.lease_ttl_ms = 15_000
         self.refuse_links = False
+        self.come_again_seconds = 0.0
+        """What the next link is told, once, instead of being taken in."""
         self.refuse_renewals = False
         self.join_requests: list[node_pb2.JoinRequest] = []
         self.link_port = 0
@@ -133,6 +137,11 @@ class LinkCoordinator(node_pb2_grpc.NodeServiceServicer, node_pb2_grpc.Enrolment
         first = await context.read()
         if self.refuse_links:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "revoked")
+        if self.come_again_seconds:
+            retry_after_ms, self.come_again_seconds = int(self.come_again_seconds * 1000), 0.0
+            detail = common_pb2.ErrorDetail(code=ErrorCode.QUEUE_FULL, message="Come again.", retry_after_ms=retry_after_ms)
+            trailing = ((ERROR_DETAIL, detail.SerializeToString()),)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Come again.", trailing)
         link = ServedLink(context, first)
         await self.links.put(link)
         await link.serve(renew_leases=lambda: self.renew_leases, lease_ttl_ms=self.lease_ttl_ms)
