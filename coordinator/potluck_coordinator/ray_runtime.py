@@ -201,16 +201,26 @@ class RayRuntime:
             while not ray.wait([drained], timeout=CHECK_SECONDS_MAX)[0]:
                 with contextlib.suppress(ray.exceptions.RayError):
                     yield RestartStep(number, "draining", *ray.get(actor.load.remote(), timeout=CHECK_SECONDS_MAX))
-            left_count = 0
-            with contextlib.suppress(ray.exceptions.RayError):  # it died meanwhile, and comes back anyway
-                left_count = ray.get(drained)
-                ray.get(actor.stop.remote(), timeout=GATEWAY_STOP_SECONDS_MAX)
-                ray.kill(actor, no_restart=False)
-            yield RestartStep(number, "starting", left_count)
+            yield RestartStep(number, "starting", self._end_for_restart(name, drained))
             self._wait_back(name, process_id)
             yield RestartStep(number, "serving")
             # The others are told of it, and link to it, before they send it their nodes.
             time.sleep(RESTART_PAUSE_SECONDS)
+
+    def _end_for_restart(self, name: str, drained: Any) -> int:
+        """Ends its process once it has drained, and stopped or had its time to; how many answers that breaks off."""
+        import ray  # noqa: PLC0415
+
+        left_count, actor = 0, self._actors[name]
+        try:
+            left_count = ray.get(drained)
+            ray.get(actor.stop.remote(), timeout=GATEWAY_STOP_SECONDS_MAX)
+        except ray.exceptions.RayActorError:
+            return left_count  # it died meanwhile, and comes back anyway
+        except ray.exceptions.RayError as error:
+            _log.warning("actor_not_stopped", actor=name, reason=type(error).__name__)
+        ray.kill(actor, no_restart=False)
+        return left_count
 
     def _process_id(self, name: str) -> int:
         """0 while it is away."""

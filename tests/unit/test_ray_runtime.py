@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from potluck_coordinator import actors as actors_module
+from potluck_coordinator import ray_runtime as ray_runtime_module
 from potluck_coordinator.ray_environment import check_host
 from potluck_coordinator.ray_runtime import ABSENCE_SECONDS_MAX, DIRECTORY, GATEWAY, RayRuntime
 from potluck_coordinator.settings import Settings
@@ -26,7 +27,11 @@ class RayError(Exception):
     pass
 
 
-class ActorDiedError(RayError):
+class RayActorError(RayError):
+    pass
+
+
+class ActorDiedError(RayActorError):
     pass
 
 
@@ -130,6 +135,52 @@ def test_what_ray_gave_up_is_not_waited_for(actors: Actors) -> None:
     actors.answers[DIRECTORY] = ActorDiedError()
     with pytest.raises(PotluckError, match="directory has been away"):
         actors.runtime.check()
+
+
+class Stopping:
+    """A gateway that drains, and stops as it is told to; and Ray, which starts another process in its place once it is killed."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, drained: Any, stopped: Any) -> None:
+        self.process_id = 1
+        answers = {"drain": lambda: drained, "stop": lambda: stopped, "ready": lambda: None, "process_id": lambda: self.process_id}
+        actor = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *_, name=name: name) for name in answers})
+        exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError, ActorDiedError=ActorDiedError)
+
+        def get(asked: str, timeout: float = 0.0) -> Any:
+            del timeout
+            answer = answers[asked]()
+            if isinstance(answer, RayActorError):
+                self.process_id += 1
+            if isinstance(answer, RayError):
+                raise answer
+            return answer
+
+        ray = SimpleNamespace(get=get, wait=lambda asked, **_: (asked, []), kill=self._kill, exceptions=exceptions)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setattr(ray_runtime_module, "RESTART_PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(ray_runtime_module, "ABSENCE_SECONDS_MAX", 0.5)
+        self.runtime = RayRuntime(Settings(data_dir=folder), folder, None)
+        self.runtime._actors = {FIRST: actor}
+        self.killed_count = 0
+
+    def _kill(self, _actor: Any, *, no_restart: bool) -> None:
+        assert not no_restart
+        self.killed_count += 1
+        self.process_id += 1
+
+
+@pytest.mark.parametrize(
+    ("drained", "stopped", "killed_count"),
+    [(0, None, 1), (2, RayError("too long"), 1), (RayError("it failed at it"), None, 1), (ActorDiedError(), None, 0)],
+    ids=["in good order", "its stop takes too long", "its draining fails", "it dies"],
+)
+def test_a_gateway_that_is_restarted_comes_back_however_its_stop_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drained: Any, stopped: Any, killed_count: int
+) -> None:
+    stopping = Stopping(tmp_path, monkeypatch, drained=drained, stopped=stopped)
+    steps = [(step.state, step.answer_count) for step in stopping.runtime.restart_gateways(1.0)]
+    assert steps == [("starting", drained if isinstance(drained, int) else 0), ("serving", 0)]
+    assert stopping.killed_count == killed_count
 
 
 ACTOR = """
