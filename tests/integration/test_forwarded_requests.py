@@ -8,8 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
+from potluck_coordinator.gateway import forward_servicer, peer_link
 from potluck_protocol.channels import CHANNEL_OPTIONS
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import gateway_pb2_grpc
 from potluck_protocol.values import EndReason, GoodbyeReason, Usage
 from tests.support.coordinator import TINY, running_gateways
@@ -168,6 +171,52 @@ async def test_an_answer_whose_gateway_is_lost_is_continued_by_another_node(tmp_
         await own.end(again.attempt_id, 1)
         assert b"three" in await reading
         assert (await here.directory.ledger.audit()).findings == ()
+
+
+def failing_once(monkeypatch, owner, method):
+    faults, real = [KeyError("what nobody foresaw")], getattr(owner, method)
+
+    def work(self, *arguments):
+        if faults:
+            raise faults.pop()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(owner, method, work)
+
+
+async def still_answers(here, node, number):
+    answer, start = await begin(here, node, number=number)
+    await node.chunk(start.attempt_id, 1, USAGE_EVENT + DONE)
+    await node.end(start.attempt_id, 2)
+    await read_all(answer)
+
+
+async def test_a_start_that_breaks_the_link_is_told_of_in_the_log_and_the_next_link_carries_on(tmp_path, monkeypatch):
+    async with two_gateways(tmp_path) as (here, _, node):
+        (way,) = remote_links(here)
+        former = way.outbox
+        failing_once(monkeypatch, forward_servicer._Forwarded, "start")
+        with capture_logs() as logs:
+            with pytest.raises(PotluckError) as lost:
+                await here.gateway.requests.begin(await request_of(here))
+            await until(lambda: way.outbox not in {None, former})
+        assert lost.value.code is ErrorCode.NODE_LOST, "nobody else could take it"
+        assert [line["event"] for line in logs if line["log_level"] == "error"] == ["gateway_link_failed_here"]
+        await still_answers(here, node, 0)
+
+
+async def test_an_end_that_breaks_the_link_is_told_of_in_the_log_and_the_next_link_carries_on(tmp_path, monkeypatch):
+    async with two_gateways(tmp_path) as (here, _, node):
+        (way,) = remote_links(here)
+        answer, start = await begin(here, node)
+        former = way.outbox
+        failing_once(monkeypatch, peer_link.PeerLink, "_take_end")
+        with capture_logs() as logs:
+            await node.end(start.attempt_id, 1, EndReason.ENGINE_FAILED)
+            await until(lambda: way.outbox not in {None, former})
+        assert [line["event"] for line in logs if line["log_level"] == "error"] == ["gateway_link_failed"]
+        await answer.close()
+        await still_answers(here, node, 1)
 
 
 async def test_a_node_that_moves_between_gateways_is_used_where_it_is(tmp_path):

@@ -8,7 +8,7 @@ answer is the other gateway's, with its hold and its price. It must not know que
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import structlog
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from potluck_protocol.values import ReplicaId, StartAttempt
 
 _log = structlog.get_logger()
+
+_ENDED: Final = (grpc.aio.BaseError, grpc.aio.InternalError, asyncio.InvalidStateError)
+"""gRPC's words for a call that has ended."""
 
 _Context = grpc.aio.ServicerContext[gateway_pb2.ForwardFrame, gateway_pb2.AnswerFrame]
 
@@ -75,7 +78,9 @@ class ForwardServicer(gateway_pb2_grpc.GatewayServiceServicer):
             for task in tasks:
                 task.cancel()
             forwarded.end_all()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception) and not isinstance(outcome, _ENDED):
+                    _log.error("gateway_link_failed_here", peer_epoch=epoch, exc_info=outcome)
             _log.info("gateway_link_ended_here", peer_epoch=epoch)
 
     async def _read(self, context: _Context, epoch: int, forwarded: _Forwarded) -> None:

@@ -102,6 +102,9 @@ class PeerLink:
             return error.details() or error.code().name
         except asyncio.InvalidStateError:  # gRPC's word for a write to a call that has just ended
             return "the other gateway ended it"
+        except Exception:  # noqa: BLE001 - a fault in one frame ends this call, and not the way to that gateway for good
+            _log.exception("gateway_link_failed", peer_epoch=self._epoch)
+            return "it said what could not be carried out"
         finally:
             self._lose()
             for task in tasks:
