@@ -271,7 +271,8 @@ class Link:
                     raise error from renewal_error
                 self._renewed_after_refusal = False
         self.session = lease.after_failed_dial(self.session)
-        self._credentials.gateways.failed()
+        if self._current is None:  # a link that stands is moved by its own gateway only, which has the answers
+            self._credentials.gateways.failed()
         self._told_seconds = (error.retry_after_seconds or 0.0) if error.code is ErrorCode.QUEUE_FULL else 0.0
         _log.warning("link_not_up", code=error.code, reason=error.message, failure_count=self.session.failure_count)
         if lease.should_ask_the_way(self.session.failure_count):

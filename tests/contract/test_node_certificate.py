@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from potluck_node import link as link_module
 from potluck_node.domain.session import Phase
 from potluck_node.identity_store import StateFolder
 from potluck_protocol.codec import goodbye_message
@@ -109,3 +110,18 @@ async def test_a_full_disk_keeps_a_renewed_certificate_in_memory_and_the_node_se
         await link.until(lambda: link.frames)
         assert node.link.session.phase is Phase.SERVING
     assert state.certificate() == lapsed_certificate
+
+
+async def test_a_move_that_fails_is_tried_again_at_the_same_gateway_which_has_the_answers(coordinator, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(link_module, "MOVE_REPEATED_SECONDS", 0.05)
+    async with link_coordinator(tmp_path) as another, directed_engine() as engine, wired_node(coordinator, tmp_path, engine.url) as node:
+        link = await coordinator.next_link()
+        await link.welcome(epoch=5, link_addresses=tuple(f"127.0.0.1:{one.link_port}" for one in (coordinator, another)))
+        await link.start("a1")
+        (await engine.next_conversation()).say(b"data: 0\n\n")
+        await link.until(lambda: link.data("a1"))
+        coordinator.come_again_seconds = 0.01
+        node.link.introduce_again()
+        moved = await coordinator.next_link()
+        assert [attempt.attempt_id for attempt in moved.hello.in_flight] == ["a1"]
+        assert another.links.empty()
