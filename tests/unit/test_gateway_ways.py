@@ -62,6 +62,16 @@ def test_the_only_gateway_is_dialled_for_ever_and_at_once():
     assert gateways.greeting_seconds_max(alone) > gateways.greeting_seconds_max(LINKED)
 
 
+def test_patience_is_short_for_the_first_try_at_each_gateway_and_long_from_then_on():
+    """A machine that is gone is left soon; a gateway with a thousand handshakes before ours is not left to stand at the end again."""
+    ways, patience = gateways.after_loss(LINKED, 100.0, is_let_go=True, seed=1), []
+    for _ in range(6):
+        patience.append(gateways.greeting_seconds_max(ways))
+        ways = gateways.after_failed_dial(ways, gateways.target(ways, 101.0))
+    short, long = gateways.GREETING_SECONDS_MAX_OF_SEVERAL, gateways.GREETING_SECONDS_MAX
+    assert patience == [short, short, short, long, long, long]
+
+
 @given(seeds=st.sets(st.integers(0, 2**32 - 1), min_size=200, max_size=200))
 def test_a_lost_gateways_nodes_spread_over_the_others(seeds):
     firsts = [gateways.target(gateways.after_loss(LINKED, 100.0, is_let_go=True, seed=seed), 100.0) for seed in seeds]

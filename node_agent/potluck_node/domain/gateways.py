@@ -16,9 +16,10 @@ LAST_ALONE_SECONDS: Final = 0.5
 MOVE_SPREAD_SECONDS: Final = 1.0
 """Full jitter before the first dial of another gateway: those that a gateway had do not all come to the next one at once."""
 GREETING_SECONDS_MAX: Final = 10.0
-"""From the dial to the welcome of the only gateway there is; beyond it the dial has failed, and another follows."""
+"""From the dial to the welcome of the only gateway there is; beyond it the dial has failed, and another follows. Where thousands come back
+at once, each waits in a row of handshakes, and whoever gives up too soon goes to its end and has cost the gateway as much."""
 GREETING_SECONDS_MAX_OF_SEVERAL: Final = 2.5
-"""The same where there are others: a machine that is gone answers nothing at all."""
+"""The same where there are others to be tried: a machine that is gone answers nothing at all."""
 ADDRESSES_MAX: Final = 64
 ADDRESS_CHARACTERS_MAX: Final = 261
 
@@ -79,8 +80,8 @@ def move_delay_seconds(ways: Ways, now_seconds: float, jitter: float) -> float:
 
 
 def greeting_seconds_max(ways: Ways) -> float:
-    """How long a gateway has for its welcome."""
-    return GREETING_SECONDS_MAX_OF_SEVERAL if ways.known else GREETING_SECONDS_MAX
+    """How long a gateway has for its welcome. Once all of them were tried in vain, each may be one that many nodes have come back to."""
+    return GREETING_SECONDS_MAX_OF_SEVERAL if ways.tried_count < len(ways.known) else GREETING_SECONDS_MAX
 
 
 def usable(said: tuple[str, ...], host: str) -> tuple[str, ...]:
