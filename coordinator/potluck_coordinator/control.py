@@ -21,6 +21,8 @@ from potluck_protocol.errors import ErrorCode, PotluckError
 LINE_BYTES_MAX: Final = 64 * 1024
 CLIENTS_MAX: Final = 1
 """At a time: two restarts at once would leave nobody serving."""
+LINE_SECONDS_MAX: Final = 5.0
+"""For a line to come, or to be taken: whoever says nothing, or stands still, keeps nobody else from asking."""
 
 _log = structlog.get_logger()
 
@@ -53,7 +55,8 @@ class Control:
                 connection, _ = self._socket.accept()
             except OSError:  # closed
                 return
-            with connection, contextlib.suppress(OSError, ValueError), connection.makefile("rwb") as stream:
+            connection.settimeout(LINE_SECONDS_MAX)
+            with connection, contextlib.suppress(OSError, ValueError, RecursionError), connection.makefile("rwb") as stream:
                 asked = json.loads(stream.readline(LINE_BYTES_MAX))
                 for line in self._lines(asked):
                     # Whoever asked may have gone; what was begun goes on to its end.

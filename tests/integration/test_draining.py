@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 
 import aiohttp
 import pytest
@@ -117,6 +119,23 @@ def test_a_conversation_with_the_coordinator_goes_line_by_line(tmp_path):
                 next(told)
             assert refused.value.code is code
         assert next(iter(control.ask(tmp_path / "control", {"ask": "again"}))) == {"step": "again"}, "it goes on"
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize("said", [b"", b"[" * 60_000 + b"\n", b"\xff\n"], ids=["nothing", "nonsense without end", "no text"])
+def test_whoever_says_nothing_or_nonsense_keeps_nobody_from_asking(tmp_path, monkeypatch, said):
+    monkeypatch.setattr(control, "LINE_SECONDS_MAX", 0.05)
+    served = control.Control(tmp_path / "control", lambda asked: iter([asked]))
+    try:
+        with socket.socket(socket.AF_UNIX) as rude:
+            rude.connect(str(tmp_path / "control"))
+            rude.sendall(said)
+            heard: list[object] = []
+            asking = threading.Thread(target=lambda: heard.extend(control.ask(tmp_path / "control", {"ask": "restart"})), daemon=True)
+            asking.start()
+            asking.join(5)
+            assert heard == [{"ask": "restart"}]
     finally:
         served.stop()
 
