@@ -115,6 +115,31 @@ async def _next_of(node, own, number):
             await asyncio.sleep(0.01)
 
 
+async def test_a_demand_for_trusted_nodes_crosses_and_is_looked_at_again_where_the_node_is(tmp_path):
+    async with two_gateways(tmp_path) as (here, there, node):
+        node_id = node.credentials.node_id
+
+        def is_trusted(gateway):
+            return all(view.is_trusted for view in gateway.gateway._links.host(node_id).replica_views())
+
+        await here.directory.nodes.set_node_trust(node_id, trusted=True)
+        await until(lambda: is_trusted(here))
+        answer, start = await begin(here, node, trusted_only=True)
+        # So that nobody gives it up for another node that is none.
+        assert there.gateway._links.session(node_id).requests[start.attempt_id].trusted_only
+        await node.chunk(start.attempt_id, 1, USAGE_EVENT + DONE)
+        await node.end(start.attempt_id, 2)
+        await read_all(answer)
+        here.gateway._peers.take = lambda _: None
+        await here.directory.nodes.set_node_trust(node_id, trusted=False)
+        await until(lambda: not is_trusted(there))
+        assert is_trusted(here), "it has not heard of it yet"
+        with pytest.raises(PotluckError) as refused:
+            await here.gateway.requests.begin(await request_of(here, trusted_only=True))
+        assert refused.value.code is ErrorCode.NO_CAPACITY
+        assert len(node.starts()) == 1
+
+
 async def test_a_client_that_goes_away_ends_the_attempt_at_the_node(tmp_path):
     async with two_gateways(tmp_path) as (here, there, node):
         answer, start = await begin(here, node)

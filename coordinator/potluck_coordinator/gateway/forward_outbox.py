@@ -48,6 +48,7 @@ class ForwardOutbox:
             prompt_count=request.prompt_count,
             continues=request.continued is not None,
             tried_node_ids=tried,
+            trusted_only=request.trusted_only,
         )
         if request.work is not None:
             message.expected_prompt_tokens, message.expected_answer_tokens = request.work.prompt_tokens, request.work.answer_tokens

@@ -1,8 +1,8 @@
 """The port for other gateways: their requests run on this gateway's nodes, as its own do.
 
-Decides whether a node has room for a forwarded attempt, by this gateway's own count: the other one's view is a moment old. What is refused
-goes back at once and is placed anew. Stalls, engines' deaths and what is held against a replica are noticed here, where the link is; the
-answer is the other gateway's, with its hold and its price. It must not know queues, accounts or money.
+Decides whether a node has room for a forwarded attempt, and the trust it demands, by what this gateway knows: the other one's view is a
+moment old. What is refused goes back at once and is placed anew. Stalls, engines' deaths and what is held against a replica are noticed
+here, where the link is; the answer is the other gateway's, with its hold and its price. It must not know queues, accounts or money.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Forwarded:
         """Starts it, or says at once why not."""
         start = codec.start_attempt_value(message.start)
         try:
-            session = self._session_with_room(NodeId(message.node_id), start, continues=message.continues)
+            session = self._session_with_room(NodeId(message.node_id), start, message)
             request = _request(message, start)
             self._check_lethal(request)
             now = self._clock.monotonic_seconds()
@@ -146,11 +146,13 @@ class _Forwarded:
         if under_way:
             self._on_room()
 
-    def _session_with_room(self, node_id: NodeId, start: StartAttempt, *, continues: bool) -> NodeSession:
+    def _session_with_room(self, node_id: NodeId, start: StartAttempt, message: gateway_pb2.ForwardedStart) -> NodeSession:
         session = self._links.session(node_id)
         view = next((view for view in self._links.roster().replicas_of(node_id) if view.replica_id == start.replica_id), None)
-        if session is None or view is None or not (has_slot_for_broken(view) if continues else has_slot(view)):
+        if session is None or view is None or not (has_slot_for_broken(view) if message.continues else has_slot(view)):
             raise PotluckError(ErrorCode.QUEUE_FULL, "The node that had room for it was taken by others.", retry_after_seconds=1)
+        if message.trusted_only and not view.is_trusted:
+            raise PotluckError(ErrorCode.NO_CAPACITY, "The node that was to answer is not trusted any more.", retry_after_seconds=1)
         return session
 
     def _check_lethal(self, request: InferenceRequest) -> None:
@@ -174,6 +176,7 @@ def _request(message: gateway_pb2.ForwardedStart, start: StartAttempt) -> Infere
         answer_count=message.answer_count,
         prompt_count=message.prompt_count,
         prompt_tokens_min=message.prompt_tokens_min,
+        trusted_only=message.trusted_only,
         work=Work(message.expected_prompt_tokens, message.expected_answer_tokens),
     )
 

@@ -26,7 +26,7 @@ from potluck_protocol.v1 import common_pb2 as potluck__protocol_dot_v1_dot_commo
 from potluck_protocol.v1 import node_pb2 as potluck__protocol_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!potluck_protocol/v1/gateway.proto\x12\x13potluck_protocol.v1\x1a potluck_protocol/v1/common.proto\x1a\x1epotluck_protocol/v1/node.proto\"\xc0\x01\n\x0c\x46orwardFrame\x12\x33\n\x06starts\x18\x01 \x03(\x0b\x32#.potluck_protocol.v1.ForwardedStart\x12\x36\n\x08\x66inishes\x18\x02 \x03(\x0b\x32$.potluck_protocol.v1.ForwardedFinish\x12\x43\n\x10\x61\x63knowledgements\x18\x03 \x03(\x0b\x32).potluck_protocol.v1.ChunkAcknowledgement\"q\n\x0b\x41nswerFrame\x12\x31\n\x06\x63hunks\x18\x01 \x03(\x0b\x32!.potluck_protocol.v1.AttemptChunk\x12/\n\x04\x65nds\x18\x02 \x03(\x0b\x32!.potluck_protocol.v1.ForwardedEnd\"\x93\x03\n\x0e\x46orwardedStart\x12\x30\n\x05start\x18\x01 \x01(\x0b\x32!.potluck_protocol.v1.StartAttempt\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\naccount_id\x18\x04 \x01(\t\x12\x10\n\x08model_id\x18\x05 \x01(\t\x12\x14\n\x0cprompt_bytes\x18\x06 \x01(\x03\x12\x19\n\x11prompt_tokens_min\x18\x07 \x01(\x03\x12\"\n\x15\x63ompletion_tokens_max\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0c\x61nswer_count\x18\t \x01(\x05\x12\x14\n\x0cprompt_count\x18\n \x01(\x05\x12\x1e\n\x16\x65xpected_prompt_tokens\x18\x0b \x01(\x01\x12\x1e\n\x16\x65xpected_answer_tokens\x18\x0c \x01(\x01\x12\x11\n\tcontinues\x18\r \x01(\x08\x12\x16\n\x0etried_node_ids\x18\x0e \x03(\tB\x18\n\x16_completion_tokens_max\"y\n\x0f\x46orwardedFinish\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.potluck_protocol.v1.Usage\x12\x13\n\x0btoken_count\x18\x03 \x01(\x03\x12\x12\n\nwas_outrun\x18\x04 \x01(\x08\"\x8e\x01\n\x0c\x46orwardedEnd\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\x03\x12\x15\n\rended_by_node\x18\x06 \x01(\x08\x32\x64\n\x0eGatewayService\x12R\n\x07\x46orward\x12!.potluck_protocol.v1.ForwardFrame\x1a .potluck_protocol.v1.AnswerFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!potluck_protocol/v1/gateway.proto\x12\x13potluck_protocol.v1\x1a potluck_protocol/v1/common.proto\x1a\x1epotluck_protocol/v1/node.proto\"\xc0\x01\n\x0c\x46orwardFrame\x12\x33\n\x06starts\x18\x01 \x03(\x0b\x32#.potluck_protocol.v1.ForwardedStart\x12\x36\n\x08\x66inishes\x18\x02 \x03(\x0b\x32$.potluck_protocol.v1.ForwardedFinish\x12\x43\n\x10\x61\x63knowledgements\x18\x03 \x03(\x0b\x32).potluck_protocol.v1.ChunkAcknowledgement\"q\n\x0b\x41nswerFrame\x12\x31\n\x06\x63hunks\x18\x01 \x03(\x0b\x32!.potluck_protocol.v1.AttemptChunk\x12/\n\x04\x65nds\x18\x02 \x03(\x0b\x32!.potluck_protocol.v1.ForwardedEnd\"\xa9\x03\n\x0e\x46orwardedStart\x12\x30\n\x05start\x18\x01 \x01(\x0b\x32!.potluck_protocol.v1.StartAttempt\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\naccount_id\x18\x04 \x01(\t\x12\x10\n\x08model_id\x18\x05 \x01(\t\x12\x14\n\x0cprompt_bytes\x18\x06 \x01(\x03\x12\x19\n\x11prompt_tokens_min\x18\x07 \x01(\x03\x12\"\n\x15\x63ompletion_tokens_max\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0c\x61nswer_count\x18\t \x01(\x05\x12\x14\n\x0cprompt_count\x18\n \x01(\x05\x12\x1e\n\x16\x65xpected_prompt_tokens\x18\x0b \x01(\x01\x12\x1e\n\x16\x65xpected_answer_tokens\x18\x0c \x01(\x01\x12\x11\n\tcontinues\x18\r \x01(\x08\x12\x16\n\x0etried_node_ids\x18\x0e \x03(\t\x12\x14\n\x0ctrusted_only\x18\x0f \x01(\x08\x42\x18\n\x16_completion_tokens_max\"y\n\x0f\x46orwardedFinish\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.potluck_protocol.v1.Usage\x12\x13\n\x0btoken_count\x18\x03 \x01(\x03\x12\x12\n\nwas_outrun\x18\x04 \x01(\x08\"\x8e\x01\n\x0c\x46orwardedEnd\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\x03\x12\x15\n\rended_by_node\x18\x06 \x01(\x08\x32\x64\n\x0eGatewayService\x12R\n\x07\x46orward\x12!.potluck_protocol.v1.ForwardFrame\x1a .potluck_protocol.v1.AnswerFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,11 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANSWERFRAME']._serialized_start=319
   _globals['_ANSWERFRAME']._serialized_end=432
   _globals['_FORWARDEDSTART']._serialized_start=435
-  _globals['_FORWARDEDSTART']._serialized_end=838
-  _globals['_FORWARDEDFINISH']._serialized_start=840
-  _globals['_FORWARDEDFINISH']._serialized_end=961
-  _globals['_FORWARDEDEND']._serialized_start=964
-  _globals['_FORWARDEDEND']._serialized_end=1106
-  _globals['_GATEWAYSERVICE']._serialized_start=1108
-  _globals['_GATEWAYSERVICE']._serialized_end=1208
+  _globals['_FORWARDEDSTART']._serialized_end=860
+  _globals['_FORWARDEDFINISH']._serialized_start=862
+  _globals['_FORWARDEDFINISH']._serialized_end=983
+  _globals['_FORWARDEDEND']._serialized_start=986
+  _globals['_FORWARDEDEND']._serialized_end=1128
+  _globals['_GATEWAYSERVICE']._serialized_start=1130
+  _globals['_GATEWAYSERVICE']._serialized_end=1230
 # @@protoc_insertion_point(module_scope)

@@ -102,6 +102,7 @@ class ForwardedStart(Message):
     EXPECTED_ANSWER_TOKENS_FIELD_NUMBER: int
     CONTINUES_FIELD_NUMBER: int
     TRIED_NODE_IDS_FIELD_NUMBER: int
+    TRUSTED_ONLY_FIELD_NUMBER: int
     node_id: str
     request_id: str
     account_id: str
@@ -116,6 +117,8 @@ class ForwardedStart(Message):
     expected_answer_tokens: float
     continues: bool
     """It goes on from another attempt's text, and takes a slot that others would be kept from for its pace."""
+    trusted_only: bool
+    """It demands trusted nodes."""
     @property
     def start(self) -> StartAttempt: ...
     @property
@@ -139,9 +142,10 @@ class ForwardedStart(Message):
         expected_answer_tokens: float = ...,
         continues: bool = ...,
         tried_node_ids: Iterable[str] | None = ...,
+        trusted_only: bool = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["_completion_tokens_max", b"_completion_tokens_max", "completion_tokens_max", b"completion_tokens_max", "start", b"start"]) -> bool: ...
-    def ClearField(self, field_name: Literal["_completion_tokens_max", b"_completion_tokens_max", "account_id", b"account_id", "answer_count", b"answer_count", "completion_tokens_max", b"completion_tokens_max", "continues", b"continues", "expected_answer_tokens", b"expected_answer_tokens", "expected_prompt_tokens", b"expected_prompt_tokens", "model_id", b"model_id", "node_id", b"node_id", "prompt_bytes", b"prompt_bytes", "prompt_count", b"prompt_count", "prompt_tokens_min", b"prompt_tokens_min", "request_id", b"request_id", "start", b"start", "tried_node_ids", b"tried_node_ids"]) -> None: ...
+    def ClearField(self, field_name: Literal["_completion_tokens_max", b"_completion_tokens_max", "account_id", b"account_id", "answer_count", b"answer_count", "completion_tokens_max", b"completion_tokens_max", "continues", b"continues", "expected_answer_tokens", b"expected_answer_tokens", "expected_prompt_tokens", b"expected_prompt_tokens", "model_id", b"model_id", "node_id", b"node_id", "prompt_bytes", b"prompt_bytes", "prompt_count", b"prompt_count", "prompt_tokens_min", b"prompt_tokens_min", "request_id", b"request_id", "start", b"start", "tried_node_ids", b"tried_node_ids", "trusted_only", b"trusted_only"]) -> None: ...
     def WhichOneof(self, oneof_group: Literal["_completion_tokens_max", b"_completion_tokens_max"]) -> Literal["completion_tokens_max"] | None: ...
 
 @final
