@@ -158,7 +158,7 @@ class RayRuntime:
         self._wait_ready([name for name in self._actors if name != DIRECTORY], cancelled)
 
     def check(self) -> None:
-        """Asks all actors whether they serve, for a second.
+        """Asks all actors whether they serve, for a second. Of several gateways, one that is silent for 30 s is killed, to be started anew.
 
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE once the directory, or every gateway, is gone for good or silent for 30 s. Only a new
@@ -185,6 +185,11 @@ class RayRuntime:
             if isinstance(failure, ray.exceptions.ActorDiedError):
                 _log.error("gateway_made_anew", actor=name)
                 self._make_gateway(int(name.removeprefix(GATEWAY)))
+            else:
+                # A process that hangs goes on getting its share of a port's connections, and nobody answers there.
+                _log.error("gateway_killed", actor=name)
+                ray.kill(self._actors[name], no_restart=False)
+                self._answered_at[name] = self._clock.monotonic_seconds()
 
     def restart_gateways(self, drain_seconds_max: float) -> Iterator[RestartStep]:
         """One after another: each lets its answers end, stops, is started again, and serves before the next one begins.

@@ -52,15 +52,20 @@ class Actors:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: dict[str, Any] = {DIRECTORY: None, FIRST: None, SECOND: None}
         self.made: list[int] = []
+        self.killed: list[str] = []
         self.clock = Clock()
         exceptions = SimpleNamespace(RayError=RayError, ActorDiedError=ActorDiedError)
-        ray = SimpleNamespace(get=self._get, wait=lambda *_, **__: None, exceptions=exceptions)
+        ray = SimpleNamespace(get=self._get, wait=lambda *_, **__: None, kill=self._kill, exceptions=exceptions)
         monkeypatch.setitem(sys.modules, "ray", ray)
         self.runtime = RayRuntime(Settings(data_dir=folder), folder, None)
         self.runtime._clock = self.clock
         self.runtime._actors = {name: SimpleNamespace(ready=SimpleNamespace(remote=lambda name=name: name)) for name in self.answers}
         self.runtime._make_gateway = self.made.append  # type: ignore[method-assign]
         self.runtime._answered_at = dict.fromkeys(self.answers, self.clock.now)
+
+    def _kill(self, actor: Any, *, no_restart: bool) -> None:
+        assert not no_restart
+        self.killed.append(actor.ready.remote())
 
     def _get(self, name: str, timeout: float) -> Any:
         del timeout
@@ -94,11 +99,12 @@ def test_an_actor_that_came_back_has_all_its_time_again(actors: Actors) -> None:
         actors.runtime.check()
 
 
-def test_one_gateway_that_is_away_ends_nothing(actors: Actors) -> None:
+def test_one_gateway_that_is_away_ends_nothing_but_itself(actors: Actors) -> None:
     actors.answers[FIRST] = RayError()
-    for _ in range(3):
+    for killed_count in (0, 1, 1, 2):
         actors.clock.now += ABSENCE_SECONDS_MAX
         actors.runtime.check()
+        assert actors.killed == [FIRST] * killed_count, "whoever was killed has all its time again"
     assert actors.made == []
     actors.answers[FIRST] = ActorDiedError()
     actors.runtime.check()
