@@ -96,6 +96,10 @@ async def test_one_that_never_left_is_only_finished(remote):
     frame = await remote.way.outbox.take()
     assert not frame.starts
     assert [finish.attempt_id for finish in frame.finishes] == ["a"]
+    # The other gateway never counts it, so that its count still tells which of the next are in its view.
+    remote.send("b")
+    remote.way.starts_seen = len((await remote.way.outbox.take()).starts)
+    assert remote.now().in_flight_count == remote.view.in_flight_count
 
 
 def test_without_a_way_there_nothing_can_be_sent(remote):

@@ -31,7 +31,7 @@ class ForwardOutbox:
         self._acknowledged: dict[AttemptId, int] = {}
         self._filled = asyncio.Event()
         self.start_count = 0
-        """Ever: the other gateway's view tells how many of them are in it."""
+        """Of all that have left or are about to: the other gateway's view tells how many of them are in it."""
 
     def start(self, start: StartAttempt, node_id: NodeId, request: InferenceRequest, tried: frozenset[NodeId]) -> None:
         """An attempt for a node of the other gateway."""
@@ -58,7 +58,8 @@ class ForwardOutbox:
 
     def finish(self, attempt_id: AttemptId, counted: Counted) -> None:
         """Nobody waits for an attempt any more; what it came to."""
-        self._starts.pop(attempt_id, None)
+        if self._starts.pop(attempt_id, None) is not None:
+            self.start_count -= 1
         finish = gateway_pb2.ForwardedFinish(attempt_id=attempt_id, token_count=counted.token_count, was_outrun=counted.was_outrun)
         if counted.usage is not None:
             finish.usage.CopyFrom(codec.usage_message(counted.usage))
