@@ -34,7 +34,7 @@ async def test_chunks_go_on_with_their_numbers_and_the_first_with_its_head(passi
     frame = await passing.outbox.take()
     assert [(chunk.sequence, chunk.data, chunk.head.http_status) for chunk in frame.chunks] == [(0, b"one", 200), (1, b"two", 0)]
     (end,) = frame.ends
-    assert (end.attempt_id, end.sequence, end.error_code, end.ended_by_node) == (ATTEMPT, 2, "", True)
+    assert (end.attempt_id, end.sequence, end.error_code) == (ATTEMPT, 2, "")
 
 
 async def test_an_empty_first_chunk_brings_the_head(passing):
@@ -70,23 +70,23 @@ async def test_an_acknowledgement_of_what_was_never_sent_or_comes_late_is_passed
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "ended_by_node"),
+    ("end", "code"),
     [
-        (lambda relay: relay.end(1, EndReason.REFUSED, "full"), ErrorCode.NO_CAPACITY, True),
-        (lambda relay: relay.end(1, EndReason.ENGINE_FAILED, "died"), ErrorCode.ENGINE_FAILED, True),
-        (lambda relay: relay.end(1, EndReason.ENGINE_FAILED, "", kills_engines=True), ErrorCode.REQUEST_REFUSED, True),
-        (lambda relay: relay.end(9, EndReason.COMPLETED, ""), ErrorCode.NODE_LOST, True),
-        (lambda relay: relay.fail(PotluckError(ErrorCode.NODE_LOST, "silent")), ErrorCode.NODE_LOST, False),
-        (lambda relay: relay.receive(7, b"x", 1.0), ErrorCode.NODE_LOST, False),
+        (lambda relay: relay.end(1, EndReason.REFUSED, "full"), ErrorCode.NO_CAPACITY),
+        (lambda relay: relay.end(1, EndReason.ENGINE_FAILED, "died"), ErrorCode.ENGINE_FAILED),
+        (lambda relay: relay.end(1, EndReason.ENGINE_FAILED, "", kills_engines=True), ErrorCode.REQUEST_REFUSED),
+        (lambda relay: relay.end(9, EndReason.COMPLETED, ""), ErrorCode.NODE_LOST),
+        (lambda relay: relay.fail(PotluckError(ErrorCode.NODE_LOST, "silent")), ErrorCode.NODE_LOST),
+        (lambda relay: relay.receive(7, b"x", 1.0), ErrorCode.NODE_LOST),
     ],
 )
-async def test_every_bad_end_goes_on_once_behind_what_came(passing, end, code, ended_by_node):
+async def test_every_bad_end_goes_on_once_behind_what_came(passing, end, code):
     passing.relay.receive(0, b"x", 1.0)
     end(passing.relay)
     passing.relay.fail(PotluckError(ErrorCode.INTERNAL_ERROR))
     frame = await passing.outbox.take()
     assert [chunk.data for chunk in frame.chunks] == [b"x"]
-    assert [(told.error_code, told.sequence, told.ended_by_node) for told in frame.ends] == [(code, 1, ended_by_node)]
+    assert [(told.error_code, told.sequence) for told in frame.ends] == [(code, 1)]
 
 
 async def test_no_frame_grows_beyond_its_bound():

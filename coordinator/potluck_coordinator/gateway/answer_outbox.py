@@ -41,9 +41,9 @@ class AnswerOutbox:
         if head is not None:
             chunk.head.http_status, chunk.head.content_type = head.http_status, head.content_type
 
-    def end(self, attempt_id: AttemptId, sequence: int, error: PotluckError | None, *, ended_by_node: bool) -> None:
+    def end(self, attempt_id: AttemptId, sequence: int, error: PotluckError | None) -> None:
         """An answer is over after so many pieces; None: it came to its end."""
-        end = self._last().ends.add(attempt_id=attempt_id, sequence=sequence, ended_by_node=ended_by_node)
+        end = self._last().ends.add(attempt_id=attempt_id, sequence=sequence)
         if error is not None:
             end.error_code, end.error_message = error.code, error.message
             end.retry_after_ms = int((error.retry_after_seconds or 0) * 1000)

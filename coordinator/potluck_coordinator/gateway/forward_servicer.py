@@ -115,7 +115,7 @@ class _Forwarded:
             relay = PassingRelay(start.attempt_id, start.window_bytes, now, session.acknowledge, self.outbox)
             session.start(start, relay, now, request, frozenset(map(NodeId, message.tried_node_ids)))
         except PotluckError as error:
-            self.outbox.end(start.attempt_id, 0, error, ended_by_node=False)
+            self.outbox.end(start.attempt_id, 0, error)
             return
         self._under_way[start.attempt_id] = session, start.replica_id, relay
         self._links.node_changed(session.node_id)

@@ -1,4 +1,4 @@
-"""The two gRPC ports: one that people and joining nodes dial (TLS), one that nodes' links dial (mTLS, a node's certificate required).
+"""The gRPC ports: one for people and joining nodes (TLS), one for nodes' links, and of several gateways one for the others (both mTLS).
 
 Nodes whose certificate has lapsed dial the first, too, for another. Decides how the ports are secured and bounded. It must not know what
 the services do.
@@ -35,7 +35,7 @@ BIND_TRIES: Final = 3
 
 
 class GrpcServer:
-    """One port. Made by `build_grpc_server` or `build_link_server`.
+    """One port, or two with the same services. Made by `build_grpc_server`, `build_link_server` or `build_peer_server`.
 
     Args:
         server: with its services added.

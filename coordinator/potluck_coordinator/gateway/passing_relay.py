@@ -24,7 +24,7 @@ class Onward(Protocol):
     """Where it goes on to."""
 
     def chunk(self, attempt_id: AttemptId, sequence: int, data: bytes, head: AnswerHead | None) -> None: ...
-    def end(self, attempt_id: AttemptId, sequence: int, error: PotluckError | None, *, ended_by_node: bool) -> None: ...
+    def end(self, attempt_id: AttemptId, sequence: int, error: PotluckError | None) -> None: ...
 
 
 class PassingRelay(Relay):
@@ -75,4 +75,4 @@ class PassingRelay(Relay):
             self._sent_bytes_by_sequence.append((self.next_sequence, self.received_bytes))
         if self.over and not self._told_end:
             self._told_end = True
-            self._onward.end(self.attempt_id, self._sent_sequence, self._error, ended_by_node=self._ended_by_node)
+            self._onward.end(self.attempt_id, self._sent_sequence, self._error)

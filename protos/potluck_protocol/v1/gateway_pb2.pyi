@@ -188,15 +188,12 @@ class ForwardedEnd(Message):
     ERROR_CODE_FIELD_NUMBER: int
     ERROR_MESSAGE_FIELD_NUMBER: int
     RETRY_AFTER_MS_FIELD_NUMBER: int
-    ENDED_BY_NODE_FIELD_NUMBER: int
     attempt_id: str
     sequence: int
     error_code: str
     """A word of the error catalogue; empty: it came to its end."""
     error_message: str
     retry_after_ms: int
-    ended_by_node: bool
-    """The node itself said that it is over: there is nothing to cancel."""
     def __init__(
         self,
         *,
@@ -205,6 +202,5 @@ class ForwardedEnd(Message):
         error_code: str = ...,
         error_message: str = ...,
         retry_after_ms: int = ...,
-        ended_by_node: bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["attempt_id", b"attempt_id", "ended_by_node", b"ended_by_node", "error_code", b"error_code", "error_message", b"error_message", "retry_after_ms", b"retry_after_ms", "sequence", b"sequence"]) -> None: ...
+    def ClearField(self, field_name: Literal["attempt_id", b"attempt_id", "error_code", b"error_code", "error_message", b"error_message", "retry_after_ms", b"retry_after_ms", "sequence", b"sequence"]) -> None: ...
