@@ -22,10 +22,13 @@ class Ledger:
         self.commands = []
         self.unavailable_times = 0
         self.poison = None
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.poor_until_settled = ""
 
     async def apply(self, commands):
         await asyncio.sleep(0)
+        await self.answers.wait()
         if self.unavailable_times:
             self.unavailable_times -= 1
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE)
@@ -104,6 +107,22 @@ async def test_what_comes_during_a_commit_is_not_forgotten_when_its_time_is_over
         assert await asyncio.wait_for(asyncio.gather(first, second), 5) == [LedgerOutcome.APPLIED] * 2
         assert ledger.batches == [["first"], ["second"]]
         assert await writer.drain(1)
+
+
+async def test_while_the_ledger_says_nothing_nobody_new_waits_for_it(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "SILENCE_SECONDS_MAX", 0.05)
+    async with writing() as (ledger, writer):
+        ledger.answers.clear()
+        waiting = writer.submit(hold("sent"))
+        await asyncio.sleep(0.1)
+        for refuse in (writer.check, lambda: writer.submit(hold("new"))):
+            with pytest.raises(PotluckError) as refused:
+                refuse()
+            assert (refused.value.code, refused.value.retry_after_seconds) == (ErrorCode.COORDINATOR_UNAVAILABLE, 2)
+        settled = writer.submit(SettleHold("old", 1))
+        ledger.answers.set()
+        assert await asyncio.gather(waiting, settled) == [LedgerOutcome.APPLIED] * 2, "what became of these only the ledger knows"
+        assert await writer.submit(hold("new")) is LedgerOutcome.APPLIED
 
 
 async def test_a_hold_that_lacks_credits_all_the_same_is_refused(monkeypatch):

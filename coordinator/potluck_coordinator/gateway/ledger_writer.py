@@ -4,8 +4,8 @@ Decides when to send. A hold has a client waiting for it and leaves at once, bef
 waiting, and stay up to 20 ms for company. A hold for which the payer's credits do not suffice is tried once more, in its place among all
 that waits: a settlement before it may free what it needs. A command leaves the queue when the directory has answered, so a directory or a
 database that is away delays settlements and loses none; one that the ledger fails on by itself is given up. Holds do not wait for long:
-once the ledger has failed for two seconds, those that wait are refused, and new ones at once, until it answers again. It must not know
-amounts.
+once the ledger has failed for two seconds, those that wait are refused, and new ones at once, until it answers again. Where it says nothing
+at all, only new ones are, after ten: what became of those that were sent, it alone knows. It must not know amounts.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ COMPANY_SECONDS: Final = 0.02
 """How long marks and settlements wait for company."""
 HOLD_PATIENCE_SECONDS: Final = 2.0
 """How long a ledger may fail before nobody waits for a hold any more."""
+SILENCE_SECONDS_MAX: Final = 10.0
+"""How long it may say nothing to what it was sent before new holds are refused. A directory that is started again is waited for as long."""
 REFUSED: Final = "The pool's books are away for now, and no request can be answered without them. Nothing was charged; try again."
 REFUSED_RETRY_SECONDS: Final = 2
 
@@ -60,6 +62,8 @@ class LedgerWriter:
         self._marks: dict[str, int] = {}
         """The newest mark of each hold that waits, by its number: the one before it says nothing any more."""
         self._under_way: frozenset[int] = frozenset()
+        self._sent_at: float | None = None
+        """While they are."""
         self._failing_since: float | None = None
         self._due = asyncio.Event()
         self._all_due = False
@@ -93,8 +97,8 @@ class LedgerWriter:
         return outcome
 
     def check(self) -> None:
-        """Raises PotluckError(COORDINATOR_UNAVAILABLE) where a new hold would be refused: the ledger fails, or too much waits."""
-        if self._holds_are_refused():
+        """Raises PotluckError(COORDINATOR_UNAVAILABLE) where a new hold is refused: the ledger fails, or is silent, or too much waits."""
+        if self._holds_are_refused() or self._is_silent():
             raise self._refusal()
         if len(self._waiting) >= QUEUE_LENGTH_MAX:
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, retry_after_seconds=5)
@@ -111,6 +115,9 @@ class LedgerWriter:
     def _holds_are_refused(self) -> bool:
         since = self._failing_since
         return since is not None and asyncio.get_running_loop().time() - since >= HOLD_PATIENCE_SECONDS
+
+    def _is_silent(self) -> bool:
+        return self._sent_at is not None and asyncio.get_running_loop().time() - self._sent_at >= SILENCE_SECONDS_MAX
 
     def _refusal(self) -> PotluckError:
         """One of its own for each who is refused."""
@@ -136,17 +143,17 @@ class LedgerWriter:
             if not batch and self._failing_since is None:
                 continue  # what the timer was for has left already
             started_at = loop.time()
-            self._under_way = frozenset(number for number, _ in batch)
+            self._under_way, self._sent_at = frozenset(number for number, _ in batch), started_at
             try:
                 # Of nothing, where the ledger failed: that it answers is all that is asked.
                 outcomes = await self._apply([command for _, (command, _) in batch])
             except PotluckError as error:
-                self._under_way = frozenset()
+                self._under_way, self._sent_at = frozenset(), None
                 self._failed(error, started_at)
                 await asyncio.sleep(RETRY_SECONDS)
                 self._send_all()
                 continue
-            self._under_way = frozenset()
+            self._under_way, self._sent_at = frozenset(), None
             if self._failing_since is not None:
                 _log.info("ledger_answers_again", away_seconds=round(loop.time() - self._failing_since, 1), waiting=len(self._waiting))
                 self._failing_since = None
