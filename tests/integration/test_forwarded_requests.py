@@ -11,9 +11,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from potluck_coordinator.gateway import forward_servicer, peer_link
-from potluck_protocol.channels import CHANNEL_OPTIONS
+from potluck_protocol.channels import CHANNEL_OPTIONS, MESSAGE_BYTES_MAX
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.v1 import gateway_pb2_grpc
+from potluck_protocol.v1 import gateway_pb2_grpc, node_pb2
 from potluck_protocol.values import EndReason, GoodbyeReason, Usage
 from tests.support.coordinator import TINY, running_gateways
 from tests.support.raw_node import enrol, raw_link
@@ -164,6 +164,27 @@ async def test_a_slow_client_pauses_the_node_through_both_gateways(tmp_path):
         await node.chunk(start.attempt_id, 4, USAGE_EVENT + DONE)
         await node.end(start.attempt_id, 5)
         await reading
+
+
+async def test_the_largest_frame_of_a_node_crosses_too_and_ends_nobody_elses_answer(tmp_path):
+    async with two_gateways(tmp_path) as (here, _, node):
+        (way,) = remote_links(here)
+        former = way.outbox
+        (large, first), (other, second) = await begin(here, node), await begin(here, node, number=1)
+        assert await large.next_data() is not None
+        chunk = node_pb2.AttemptChunk(attempt_id=first.attempt_id, sequence=1)
+        end = node_pb2.AttemptEnd(attempt_id=first.attempt_id, sequence=2, reason=node_pb2.END_REASON_ENGINE_FAILED, detail="x" * 200)
+        frame = node_pb2.NodeFrame(epoch=node.epoch, chunks=[chunk], ends=[end])
+        frame.chunks[0].data = b"x" * (MESSAGE_BYTES_MAX - frame.ByteSize() - 12)
+        assert MESSAGE_BYTES_MAX - 5 < frame.ByteSize() <= MESSAGE_BYTES_MAX
+        await node.call.write(frame)
+        with pytest.raises(PotluckError):
+            await read_all(large)
+        await large.close()
+        await node.chunk(second.attempt_id, 1, USAGE_EVENT + DONE)
+        await node.end(second.attempt_id, 2)
+        await read_all(other)
+        assert way.outbox is former
 
 
 @pytest.mark.parametrize("reason", [EndReason.ENGINE_FAILED, EndReason.REFUSED, EndReason.HANDED_BACK])

@@ -15,7 +15,7 @@ import structlog
 
 from potluck_coordinator.gateway.forward_outbox import ForwardOutbox
 from potluck_coordinator.gateway.relay import AnswerHead
-from potluck_protocol.channels import CHANNEL_OPTIONS
+from potluck_protocol.channels import CHANNEL_OPTIONS, MESSAGE_BYTES_MAX
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import gateway_pb2, gateway_pb2_grpc
 from potluck_protocol.values import AttemptId, EndReason
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SIGN_OF_LIFE_SECONDS: Final = 0.5
 SILENCE_SECONDS_MAX: Final = 2.0
 """Of a gateway that was frozen, or whose machine is gone: its answers stall, and their clients wait."""
+FRAME_BYTES_MAX: Final = 4 * MESSAGE_BYTES_MAX
+"""Of one between gateways: what a node said in its two largest frames, and other answers' ends beside it, must not end the link of all."""
 OPEN_SECONDS_MAX: Final = 5.0
 RETRY_SECONDS: Final = 0.5
 
@@ -73,7 +75,9 @@ class PeerLink:
             private_key=self._identity.private_key_pem,
             certificate_chain=self._identity.certificate_chain_pem,
         )
-        async with grpc.aio.secure_channel(self._address, credentials, options=CHANNEL_OPTIONS) as channel:
+        lengths = {"grpc.max_receive_message_length": FRAME_BYTES_MAX, "grpc.max_send_message_length": FRAME_BYTES_MAX}
+        options = list((dict(CHANNEL_OPTIONS) | lengths).items())
+        async with grpc.aio.secure_channel(self._address, credentials, options=options) as channel:
             stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
             while True:
                 reason = await self._carry(stub)
