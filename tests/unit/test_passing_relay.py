@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck_coordinator.gateway.answer_outbox import FRAME_BYTES_MAX, AnswerOutbox
+from potluck_coordinator.gateway.answer_outbox import CHUNK_BYTES, FRAME_BYTES_MAX, AnswerOutbox
 from potluck_coordinator.gateway.passing_relay import PassingRelay
 from potluck_coordinator.gateway.relay import AnswerHead
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -92,6 +92,15 @@ async def test_every_bad_end_goes_on_once_behind_what_came(passing, end, code):
 async def test_no_frame_grows_beyond_its_bound():
     outbox = AnswerOutbox()
     for sequence in range(5):
-        outbox.chunk(ATTEMPT, sequence, b"x" * (FRAME_BYTES_MAX // 2), None)
+        outbox.chunk(ATTEMPT, sequence, b"x" * (FRAME_BYTES_MAX // 2 - CHUNK_BYTES), None)
     sizes = [len((await outbox.take()).chunks) for _ in range(3)]
     assert sizes == [2, 2, 1]
+
+
+async def test_nor_with_pieces_that_hold_nothing():
+    outbox = AnswerOutbox()
+    for sequence in range(30_000):
+        outbox.chunk(ATTEMPT, sequence, b"", None)
+    frames = [await outbox.take() for _ in range(2)]
+    assert [chunk.sequence for frame in frames for chunk in frame.chunks] == list(range(30_000))
+    assert max(frame.ByteSize() for frame in frames) <= FRAME_BYTES_MAX

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FRAME_BYTES_MAX: Final = 1024 * 1024
 """Of chunks in one frame, if there are several: hundreds of answers may have a window's worth each."""
+CHUNK_BYTES: Final = 64
+"""Of a chunk beside its data: whose it is, and its number."""
 
 
 class AnswerOutbox:
@@ -34,10 +36,11 @@ class AnswerOutbox:
 
     def chunk(self, attempt_id: AttemptId, sequence: int, data: bytes, head: AnswerHead | None) -> None:
         """A piece of an answer, as its node sent it."""
-        if self._chunks_bytes and self._chunks_bytes + len(data) > FRAME_BYTES_MAX:
+        size_bytes = len(data) + CHUNK_BYTES
+        if self._chunks_bytes and self._chunks_bytes + size_bytes > FRAME_BYTES_MAX:
             self._begin_frame()
         chunk = self._last().chunks.add(attempt_id=attempt_id, sequence=sequence, data=data)
-        self._chunks_bytes += len(data)
+        self._chunks_bytes += size_bytes
         if head is not None:
             chunk.head.http_status, chunk.head.content_type = head.http_status, head.content_type
 
