@@ -1,7 +1,7 @@
 """The other gateways of this coordinator: a link to each, and what their nodes can do.
 
 Decides which of two gateways' words counts for a node that both name: the one of its later session. What a gateway said last holds until it
-says something else, or is gone: named no more by the directory, and its link down. A directory that starts anew names nobody for a second,
+says something else, or is gone: named no more by the directory, and its link down. A directory that heard nobody for a while names nobody,
 and streams between gateways that are well do not notice. It must not know how a request is placed or sent.
 """
 
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from potluck_coordinator.domain.gateways import GatewayRecord
-    from potluck_coordinator.domain.placement import ReplicaView
     from potluck_coordinator.gateway.links import Links
     from potluck_coordinator.pool_desk import PoolDesk, ServerIdentity
     from potluck_coordinator.pool_view import GatewayView, PoolView
     from potluck_protocol.clock import Clock
-    from potluck_protocol.values import NodeId, ReplicaId
+    from potluck_protocol.values import NodeId
 
 TELL_AGAIN_SECONDS: Final = 2.0
 """A directory that began anew knows nothing, and ages are as old as what was told."""
@@ -46,6 +45,8 @@ class _Peer:
         self.view: GatewayView | None = None
         self.replicas: list[SharedReplica] = []
         """As of its view, in its rows' order."""
+        self.rows: dict[NodeId, list[int]] = {}
+        """Of each node the numbers of its replicas' rows."""
         self.nodes: dict[NodeId, RemoteNode] = {}
 
 
@@ -144,35 +145,31 @@ class Peers:
     def _hear(self, peer: _Peer, told: GatewayView) -> None:
         now = self._clock.monotonic_seconds()
         changed = told.changed_since(peer.view)
+        peer.view, peer.way.starts_seen = told, told.starts_seen.get(self._epoch, 0)
         if len(changed) == len(told):
-            peer.replicas = list(told.replicas(now))
+            peer.replicas, peer.rows = list(told.replicas(now)), {}
+            for number, (_, node_id) in enumerate(told.names):
+                peer.rows.setdefault(node_id, []).append(number)
+            touched = peer.rows.keys() | peer.nodes.keys()
         else:
             for number in changed:
                 peer.replicas[number] = told.replica(number, now)
-        before, peer.view = peer.view, told
-        starts_before, peer.way.starts_seen = peer.way.starts_seen, told.starts_seen.get(self._epoch, 0)
-        nodes, were_full = self._nodes(peer)
-        everybody = before is None or len(changed) == len(told) or peer.way.starts_seen != starts_before
-        touched = nodes.keys() | peer.nodes.keys() if everybody else were_full | {peer.replicas[number].view.node_id for number in changed}
-        peer.nodes = nodes
+            # The others are as they were: of thousands, looking at each would take longer than the time between two views.
+            touched = {told.names[number][1] for number in changed} | {one.node_id for one in peer.nodes.values() if one.was_used}
         for node_id in touched:
+            self._tell_node(peer, node_id)
             self._links.node_changed(node_id)
 
-    def _nodes(self, peer: _Peer) -> tuple[dict[NodeId, RemoteNode], set[NodeId]]:
-        """By its newest view, and of them those that are not full any more, whatever rows have changed."""
-        said: dict[NodeId, tuple[int, dict[ReplicaId, ReplicaView]]] = {}
-        for shared in peer.replicas:
-            epoch, replicas = said.setdefault(shared.view.node_id, (shared.epoch, {}))
-            if epoch == shared.epoch:
-                replicas[shared.view.replica_id] = shared.view
-        nodes, were_full = {}, set()
-        for node_id, (epoch, replicas) in said.items():
-            known = peer.nodes.get(node_id)
-            node = known if known is not None and known.epoch == epoch else RemoteNode(node_id, epoch, peer.way, self._links.measures)
-            if node.tell(replicas):
-                were_full.add(node_id)
-            nodes[node_id] = node
-        return nodes, were_full
+    def _tell_node(self, peer: _Peer, node_id: NodeId) -> None:
+        """What its gateway says now of a node, which may be nothing."""
+        said = [peer.replicas[number] for number in peer.rows.get(node_id, ())]
+        if not said:
+            peer.nodes.pop(node_id, None)
+            return
+        epoch, node = said[0].epoch, peer.nodes.get(node_id)
+        if node is None or node.epoch != epoch:
+            node = peer.nodes[node_id] = RemoteNode(node_id, epoch, peer.way, self._links.measures)
+        node.tell({shared.view.replica_id: shared.view for shared in said if shared.epoch == epoch})
 
     def _gather(self) -> None:
         """All remote nodes; of one that two gateways name, by its later session."""

@@ -77,11 +77,15 @@ class RemoteNode:
         """How many are under way there, as far as this gateway knows."""
         return sum(view.in_flight_count for view in self.replica_views())
 
-    def tell(self, replicas: Mapping[ReplicaId, ReplicaView]) -> bool:
-        """What its gateway said last of each of its replicas, at least one; whether it takes back that one of them was full."""
-        was_full, self._full = bool(self._full), set()
+    @property
+    def was_used(self) -> bool:
+        """Whether a new view may change what is seen of it, though its own part in it is as it was."""
+        return bool(self._full or self._sent)
+
+    def tell(self, replicas: Mapping[ReplicaId, ReplicaView]) -> None:
+        """What its gateway said last of each of its replicas, at least one; that one of them was full is taken back."""
+        self._full = set()
         self._replicas = {replica_id: view._replace(is_remote=True) for replica_id, view in replicas.items()}
-        return was_full
 
     def refused(self, attempt_id: AttemptId) -> None:
         """Its gateway had no room for the attempt there: nothing more is sent to the replica before the next view."""
