@@ -53,10 +53,10 @@ class Pool:
             group_offer=GroupOffer("lab", f"10.0.0.{ord(name)}", 29600, tuple(map(AccountId, TRUSTS[name]))),
         )
 
-    async def join(self, name):
-        hello = Hello(1, NodeId(name), SessionId("s"), "1", self.inventory(name), NodeState.SERVING)
-        self.epochs[name] = (await self.nodes.open_session(hello, gateway_epoch=1)).epoch
-        self.engines[name], self.measured[name] = (), ()
+    async def join(self, name, engines=(), gateway_epoch=1, session="s"):
+        hello = Hello(1, NodeId(name), SessionId(session), "1", self.inventory(name), NodeState.SERVING, engines=engines)
+        self.epochs[name] = (await self.nodes.open_session(hello, gateway_epoch=gateway_epoch)).epoch
+        self.engines[name], self.measured[name] = engines, ()
 
     async def leave(self, name, reason=None):
         await self.nodes.close_session(NodeId(name), self.epochs.pop(name), reason)
@@ -240,6 +240,24 @@ async def test_nor_does_a_gateway_that_died(pool):
     before, engines = (await pool.serving()).stages(), dict(pool.engines)
     await come_back_to_another_gateway(pool, engines)
     assert pool.stages() == before
+
+
+async def test_nor_one_whose_nodes_are_with_another_gateway_before_it_is_missed(pool):
+    before, engines = (await pool.serving()).stages(), dict(pool.engines)
+    for name in OWNERS:
+        await pool.join(name, engines[name], gateway_epoch=2)
+        assert pool.stages() == before
+    pool.nodes.gateway_started({2, 3})
+    await pool.report()
+    assert pool.stages() == before
+    await pool.leave("b")
+    assert pool.stages() == {}
+
+
+async def test_an_agent_that_begins_anew_at_another_gateway_is_lost_to_its_group(pool):
+    engines = dict((await pool.serving()).engines)
+    await pool.join("b", engines["b"], gateway_epoch=2, session="another")
+    assert pool.board.snapshot.broken_groups == {GROUP: "member b is lost: its agent began anew"}
 
 
 async def test_a_directory_that_starts_anew_leaves_the_group_alone(database_url):

@@ -13,7 +13,7 @@ from potluck_coordinator.domain.node_view import NodeView
 from potluck_coordinator.domain.planning.node_kinds import cards_of
 from potluck_coordinator.node_reports import NodeReport
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
-from potluck_protocol.values import ModelId, NodeState
+from potluck_protocol.values import ModelId, NodeState, SessionId
 
 
 @dataclass(slots=True)
@@ -25,6 +25,8 @@ class LiveNode:
     card_foreign_bytes: Mapping[str, int]
     gateway_epoch: int
     """Of the gateway that has its link."""
+    session_id: SessionId | None = None
+    """Of its agent's process, as its hello said; None: this directory has not heard it."""
 
     def planned_by(self) -> object:
         """What of it may change a plan at once."""
@@ -68,6 +70,11 @@ def node_view(node: EnrolledNode, live: LiveNode | None) -> NodeView:
         card_foreign_bytes=live.card_foreign_bytes,
         cards_lost=bool(cards_of(node.inventory)) and not cards_of(replace(node.inventory, accelerators=cards)),
     )
+
+
+def moves_here(live: LiveNode | None, session_id: SessionId, gateway_epoch: int) -> bool:
+    """Whether an agent that says hello at a gateway has its session at another one: that gateway is gone, and nothing on the node ended."""
+    return live is not None and live.session_id == session_id and live.gateway_epoch != gateway_epoch
 
 
 def still_there(live: LiveNode | None, epoch: int, now: float) -> bool:

@@ -23,7 +23,7 @@ from potluck_coordinator.desks import NodeRecord, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.gathering import Gathering
 from potluck_coordinator.directory.kept_plan import KeptPlan
-from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, node_view, still_there, summed
+from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, moves_here, node_view, still_there, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.gateways import surplus_count
@@ -82,7 +82,7 @@ class Nodes:
         """Of the last plan; None while nobody has asked."""
         self._planned_at = -PLAN_SECONDS_MAX
         self._links_ended = False
-        """By the coordinator itself, since the last plan."""
+        """By the coordinator itself, or with a gateway, since the last plan."""
         self._asked_count = self._answered_count = 0
         self._refreshing = asyncio.Lock()
         self._steady_offset_ms = clock.unix_ms() - clock.monotonic_seconds() * 1000
@@ -191,7 +191,7 @@ class Nodes:
     async def open_session(self, hello: Hello, *, gateway_epoch: int) -> SessionGrant:
         """As `NodeDesk.open_session`."""
         self.gateway_speaks(gateway_epoch)
-
+        moves = moves_here(self._live.get(hello.node_id), hello.session_id, gateway_epoch)
         node = await self._beginning.ask(hello.node_id, (hello.inventory, hello.agent_version))
         if node is None:
             raise PotluckError(ErrorCode.INVALID_CERTIFICATE, "This node is no longer part of the pool; ask for a new invite.")
@@ -207,7 +207,8 @@ class Nodes:
             line=hello.inventory.line,
             rest_causes=hello.rest_causes,
         )
-        self._live[node.node_id] = self._heard(said, self._now(), gateway_epoch)
+        self._live[node.node_id] = replace(self._heard(said, self._now(), gateway_epoch), session_id=hello.session_id)
+        self._links_ended = self._links_ended or moves
         await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
@@ -269,8 +270,9 @@ class Nodes:
         }
         if all(uptime.went_unwatched(reported_at_ms, now_ms) for reported_at_ms in at_ms.values()):
             self._uptime = uptime.start(now_ms)
-        self._links_ended = True
-        self._forget([node_id for node_id, live in self._live.items() if live.gateway_epoch not in gateway_epochs])
+        unlinked = [node_id for node_id, live in self._live.items() if live.gateway_epoch not in gateway_epochs]
+        self._links_ended = self._links_ended or bool(unlinked)
+        self._forget(unlinked)
         self._waiting = {epoch: counts for epoch, counts in self._waiting.items() if epoch in gateway_epochs}
 
     async def judge_minutes(self) -> None:
@@ -307,7 +309,8 @@ class Nodes:
         self._said_goodbye.discard(report.node_id)
         known = foreign_bytes_known(self._card_foreign_bytes.get(report.node_id, {}), report.cards)
         self._card_foreign_bytes[report.node_id] = known
-        return LiveNode(report, now, known, gateway_epoch)
+        before = self._live.get(report.node_id)
+        return LiveNode(report, now, known, gateway_epoch, session_id=None if before is None else before.session_id)
 
     def _known(self, work: UnitOfWork) -> tuple[PoolFacts, Mapping[NodeId, str], frozenset[NodeId]]:
         """What a plan is made from, who is out, and who is trusted."""
