@@ -227,6 +227,19 @@ def test_accounts_are_remembered_within_bounds(monkeypatch):
     assert windows.allowance(AccountId("account 99")).remaining_count == 1
 
 
+def test_what_other_gateways_let_in_is_forgotten_by_the_same_bounds(monkeypatch):
+    monkeypatch.setattr(rate_windows, "ACCOUNTS_MAX", 10)
+    clock, ann = MovedClock(), AccountId("ann")
+    windows = RateWindows(rate_limit("20/hour"), clock.monotonic_seconds)
+    for number in range(100):
+        clock.now_seconds += 600.0
+        windows.count_elsewhere(ann, 2)
+        windows.count_elsewhere(AccountId(f"account {number}"), 1)
+    assert windows.allowance(ann).remaining_count == 20 - 6 * 2
+    assert len(windows._moments._moments) == 10
+    assert len(windows._moments._moments[windows._limit.key_for(ann)]) == 6 * 2
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0ms"), (0.0121, "13ms"), (1.5, "1.5s"), (36, "36s"), (360, "6m0s"), (3599.9995, "1h0m0s"), (3661.5, "1h1m1.5s")],

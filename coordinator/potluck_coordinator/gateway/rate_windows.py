@@ -62,6 +62,14 @@ class _Moments(Storage, MovingWindowSupport):
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Counts so many requests more, unless they would pass the limit."""
+        moments, now = self._window(key, expiry), self._now_seconds()
+        if len(moments) + amount > limit:
+            return False
+        moments.extend([now] * amount)
+        return True
+
+    def _window(self, key: str, expiry: int) -> deque[float]:
+        """What is left of an account's, which is now the one that asked last."""
         moments = self._moments.pop(key, None) or deque()
         self._moments[key] = moments
         now = self._now_seconds()
@@ -69,19 +77,16 @@ class _Moments(Storage, MovingWindowSupport):
             moments.popleft()
         while len(self._moments) > ACCOUNTS_MAX:
             del self._moments[next(iter(self._moments))]
-        if len(moments) + amount > limit:
-            return False
-        moments.extend([now] * amount)
-        return True
+        return moments
 
     def newest(self, key: str) -> float:
         """When the last one was made."""
         moments = self._moments.get(key)
         return moments[-1] if moments else -math.inf
 
-    def add(self, key: str, count: int) -> None:
+    def add(self, key: str, count: int, expiry: int) -> None:
         """So many requests more, or fewer, that were made elsewhere: now, as far as this one knows, and whatever the limit is."""
-        moments = self._moments.setdefault(key, deque())
+        moments = self._window(key, expiry)
         moments.extend([self._now_seconds()] * count)
         for _ in range(min(-count, len(moments))):
             moments.pop()
@@ -174,7 +179,7 @@ class RateWindows:
 
     def count_elsewhere(self, account_id: AccountId, count: int) -> None:
         """Other gateways let so many in; less than none, where they took some back."""
-        self._moments.add(self._limit.key_for(account_id), count)
+        self._moments.add(self._limit.key_for(account_id), count, self._limit.get_expiry())
 
     def allowance(self, account_id: AccountId) -> Allowance:
         """What the account has left."""
