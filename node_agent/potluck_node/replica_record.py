@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from potluck_node.domain.breaker import CRASHES_MAX, WINDOW_SECONDS, CrashRecord
+from potluck_node.domain.model_source import ATTACHED_KIND
 from potluck_node.domain.plan import ObservedReplica, Phase
 from potluck_node.domain.step_down import Leftover, MemoryPlan
-from potluck_node.engines.base import Engine
+from potluck_node.engines.base import Engine, EngineAddress
 from potluck_node.engines.process import EngineProcess
+from potluck_node.replicas import Residence
 from potluck_protocol.values import EngineState, EngineStatus, FailureKind
 
 _STATE_OF_PHASE: Final = {
@@ -52,6 +54,18 @@ class ReplicaRecord:
     def slot_count(self) -> int:
         """Its engine's, or as wished before the first start."""
         return self.memory_plan.slot_count if self.memory_plan else self.observed.engine.slot_count
+
+    @property
+    def ready_address(self) -> EngineAddress | None:
+        """Where its engine answers, while it is READY. A stage of a group that does not lead has none."""
+        process = self.process if self.observed.phase is Phase.READY else None
+        return process.address if process is not None and process.address.url else None
+
+    @property
+    def residence(self) -> Residence | None:
+        """Where its engine lives, while it is READY; None for one that its owner runs."""
+        process, wish = self.process if self.observed.phase is Phase.READY else None, self.observed.engine
+        return None if process is None or wish.engine_kind == ATTACHED_KIND else Residence(process.pid, wish.shape.card_uuids)
 
     def status(self, engine: Engine | None) -> EngineStatus:
         """The replica as the link tells it; `engine` is its kind, None where this node has none such."""

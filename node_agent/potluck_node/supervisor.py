@@ -115,18 +115,12 @@ class EngineSupervisor:
     def ready_address(self, replica_id: ReplicaId) -> EngineAddress | None:
         """See `Replicas`."""
         replica = self._replicas.get(replica_id)
-        if replica is None or replica.process is None or replica.observed.phase is not Phase.READY:
-            return None
-        # A stage of a group that does not lead has none.
-        return replica.process.address if replica.process.address.url else None
+        return None if replica is None else replica.ready_address
 
     def residence(self, replica_id: ReplicaId) -> Residence | None:
         """See `Replicas`."""
         replica = self._replicas.get(replica_id)
-        if replica is None or replica.process is None or replica.observed.phase is not Phase.READY:
-            return None
-        wish = replica.observed.engine
-        return None if wish.engine_kind == ATTACHED_KIND else Residence(replica.process.pid, wish.shape.card_uuids)
+        return None if replica is None else replica.residence
 
     def cards_given(self) -> frozenset[str]:
         """See `Replicas`."""
