@@ -43,6 +43,8 @@ GATEWAY_STOP_SECONDS_MAX: Final = 5.0
 DIRECTORY_STOP_SECONDS_MAX: Final = 2.0
 OBJECT_STORE_BYTES: Final = 80 * 1024 * 1024
 """Ray refuses less than 75 MiB. Nothing of ours goes through it."""
+ACTOR_MEMORY_BYTES: Final = 1
+"""What Ray is told that an actor takes. For one that takes nothing Ray draws a machine at random, whatever machine was preferred."""
 
 _log = structlog.get_logger()
 
@@ -271,7 +273,13 @@ class RayRuntime:
 
         where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(machine, soft=soft)
         return ray.remote(actor_class).options(
-            name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=CALLS_MAX, scheduling_strategy=where
+            name=name,
+            num_cpus=0,
+            memory=ACTOR_MEMORY_BYTES,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=CALLS_MAX,
+            scheduling_strategy=where,
         )
 
     def _make_gateway(self, number: int) -> None:

@@ -30,6 +30,7 @@ import psutil
 
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.pool_processes import NodeProcess, Pool, command, new_invite, write_catalogue
+from tests.support.refusals import REFUSED_SECONDS_MAX, told_seconds
 
 BACK_SECONDS_MAX = 10.0
 HOLDS_SECONDS_MAX = 10.0
@@ -53,7 +54,7 @@ class Round:
 
 
 class Load:
-    """Clients that ask again as soon as they have their answer, or none."""
+    """Clients that ask again as soon as they have their answer, or none, or when they were told to come again."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -61,6 +62,8 @@ class Load:
         self._lock = threading.Lock()
         self.complete = 0
         self.broken = 0
+        self.refused = 0
+        """Told to come again before anything of an answer came: no answer broke by that, unless it goes on for too long."""
         self.silent_ends: list[str] = []
         """Answers that looked whole and were not: no `[DONE]`, no error, and nothing wrong with the connection."""
         self.failures: Counter[str] = Counter()
@@ -78,13 +81,19 @@ class Load:
             thread.join(60)
 
     def _ask(self) -> None:
+        refused_since = None
         while not self._stop.is_set():
-            if not self.ask_once():
-                self._stop.wait(0.1)
+            complete, told = self.ask_once()
+            refused_since = None if told is None else refused_since or time.monotonic()
+            if refused_since is not None and time.monotonic() - refused_since > REFUSED_SECONDS_MAX:
+                with self._lock:
+                    self.broken += 1
+                    self.failures["refused for too long"] += 1
+            self._stop.wait(0.0 if complete else told or 0.1)
 
-    def ask_once(self) -> bool:
-        """Whether a complete answer came."""
-        complete, silent_end, failure = False, "", ""
+    def ask_once(self) -> tuple[bool, float | None]:
+        """Whether a complete answer came; else, if it was told so, after how many seconds to come again."""
+        complete, silent_end, failure, told = False, "", "", None
         try:
             stream = self._pool.stream()
             stream.read_to_end()
@@ -93,15 +102,17 @@ class Load:
                 silent_end = f"an answer of {stream.node_id} just ended after {stream.token_count} tokens"
             failure = "" if complete else str(stream.error)
         except HTTPError as error:
+            told = told_seconds(error.code, error.headers)
             failure = error.read().decode(errors="replace")
         except Exception as error:  # noqa: BLE001 - while something is dead, clients fail in every way there is, but they notice
             failure = repr(error)
         with self._lock:
             self.complete += complete
-            self.broken += not complete
+            self.broken += not complete and told is None
+            self.refused += told is not None
             self.silent_ends += [silent_end] if silent_end else []
             self.failures += Counter([failure] if failure else [])
-        return complete
+        return complete, told
 
 
 def standing(pool: Pool) -> dict[str, Any]:
@@ -175,9 +186,11 @@ def play(pool: Pool, number: int, catalogue: Path, stack: ExitStack) -> Round:
     broken += load.silent_ends
     if load.complete == 0:
         broken.append("no answer was complete: there was no load")
-    if victim == "directory" and load.broken:
-        broken.append(f"{load.broken} answers broke, although only the directory died: {dict(load.failures)}")
-    return Round(number, victim, round(back_after_seconds, 2), load.complete, load.broken, open_hold_count, (*broken, *findings))
+    # Neither is a client sent away: what needs the books waits for them.
+    not_answered = load.broken + load.refused
+    if victim == "directory" and not_answered:
+        broken.append(f"{not_answered} answers broke, although only the directory died: {dict(load.failures)}")
+    return Round(number, victim, round(back_after_seconds, 2), load.complete, not_answered, open_hold_count, (*broken, *findings))
 
 
 @contextmanager

@@ -293,6 +293,7 @@ def audit(pool: Pool) -> tuple[str, ...]:
 def new_invite(pool: Pool) -> str:
     """From the command that operators use."""
     made = command(pool, "tokens", "create")
+    assert made.returncode == 0, made.stdout + made.stderr
     return next(word for word in made.stdout.split() if word.startswith("potluck1."))
 
 
