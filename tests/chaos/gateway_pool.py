@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -277,6 +278,10 @@ def serves(pool: GatewayPool, number: int) -> bool:
     return False
 
 
+def _joined(pool: Pool, folder: Path, wrap: tuple[str, ...]) -> NodeProcess:
+    return NodeProcess(folder, new_invite(pool), wrap=wrap)
+
+
 @contextmanager
 def pool_of_gateways(folder: Path, node_count: int = 4, cluster: Cluster | None = None) -> Iterator[GatewayPool]:
     """A coordinator of two gateways, and nodes; of two hosts every second one is on the other."""
@@ -290,7 +295,10 @@ def pool_of_gateways(folder: Path, node_count: int = 4, cluster: Cluster | None 
         coordinator = stack.enter_context(CoordinatorProcess(folder / "coordinator", *flags))
         coordinator.wait_ready()
         pool = GatewayPool(folder, coordinator, where)
-        for number in range(node_count):
-            pool.nodes.append(stack.enter_context(NodeProcess(folder / f"node-{number}", new_invite(pool), wrap=where.wrap(number % 2))))
+        with ThreadPoolExecutor(node_count) as threads:
+            joining = [threads.submit(_joined, pool, folder / f"node-{number}", where.wrap(number % 2)) for number in range(node_count)]
+        pool.nodes += [stack.enter_context(node.result()) for node in joining if node.exception() is None]
+        for node in joining:
+            node.result()
         pool.wait_connected()
         yield pool

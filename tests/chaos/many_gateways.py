@@ -176,7 +176,9 @@ def restart_all(pool: GatewayPool) -> Show:
     with Load(pool) as load:
         time.sleep(LOAD_SECONDS)
         with ThreadPoolExecutor(GATEWAY_COUNT) as threads:
-            begun = list(threads.map(lambda number: GatewayClient(pool, number).begin(token_count=STREAM_TOKENS), range(GATEWAY_COUNT)))
+            begun = list(
+                threads.map(lambda number: GatewayClient(pool, number).begin(token_count=STREAM_TOKENS // 2), range(GATEWAY_COUNT))
+            )
             answers = [threads.submit(client.end) for client in begun]
             began_at = time.monotonic()
             done = command(pool, "coordinator", "restart", "--json", "--data-dir", str(pool.coordinator.data_dir))

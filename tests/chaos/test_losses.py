@@ -1,10 +1,11 @@
-"""A sample of what `tests.chaos.node_loss` and `coordinator_loss` show in full."""
+"""A sample of what `tests.chaos.node_loss`, `coordinator_loss` and `many_gateways` show in full."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.chaos import coordinator_loss, node_loss
+from tests.chaos import coordinator_loss, many_gateways, node_loss
+from tests.chaos.gateway_pool import pool_of_gateways
 from tests.support.pool_processes import running_pool
 
 
@@ -20,3 +21,10 @@ def test_each_process_of_the_coordinator_can_die_under_load(tmp_path):
     with coordinator_loss.pool_to_break(tmp_path, node_count=1) as (pool, catalogue, stack):
         for number in range(len(coordinator_loss.VICTIMS)):
             assert coordinator_loss.play(pool, number, catalogue, stack).broken == ()
+
+
+@pytest.mark.timeout(240)
+def test_a_gateway_and_the_directory_die_beside_another_gateway(tmp_path):
+    with pool_of_gateways(tmp_path) as pool:
+        for play in many_gateways.shows(pool, kill_count=1, directory_kill_count=1):
+            assert play().broken == ()
