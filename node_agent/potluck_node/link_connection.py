@@ -101,7 +101,9 @@ class LinkConnection:
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                 noticed = False
         if self._writer is not None:
+            # Its end would keep us, and with us the socket, until the next collection: a cancelled task remembers where it was.
             self._writer.cancel()
+            self._writer = None
         self._call.cancel()
         await self._channel.close()
         return noticed

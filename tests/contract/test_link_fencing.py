@@ -1,13 +1,21 @@
-"""What an agent carries out of the frames that reach it: those of its own epoch, each start once, and a heartbeat when asked for one."""
+"""What an agent carries out of the frames that reach it: those of its own epoch, each start once, and a heartbeat when asked for one.
+
+And that it leaves no connection behind.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from potluck_protocol.codec import goodbye_message
 from potluck_protocol.v1 import node_pb2
+from potluck_protocol.values import GoodbyeReason
 from tests.support.link_coordinator import LinkCoordinator, link_coordinator
 from tests.support.node_engine import DirectedEngine, directed_engine, wired_node
 
@@ -65,3 +73,34 @@ async def test_a_heartbeat_that_is_asked_for_comes_at_once_and_each_has_a_number
             await link.until(lambda count=count: len(numbers()) >= count, 2)
         assert numbers() == sorted(set(numbers()))
         assert numbers()[0] > 0
+
+
+def sockets_to(port: int) -> int:
+    """This process's own ends of connections to that port."""
+    return sum(bool(one.raddr) and one.raddr.port == port for one in psutil.Process().net_connections("tcp"))
+
+
+async def test_a_connection_is_closed_when_the_link_has_left_it_and_not_when_rubbish_is_collected(coordinator, tmp_path) -> None:
+    gc.disable()
+    try:
+        async with wired_node(coordinator, tmp_path, None) as node:
+            former = await coordinator.next_link()
+            await former.welcome()
+            await former.until(lambda: former.frames)
+            for _ in range(3):
+                node.link.introduce_again()
+                link = await coordinator.next_link()
+                await former.send(goodbye=goodbye_message(GoodbyeReason.REPLACED))
+                former.close()
+                await link.welcome()
+                await link.until(lambda link=link: link.frames)
+                former = link
+            async with asyncio.timeout(5):
+                while sockets_to(coordinator.link_port) > 1:
+                    await asyncio.sleep(0.01)
+            assert await node.link.say_goodbye(GoodbyeReason.STOPPING)
+            async with asyncio.timeout(5):
+                while sockets_to(coordinator.link_port):
+                    await asyncio.sleep(0.01)
+    finally:
+        gc.enable()

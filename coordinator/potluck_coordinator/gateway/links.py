@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -84,7 +85,8 @@ class Links:
         self._roster = Roster(lambda model_id: self.usual(model_id))  # noqa: PLW0108 - it is said later
         self._changed: set[NodeId] = set()
         """Whose replicas may be others than in the roster."""
-        self._opening: dict[NodeId, asyncio.Lock] = {}
+        self._opening: WeakValueDictionary[NodeId, asyncio.Lock] = WeakValueDictionary()
+        """Of those that connect now: each is gone when nobody holds it."""
         self._outcasts: Mapping[NodeId, str] = {}
         self.word = NOTHING_SAID
         """The directory's, which every session is given."""
