@@ -21,7 +21,7 @@ from potluck_node import enrolment
 from potluck_node.domain.certificates import CertificateDates, Standing, renew_again_at_unix_ms, renew_at_unix_ms, standing
 from potluck_node.gateway_ways import GatewayWays
 from potluck_node.identity_store import NodeIdentity, StateFolder
-from potluck_protocol.channels import CHANNEL_OPTIONS
+from potluck_protocol.channels import LINK_CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import fetch_connection, pinned_url
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -142,9 +142,7 @@ class Credentials:
             private_key=self._private_key_pem,
             certificate_chain=self._certificate_pem,
         )
-        # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
-        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        return grpc.aio.secure_channel(self.gateways.target, credentials, options=options)
+        return grpc.aio.secure_channel(self.gateways.target, credentials, options=LINK_CHANNEL_OPTIONS)
 
     @contextlib.contextmanager
     def _kept_in_memory_at_least(self) -> Iterator[None]:

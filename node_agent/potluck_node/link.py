@@ -24,6 +24,7 @@ import grpc.aio
 import structlog
 
 from potluck_node.attempts import Attempts
+from potluck_node.beats import Beats
 from potluck_node.credentials import Credentials
 from potluck_node.domain import session as lease
 from potluck_node.domain.session import Session
@@ -79,11 +80,10 @@ class Link:
         self._attempts = attempts
         self._chunks = PacedChunks(attempts, clock, upload_bytes_per_second_max)
         self._orders = Orders(attempts, replicas, peers)
-        self._report = report
+        self._beats = Beats(report)
         self._clock = clock
         self._jitter = jitter
-        self.session = Session()
-        self.trouble = ""
+        self.session, self.trouble = Session(), ""
         self._current: LinkConnection | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
@@ -91,10 +91,8 @@ class Link:
         self._tokens_sent_at_seconds, self._told_seconds = -math.inf, 0.0
         self._move_at_seconds: float | None = None
         self._farewells = Farewells()
-        self._stopping = False
-        self._goodbye_said = asyncio.Event()
-        self._renewed_after_refusal = False
-        self._changed = asyncio.Event()
+        self._stopping = self._renewed_after_refusal = False
+        self._goodbye_said, self._changed = asyncio.Event(), asyncio.Event()
         self._failure: BaseException | None = None
         attempts.wake = self.wake
         replicas.on_change(self.report_now)
@@ -191,7 +189,7 @@ class Link:
         try:
             in_flight = self._attempts.in_flight
             hello_at_seconds = self._clock.monotonic_seconds()
-            hello = node_pb2.NodeFrame(epoch=self.session.epoch, hello=hello_message(self._report.hello(in_flight)))
+            hello = node_pb2.NodeFrame(epoch=self.session.epoch, hello=hello_message(self._beats.hello(in_flight)))
             first = await connection.greet(hello, self._credentials.gateways.greeting_seconds_max)
             welcome = self._welcome_of(first)
         except BaseException:
@@ -241,6 +239,7 @@ class Link:
             heartbeat_idle_ms=welcome.heartbeat_idle_ms,
             hello_sent_at_seconds=hello_at_seconds,
         )
+        self._beats.welcomed(takes_brief=welcome.takes_brief_heartbeats)
         self._attempts.resume(in_flight, welcome.resume_points)
         self._orders.wish(welcome.desired, outright=new_epoch)
         self._current = connection
@@ -312,8 +311,9 @@ class Link:
         if not lease.may_order(self.session, frame.epoch):
             return
         if frame.HasField("lease"):
-            epoch, ttl_ms, idle_ms = frame.lease.epoch, frame.lease.lease_ttl_ms, frame.lease.heartbeat_idle_ms
-            self.session = lease.after_renewal(self.session, epoch=epoch, lease_ttl_ms=ttl_ms, heartbeat_idle_ms=idle_ms)
+            told = frame.lease
+            epoch, ttl_ms, idle_ms, number = told.epoch, told.lease_ttl_ms, told.heartbeat_idle_ms, told.heartbeat_number
+            self.session = lease.after_renewal(self.session, epoch=epoch, lease_ttl_ms=ttl_ms, heartbeat_idle_ms=idle_ms, number=number)
         self._orders.take(frame)
         if frame.beat_now:
             self.report_now()
@@ -390,8 +390,8 @@ class Link:
             self._tokens_sent_at_seconds = now_seconds
         if self._beat_wanted:
             self._beat_wanted = False
-            self.session = lease.after_beat(self.session, now_seconds)
-            frame.heartbeat.CopyFrom(heartbeat_message(self._report.heartbeat()))
+            frame.heartbeat.CopyFrom(heartbeat_message(self._beats.next(now_seconds, busy=self._attempts.busy)))
+            self.session = lease.after_beat(self.session, frame.heartbeat.number, now_seconds)
             waiting = True
         if self._request_wanted:
             self._request_wanted = False

@@ -55,3 +55,13 @@ CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+
+LINK_CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
+    # gRPC takes the first of two values. An agent whose coordinator is silent lets its lease lapse after 15 s, whatever gRPC finds out; an
+    # idle one hears an answer every 10 to 12 s, and each ping before that would cost the coordinator as much as another heartbeat.
+    ("grpc.keepalive_time_ms", 20_000),
+    *CHANNEL_OPTIONS,
+    # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+"""A node's link has a channel of its own."""

@@ -178,6 +178,7 @@ def welcome_message(welcome: Welcome) -> node_pb2.Welcome:
             for attempt_id, point in welcome.resume_points.items()
         ],
         link_addresses=welcome.link_addresses,
+        takes_brief_heartbeats=welcome.takes_brief_heartbeats,
     )
 
 
@@ -191,6 +192,7 @@ def welcome_value(message: node_pb2.Welcome) -> Welcome:
         desired=desired_state_value(message.desired),
         resume_points={AttemptId(point.attempt_id): _resume_point(point) for point in message.resume_points},
         link_addresses=tuple(message.link_addresses[:LINK_ADDRESSES_MAX]),
+        takes_brief_heartbeats=message.takes_brief_heartbeats,
     )
 
 
@@ -200,6 +202,8 @@ def _resume_point(message: node_pb2.ResumePoint) -> ResumePoint:
 
 
 def heartbeat_message(heartbeat: Heartbeat) -> node_pb2.Heartbeat:
+    if heartbeat.unchanged:
+        return node_pb2.Heartbeat(progress_count=heartbeat.progress_count, number=heartbeat.number, unchanged=True)
     return node_pb2.Heartbeat(
         progress_count=heartbeat.progress_count,
         state=NODE_STATE_NUMBER[heartbeat.state],
@@ -227,20 +231,6 @@ def heartbeat_value(message: node_pb2.Heartbeat) -> Heartbeat:
         number=message.number,
         rest_causes=rest_causes_from_numbers(message.rest_causes),
     )
-
-
-def lasting_word(message: node_pb2.Heartbeat) -> bytes:
-    """A heartbeat but for its number, its count of chunks, and what changes by itself all the time: two with the same say the same.
-
-    That a card is lost is no such change.
-    """
-    lasting = node_pb2.Heartbeat()
-    lasting.CopyFrom(message)
-    lasting.ClearField("number")
-    lasting.ClearField("progress_count")
-    lasting.ClearField("cards")
-    lasting.ClearField("disk_free_bytes")
-    return lasting.SerializeToString() + b"".join(card.uuid.encode() + b"," for card in message.cards if card.lost)
 
 
 def start_attempt_message(start: StartAttempt) -> node_pb2.StartAttempt:

@@ -363,6 +363,8 @@ class Welcome:
     """Of each attempt that goes on; an attempt of `Hello.in_flight` not named here is to be dropped."""
     link_addresses: tuple[str, ...] = ()
     """Of all gateways, as "host:port", the one that speaks first; without a host where that is the host that the node dialled."""
+    takes_brief_heartbeats: bool = False
+    """Whether a heartbeat may say that nothing has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +384,8 @@ class Heartbeat:
     """Grows with every heartbeat of one agent process; 0: not said."""
     rest_causes: tuple[RestCause, ...] = ()
     """Why it does not serve; empty while it does."""
+    unchanged: bool = False
+    """All but its number and its count of chunks is as the last heartbeat said that said it, and is not said again."""
 
 
 @dataclass(frozen=True, slots=True)

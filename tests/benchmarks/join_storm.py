@@ -28,6 +28,7 @@ from typing import Final
 
 import structlog
 
+import potluck.command  # noqa: F401 - the loop of gRPC's that it names is that of all processes here
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_protocol.clock import SystemClock
 from tests.benchmarks.processes import CpuReading

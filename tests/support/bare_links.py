@@ -38,7 +38,7 @@ class BareLinks(node_pb2_grpc.NodeServiceServicer):
         del request_iterator
         hello = await context.read()
         node_id = hello.hello.node_id
-        welcome = Welcome(PROTOCOL_VERSION, 1, LEASE_MS, 1000, 5000, DesiredState(), {})
+        welcome = Welcome(PROTOCOL_VERSION, 1, LEASE_MS, 1000, 5000, DesiredState(), {}, takes_brief_heartbeats=True)
         await context.write(node_pb2.CoordinatorFrame(welcome=welcome_message(welcome)))
         del hello
         while (frame := await context.read()) is not grpc.aio.EOF:

@@ -108,7 +108,8 @@ class ServedLink:
                 self.frames.append(frame)
                 self._news.notify_all()
             if frame.HasField("heartbeat") and renew_leases():
-                await self.send(lease=node_pb2.LeaseRenewal(epoch=frame.epoch, lease_ttl_ms=lease_ttl_ms))
+                number = frame.heartbeat.number
+                await self.send(lease=node_pb2.LeaseRenewal(epoch=frame.epoch, lease_ttl_ms=lease_ttl_ms, heartbeat_number=number))
 
 
 class LinkCoordinator(node_pb2_grpc.NodeServiceServicer, node_pb2_grpc.EnrolmentServiceServicer):

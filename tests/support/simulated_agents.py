@@ -31,7 +31,7 @@ from potluck_node.link import Link
 from potluck_node.no_replicas import NoReplicas
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_protocol.cards import CardTelemetry
-from potluck_protocol.channels import CHANNEL_OPTIONS
+from potluck_protocol.channels import LINK_CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import PotluckError
@@ -116,8 +116,7 @@ class HeldCredentials:
         credentials = grpc.ssl_channel_credentials(
             self._nodes.ca_certificate_pem.encode(), key.private_key_pem.encode(), key.certificate_pem.encode()
         )
-        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        return grpc.aio.secure_channel(self.gateways.target, credentials, options=options)
+        return grpc.aio.secure_channel(self.gateways.target, credentials, options=LINK_CHANNEL_OPTIONS)
 
 
 class BoxReport:

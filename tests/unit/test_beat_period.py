@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck_coordinator.domain.beat_period import STEP_SECONDS, idle_period_seconds, longest_idle_seconds
 from potluck_coordinator.domain.nodes import (
-    RENEWALS_PER_LEASE,
+    LEFT_SHARE_BUSY,
+    LEFT_SHARE_IDLE,
     Liveness,
     LivenessLimits,
     SignsOfLife,
@@ -17,6 +20,7 @@ from potluck_coordinator.domain.nodes import (
     next_look_at,
     renewal_is_due,
 )
+from potluck_node.domain.session import Session, after_beat, after_renewal, after_welcome, lease_left_seconds
 
 USUAL = LivenessLimits()
 LONG = LivenessLimits(lease_ttl_seconds=61.0)
@@ -88,13 +92,41 @@ def test_whoever_is_at_work_or_without_a_link_is_looked_at_each_time():
     assert next_look_at(SignsOfLife(1e9, None), 1e9, USUAL) < 0
 
 
-@given(st.lists(st.floats(0.9, 1.3), min_size=10, max_size=60))
-def test_an_agent_that_beats_each_second_always_has_most_of_its_lease_left(gaps):
-    """Counted as the agent counts it: from the oldest heartbeat that has no answer yet."""
-    renewed_at, now, unanswered_since, lease_ends_at = -100.0, 0.0, None, USUAL.lease_ttl_seconds
-    for gap in gaps:
-        now += gap
-        assert lease_ends_at - now >= USUAL.lease_ttl_seconds * (1 - 2 / RENEWALS_PER_LEASE) - 2 * 1.3
-        unanswered_since = now if unanswered_since is None else unanswered_since
-        if renewal_is_due(renewed_at, now, USUAL):
-            renewed_at, lease_ends_at, unanswered_since = now, unanswered_since + USUAL.lease_ttl_seconds, None
+LATE_SECONDS = 0.4
+"""Of a heartbeat: an agent looks four times a second whether one is due."""
+
+
+def leases(gaps, period, *, is_busy, answers_numbers=True):
+    """What is left of an agent's lease whenever it beats, by its own rule, and the share of its heartbeats that were answered."""
+    session = after_welcome(
+        Session(), epoch=1, lease_ttl_ms=15_000, heartbeat_busy_ms=1000, heartbeat_idle_ms=5000, hello_sent_at_seconds=0.0
+    )
+    renewed_at, now, left, answered_count = -math.inf, 0.0, [], 0
+    for number, gap in enumerate(gaps, 1):
+        now += period + gap
+        session = after_beat(session, number, now)
+        left.append(lease_left_seconds(session, now))
+        if renewal_is_due(renewed_at, now, USUAL, is_busy=is_busy, idle_seconds=period, counts_by_number=answers_numbers):
+            renewed_at, answered_count = now, answered_count + 1
+            session = after_renewal(session, epoch=1, lease_ttl_ms=15_000, number=number if answers_numbers else 0)
+    return left, answered_count / len(gaps)
+
+
+@given(st.lists(st.floats(0.0, LATE_SECONDS), min_size=30, max_size=60), st.sampled_from([(1.0, True), (5.0, False), (5.6, False)]))
+def test_an_agent_always_has_enough_of_its_lease_left(gaps, kept):
+    period, is_busy = kept
+    left, _ = leases(gaps, period, is_busy=is_busy)
+    assert min(left) >= USUAL.lease_ttl_seconds * (LEFT_SHARE_BUSY if is_busy else LEFT_SHARE_IDLE) - LATE_SECONDS
+
+
+@given(st.lists(st.floats(0.0, LATE_SECONDS), min_size=30, max_size=60), st.sampled_from([(1.0, True), (5.0, False)]))
+def test_an_older_agent_which_counts_from_the_oldest_heartbeat_without_an_answer_has_enough_left_too(gaps, kept):
+    period, is_busy = kept
+    left, _ = leases(gaps, period, is_busy=is_busy, answers_numbers=False)
+    assert min(left) >= USUAL.lease_ttl_seconds * LEFT_SHARE_IDLE
+
+
+@pytest.mark.parametrize(("period", "is_busy", "share"), [(1.0, True, 1 / 7), (5.0, False, 1 / 2), (5.6, False, 1 / 2)])
+def test_most_heartbeats_need_no_answer(period, is_busy, share):
+    _, answered = leases([0.0] * 140, period, is_busy=is_busy)
+    assert answered == pytest.approx(share, abs=0.01)

@@ -27,16 +27,32 @@ def test_a_welcome_grants_a_lease_counted_from_the_hello() -> None:
     assert lease.lease_left_seconds(session, 110.0) == 5.0
 
 
-def test_a_renewal_counts_from_the_oldest_heartbeat_it_may_answer() -> None:
-    session = lease.after_beat(lease.after_beat(serving(), 105.0), 110.0)
-    session = lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000)
-    assert session.lease_ends_at_seconds == 120.0
+@pytest.mark.parametrize(("number", "ends_at"), [(0, 120.0), (6, 115.0), (7, 120.0), (8, 125.0), (9, 127.0), (10, 127.0)])
+def test_a_renewal_counts_from_the_heartbeat_that_it_answers_or_from_the_oldest_that_it_may(number: int, ends_at: float) -> None:
+    session = serving()
+    for beat_number, sent_at in ((7, 105.0), (8, 110.0), (9, 112.0)):
+        session = lease.after_beat(session, beat_number, sent_at)
+    assert lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000, number=number).lease_ends_at_seconds == ends_at
+
+
+def test_what_was_answered_is_not_answered_again_and_what_came_after_it_still_is() -> None:
+    session = lease.after_beat(lease.after_beat(serving(), 1, 105.0), 2, 110.0)
+    session = lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000, number=1)
+    assert lease.after_renewal(session, epoch=3, lease_ttl_ms=60_000, number=1) == session
+    assert lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000, number=2).lease_ends_at_seconds == 125.0
+
+
+def test_heartbeats_that_nobody_answers_are_not_remembered_for_longer_than_a_lease() -> None:
+    session = serving()
+    for number in range(1, 1000):
+        session = lease.after_beat(session, number, 100.0 + 0.2 * number)
+    assert len(session.unanswered) == 75
 
 
 def test_a_renewal_that_answers_nothing_or_comes_of_another_epoch_changes_nothing() -> None:
     session = serving()
     assert lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000) == session
-    beaten = lease.after_beat(session, 105.0)
+    beaten = lease.after_beat(session, 1, 105.0)
     assert lease.after_renewal(beaten, epoch=2, lease_ttl_ms=15_000) == beaten
 
 
@@ -48,7 +64,7 @@ def test_a_lost_link_keeps_its_lease_and_a_lapsed_lease_fences() -> None:
     assert fenced.phase is Phase.FENCED
     assert lease.lease_left_seconds(fenced, 101.0) == 0.0
     assert not lease.lease_lapsed(fenced, 1e9)
-    assert lease.after_renewal(lease.after_beat(fenced, 102.0), epoch=3, lease_ttl_ms=15_000).lease_ends_at_seconds is None
+    assert lease.after_renewal(lease.after_beat(fenced, 1, 102.0), epoch=3, lease_ttl_ms=15_000).lease_ends_at_seconds is None
 
 
 @pytest.mark.parametrize(
@@ -95,10 +111,10 @@ def test_who_is_told_to_come_again_comes_no_sooner_and_not_together(count: int, 
 
 
 def test_a_renewal_says_how_often_to_beat_while_idle_and_an_older_coordinators_says_nothing() -> None:
-    beaten = lease.after_beat(serving(), 1.0)
+    beaten = lease.after_beat(serving(), 1, 101.0)
     told = lease.after_renewal(beaten, epoch=beaten.epoch, lease_ttl_ms=15_000, heartbeat_idle_ms=5_600)
     assert told.heartbeat_idle_seconds == 5.6
-    silent = lease.after_renewal(lease.after_beat(told, 2.0), epoch=told.epoch, lease_ttl_ms=15_000)
+    silent = lease.after_renewal(lease.after_beat(told, 2, 102.0), epoch=told.epoch, lease_ttl_ms=15_000)
     assert silent.heartbeat_idle_seconds == 5.6
 
 
@@ -133,22 +149,31 @@ def test_a_connection_makes_good_as_many_failed_dials_as_fit_into_its_life(count
     assert flapping(serving(), count, failed_dials=failed_dials, lived_seconds=lived_seconds).failure_count == failure_count
 
 
-@given(events=st.lists(st.tuples(st.sampled_from(["beat", "renew", "loss", "lapse"]), st.floats(0, 10)), max_size=40))
-def test_no_order_of_events_makes_a_lease_outlast_its_last_answered_heartbeat_by_more_than_its_length(events) -> None:
-    """The lease never ends later than one length after the newest beat or hello that was sent."""
-    now, newest_sent = 100.0, 100.0
-    session = serving(now)
-    for kind, wait_seconds in events:
+@given(
+    events=st.lists(st.tuples(st.sampled_from(["beat", "renew", "loss", "lapse"]), st.floats(0, 10), st.integers(0, 3)), max_size=40),
+    says_numbers=st.booleans(),
+)
+def test_no_order_of_events_makes_a_lease_outlast_the_heartbeat_that_was_answered_last_by_more_than_its_length(
+    events, says_numbers
+) -> None:
+    """The lease never ends later than one length after the newest beat or hello that the coordinator can have heard was sent."""
+    now, newest_heard, number = 100.0, 100.0, 0
+    session, sent_at = serving(now), {0: 100.0}
+    for kind, wait_seconds, late_count in events:
         now += wait_seconds
         if lease.lease_lapsed(session, now) or kind == "lapse":
             session = lease.after_lapse(session)
         elif kind == "beat" and session.phase is Phase.SERVING:
-            session, newest_sent = lease.after_beat(session, now), now
-        elif kind == "renew":
-            session = lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000)
+            number += 1
+            session, sent_at[number] = lease.after_beat(session, number, now), now
+        elif kind == "renew" and number > late_count:
+            heard = number - late_count
+            newest_heard = max(newest_heard, sent_at[heard])
+            session = lease.after_renewal(session, epoch=3, lease_ttl_ms=15_000, number=heard if says_numbers else 0)
         elif kind == "loss":
             session = lease.after_loss(session, lived_seconds=wait_seconds)
-        assert lease.lease_left_seconds(session, now) <= max(0.0, newest_sent + 15.0 - now) + 1e-9
+        heard_at = newest_heard if says_numbers else sent_at[number]
+        assert lease.lease_left_seconds(session, now) <= max(0.0, heard_at + 15.0 - now) + 1e-9
         if session.phase is Phase.FENCED:
             assert session.lease_ends_at_seconds is None
 

@@ -1,4 +1,4 @@
-"""What of a heartbeat is read, and what the directory is told of a node that only beats."""
+"""Which heartbeats are read, and what the directory is told of a node that only beats."""
 
 from __future__ import annotations
 
@@ -9,52 +9,14 @@ import pytest
 
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.link_servicer import LinkServicer
-from potluck_coordinator.gateway.node_word import TELEMETRY_SECONDS, NodeWord
 from potluck_coordinator.gateway.reporting import COVERS_PER_LEASE, Reporting
 from potluck_coordinator.node_reports import ReportReceipt
 from potluck_protocol import codec
-from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.rest import RestCause
 from potluck_protocol.values import Heartbeat, NodeId, NodeState
 from tests.support.judged_pool import JudgedPool
-from tests.support.request_queue import hello_of, status_of
 
 COVER_SECONDS = LivenessLimits().lease_ttl_seconds / COVERS_PER_LEASE
-STATUS = status_of(NodeId("a"))
-CARD = CardTelemetry("gpu-1", temperature_celsius=50, power_milliwatts=100_000)
-BEAT = Heartbeat(0, NodeState.SERVING, (STATUS,), 10, cards=(CARD,), number=1)
-
-
-def said(**changes):
-    return codec.lasting_word(codec.heartbeat_message(replace(BEAT, **changes)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "read"),
-    [
-        ({}, False),
-        ({"progress_count": 7}, False),
-        ({"disk_free_bytes": 11}, False),
-        ({"cards": (replace(CARD, temperature_celsius=80),)}, False),
-        ({"cards": (replace(CARD, lost=True),)}, True),
-        ({"state": NodeState.PAUSED, "rest_causes": (RestCause.OWNER,)}, True),
-        ({"engines": (replace(STATUS, running_count=1),)}, True),
-        ({"engines": ()}, True),
-    ],
-)
-def test_a_heartbeat_that_says_what_the_last_one_said_goes_unread(changes, read):
-    word = NodeWord(hello_of(NodeId("a")))
-    assert word.is_to_be_read(said(), 100.0), "the first one is read"
-    assert word.is_to_be_read(said(number=2, **changes), 101.0) is read
-    assert word.is_to_be_read(said(number=2, **changes), 101.0 + TELEMETRY_SECONDS), "power and heat are read from time to time"
-
-
-def test_after_a_new_hello_the_next_heartbeat_is_read():
-    word = NodeWord(hello_of(NodeId("a")))
-    assert word.is_to_be_read(said(), 100.0)
-    word.begin(hello_of(NodeId("a")))
-    assert word.is_to_be_read(said(number=2), 100.5)
 
 
 async def test_a_heartbeat_that_comes_again_late_hides_no_later_one():
@@ -65,6 +27,20 @@ async def test_a_heartbeat_that_comes_again_late_hides_no_later_one():
     for beat in (beats[0], beats[1], beats[0], replace(beats[0], number=3)):
         servicer._take_heartbeat(codec.heartbeat_message(beat), node.session, node.session.outbox, pool.clock.seconds)
     assert node.session.state is NodeState.PAUSED
+
+
+async def test_a_heartbeat_that_says_nothing_new_is_a_sign_of_life_and_leaves_the_rest_as_it_was():
+    pool = JudgedPool()
+    node = await pool.add("a")
+    servicer, session = LinkServicer(pool.links, pool.desk, pool.clock), node.session
+    full = Heartbeat(0, NodeState.PAUSED, tuple(session.engines.values()), 0, number=1)
+    for message in map(codec.heartbeat_message, (full, replace(full, number=2, unchanged=True))):
+        pool.clock.seconds += 1.0
+        before = session.state, session.engines
+        servicer._take_heartbeat(message, session, session.outbox, pool.clock.seconds)
+        assert (session.heartbeat_at, session.state) == (pool.clock.seconds, NodeState.PAUSED)
+    assert (session.state, session.engines) == before
+    assert session.counts_by_number
 
 
 class Desk:

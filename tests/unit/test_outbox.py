@@ -45,10 +45,10 @@ async def test_everything_that_waits_goes_together():
     outbox.start(start("a"))
     outbox.acknowledge(AttemptId("b"), 7)
     outbox.start(start("c"))
-    outbox.renew_lease(3, 15_000, 5_000)
+    outbox.renew_lease(3, 15_000, 5_000, 7)
     frame = await taken(outbox)
     assert [each.attempt_id for each in frame.starts] == ["a", "c"]
-    assert (frame.acknowledgements[0].next_sequence, frame.lease.epoch) == (7, 3)
+    assert (frame.acknowledgements[0].next_sequence, frame.lease.epoch, frame.lease.heartbeat_number) == (7, 3, 7)
     assert await is_empty(outbox)
 
 
@@ -76,7 +76,7 @@ async def test_what_can_wait_does_not_wait_for_long():
         lambda outbox: outbox.start(start("a")),
         lambda outbox: outbox.cancel(AttemptId("a")),
         lambda outbox: outbox.acknowledge(AttemptId("a"), 1),
-        lambda outbox: outbox.renew_lease(3, 15_000, 5_000),
+        lambda outbox: outbox.renew_lease(3, 15_000, 5_000, 7),
         lambda outbox: outbox.hand_over_certificate("pem"),
         lambda outbox: outbox.close(GoodbyeReason.REPLACED),
     ],

@@ -8,6 +8,7 @@ anew every second; epochs, ends, trust, uptime and the plan are kept in the book
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -28,6 +29,7 @@ from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.gateways import surplus_count
 from potluck_coordinator.domain.node_view import foreign_bytes_known
+from potluck_coordinator.domain.planning.age import age_seconds_max
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
 from potluck_coordinator.domain.trust import trusted_replicas
 from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
@@ -39,9 +41,6 @@ from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, ReplicaId
-
-PLAN_SECONDS_MAX: Final = 5.0
-"""How old a plan may be: time alone, an absence or an idle replica, may call for another one."""
 
 _log = structlog.get_logger()
 _Result = TypeVar("_Result")
@@ -80,7 +79,7 @@ class Nodes:
         self._facts = PoolFacts((), {}, {})
         self._standings: Mapping[ModelId, Standing] | None = None
         """Of the last plan; None while nobody has asked."""
-        self._planned_at = -PLAN_SECONDS_MAX
+        self._planned_at, self._plan_seconds = -math.inf, 0.0
         self._links_ended = False
         """By the coordinator itself, or with a gateway, since the last plan."""
         self._asked_count = self._answered_count = 0
@@ -129,12 +128,13 @@ class Nodes:
                 leaving=wishes.leaving,
                 trusted_replicas=trusted_replicas(desired, trusted_nodes),
             )
+            self._plan_seconds = self._now() - self._planned_at
             # Only now: whoever was told that it is done before this has failed would wait for what nobody does.
             self._answered_count = answering_count
 
     async def refresh_old_plan(self) -> None:
         """Plans anew where the last time is too long ago."""
-        if self._now() - self._planned_at >= PLAN_SECONDS_MAX:
+        if self._now() - self._planned_at >= age_seconds_max(self._plan_seconds):
             await self.refresh()
 
     async def verdicts(self, model_id: ModelId) -> tuple[tuple[NodeVerdict, ...], Mapping[NodeId, str], str]:

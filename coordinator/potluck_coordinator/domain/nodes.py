@@ -24,8 +24,10 @@ DIAL_ROUND_TRIP_SECONDS_MAX: Final = 0.25
 """A node says how far it is, and its clients wait for it."""
 OVERDUE_BEATS: Final = 1.5
 """Of the period in which it beats. When the first of many that fell silent together is lost, all of them are this late."""
-RENEWALS_PER_LEASE: Final = 5
-"""At least, while heartbeats come as often. An idle node's come less often, and each is answered."""
+LEFT_SHARE_BUSY: Final = 0.5
+"""Of a lease, that a node which answers has left at any time: its tokens would be dropped with it."""
+LEFT_SHARE_IDLE: Final = 0.2
+"""The same of one with nothing to lose: with beats every 5 s each second one is answered."""
 DOUBT_SECONDS_MAX: Final = 600.0
 """As long as minutes stay without a verdict (`domain.uptime`)."""
 RETURN_SECONDS: Final = 10.0
@@ -128,12 +130,25 @@ def next_look_at(signs: SignsOfLife, link_lost_at: float | None, limits: Livenes
     return signs.heartbeat_at + OVERDUE_BEATS * period_seconds(signs, limits)
 
 
-def renewal_is_due(renewed_at: float, now: float, limits: LivenessLimits) -> bool:
-    """Whether a heartbeat is to be answered with a fresh lease. Of those that come each second most need no answer.
+def renewal_is_due(
+    renewed_at: float, now: float, limits: LivenessLimits, *, is_busy: bool, idle_seconds: float = 0.0, counts_by_number: bool = True
+) -> bool:
+    """Whether a heartbeat is to be answered with a fresh lease: where too little would be left of the last one when the next beat comes.
 
-    The agent counts its lease from the oldest heartbeat without an answer, so at any time `1 - 2 / RENEWALS_PER_LEASE` of it are left.
+    Args:
+        renewed_at: when the heartbeat came that was answered last.
+        now: when this one came.
+        limits: the lease and its companions.
+        is_busy: it has attempts.
+        idle_seconds: as `SignsOfLife.idle_seconds`.
+        counts_by_number: the agent counts its lease from when it sent the heartbeat that was answered. An older one counts from the oldest
+            that it has no answer for, and needs them sooner.
     """
-    return now - renewed_at >= limits.lease_ttl_seconds / RENEWALS_PER_LEASE
+    if not counts_by_number:
+        return now - renewed_at >= limits.lease_ttl_seconds * LEFT_SHARE_IDLE
+    next_at = now + (limits.heartbeat_busy_seconds if is_busy else max(limits.heartbeat_idle_seconds, idle_seconds))
+    left_min = limits.lease_ttl_seconds * (LEFT_SHARE_BUSY if is_busy else LEFT_SHARE_IDLE)
+    return renewed_at + limits.lease_ttl_seconds - next_at < left_min
 
 
 def doubt_after(before: Doubt | None, overdue_count: int, node_count: int, now: float) -> Doubt | None:

@@ -51,14 +51,22 @@ class Leases:
             desired=session.desired,
             resume_points={attempt_id: relay.resume_point for attempt_id, relay in session.attempts.items() if not relay.over},
             link_addresses=link_addresses,
+            takes_brief_heartbeats=True,
         )
 
     def renew_if_due(self, session: NodeSession, now: float) -> None:
         """The answer to a heartbeat, where it needs one."""
-        if session.outbox is None or not renewal_is_due(session.renewed_at, now, self._limits):
+        if session.outbox is None or not renewal_is_due(
+            session.renewed_at,
+            now,
+            self._limits,
+            is_busy=bool(session.attempts),
+            idle_seconds=session.idle_seconds,
+            counts_by_number=session.counts_by_number,
+        ):
             return
         # A node beats in its old period until it has read the new one: the longer of the two is what it may take.
         told_before, session.told_idle_seconds = session.told_idle_seconds, self.idle_seconds
         session.idle_seconds = max(told_before, self.idle_seconds)
         session.renewed_at = now
-        session.outbox.renew_lease(session.epoch, self.ttl_ms, int(self.idle_seconds * 1000))
+        session.outbox.renew_lease(session.epoch, self.ttl_ms, int(self.idle_seconds * 1000), session.beat_number)

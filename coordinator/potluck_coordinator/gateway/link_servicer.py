@@ -173,10 +173,14 @@ class LinkServicer(LineServicer):
             relay.end(end.sequence, reason, end.detail, kills_engines=kills_engines)
 
     def _take_heartbeat(self, message: node_pb2.Heartbeat, session: NodeSession, outbox: Outbox, now: float) -> None:
-        if not session.has_heard(message.number) and session.machine.is_to_be_read(codec.lasting_word(message), now):
-            self._links.beat(session, codec.heartbeat_value(message), now)
-        else:
+        if message.unchanged:
+            # Agents that say so count their leases by numbers, too.
+            session.counts_by_number = True
             self._links.beat_again(session, message.number, now)
+        elif session.has_heard(message.number):
+            self._links.beat_again(session, message.number, now)
+        else:
+            self._links.beat(session, codec.heartbeat_value(message), now)
         if session.outbox is outbox:
             self._links.leases.renew_if_due(session, now)
 

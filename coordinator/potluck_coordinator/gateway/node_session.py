@@ -57,6 +57,10 @@ class NodeSession:
 
     is_leaving = False
     """It begins nothing new, and goes to another gateway when it has nothing left to do."""
+    beat_number = 0
+    """Of the newest heartbeat; 0: it has no number."""
+    counts_by_number = False
+    """Whether its agent is known to count its lease from the heartbeat that was answered (`domain.nodes.renewal_is_due`)."""
 
     def __init__(self, hello: Hello, grant: SessionGrant, now: float) -> None:
         self.node_id: NodeId = hello.node_id
@@ -87,7 +91,6 @@ class NodeSession:
         """The period in which it may beat while idle, and the one that it was told last."""
         self.look_at = -math.inf
         """Before then it needs no look by the clock."""
-        self._beat_number = 0
         self._asked_at: float | None = None
         self._gap_counts: dict[ReplicaId, GapCounts] = {}
         self.busy_since: float | None = None
@@ -146,13 +149,13 @@ class NodeSession:
 
     def has_heard(self, beat_number: int) -> bool:
         """Whether a heartbeat comes again, or late: then it is no sign of life."""
-        return 0 < beat_number <= self._beat_number
+        return 0 < beat_number <= self.beat_number
 
     def touch(self, beat_number: int, now: float) -> bool:
         """A sign of life; whether it is one."""
         if self.has_heard(beat_number):
             return False
-        self._beat_number = beat_number or self._beat_number
+        self.beat_number = beat_number or self.beat_number
         if not self.attempts:
             self.busy_since = None
         self.heartbeat_at = now

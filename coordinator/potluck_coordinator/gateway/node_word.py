@@ -1,12 +1,11 @@
-"""What a node says of its machine, and whether a heartbeat says anything that the last one did not; most do not, and are read no further.
+"""What a node says of its machine, and whether a heartbeat in full says anything that the last one did not.
 
-Decides for how long what changes by itself all the time may go unread (`codec.lasting_word`): the cards' power and heat, the disk's free
-bytes. It must not know sessions, nor what follows from a word.
+It must not know sessions, nor what follows from a word.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from potluck_protocol.cards import CardTelemetry
@@ -14,31 +13,17 @@ if TYPE_CHECKING:
     from potluck_protocol.rest import RestCause
     from potluck_protocol.values import Heartbeat, Hello, PeerMeasurement
 
-TELEMETRY_SECONDS: Final = 10.0
-"""So old may be what is known of cards and disks that only grow warmer or fuller."""
-
 
 class NodeWord:
     """One session's, as of its last hello or heartbeat that was read."""
 
-    __slots__ = (
-        "_read_at",
-        "_said",
-        "attached_model_names",
-        "cards",
-        "disk_free_bytes",
-        "line",
-        "peer_measurements",
-        "rest_causes",
-    )
+    __slots__ = ("attached_model_names", "cards", "disk_free_bytes", "line", "peer_measurements", "rest_causes")
 
     def __init__(self, hello: Hello) -> None:
         self.cards: tuple[CardTelemetry, ...] = ()
         self.line: LineMeasurement | None = None
         self.peer_measurements: tuple[PeerMeasurement, ...] = ()
         self.disk_free_bytes = hello.inventory.disk_free_bytes
-        self._said = b""
-        self._read_at = 0.0
         self.begin(hello)
 
     def begin(self, hello: Hello) -> None:
@@ -47,8 +32,6 @@ class NodeWord:
         self.attached_model_names = hello.inventory.attached_model_names
         self.cards = hello.cards or self.cards
         self.line = hello.inventory.line or self.line
-        # Engines and state are the hello's now: whatever the next heartbeat says is read.
-        self._said = b""
 
     def take(self, heartbeat: Heartbeat) -> bool:
         """What a heartbeat says; whether it is news."""
@@ -56,10 +39,3 @@ class NodeWord:
         self.rest_causes, self.disk_free_bytes, self.cards = heartbeat.rest_causes, heartbeat.disk_free_bytes, heartbeat.cards
         self.peer_measurements, self.line = heartbeat.peer_measurements, heartbeat.line or self.line
         return before != (self.rest_causes, self.disk_free_bytes, self.cards, self.peer_measurements, self.line)
-
-    def is_to_be_read(self, said: bytes, now: float) -> bool:
-        """Whether a heartbeat with this `codec.lasting_word` may say anything new; True says that it is read."""
-        if said == self._said and now - self._read_at < TELEMETRY_SECONDS:
-            return False
-        self._said, self._read_at = said, now
-        return True

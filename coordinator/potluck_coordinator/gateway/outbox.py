@@ -75,10 +75,11 @@ class Outbox:
         """What the node should run."""
         self._next().desired.CopyFrom(engine_codec.desired_state_message(desired))
 
-    def renew_lease(self, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int) -> None:
+    def renew_lease(self, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int, heartbeat_number: int) -> None:
         """The answer to a heartbeat, and how often to beat from now on while idle."""
         lease = self._next().lease
         lease.epoch, lease.lease_ttl_ms, lease.heartbeat_idle_ms = epoch, lease_ttl_ms, heartbeat_idle_ms
+        lease.heartbeat_number = heartbeat_number
 
     def ask_for_beat(self) -> None:
         """A heartbeat, at once."""

@@ -3,8 +3,8 @@
 Decides from values and a given `now`; seconds are monotonic ones. It must not know frames, channels or clocks: `link` reads the clock,
 feeds what happened, and carries out what is decided.
 
-The lease counts from the moment the oldest unanswered sign of life was *sent*, the coordinator's from the moment it arrived. So the agent
-stops no later than the coordinator gives it up, give or take one heartbeat that crossed its answer.
+The lease counts from the moment the sign of life that was answered last was *sent*, the coordinator's from the moment the last one arrived.
+So the agent stops no later than the coordinator gives it up.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ class Session:
     phase: Phase = Phase.CONNECTING
     epoch: int = 0
     lease_ends_at_seconds: float | None = None
-    unanswered_since_seconds: float | None = None
-    """When the oldest heartbeat without an answer was sent."""
+    lease_seconds: float = 0.0
+    """How long the last one that was granted lasts."""
+    unanswered: tuple[tuple[int, float], ...] = ()
+    """The number of each heartbeat without an answer, and when it was sent; the oldest first. Those older than a lease are left out."""
     last_beat_at_seconds: float = 0.0
     heartbeat_busy_seconds: float = 1.0
     heartbeat_idle_seconds: float = 5.0
@@ -66,34 +68,42 @@ def after_welcome(
         phase=Phase.SERVING,
         epoch=epoch,
         lease_ends_at_seconds=hello_sent_at_seconds + lease_ttl_ms / 1000,
-        unanswered_since_seconds=None,
+        lease_seconds=lease_ttl_ms / 1000,
+        unanswered=(),
         last_beat_at_seconds=hello_sent_at_seconds,
         heartbeat_busy_seconds=heartbeat_busy_ms / 1000,
         heartbeat_idle_seconds=heartbeat_idle_ms / 1000,
     )
 
 
-def after_beat(session: Session, now_seconds: float) -> Session:
-    """A heartbeat was handed to the link."""
-    oldest = session.unanswered_since_seconds
-    return replace(session, last_beat_at_seconds=now_seconds, unanswered_since_seconds=now_seconds if oldest is None else oldest)
+def after_beat(session: Session, number: int, now_seconds: float) -> Session:
+    """A heartbeat with this number was handed to the link."""
+    oldest_at = now_seconds - session.lease_seconds
+    kept = tuple(beat for beat in session.unanswered if beat[1] > oldest_at)
+    return replace(session, last_beat_at_seconds=now_seconds, unanswered=(*kept, (number, now_seconds)))
 
 
-def after_renewal(session: Session, *, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int = 0) -> Session:
+def after_renewal(session: Session, *, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int = 0, number: int = 0) -> Session:
     """The coordinator answered a heartbeat. A renewal of another epoch, or one that answers nothing, changes nothing.
 
     Args:
         session: of the agent.
         epoch: whose lease it is.
-        lease_ttl_ms: counted from the oldest heartbeat that it may answer.
+        lease_ttl_ms: counted from when the heartbeat was sent.
         heartbeat_idle_ms: how often to beat while idle; 0: as before.
+        number: of the newest heartbeat that it answers; 0: not said, so that it may be no more than the oldest.
     """
-    sent_at = session.unanswered_since_seconds
-    if epoch != session.epoch or sent_at is None or session.lease_ends_at_seconds is None:
+    answered = [sent_at for sent_number, sent_at in session.unanswered if sent_number <= number or not number]
+    if epoch != session.epoch or not answered or session.lease_ends_at_seconds is None:
         return session
-    ends_at = max(session.lease_ends_at_seconds, sent_at + lease_ttl_ms / 1000)
-    idle_seconds = heartbeat_idle_ms / 1000 if heartbeat_idle_ms > 0 else session.heartbeat_idle_seconds
-    return replace(session, lease_ends_at_seconds=ends_at, unanswered_since_seconds=None, heartbeat_idle_seconds=idle_seconds)
+    sent_at = answered[-1] if number else answered[0]
+    return replace(
+        session,
+        lease_ends_at_seconds=max(session.lease_ends_at_seconds, sent_at + lease_ttl_ms / 1000),
+        lease_seconds=lease_ttl_ms / 1000,
+        unanswered=session.unanswered[len(answered) :],
+        heartbeat_idle_seconds=heartbeat_idle_ms / 1000 if heartbeat_idle_ms > 0 else session.heartbeat_idle_seconds,
+    )
 
 
 def after_loss(session: Session, *, lived_seconds: float) -> Session:
@@ -105,7 +115,7 @@ def after_loss(session: Session, *, lived_seconds: float) -> Session:
     made_good_count = int(lived_seconds / QUICK_DIAL_SECONDS) if lived_seconds >= USEFUL_SECONDS else 0
     failure_count = 0 if lived_seconds >= STABLE_SECONDS else max(0, session.failure_count - made_good_count) + 1
     phase = Phase.CONNECTING if session.phase is Phase.SERVING else session.phase
-    return replace(session, phase=phase, unanswered_since_seconds=None, failure_count=failure_count)
+    return replace(session, phase=phase, unanswered=(), failure_count=failure_count)
 
 
 def after_failed_dial(session: Session) -> Session:
@@ -115,7 +125,7 @@ def after_failed_dial(session: Session) -> Session:
 
 def after_lapse(session: Session) -> Session:
     """The lease is gone: fenced until the next welcome."""
-    return replace(session, phase=Phase.FENCED, lease_ends_at_seconds=None, unanswered_since_seconds=None)
+    return replace(session, phase=Phase.FENCED, lease_ends_at_seconds=None, unanswered=())
 
 
 def may_order(session: Session, epoch: int) -> bool:

@@ -578,11 +578,14 @@ class Welcome(Message):
     DESIRED_FIELD_NUMBER: int
     RESUME_POINTS_FIELD_NUMBER: int
     LINK_ADDRESSES_FIELD_NUMBER: int
+    TAKES_BRIEF_HEARTBEATS_FIELD_NUMBER: int
     protocol_version: int
     epoch: int
     lease_ttl_ms: int
     heartbeat_busy_ms: int
     heartbeat_idle_ms: int
+    takes_brief_heartbeats: bool
+    """Heartbeats with `unchanged` are understood. Not set by an older coordinator, which is told everything each time."""
     @property
     def desired(self) -> DesiredState: ...
     @property
@@ -606,9 +609,10 @@ class Welcome(Message):
         desired: DesiredState | None = ...,
         resume_points: Iterable[ResumePoint] | None = ...,
         link_addresses: Iterable[str] | None = ...,
+        takes_brief_heartbeats: bool = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["desired", b"desired"]) -> bool: ...
-    def ClearField(self, field_name: Literal["desired", b"desired", "epoch", b"epoch", "heartbeat_busy_ms", b"heartbeat_busy_ms", "heartbeat_idle_ms", b"heartbeat_idle_ms", "lease_ttl_ms", b"lease_ttl_ms", "link_addresses", b"link_addresses", "protocol_version", b"protocol_version", "resume_points", b"resume_points"]) -> None: ...
+    def ClearField(self, field_name: Literal["desired", b"desired", "epoch", b"epoch", "heartbeat_busy_ms", b"heartbeat_busy_ms", "heartbeat_idle_ms", b"heartbeat_idle_ms", "lease_ttl_ms", b"lease_ttl_ms", "link_addresses", b"link_addresses", "protocol_version", b"protocol_version", "resume_points", b"resume_points", "takes_brief_heartbeats", b"takes_brief_heartbeats"]) -> None: ...
 
 @final
 class ResumePoint(Message):
@@ -641,18 +645,22 @@ class LeaseRenewal(Message):
     EPOCH_FIELD_NUMBER: int
     LEASE_TTL_MS_FIELD_NUMBER: int
     HEARTBEAT_IDLE_MS_FIELD_NUMBER: int
+    HEARTBEAT_NUMBER_FIELD_NUMBER: int
     epoch: int
     lease_ttl_ms: int
     heartbeat_idle_ms: int
     """How often to beat while idle, from now on; 0: as before. Longer where the coordinator has many nodes, or much to do."""
+    heartbeat_number: int
+    """The newest heartbeat that it answers: the lease counts from when that one was sent. 0: not said; then from the oldest without an answer."""
     def __init__(
         self,
         *,
         epoch: int = ...,
         lease_ttl_ms: int = ...,
         heartbeat_idle_ms: int = ...,
+        heartbeat_number: int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["epoch", b"epoch", "heartbeat_idle_ms", b"heartbeat_idle_ms", "lease_ttl_ms", b"lease_ttl_ms"]) -> None: ...
+    def ClearField(self, field_name: Literal["epoch", b"epoch", "heartbeat_idle_ms", b"heartbeat_idle_ms", "heartbeat_number", b"heartbeat_number", "lease_ttl_ms", b"lease_ttl_ms"]) -> None: ...
 
 @final
 class Heartbeat(Message):
@@ -667,12 +675,15 @@ class Heartbeat(Message):
     LINE_FIELD_NUMBER: int
     NUMBER_FIELD_NUMBER: int
     REST_CAUSES_FIELD_NUMBER: int
+    UNCHANGED_FIELD_NUMBER: int
     progress_count: int
     """Grows with every chunk any engine of the node produced. For people: the coordinator judges by the chunks that it gets."""
     state: NodeState.ValueType
     disk_free_bytes: int
     number: int
     """Grows with every heartbeat of one agent process: one that comes again says nothing. 0: not said."""
+    unchanged: bool
+    """Of all the rest nothing is set, for it is as in the last heartbeat of this link that set it; cards may have grown warmer and disks fuller."""
     @property
     def engines(self) -> RepeatedCompositeFieldContainer[EngineStatus]: ...
     @property
@@ -701,9 +712,10 @@ class Heartbeat(Message):
         line: LineMeasurement | None = ...,
         number: int = ...,
         rest_causes: Iterable[RestCause.ValueType] | None = ...,
+        unchanged: bool = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["line", b"line"]) -> bool: ...
-    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "number", b"number", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "rest_causes", b"rest_causes", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: Literal["cards", b"cards", "disk_free_bytes", b"disk_free_bytes", "engines", b"engines", "line", b"line", "number", b"number", "peer_measurements", b"peer_measurements", "progress_count", b"progress_count", "rest_causes", b"rest_causes", "state", b"state", "unchanged", b"unchanged"]) -> None: ...
 
 @final
 class CardTelemetry(Message):
