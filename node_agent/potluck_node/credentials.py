@@ -21,6 +21,7 @@ from potluck_node import enrolment
 from potluck_node.domain.certificates import CertificateDates, Standing, renew_again_at_unix_ms, renew_at_unix_ms, standing
 from potluck_node.gateway_ways import GatewayWays
 from potluck_node.identity_store import NodeIdentity, StateFolder
+from potluck_node.knocking import knock
 from potluck_protocol.channels import LINK_CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import fetch_connection, pinned_url
@@ -84,13 +85,18 @@ class Credentials:
         self._take(certificate_pem.encode())
         self._ask_at_unix_ms = renew_again_at_unix_ms(self._dates, self._jitter(), self._clock.unix_ms())
 
-    async def make_ready(self) -> None:
+    async def make_ready(self, *, knocks: bool) -> None:
         """Makes sure that a handshake can succeed: a certificate that lapsed, or is none, is renewed by proof of the key.
+
+        Args:
+            knocks: first it is looked whether anything listens there, as nothing did before.
 
         Raises:
             PotluckError: INVALID_CERTIFICATE where the coordinator refuses this node or this machine's clock is ahead,
                 COORDINATOR_UNAVAILABLE where it does not answer or the clock is behind.
         """
+        if knocks:
+            await knock(self.gateways.target)
         now = self._clock.unix_ms()
         match standing(self._dates, now):
             case Standing.VALID:

@@ -103,12 +103,17 @@ def rpc_failure(error: grpc.aio.AioRpcError, target: str) -> PotluckError:
         text = f"{target} refuses this node's certificate. To come back: a new invite, `potluck node leave`, and `potluck node join`."
         return PotluckError(ErrorCode.INVALID_CERTIFICATE, text)
     if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
-        text = (
-            f"{target} does not answer ({_short(error)}). On the coordinator's machine `potluck coordinator serve` has to run, "
-            "with that port open to others."
-        )
-        return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text)
+        return no_answer(target, _short(error))
     return PotluckError(ErrorCode.INTERNAL_ERROR, f"{target} answered {error.code().name}: {_short(error)}; its log may say more.")
+
+
+def no_answer(target: str, reason: str) -> PotluckError:
+    """Of a coordinator that is not there."""
+    text = (
+        f"{target} does not answer ({reason}). On the coordinator's machine `potluck coordinator serve` has to run, "
+        "with that port open to others."
+    )
+    return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, text)
 
 
 def _short(error: grpc.aio.AioRpcError) -> str:

@@ -168,7 +168,7 @@ class Link:
             if self._stopping:
                 return
         try:
-            await self._credentials.make_ready()
+            await self._credentials.make_ready(knocks=self._current is None and lease.should_knock(self.session.failure_count))
             # A machine that slept wakes up here or there: nothing of a lapsed lease goes into a hello.
             self._fence_if_lapsed()
             await self._dial()

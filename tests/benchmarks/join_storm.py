@@ -63,7 +63,7 @@ class Storm:
     dials_each_second: tuple[int, ...]
     welcomes_each_second: tuple[int, ...]
     cpu_seconds: dict[str, float]
-    """Of the gateway, the directory, and the agents."""
+    """Since the kill, of the gateway and the directory that are there now, and of the agents."""
     log_lines: int
     log_lines_in_the_worst_second: int
     log_events: dict[str, int]
@@ -108,7 +108,8 @@ class Pool:
 
     def storm(self, victim: str) -> Storm:
         self._say(f"killing the {victim}")
-        before, cpu_before, killed_at = self.processes(), CpuReading.take(self.fleet.process_ids), time.monotonic()
+        before = self.processes()
+        cpu_before, killed_at = CpuReading.take([pid for pids in before.values() for pid in pids]), time.monotonic()
         wall_at = datetime.now(tz=datetime.now().astimezone().tzinfo)
         counted_from = killed_at
         if victim == "gateway":

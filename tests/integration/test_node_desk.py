@@ -297,3 +297,23 @@ async def test_what_is_leaving_finishes_its_answers_and_then_goes(database_url):
         await nodes.report([report("a")], {}, gateway_epoch=1)
         await nodes.refresh()
         assert board.snapshot.leaving == frozenset()
+
+
+async def test_nodes_that_come_back_as_they_were_wait_for_no_plan_and_one_plan_for_all_follows(database_url):
+    names = ("a", "b", "c")
+    async with node_desk(database_url, *names) as (_books, board, nodes):
+        first = [await nodes.open_session(hello(name), gateway_epoch=1) for name in names]
+        await nodes.refresh()
+        plans, advance = [], nodes._planner.advance
+        nodes._planner.advance = lambda facts, now: (plans.append([view.connected for view in facts.nodes.values()]), advance(facts, now))[
+            1
+        ]
+        nodes.gateway_started({2})
+        again = [await nodes.open_session(hello(name), gateway_epoch=2) for name in names]
+        assert plans == []
+        assert [grant.desired for grant in again] == [board.snapshot.desired[grant_id] for grant_id in map(NodeId, names)]
+        assert [grant.epoch for grant in again] == [grant.epoch + 1 for grant in first]
+        await nodes.refresh_old_plan()
+        assert plans == [[True] * 3], "though the last plan is young"
+        await nodes.open_session(replace(hello("a"), state=NodeState.PAUSED), gateway_epoch=2)
+        assert len(plans) == 2, "which is not as it was"

@@ -27,6 +27,7 @@ from potluck_node.attempts import Attempts
 from potluck_node.domain.gateways import Ways
 from potluck_node.domain.session import Phase
 from potluck_node.gateway_ways import GatewayWays
+from potluck_node.knocking import knock
 from potluck_node.link import Link
 from potluck_node.no_replicas import NoReplicas
 from potluck_node.peer_measurement import PeerMeasuring
@@ -105,7 +106,10 @@ class HeldCredentials:
         connection = ConnectionDocument(PROTOCOL_VERSION, "pool", 0, int(port), host, nodes.ca_certificate_pem)
         self.gateways = RememberedWays(Path(), lambda: connection, SystemClock())
 
-    async def make_ready(self) -> None: ...
+    async def make_ready(self, *, knocks: bool) -> None:
+        if knocks:
+            await knock(self.gateways.target)
+
     async def find_coordinator(self) -> None: ...
 
     def renewal_due(self) -> bool:

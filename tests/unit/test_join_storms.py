@@ -75,6 +75,13 @@ async def test_a_lot_that_fails_fails_all_of_its_own_and_nobody_else():
     assert await books.gathering.ask("c", 3) == 6
 
 
+async def test_who_was_answered_and_asks_again_at_once_is_answered_again():
+    books = Books()
+    books.go.set()
+    async with asyncio.timeout(5):
+        assert [await books.gathering.ask("a", number) for number in range(3)] == [0, 2, 4]
+
+
 async def test_who_stops_waiting_holds_nobody_up():
     books = Books()
     gone, stays = books.ask(("a", 1), ("b", 2))

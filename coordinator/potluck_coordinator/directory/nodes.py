@@ -26,13 +26,14 @@ from potluck_coordinator.directory.gathering import Gathering
 from potluck_coordinator.directory.kept_plan import KeptPlan
 from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, moves_here, node_view, still_there, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
+from potluck_coordinator.directory.returning import Returning
 from potluck_coordinator.domain import uptime
 from potluck_coordinator.domain.gateways import surplus_count
 from potluck_coordinator.domain.node_view import foreign_bytes_known
-from potluck_coordinator.domain.planning.age import age_seconds_max
+from potluck_coordinator.domain.planning.age import age_seconds_max, rest_seconds
 from potluck_coordinator.domain.planning.explain import NodeVerdict, Standing
 from potluck_coordinator.domain.trust import trusted_replicas
-from potluck_coordinator.domain.uptime import Coverage, JudgedMinute, Verdict
+from potluck_coordinator.domain.uptime import Coverage, Verdict
 from potluck_coordinator.node_reports import NOBODY, Covered, NodeReport, ReportReceipt
 from potluck_coordinator.storage.nodes import EnrolledNode, NodeStatus
 from potluck_coordinator.storage.state import StateName
@@ -42,6 +43,7 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, ReplicaId
 
+_COUNTS = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
 _log = structlog.get_logger()
 _Result = TypeVar("_Result")
 
@@ -76,10 +78,11 @@ class Nodes:
         """By the epoch of the gateway where they wait."""
         self._kept_plan = KeptPlan(store)
         self._planner: Planner | None = None
+        self._returning = Returning()
         self._facts = PoolFacts((), {}, {})
         self._standings: Mapping[ModelId, Standing] | None = None
         """Of the last plan; None while nobody has asked."""
-        self._planned_at, self._plan_seconds = -math.inf, 0.0
+        self._planned_at, self._plan_ended_at, self._plan_seconds = -math.inf, -math.inf, 0.0
         self._links_ended = False
         """By the coordinator itself, or with a gateway, since the last plan."""
         self._asked_count = self._answered_count = 0
@@ -97,8 +100,9 @@ class Nodes:
             if self._answered_count >= asked_count:
                 # Whoever waited before us saw what we saw.
                 return
-            answering_count = self._asked_count
-            self._planned_at = self._now()
+            await asyncio.sleep(rest_seconds(self._plan_seconds, self._now() - self._plan_ended_at))
+            answering_count, began_at = self._asked_count, self._now()
+            self._planned_at = began_at
             facts, outcasts, trusted_nodes = await self._store.run(self._known)
             if self._planner is None:
                 self._planner = await self._kept_plan.planner(self._now())
@@ -128,7 +132,9 @@ class Nodes:
                 leaving=wishes.leaving,
                 trusted_replicas=trusted_replicas(desired, trusted_nodes),
             )
-            self._plan_seconds = self._now() - self._planned_at
+            self._plan_ended_at = self._now()
+            self._plan_seconds = self._plan_ended_at - began_at
+            self._returning.planned(facts.nodes, desired)
             # Only now: whoever was told that it is done before this has failed would wait for what nobody does.
             self._answered_count = answering_count
 
@@ -207,9 +213,12 @@ class Nodes:
             line=hello.inventory.line,
             rest_causes=hello.rest_causes,
         )
-        self._live[node.node_id] = replace(self._heard(said, self._now(), gateway_epoch), session_id=hello.session_id)
-        self._links_ended = self._links_ended or moves
-        await self.refresh()
+        live = replace(self._heard(said, self._now(), gateway_epoch), session_id=hello.session_id)
+        self._live[node.node_id], self._links_ended = live, self._links_ended or moves
+        if self._returning.is_as_planned(node_view(node, live), self._board.snapshot.desired.get(node.node_id)):
+            self._planned_at = -math.inf
+        else:
+            await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
 
@@ -291,7 +300,8 @@ class Nodes:
 
         def book(work: UnitOfWork) -> None:
             for minute in judged:
-                _book_minute(work, minute)
+                counts = {node_id: _COUNTS[verdict] for node_id, verdict in minute.verdicts.items() if verdict in _COUNTS}
+                work.uptime.add(minute.minute // 60, counts)
             work.nodes.saw(live, now_ms)
 
         await self._store.run(book)
@@ -392,8 +402,3 @@ async def _to_its_end(planning: Callable[[], _Result]) -> _Result:
         while not running.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([running])
-
-
-def _book_minute(work: UnitOfWork, minute: JudgedMinute) -> None:
-    counts = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
-    work.uptime.add(minute.minute // 60, {node_id: counts[verdict] for node_id, verdict in minute.verdicts.items() if verdict in counts})

@@ -21,6 +21,7 @@ RECONNECT_DELAY_FIRST_SECONDS: Final = 0.5
 RECONNECT_DELAY_MAX_SECONDS: Final = 5.0
 TOLD_SECONDS_MAX: Final = 30.0
 """However long a coordinator wants it to wait."""
+KNOCK_AFTER_FAILURES: Final = 2
 ASK_AFTER_DIALS: Final = 3
 """In vain, beyond the quick ones."""
 USEFUL_SECONDS: Final = 0.3
@@ -181,6 +182,11 @@ def reconnect_delay_seconds(failure_count: int, jitter: float, told_seconds: flo
     # The exponent is bounded because an agent may fail to reach its coordinator for months.
     ceiling_seconds = min(RECONNECT_DELAY_MAX_SECONDS, RECONNECT_DELAY_FIRST_SECONDS * 2.0 ** min(failure_count - QUICK_DIAL_COUNT - 1, 8))
     return ceiling_seconds * jitter
+
+
+def should_knock(failure_count: int) -> bool:
+    """Whether the next dial first looks whether anything listens: after one in vain, and not for a line that was only cut."""
+    return failure_count >= KNOCK_AFTER_FAILURES
 
 
 def should_ask_the_way(failure_count: int) -> bool:
