@@ -22,7 +22,7 @@ from potluck_node.domain.certificates import CertificateDates, Standing, renew_a
 from potluck_node.gateway_ways import GatewayWays
 from potluck_node.identity_store import NodeIdentity, StateFolder
 from potluck_node.knocking import knock
-from potluck_protocol.channels import LINK_CHANNEL_OPTIONS
+from potluck_protocol.channels import LINK_CHANNEL_OPTIONS, PATIENT_LINK_CHANNEL_OPTIONS
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import fetch_connection, pinned_url
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -137,10 +137,11 @@ class Credentials:
                 self._folder.write_identity(moved)
             _log.info("coordinator_moved", link_target=connection.link_target)
 
-    def open_channel(self) -> grpc.aio.Channel:
+    def open_channel(self, *, patient: bool = True) -> grpc.aio.Channel:
         """A new channel to a gateway's link port, under the present certificate. Certificates cannot be changed on a channel: open another.
 
-        Whichever gateway it is, its certificate is checked for the pool's name and CA.
+        Whichever gateway it is, its certificate is checked for the pool's name and CA. Not `patient`: its handshake
+        has half a second, for packets may be lost on the way; where a gateway is known to listen it has as long as it takes.
         """
         connection = self.identity.connection
         credentials = grpc.ssl_channel_credentials(
@@ -148,7 +149,8 @@ class Credentials:
             private_key=self._private_key_pem,
             certificate_chain=self._certificate_pem,
         )
-        return grpc.aio.secure_channel(self.gateways.target, credentials, options=LINK_CHANNEL_OPTIONS)
+        options = PATIENT_LINK_CHANNEL_OPTIONS if patient else LINK_CHANNEL_OPTIONS
+        return grpc.aio.secure_channel(self.gateways.target, credentials, options=options)
 
     @contextlib.contextmanager
     def _kept_in_memory_at_least(self) -> Iterator[None]:

@@ -168,10 +168,11 @@ class Link:
             if self._stopping:
                 return
         try:
-            await self._credentials.make_ready(knocks=self._current is None and lease.should_knock(self.session.failure_count))
+            knocks = lease.should_knock(self.session.failure_count)
+            await self._credentials.make_ready(knocks=knocks)
             # A machine that slept wakes up here or there: nothing of a lapsed lease goes into a hello.
             self._fence_if_lapsed()
-            await self._dial()
+            await self._dial(patient=knocks or self._current is not None)
         except PotluckError as error:
             await self._after_failed_dial(error)
         except grpc.aio.AioRpcError as error:
@@ -179,8 +180,8 @@ class Link:
         except (TimeoutError, asyncio.InvalidStateError):
             await self._after_failed_dial(PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not answer the hello."))
 
-    async def _dial(self) -> None:
-        connection = LinkConnection(self._credentials.open_channel(), self._next_frame)
+    async def _dial(self, *, patient: bool) -> None:
+        connection = LinkConnection(self._credentials.open_channel(patient=patient), self._next_frame)
         former, self._current = self._current, None
         self._move_at_seconds = None
         if former is not None:

@@ -56,6 +56,10 @@ CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
+HANDSHAKE_MS_MAX: Final = 10_000
+"""Until a link's connection stands. A thousand nodes that come back together wait for each other's handshakes: whoever gave up sooner and
+came again would make the others wait for longer."""
+
 LINK_CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
     # gRPC takes the first of two values. An agent whose coordinator is silent lets its lease lapse after 15 s, whatever gRPC finds out; an
     # idle one hears an answer every 10 to 12 s, and each ping before that would cost the coordinator as much as another heartbeat.
@@ -65,3 +69,10 @@ LINK_CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 """A node's link has a channel of its own."""
+
+PATIENT_LINK_CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
+    # What gRPC calls a pause between attempts is the time that an attempt has, too.
+    ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS_MAX),
+    *LINK_CHANNEL_OPTIONS,
+]
+"""Where a connection is known to be taken, so that silence means that the coordinator has much to do; elsewhere it may be a lost packet."""

@@ -16,6 +16,7 @@ from potluck_protocol.engine_codec import desired_state_message
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import DesiredEngine, DesiredState, EngineState, GoodbyeReason, ModelFile, ModelId, NodeState, ReplicaId
+from tests.support.fault_proxy import fault_proxy
 from tests.support.link_coordinator import LinkCoordinator, link_coordinator
 from tests.support.node_engine import DirectedEngine, directed_engine, wired_node
 
@@ -375,3 +376,16 @@ async def test_a_coordinator_that_is_away_is_dialled_until_it_is_back(coordinato
         await link.welcome()
         await link.until(lambda: link.frames)
         assert node.link.trouble == ""
+
+
+async def test_a_coordinator_that_listens_and_answers_late_is_given_time_for_its_handshake(coordinator, tmp_path) -> None:
+    """As one does to which a thousand nodes come back: who gives up after half a second and comes again makes it later still."""
+    async with fault_proxy(coordinator.link_port) as proxy:
+        coordinator.link_port = proxy.port
+        proxy.downwards.latency_seconds = 0.7
+        async with wired_node(coordinator, tmp_path, None) as node:
+            link = await coordinator.next_link()
+            await link.welcome()
+            await link.until(lambda: link.frames)
+            assert node.link.session.phase is Phase.SERVING
+            assert node.link.session.failure_count == 2, "the third dial knows that somebody listens"

@@ -32,7 +32,7 @@ from potluck_node.link import Link
 from potluck_node.no_replicas import NoReplicas
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_protocol.cards import CardTelemetry
-from potluck_protocol.channels import LINK_CHANNEL_OPTIONS
+from potluck_protocol.channels import LINK_CHANNEL_OPTIONS, PATIENT_LINK_CHANNEL_OPTIONS
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import PotluckError
@@ -115,12 +115,13 @@ class HeldCredentials:
     def renewal_due(self) -> bool:
         return False
 
-    def open_channel(self) -> grpc.aio.Channel:
+    def open_channel(self, *, patient: bool) -> grpc.aio.Channel:
         key = self._key
         credentials = grpc.ssl_channel_credentials(
             self._nodes.ca_certificate_pem.encode(), key.private_key_pem.encode(), key.certificate_pem.encode()
         )
-        return grpc.aio.secure_channel(self.gateways.target, credentials, options=LINK_CHANNEL_OPTIONS)
+        options = PATIENT_LINK_CHANNEL_OPTIONS if patient else LINK_CHANNEL_OPTIONS
+        return grpc.aio.secure_channel(self.gateways.target, credentials, options=options)
 
 
 class BoxReport:
@@ -196,9 +197,9 @@ class SimulatedLink(Link):
     failures: list[tuple[float, str]]
     fixed_period_seconds: float | None = None
 
-    async def _dial(self) -> None:
+    async def _dial(self, *, patient: bool) -> None:
         self.dialled_at.append(time.monotonic())
-        await super()._dial()
+        await super()._dial(patient=patient)
 
     def _settle_in(self, connection: Any, welcome: Welcome, in_flight: tuple[AttemptId, ...], hello_at_seconds: float) -> None:
         super()._settle_in(connection, welcome, in_flight, hello_at_seconds)
