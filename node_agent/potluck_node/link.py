@@ -81,8 +81,7 @@ class Link:
         self._chunks = PacedChunks(attempts, clock, upload_bytes_per_second_max)
         self._orders = Orders(attempts, replicas, peers)
         self._beats = Beats(report)
-        self._clock = clock
-        self._jitter = jitter
+        self._clock, self._jitter = clock, jitter
         self.session, self.trouble = Session(), ""
         self._current: LinkConnection | None = None
         self._readers: set[asyncio.Task[None]] = set()

@@ -13,16 +13,16 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
 from potluck_coordinator.desks import NodeRecord, SessionGrant
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.gathering import Gathering
+from potluck_coordinator.directory.in_thread import to_its_end
 from potluck_coordinator.directory.kept_plan import KeptPlan
 from potluck_coordinator.directory.live_nodes import LiveNode, connection_word, moves_here, node_view, still_there, summed
 from potluck_coordinator.directory.planner import Planner, PoolFacts, Wishes
@@ -45,7 +45,6 @@ from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventor
 
 _COUNTS = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
 _log = structlog.get_logger()
-_Result = TypeVar("_Result")
 
 
 class Nodes:
@@ -111,7 +110,7 @@ class Nodes:
                 self._links_ended = False
                 planner.expect_back(self._now())
             try:
-                wishes = await _to_its_end(partial(planner.advance, facts, self._now()))
+                wishes = await to_its_end(partial(planner.advance, facts, self._now()))
             except Exception:  # noqa: BLE001 - a fault of the planner's must not keep nodes out, or outcasts in: the last plan holds
                 _log.exception("planning_failed")
                 trusted = trusted_replicas(self._board.snapshot.desired, trusted_nodes)
@@ -148,7 +147,7 @@ class Nodes:
         async with self._refreshing:
             assert self._planner is not None, "the directory plans before it serves"
             nodes = await self._store.run(lambda work: work.nodes.list_all())
-            verdicts = await _to_its_end(partial(self._planner.explain, self._facts, model_id, self._now()))
+            verdicts = await to_its_end(partial(self._planner.explain, self._facts, model_id, self._now()))
             return verdicts, {node.node_id: node.display_name for node in nodes}, self._planner.group_words(model_id)
 
     async def standings(self) -> tuple[Mapping[ModelId, Standing], Mapping[ModelId, int]]:
@@ -157,7 +156,7 @@ class Nodes:
             async with self._refreshing:
                 assert self._planner is not None, "the directory plans before it serves"
                 if (known := self._standings) is None:
-                    known = self._standings = await _to_its_end(partial(self._planner.standings, self._facts, self._now()))
+                    known = self._standings = await to_its_end(partial(self._planner.standings, self._facts, self._now()))
         return known, summed(self._waiting.values())
 
     async def list_nodes(self) -> tuple[NodeRecord, ...]:
@@ -391,14 +390,3 @@ class Nodes:
 
     def _steady_ms(self) -> int:
         return int(self._steady_offset_ms + self._clock.monotonic_seconds() * 1000)
-
-
-async def _to_its_end(planning: Callable[[], _Result]) -> _Result:
-    """In a thread, which is waited for even if its caller is cancelled: the planner is nobody else's until then."""
-    running = asyncio.get_running_loop().run_in_executor(None, planning)
-    try:
-        return await asyncio.shield(running)
-    finally:
-        while not running.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
