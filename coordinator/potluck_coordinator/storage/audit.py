@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any, Final
 
-from sqlalchemy import text
-from sqlmodel import Session
+from sqlalchemy import Connection, text
 
 from potluck_coordinator.domain.ledger import AuditReport
 from potluck_coordinator.domain.payees import split
@@ -90,8 +89,8 @@ WHERE h.state <> 'open' AND (s.hold_id IS NOT NULL OR COALESCE(p.amount, 0) <> h
 class Audit:
     """Checks the whole ledger within one transaction."""
 
-    def __init__(self, session: Session) -> None:
-        self._connection = session.connection()
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def report(self, now_unix_ms: int) -> AuditReport:
         """What is wrong, sentence by sentence; at most `FINDINGS_PER_RULE_MAX` for each kind of breach."""

@@ -1,17 +1,61 @@
-"""Many rows in one statement.
+"""Many rows in one statement, straight to the driver: what SQLAlchemy does around each statement costs more than the rows of a payment.
 
-Decides how: SQLite runs one statement again for each row, inside this process; PostgreSQL gets columns as arrays, in one round trip, and
-its triggers see all rows at once. It must not know whose rows they are.
+Decides how: SQLite runs one statement again for each row, inside this process, and takes keys as one JSON text; PostgreSQL gets columns,
+and keys, as arrays, in one round trip, and its triggers see all rows at once. Statements are put together once; errors are SQLAlchemy's
+own. It must not know whose rows they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.engine.interfaces import DBAPICursor, DBAPIModule
+from sqlalchemy.exc import DBAPIError
 
-Row = dict[str, Any]
+Row = tuple[Any, ...]
+
+
+class Selection:
+    """Rows by their keys, in the keys' order.
+
+    Args:
+        columns: of each row.
+        tables: with their joins.
+        key: the column, and the key's type on PostgreSQL.
+        locked: the table whose rows nobody else can change before the transaction ends; SQLite has one writer anyway.
+    """
+
+    def __init__(self, columns: str, tables: str, key: tuple[str, str], locked: str) -> None:
+        name, kind = key
+        select = f"SELECT {columns} FROM {tables} WHERE {name}"  # noqa: S608
+        self._sqlite = f"{select} IN (SELECT value FROM json_each(?)) ORDER BY {name}"  # noqa: S608
+        self._postgresql = f"{select} = ANY(CAST(%s AS {kind}[])) ORDER BY {name} FOR UPDATE OF {locked}"
+
+    def run(self, connection: Connection, keys: Collection[str]) -> Sequence[Row]:
+        if not keys:
+            return []
+        if connection.dialect.name == "sqlite":
+            return _run(connection, self._sqlite, (json.dumps(list(keys)),)).fetchall()
+        return _run(connection, self._postgresql, (list(keys),)).fetchall()
+
+
+class Listing:
+    """All rows of a small table.
+
+    Args:
+        columns: of each row.
+        table: its name.
+    """
+
+    def __init__(self, columns: str, table: str) -> None:
+        self._statement = f"SELECT {columns} FROM {table}"  # noqa: S608
+
+    def run(self, connection: Connection) -> Sequence[Row]:
+        return _run(connection, self._statement, ()).fetchall()
 
 
 class Insertion:
@@ -19,19 +63,17 @@ class Insertion:
 
     Args:
         table: its name.
-        columns: their types on PostgreSQL, by name.
+        columns: their types on PostgreSQL, by name; rows have them in this order.
         otherwise: what becomes of a row whose key is there, as `ON CONFLICT …`; nothing else may then be there twice.
     """
 
     def __init__(self, table: str, columns: Mapping[str, str], otherwise: str = "") -> None:
-        self._columns = tuple(columns)
         names = ", ".join(columns)
-        self._each = f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in columns)}) {otherwise}"  # noqa: S608
+        self._each = f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' for _ in columns)}) {otherwise}"  # noqa: S608
         self._all = f"INSERT INTO {table} ({names}) SELECT * FROM {_arrays(columns)} {otherwise}"  # noqa: S608
 
     def run(self, connection: Connection, rows: Sequence[Row]) -> None:
-        if rows:
-            _run(connection, self._each, self._all, self._columns, rows)
+        _write(connection, self._each, self._all, rows)
 
 
 class Removal:
@@ -43,13 +85,12 @@ class Removal:
     """
 
     def __init__(self, table: str, key: tuple[str, str]) -> None:
-        self._key, kind = key
-        self._each = f"DELETE FROM {table} WHERE {self._key} = :{self._key}"  # noqa: S608
-        self._all = f"DELETE FROM {table} WHERE {self._key} = ANY(CAST(%({self._key})s AS {kind}[]))"  # noqa: S608
+        name, kind = key
+        self._each = f"DELETE FROM {table} WHERE {name} = ?"  # noqa: S608
+        self._all = f"DELETE FROM {table} WHERE {name} = ANY(CAST(%s AS {kind}[]))"  # noqa: S608
 
-    def run(self, connection: Connection, keys: Sequence[str]) -> None:
-        if keys:
-            _run(connection, self._each, self._all, (self._key,), [{self._key: key} for key in keys])
+    def run(self, connection: Connection, keys: Collection[str]) -> None:
+        _write(connection, self._each, self._all, [(key,) for key in keys])
 
 
 class Change:
@@ -58,7 +99,7 @@ class Change:
     Args:
         table: its name.
         key: its column, and the key's type on PostgreSQL.
-        columns: the types of what is given for each row, by name.
+        columns: the types of what is given for each row, by name; rows have the key first, then these in this order.
         values: what columns become, in terms of the table's and of `given.NAME`.
         only_where: which rows change, of those that have the keys.
     """
@@ -68,25 +109,50 @@ class Change:
     ) -> None:
         name, key_type = key
         given = {name: key_type, **columns}
-        self._columns = tuple(given)
         changes = ", ".join(f"{column} = {value}" for column, value in values.items())
         self._all = (
             f"UPDATE {table} SET {changes} FROM {_arrays(given)} AS given({', '.join(given)})"  # noqa: S608
             f" WHERE {table}.{name} = given.{name} AND {only_where}"
         )
-        self._each = f"UPDATE {table} SET {changes} WHERE {name} = given.{name} AND {only_where}".replace("given.", ":")  # noqa: S608
+        numbers = {column: number for number, column in enumerate(given, start=1)}
+        each = f"UPDATE {table} SET {changes} WHERE {name} = given.{name} AND {only_where}"  # noqa: S608
+        self._each = re.sub(r"given\.(\w+)", lambda found: f"?{numbers[found[1]]}", each)
 
     def run(self, connection: Connection, rows: Sequence[Row]) -> int:
         """How many rows changed."""
-        return _run(connection, self._each, self._all, self._columns, rows) if rows else 0
+        return _write(connection, self._each, self._all, rows)
 
 
 def _arrays(columns: Mapping[str, str]) -> str:
-    return f"unnest({', '.join(f'CAST(%({name})s AS {kind}[])' for name, kind in columns.items())})"
+    return f"unnest({', '.join(f'CAST(%s AS {kind}[])' for kind in columns.values())})"
 
 
-def _run(connection: Connection, each: str, together: str, columns: Sequence[str], rows: Sequence[Row]) -> int:
-    # Straight to the driver: what SQLAlchemy does for each row would cost more than the row.
+def _write(connection: Connection, each: str, together: str, rows: Sequence[Row]) -> int:
+    """How many rows that wrote."""
+    if not rows:
+        return 0
     if connection.dialect.name == "sqlite":
-        return connection.exec_driver_sql(each, list(rows)).rowcount
-    return connection.exec_driver_sql(together, {name: [row[name] for row in rows] for name in columns}).rowcount
+        return _run(connection, each, rows, many=True).rowcount
+    return _run(connection, together, [list(column) for column in zip(*rows, strict=True)]).rowcount
+
+
+def _run(connection: Connection, statement: str, parameters: Sequence[Any], *, many: bool = False) -> DBAPICursor:
+    """Within SQLAlchemy's transaction, heard of by whoever listens to its statements, and failing as one of them."""
+    cursor = connection.connection.cursor()
+    heard = connection.dispatch
+    heard.before_cursor_execute(connection, cursor, statement, parameters, None, many)
+    try:
+        (cursor.executemany if many else cursor.execute)(statement, parameters)
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise _as_sqlalchemy_would(connection, error) from error
+    heard.after_cursor_execute(connection, cursor, statement, parameters, None, many)
+    return cursor
+
+
+def _as_sqlalchemy_would(connection: Connection, error: DBAPIModule.Error) -> Exception:
+    """The driver's error in SQLAlchemy's words, without statement and values. A connection that is gone counts as gone."""
+    dialect = connection.dialect
+    is_lost = dialect.is_disconnect(error, connection.connection, None)
+    if is_lost:
+        connection.invalidate(error)
+    return DBAPIError.instance(None, None, error, dialect.loaded_dbapi.Error, connection_invalidated=is_lost, dialect=dialect)

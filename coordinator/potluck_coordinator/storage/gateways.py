@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from typing import Final
 
+from sqlalchemy import Connection
 from sqlmodel import Session, col, delete, select, update
 
 from potluck_coordinator.domain.gateways import GatewayRecord
+from potluck_coordinator.storage.bulk import Listing
 from potluck_coordinator.storage.tables import GatewayRow
 
-# Built once and run past the session, as in `holds`: every payment looks at the gateways' epochs.
-_EPOCHS: Final = select(col(GatewayRow.epoch))
+_EPOCHS: Final = Listing("epoch", "gateway")
 
 
 class GatewayRepository:
     """The `gateway` table."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, connection: Connection) -> None:
         self._session = session
+        self._connection = connection
 
     def epochs(self) -> frozenset[int]:
         """Of all that are somebody's."""
-        return frozenset(self._session.connection().execute(_EPOCHS).scalars())
+        return frozenset(epoch for (epoch,) in _EPOCHS.run(self._connection))
 
     def all(self) -> dict[int, GatewayRecord]:
         """By epoch."""

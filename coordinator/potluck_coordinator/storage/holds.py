@@ -9,27 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
-from sqlalchemy import bindparam, select
-from sqlmodel import Session, col
+from sqlalchemy import Connection, bindparam, select
+from sqlmodel import col
 
 from potluck_coordinator.domain.ledger import Hold, HoldState, OpenHold
 from potluck_coordinator.domain.ledger_batch import ClosedHold
 from potluck_coordinator.domain.payees import PayeeShare, merged
-from potluck_coordinator.storage.bulk import Change, Insertion
-from potluck_coordinator.storage.tables import GatewayRow, HoldPayeeRow, HoldRow
+from potluck_coordinator.storage.bulk import Change, Insertion, Selection
+from potluck_coordinator.storage.tables import GatewayRow, HoldRow
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AccountId
 
-# Built once and run past the session: putting them together anew was most of what a payment cost. Rows stay as they are read until the
-# transaction ends, in one order for all who read several (SQLite has one writer anyway).
-_GET: Final = (
-    select(HoldRow, col(HoldPayeeRow.account_id), col(HoldPayeeRow.weight))
-    .join(HoldPayeeRow, col(HoldPayeeRow.hold_id) == col(HoldRow.hold_id), isouter=True)
-    .where(col(HoldRow.hold_id).in_(bindparam("holds", expanding=True)))
-    .order_by(col(HoldRow.hold_id))
-    .with_for_update(of=HoldRow)
+# Rows stay as they are read until the transaction ends, in one order for all who read several.
+_GET: Final = Selection(
+    "hold.hold_id, payer_account_id, payee_account_id, amount, delivered, settled, state, gateway_epoch, expires_at_unix_ms,"
+    " hold_payee.account_id, hold_payee.weight",
+    "hold LEFT JOIN hold_payee ON hold_payee.hold_id = hold.hold_id",
+    ("hold.hold_id", "text"),
+    "hold",
 )
 _OPEN: Final = select(col(HoldRow.hold_id)).where(col(HoldRow.state) == HoldState.OPEN).limit(bindparam("count_max"))
 _OVERDUE: Final = _OPEN.where(col(HoldRow.expires_at_unix_ms) <= bindparam("now")).order_by(col(HoldRow.expires_at_unix_ms))
@@ -63,23 +62,23 @@ _CLOSE: Final = Change(
 class HoldRepository:
     """The `hold` and `hold_payee` tables."""
 
-    def __init__(self, session: Session) -> None:
-        self._connection = session.connection()
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def get(self, hold_id: str) -> Hold | None:
         return self.several([hold_id]).get(hold_id)
 
     def several(self, hold_ids: Collection[str]) -> dict[str, Hold]:
         """Those that there are, by id."""
-        rows = self._connection.execute(_GET, {"holds": sorted(hold_ids)})
-        return {hold_id: _hold(list(each)) for hold_id, each in groupby(rows, lambda row: row.hold_id)}
+        rows = _GET.run(self._connection, hold_ids)
+        return {hold_id: _hold(list(each)) for hold_id, each in groupby(rows, itemgetter(0))}
 
     def add(self, commands: Sequence[OpenHold], now_unix_ms: int) -> None:
         """Opens new ones, each sealing its shares."""
         _ADD_PAYEES.run(
             self._connection,
             [
-                {"hold_id": command.hold_id, "account_id": share.account_id, "weight": share.weight}
+                (command.hold_id, share.account_id, share.weight)
                 for command in commands
                 if len(command.payees) > 1
                 for share in command.payees
@@ -88,32 +87,29 @@ class HoldRepository:
         _ADD.run(
             self._connection,
             [
-                {
-                    "hold_id": command.hold_id,
-                    "payer_account_id": command.payer,
-                    "payee_account_id": command.payees[0].account_id,
-                    "amount": command.amount_micro_credits,
-                    "delivered": 0,
-                    "settled": 0,
-                    "state": HoldState.OPEN.value,
-                    "gateway_epoch": command.gateway_epoch,
-                    "expires_at_unix_ms": command.expires_at_unix_ms,
-                    "opened_at_unix_ms": now_unix_ms,
-                }
+                (
+                    command.hold_id,
+                    command.payer,
+                    command.payees[0].account_id,
+                    command.amount_micro_credits,
+                    0,
+                    0,
+                    HoldState.OPEN.value,
+                    command.gateway_epoch,
+                    command.expires_at_unix_ms,
+                    now_unix_ms,
+                )
                 for command in commands
             ],
         )
 
     def mark(self, marks: Mapping[str, int]) -> None:
         """Raises open holds' marks."""
-        _MARK.run(self._connection, [{"hold_id": hold_id, "mark": mark} for hold_id, mark in marks.items()])
+        _MARK.run(self._connection, list(marks.items()))
 
     def close(self, ends: Sequence[ClosedHold], now_unix_ms: int) -> None:
         """Ends open holds; raises PotluckError(INTERNAL_ERROR) where one has ended already, of which nothing may then be written."""
-        rows = [
-            {"hold_id": end.hold_id, "end_state": end.state.value, "paid": end.settled_micro_credits, "closed_at": now_unix_ms}
-            for end in ends
-        ]
+        rows = [(end.hold_id, end.state.value, end.settled_micro_credits, now_unix_ms) for end in ends]
         if _CLOSE.run(self._connection, rows) != len(ends):
             raise PotluckError(ErrorCode.INTERNAL_ERROR, "A hold was closed by another hand.")
 
@@ -132,19 +128,19 @@ class HoldRepository:
 
 def _hold(rows: Sequence[Any]) -> Hold:
     """One hold of as many rows as it has shares, or of the one that has none."""
-    row = rows[0]
-    if row.weight is None:
-        payees: tuple[PayeeShare, ...] = (PayeeShare(AccountId(row.payee_account_id), 1),)
+    hold_id, payer, payee, amount, delivered, settled, state, gateway_epoch, expires_at_unix_ms, _, weight = rows[0]
+    if weight is None:
+        payees: tuple[PayeeShare, ...] = (PayeeShare(payee, 1),)
     else:
-        payees = merged([PayeeShare(AccountId(share.account_id), share.weight) for share in rows])
+        payees = merged([PayeeShare(account_id, weight) for *_, account_id, weight in rows])
     return Hold(
-        hold_id=row.hold_id,
-        payer=AccountId(row.payer_account_id),
+        hold_id=hold_id,
+        payer=payer,
         payees=payees,
-        amount_micro_credits=row.amount,
-        delivered_micro_credits=row.delivered,
-        settled_micro_credits=row.settled,
-        state=HoldState(row.state),
-        gateway_epoch=row.gateway_epoch,
-        expires_at_unix_ms=row.expires_at_unix_ms,
+        amount_micro_credits=amount,
+        delivered_micro_credits=delivered,
+        settled_micro_credits=settled,
+        state=HoldState(state),
+        gateway_epoch=gateway_epoch,
+        expires_at_unix_ms=expires_at_unix_ms,
     )

@@ -9,28 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from sqlalchemy import bindparam, func
+from sqlalchemy import Connection, bindparam, func
 from sqlmodel import Session, col, select
 
 from potluck_coordinator.desks import StatementLine
 from potluck_coordinator.domain.ledger import LedgerAccountId, LedgerAccountKind, Transaction, ledger_account_id
-from potluck_coordinator.storage.bulk import Change, Insertion
+from potluck_coordinator.storage.bulk import Change, Insertion, Selection
 from potluck_coordinator.storage.tables import EarningsClaimRow, LedgerAccountRow, LedgerTransactionRow, PostingRow
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId
 
 _STATEMENT_WORDS: Final = {LedgerAccountKind.USER: "spending", LedgerAccountKind.NODE_OWNER: "earnings"}
 
-# Built once and run past the session: putting them together anew was most of what a payment cost.
 _ACCOUNT: Final = LedgerAccountRow
 _POSITION: Final = select(_ACCOUNT.posted, _ACCOUNT.held).where(col(_ACCOUNT.ledger_account_id) == bindparam("account"))
 # Locked until the transaction ends, in one order for all who lock several.
-_LOCK: Final = (
-    select(_ACCOUNT.ledger_account_id, _ACCOUNT.posted, _ACCOUNT.held)
-    .where(col(_ACCOUNT.ledger_account_id).in_(bindparam("accounts", expanding=True)))
-    .order_by(col(_ACCOUNT.ledger_account_id))
-    .with_for_update()
-)
+_LOCK: Final = Selection("ledger_account_id, posted, held", "ledger_account", ("ledger_account_id", "text"), "ledger_account")
 _HOLD: Final = Change("ledger_account", ("ledger_account_id", "text"), {"more": "bigint"}, {"held": "held + given.more"})
 _FINGERPRINT: Final = select(LedgerTransactionRow.fingerprint).where(col(LedgerTransactionRow.transaction_id) == bindparam("transaction"))
 _ADD_POSTINGS: Final = Insertion(
@@ -45,9 +39,9 @@ _ADD_TRANSACTIONS: Final = Insertion(
 class LedgerRepository:
     """The `ledger_account`, `ledger_transaction`, `posting` and `earnings_claim` tables."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, connection: Connection) -> None:
         self._session = session
-        self._connection = session.connection()
+        self._connection = connection
 
     def open_account(self, kind: LedgerAccountKind, owner: AccountId | None = None) -> None:
         """Opens the account unless it is open."""
@@ -63,12 +57,11 @@ class LedgerRepository:
 
     def lock(self, account_ids: Collection[LedgerAccountId]) -> dict[LedgerAccountId, tuple[int, int]]:
         """The positions of those that there are, which nobody else can move before this transaction ends."""
-        found = self._connection.execute(_LOCK, {"accounts": sorted(account_ids)})
-        return {LedgerAccountId(account_id): (posted, held) for account_id, posted, held in found}
+        return {account_id: (posted, held) for account_id, posted, held in _LOCK.run(self._connection, account_ids)}
 
     def hold(self, changes: Mapping[LedgerAccountId, int]) -> None:
         """Sets more aside, or less; the database refuses to overdraw an account."""
-        _HOLD.run(self._connection, [{"ledger_account_id": account_id, "more": more} for account_id, more in changes.items()])
+        _HOLD.run(self._connection, list(changes.items()))
 
     def post(self, transaction: Transaction, now_unix_ms: int) -> bool:
         """Books a transaction; False for one that is booked already.
@@ -90,28 +83,14 @@ class LedgerRepository:
         _ADD_POSTINGS.run(
             self._connection,
             [
-                {
-                    "transaction_id": transaction.transaction_id,
-                    "line": line,
-                    "ledger_account_id": posting.ledger_account_id,
-                    "amount": posting.amount_micro_credits,
-                    "created_at_unix_ms": now_unix_ms,
-                }
+                (transaction.transaction_id, line, posting.ledger_account_id, posting.amount_micro_credits, now_unix_ms)
                 for transaction in transactions
                 for line, posting in enumerate(transaction.postings)
             ],
         )
         _ADD_TRANSACTIONS.run(
             self._connection,
-            [
-                {
-                    "transaction_id": transaction.transaction_id,
-                    "kind": transaction.kind.value,
-                    "fingerprint": transaction.fingerprint,
-                    "created_at_unix_ms": now_unix_ms,
-                }
-                for transaction in transactions
-            ],
+            [(transaction.transaction_id, transaction.kind.value, transaction.fingerprint, now_unix_ms) for transaction in transactions],
         )
 
     def lines_of(self, account_id: AccountId, limit: int) -> tuple[StatementLine, ...]:

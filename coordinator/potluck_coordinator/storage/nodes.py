@@ -153,7 +153,7 @@ class NodeRepository:
 
     def saw(self, node_ids: Collection[NodeId], now_unix_ms: int) -> None:
         """Keeps when the nodes were last heard of; that time never goes back."""
-        _SAW.run(self._session.connection(), [{"node_id": node_id, "seen_at": now_unix_ms} for node_id in node_ids])
+        _SAW.run(self._session.connection(), [(node_id, now_unix_ms) for node_id in node_ids])
 
 
 def _inventory_json(inventory: Inventory) -> str:

@@ -49,5 +49,4 @@ class PlanRepository:
         connection = self._session.connection()
         new = [replica for replica_id, replica in replicas.items() if before.get(replica_id) != replica]
         _REMOVE.run(connection, [*(before.keys() - replicas.keys()), *(replica.replica_id for replica in new)])
-        rows = [{"replica_id": one.replica_id, "node_id": one.node_id, "plan": msgspec.json.encode(one).decode()} for one in new]
-        _ADD.run(connection, rows)
+        _ADD.run(connection, [(one.replica_id, one.node_id, msgspec.json.encode(one).decode()) for one in new])

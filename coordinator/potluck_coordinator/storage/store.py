@@ -299,7 +299,7 @@ class _Unit:
 def _with_session(work: Callable[[UnitOfWork], T], connection: Connection) -> T:
     # populate_existing: triggers and bulk updates change rows behind the session's back
     with Session(connection, join_transaction_mode="rollback_only", execution_options={"populate_existing": True}) as session:
-        result = work(UnitOfWork(session))
+        result = work(UnitOfWork(session, connection))
         session.flush()
         return result
 

@@ -5,6 +5,7 @@ Decides nothing; `Store` begins and ends the transaction around it.
 
 from __future__ import annotations
 
+from sqlalchemy import Connection
 from sqlmodel import Session
 
 from potluck_coordinator.storage.accounts import AccountRepository
@@ -30,18 +31,18 @@ from potluck_coordinator.storage.uptime import UptimeRepository
 class UnitOfWork:
     """The repositories of one transaction; use them inside the work that `Store` was given, and nowhere else."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, connection: Connection) -> None:
         self.accounts = AccountRepository(session)
         self.keys = KeyRepository(session)
         self.key_days = KeyDayRepository(session)
         self.join_tokens = JoinTokenRepository(session)
         self.nodes = NodeRepository(session)
-        self.ledger = LedgerRepository(session)
-        self.holds = HoldRepository(session)
-        self.audit = Audit(session)
+        self.ledger = LedgerRepository(session, connection)
+        self.holds = HoldRepository(connection)
+        self.audit = Audit(connection)
         self.catalogue = CatalogueRepository(session)
         self.plan = PlanRepository(session)
-        self.gateways = GatewayRepository(session)
+        self.gateways = GatewayRepository(session, connection)
         self.groups = GroupRepository(session)
         self.lethal_requests = LethalRequestRepository(session)
         self.idempotency = IdempotencyRepository(session)

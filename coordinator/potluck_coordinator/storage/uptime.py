@@ -33,8 +33,7 @@ class UptimeRepository:
 
     def add(self, hour: int, minutes: Mapping[NodeId, tuple[int, int]]) -> None:
         """Adds nodes' up and down minutes to an hour. More than fit into it, as after the clock was set back, are dropped: nobody's."""
-        rows = [{"node_id": node_id, "hour": hour, "up_minutes": up, "down_minutes": down} for node_id, (up, down) in minutes.items()]
-        _ADD.run(self._session.connection(), rows)
+        _ADD.run(self._session.connection(), [(node_id, hour, up, down) for node_id, (up, down) in minutes.items()])
 
     def totals(self, since_hour: int = 0) -> Mapping[NodeId, tuple[int, int]]:
         """Up and down minutes of every node with any, from that hour on."""
