@@ -21,7 +21,7 @@ from pathlib import Path
 from sqlalchemy import create_engine
 
 from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
-from potluck_coordinator.storage.store import _with_session
+from potluck_coordinator.storage.store import _carry_out
 from tests.support.books import Books, open_hold
 from tests.support.postgresql import cluster
 
@@ -60,7 +60,7 @@ def race(url: str, *, thread_count: int, spend_count: int, balance: int, each_it
             if not each_its_session:
                 return books.apply_now(*commands)
             with engine.begin() as connection:
-                return _with_session(books.ledger.work_for(commands), connection)
+                return _carry_out(books.ledger.work_for(commands), connection)
 
         def spend(thread: int) -> Counter[tuple[LedgerOutcome, int]]:
             outcomes: Counter[tuple[LedgerOutcome, int]] = Counter()

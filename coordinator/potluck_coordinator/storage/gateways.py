@@ -8,20 +8,25 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import Connection
-from sqlmodel import Session, col, delete, select, update
+from sqlmodel import col, delete, select, update
 
 from potluck_coordinator.domain.gateways import GatewayRecord
-from potluck_coordinator.storage.bulk import Listing
+from potluck_coordinator.storage.bulk import Insertion, Listing
 from potluck_coordinator.storage.tables import GatewayRow
 
 _EPOCHS: Final = Listing("epoch", "gateway")
+_PUT: Final = Insertion(
+    "gateway",
+    {"number": "integer", "epoch": "bigint", "peer_address": "text", "link_address": "text"},
+    otherwise="""ON CONFLICT (number) DO UPDATE
+    SET epoch = excluded.epoch, peer_address = excluded.peer_address, link_address = excluded.link_address""",
+)
 
 
 class GatewayRepository:
     """The `gateway` table."""
 
-    def __init__(self, session: Session, connection: Connection) -> None:
-        self._session = session
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def epochs(self) -> frozenset[int]:
@@ -30,21 +35,19 @@ class GatewayRepository:
 
     def all(self) -> dict[int, GatewayRecord]:
         """By epoch."""
-        rows = self._session.exec(select(GatewayRow).order_by(col(GatewayRow.number))).all()
-        return {row.epoch: GatewayRecord(row.number, row.epoch, row.peer_address, row.link_address) for row in rows}
+        row = GatewayRow
+        rows = self._connection.execute(select(row.number, row.epoch, row.peer_address, row.link_address).order_by(col(row.number)))
+        return {record.epoch: record for record in (GatewayRecord(*values) for values in rows)}
 
     def put(self, record: GatewayRecord) -> None:
         """In the place of whoever had the number."""
-        self._session.merge(
-            GatewayRow(number=record.number, epoch=record.epoch, peer_address=record.peer_address, link_address=record.link_address)
-        )
-        self._session.flush()
+        _PUT.run(self._connection, [(record.number, record.epoch, record.peer_address, record.link_address)])
 
     def announce(self, epoch: int, peer_address: str, link_address: str) -> bool:
         """Notes where it is reached; False for an epoch that is nobody's any more."""
         values = {"peer_address": peer_address, "link_address": link_address}
-        return self._session.exec(update(GatewayRow).where(col(GatewayRow.epoch) == epoch).values(**values)).rowcount == 1
+        return self._connection.execute(update(GatewayRow).where(col(GatewayRow.epoch) == epoch).values(**values)).rowcount == 1
 
     def retire(self, from_number: int) -> int:
         """Takes away every gateway of that number or a higher one; how many there were."""
-        return self._session.exec(delete(GatewayRow).where(col(GatewayRow.number) >= from_number)).rowcount
+        return self._connection.execute(delete(GatewayRow).where(col(GatewayRow.number) >= from_number)).rowcount

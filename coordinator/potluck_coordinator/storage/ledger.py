@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from sqlalchemy import Connection, bindparam, func
-from sqlmodel import Session, col, select
+from sqlalchemy import Connection, bindparam, func, insert
+from sqlmodel import col, select
 
 from potluck_coordinator.desks import StatementLine
 from potluck_coordinator.domain.ledger import LedgerAccountId, LedgerAccountKind, Transaction, ledger_account_id
@@ -39,16 +39,15 @@ _ADD_TRANSACTIONS: Final = Insertion(
 class LedgerRepository:
     """The `ledger_account`, `ledger_transaction`, `posting` and `earnings_claim` tables."""
 
-    def __init__(self, session: Session, connection: Connection) -> None:
-        self._session = session
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def open_account(self, kind: LedgerAccountKind, owner: AccountId | None = None) -> None:
         """Opens the account unless it is open."""
         account_id = ledger_account_id(kind, owner)
         if self.position(account_id) is None:
-            self._session.add(LedgerAccountRow(ledger_account_id=account_id, owner_account_id=owner, kind=kind, posted=0, held=0))
-            self._session.flush()
+            values = {"ledger_account_id": account_id, "owner_account_id": owner, "kind": kind.value, "posted": 0, "held": 0}
+            self._connection.execute(insert(LedgerAccountRow), values)
 
     def position(self, account_id: LedgerAccountId) -> tuple[int, int] | None:
         """What is posted and what of it is held, in micro-credits; None for no such account."""
@@ -101,8 +100,9 @@ class LedgerRepository:
 
     def _newest_lines(self, kind: LedgerAccountKind, owner: AccountId, limit: int) -> list[StatementLine]:
         # One account at a time: only then does the index give the newest lines without sorting all of them.
-        found = self._session.exec(
-            select(PostingRow, LedgerTransactionRow.kind)
+        row = PostingRow
+        found = self._connection.execute(
+            select(row.transaction_id, LedgerTransactionRow.kind, row.amount, row.created_at_unix_ms)
             .join(LedgerTransactionRow, col(PostingRow.transaction_id) == col(LedgerTransactionRow.transaction_id))
             .where(PostingRow.ledger_account_id == ledger_account_id(kind, owner))
             .order_by(col(PostingRow.created_at_unix_ms).desc())
@@ -110,35 +110,34 @@ class LedgerRepository:
         )
         return [
             StatementLine(
-                transaction_id=posting.transaction_id,
+                transaction_id=transaction_id,
                 kind=transaction_kind,
-                amount_micro_credits=posting.amount,
-                created_at_unix_ms=posting.created_at_unix_ms,
+                amount_micro_credits=amount,
+                created_at_unix_ms=created_at_unix_ms,
                 ledger_account_kind=_STATEMENT_WORDS[kind],
             )
-            for posting, transaction_kind in found
+            for transaction_id, transaction_kind, amount, created_at_unix_ms in found
         ]
 
     def earned_since(self, account_id: AccountId, since_unix_ms: int) -> int:
         """What a person's nodes earned since then, claimed or not."""
         row = PostingRow
-        found = self._session.exec(
+        found = self._connection.execute(
             select(func.sum(row.amount)).where(
                 row.ledger_account_id == ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id),
                 col(row.created_at_unix_ms) >= since_unix_ms,
                 col(row.amount) > 0,
             )
-        ).first()
+        ).scalar()
         return int(found or 0)
 
     def claimed(self, account_id: AccountId, claim_id: str) -> int | None:
         """What that claim moved; None for a claim never made."""
         row = EarningsClaimRow
-        return self._session.exec(select(row.amount).where(row.account_id == account_id, row.claim_id == claim_id)).first()
+        found = self._connection.execute(select(row.amount).where(row.account_id == account_id, row.claim_id == claim_id))
+        return found.scalar()
 
     def keep_claim(self, account_id: AccountId, claim_id: str, amount_micro_credits: int, now_unix_ms: int) -> None:
         """Remembers what a claim moved."""
-        self._session.add(
-            EarningsClaimRow(account_id=account_id, claim_id=claim_id, amount=amount_micro_credits, created_at_unix_ms=now_unix_ms)
-        )
-        self._session.flush()
+        values = {"account_id": account_id, "claim_id": claim_id, "amount": amount_micro_credits, "created_at_unix_ms": now_unix_ms}
+        self._connection.execute(insert(EarningsClaimRow), values)

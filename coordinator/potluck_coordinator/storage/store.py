@@ -21,7 +21,6 @@ from typing import Any, Final, TypeVar
 import structlog
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
-from sqlmodel import Session
 
 from potluck_coordinator.storage.absence import DatabaseAwayError, ReplacedError
 from potluck_coordinator.storage.database import open_database
@@ -106,7 +105,7 @@ class Store:
                 raise ReplacedError
             return term
 
-        self._term = self._submit(_Unit(partial(_with_session, begin))).result()
+        self._term = self._submit(_Unit(partial(_carry_out, begin))).result()
         assert self._term is not None
         return self._term
 
@@ -130,7 +129,7 @@ class Store:
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE where the database is away. It may then have been committed, all of it, or not.
         """
-        future: Future[T] = self._submit(_Unit(partial(_with_session, work), seconds_max))
+        future: Future[T] = self._submit(_Unit(partial(_carry_out, work), seconds_max))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
@@ -296,12 +295,9 @@ class _Unit:
             self.future.set_result(self._result)
 
 
-def _with_session(work: Callable[[UnitOfWork], T], connection: Connection) -> T:
-    # populate_existing: triggers and bulk updates change rows behind the session's back
-    with Session(connection, join_transaction_mode="rollback_only", execution_options={"populate_existing": True}) as session:
-        result = work(UnitOfWork(session, connection))
-        session.flush()
-        return result
+def _carry_out(work: Callable[[UnitOfWork], T], connection: Connection) -> T:
+    with UnitOfWork(connection) as unit:
+        return work(unit)
 
 
 def _public(error: BaseException) -> BaseException:
