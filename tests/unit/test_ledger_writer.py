@@ -86,6 +86,37 @@ async def test_a_hold_leaves_at_once_and_settlements_wait_for_company(monkeypatc
         assert await writer.drain(1)
 
 
+async def test_after_several_holds_the_next_ones_leave_together_with_all_that_waits(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
+    monkeypatch.setattr(ledger_writer, "HOLD_COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        await asyncio.gather(*(writer.submit(hold(f"{number}")) for number in range(2)))
+        later = [writer.submit(hold("next")), writer.submit(SettleHold("0", 1)), writer.submit(hold("last"))]
+        assert not await writer.drain(0.01)
+        assert ledger.batches == [["0", "1"]]
+        writer._company_is_over()
+        assert await asyncio.wait_for(asyncio.gather(*later), 5) == [LedgerOutcome.APPLIED] * 3
+        assert ledger.batches == [["0", "1"], ["next", "0", "last"]]
+        assert await writer.drain(1)
+
+
+async def test_after_a_hold_that_left_alone_the_next_leaves_at_once(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "HOLD_COMPANY_SECONDS", 3600)
+    async with writing() as (ledger, writer):
+        for number in range(3):
+            assert await asyncio.wait_for(writer.submit(hold(f"{number}")), 5) is LedgerOutcome.APPLIED
+        assert ledger.batches == [["0"], ["1"], ["2"]]
+
+
+async def test_holds_that_fill_a_commit_wait_for_nothing(monkeypatch):
+    monkeypatch.setattr(ledger_writer, "HOLD_COMPANY_SECONDS", 3600)
+    monkeypatch.setattr(ledger_writer, "BATCH_LENGTH_MAX", 3)
+    async with writing() as (ledger, writer):
+        for _ in range(2):
+            await asyncio.wait_for(asyncio.gather(*(writer.submit(hold(f"{number}")) for number in range(3))), 5)
+        assert ledger.batches == [["0", "1", "2"]] * 2
+
+
 async def test_a_hold_that_lacks_credits_is_tried_once_more_behind_the_settlement_that_frees_them(monkeypatch):
     monkeypatch.setattr(ledger_writer, "COMPANY_SECONDS", 3600)
     async with writing() as (ledger, writer):

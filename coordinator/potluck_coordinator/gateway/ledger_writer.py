@@ -1,11 +1,13 @@
 """Carries ledger commands from the data plane to the directory, many to a commit, each attempt's in order.
 
-Decides when to send. A hold has a client waiting for it and leaves at once, before what else waits; marks and settlements have nobody
-waiting, and stay up to 20 ms for company. A hold for which the payer's credits do not suffice is tried once more, in its place among all
-that waits: a settlement before it may free what it needs. A command leaves the queue when the directory has answered, so a directory or a
-database that is away delays settlements and loses none; one that the ledger fails on by itself is given up. Holds do not wait for long:
-once the ledger has failed for two seconds, those that wait are refused, and new ones at once, until it answers again. Where it says nothing
-at all, only new ones are, after ten: what became of those that were sent, it alone knows. It must not know amounts.
+Decides when to send. A hold has a client waiting for it and leaves at once, before what else waits. Where several left together, many are
+asking: the next ones leave 10 ms later with all that waits, for a commit costs about the same for one and for ten, and engines take longer
+to begin an answer. Marks and settlements have nobody waiting, and stay up to 20 ms for company. A hold for which the payer's credits do not
+suffice is tried once more, in its place among all that waits: a settlement before it may free what it needs. A command leaves the queue
+when the directory has answered, so a directory or a database that is away delays settlements and loses none; one that the ledger fails on
+by itself is given up. Holds do not wait for long: once the ledger has failed for two seconds, those that wait are refused, and new ones at
+once, until it answers again. Where it says nothing at all, only new ones are, after ten: what became of those that were sent, it alone
+knows. It must not know amounts.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ RETRY_SECONDS: Final = 0.5
 """After a failed commit. A directory that restarts is back after about two seconds, and a client waits for its hold meanwhile."""
 COMPANY_SECONDS: Final = 0.02
 """How long marks and settlements wait for company."""
+HOLD_COMPANY_SECONDS: Final = 0.01
+"""How long after several holds that left together the next ones leave, unless they fill a commit sooner."""
 HOLD_PATIENCE_SECONDS: Final = 2.0
 """How long a ledger may fail before nobody waits for a hold any more."""
 SILENCE_SECONDS_MAX: Final = 10.0
@@ -69,6 +73,8 @@ class LedgerWriter:
         self._all_due = False
         """Not only the holds."""
         self._timer: asyncio.TimerHandle | None = None
+        self._holds_leave_at = 0.0
+        """By the loop's time, where they wait for company."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -90,10 +96,11 @@ class LedgerWriter:
         if isinstance(command, MarkDelivered):
             self._marks[command.hold_id] = number
         self._idle.clear()
-        if urgent:
+        now = loop.time()
+        if urgent and (now >= self._holds_leave_at or len(self._waiting) >= BATCH_LENGTH_MAX):
             self._due.set()
-        elif self._timer is None:
-            self._timer = loop.call_later(COMPANY_SECONDS, self._company_is_over)
+        else:
+            self._leave_at(self._holds_leave_at if urgent else now + COMPANY_SECONDS)
         return outcome
 
     def check(self) -> None:
@@ -123,8 +130,19 @@ class LedgerWriter:
         """One of its own for each who is refused."""
         return PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, REFUSED, retry_after_seconds=REFUSED_RETRY_SECONDS)
 
+    def _leave_at(self, when: float) -> None:
+        """All that waits, then or before."""
+        if self._timer is None or when < self._timer.when():
+            self._forget_timer()
+            self._timer = asyncio.get_running_loop().call_at(when, self._company_is_over)
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _company_is_over(self) -> None:
-        self._timer = None
+        self._forget_timer()
         self._send_all()
 
     def _send_all(self) -> None:
@@ -140,9 +158,13 @@ class LedgerWriter:
             everything, batch = self._all_due, self._next_batch()
             # Cleared now: what comes during the commit may want it set again.
             self._all_due = False
+            if len(batch) == len(self._waiting):
+                self._forget_timer()
             if not batch and self._failing_since is None:
                 continue  # what the timer was for has left already
             started_at = loop.time()
+            hold_count = sum(isinstance(command, OpenHold) for _, (command, _) in batch)
+            self._holds_leave_at = started_at + HOLD_COMPANY_SECONDS if hold_count > 1 else 0.0
             self._under_way, self._sent_at = frozenset(number for number, _ in batch), started_at
             try:
                 # Of nothing, where the ledger failed: that it answers is all that is asked.
