@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 
 import structlog
 
+from potluck_coordinator.desk_frames import DeskFrames
 from potluck_coordinator.desks import (
     Accounts,
     CatalogueDesk,
@@ -42,9 +43,6 @@ PATIENCE_SECONDS: Final = 10.0
 CALL_SECONDS_MAX: Final = 30.0
 """The longest a call may run: `watch` waits for 20 s by design."""
 RETRY_PAUSE_SECONDS: Final = 0.1
-FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
-_HEAD: Final = struct.Struct("!IQ")
-"""Of a frame: how many bytes follow, and the number of the call, which is known even of a frame that cannot be read."""
 _PEER: Final = struct.Struct("iII")  # process, user and group, as Linux' SO_PEERCRED gives them
 
 _log = structlog.get_logger()
@@ -73,12 +71,13 @@ class DeskServer:
         self._path = path
         self._server: asyncio.Server | None = None
         self._calls: set[asyncio.Task[None]] = set()
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: set[_Caller] = set()
 
     async def start(self) -> None:
         """Listens, in the place of a predecessor that may have left its socket file."""
         self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Caller(self._connections, self._begin), self._path)
         self._path.chmod(0o600)
 
     async def stop(self) -> None:
@@ -86,52 +85,72 @@ class DeskServer:
         if self._server is not None:
             self._server.close()
         for connection in tuple(self._connections):
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+            connection.transport.close()
         for call in tuple(self._calls):
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
         self._path.unlink(missing_ok=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = asyncio.current_task()
-        assert connection is not None
-        self._connections.add(connection)
-        try:
-            # asyncio's stream server would write a traceback for a handler that ends as cancelled.
-            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-                await self._take_calls(reader, writer)
-        finally:
-            self._connections.discard(connection)
-            writer.close()
+    def _begin(self, number: int, content: bytearray, caller: _Caller) -> None:
+        task = asyncio.ensure_future(self._answer(number, content, caller))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
 
-    async def _take_calls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if refusal := _caller_refusal(writer.get_extra_info("socket")):
-            _log.error("desk_socket_refused_a_caller", reason=refusal)
-            return
-        while (frame := await _read_frame(reader)) is not None:
-            task = asyncio.ensure_future(self._answer(*frame, writer))
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
-            # Who does not take its answers may not ask for more.
-            await writer.drain()
-
-    async def _answer(self, number: int, content: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, number: int, content: bytearray, caller: _Caller) -> None:
         outcome = await self._outcome(content)
         # A gateway may go away, or be killed, while its call runs: nobody is left to be answered.
         with contextlib.suppress(ConnectionError):
             try:
-                _write_frame(writer, number, outcome)
+                caller.send(number, outcome)
             except PotluckError as error:
-                _write_frame(writer, number, error)
+                caller.send(number, error)
 
-    async def _outcome(self, content: bytes) -> Any:
+    async def _outcome(self, content: bytearray) -> Any:
         try:
             call = pickle.loads(content)  # noqa: S301 - from this user's own processes only
         except Exception:  # noqa: BLE001 - the caller is told that it failed, the log why
             _log.exception("desk_call_unreadable")
             return PotluckError(ErrorCode.INTERNAL_ERROR)
         return await answer(self._directory, *call)
+
+
+class _Caller(DeskFrames):
+    """The directory's end of one gateway's connection.
+
+    Args:
+        connections: of the server's; it is one of them for as long as it may ask.
+        begin: takes a call.
+    """
+
+    def __init__(self, connections: set[_Caller], begin: Callable[[int, bytearray, _Caller], None]) -> None:
+        super().__init__()
+        self._connections = connections
+        self._begin = begin
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if refusal := _caller_refusal(transport.get_extra_info("socket")):
+            _log.error("desk_socket_refused_a_caller", reason=refusal)
+            transport.close()
+        else:
+            self._connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._connections.discard(self)
+
+    def frame_received(self, number: int, content: bytearray) -> None:
+        if self in self._connections:
+            self._begin(number, content, self)
+
+    # Who does not take its answers may not ask for more.
+    def pause_writing(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
 
 async def answer(directory: DirectoryPort, desk: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -156,8 +175,7 @@ class DeskClient:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connecting = asyncio.Lock()
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._connection: _Connection | None = None
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
 
@@ -168,41 +186,63 @@ class DeskClient:
             DirectoryLostError: nobody answered.
             PotluckError: INTERNAL_ERROR for a call that cannot be sent.
         """
-        writer = self._writer if self._writer is not None else await self._connect()
+        connection = self._connection if self._connection is not None else await self._connect()
         self._number += 1
         number = self._number
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            _write_frame(writer, number, (desk, method, arguments, named))
+            connection.send(number, (desk, method, arguments, named))
             return await answer
         except ConnectionError as error:
             raise DirectoryAbsentError from error
         finally:
             self._waiting.pop(number, None)
 
-    async def _connect(self) -> asyncio.StreamWriter:
+    async def _connect(self) -> _Connection:
         async with self._connecting:
-            if self._writer is None:
-                try:
-                    reader, self._writer = await asyncio.open_unix_connection(self._path)
-                except OSError as error:
-                    raise DirectoryAbsentError from error
-                self._reading = asyncio.ensure_future(self._read(reader, self._writer))
-            return self._writer
+            if self._connection is not None:
+                return self._connection
+            try:
+                _, made = await asyncio.get_running_loop().create_unix_connection(lambda: _Connection(self), str(self._path))
+            except OSError as error:
+                raise DirectoryAbsentError from error
+            return made
 
-    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while (frame := await _read_frame(reader)) is not None:
-                number, content = frame
-                answer = self._waiting.get(number)
-                if answer is not None and not answer.done():
-                    answer.set_result(_read_outcome(content))
-        finally:
-            self._writer = None
-            writer.close()
-            for answer in self._waiting.values():
-                if not answer.done():
-                    answer.set_exception(DirectoryLostError())
+    def connected(self, connection: _Connection) -> None:
+        """There is one to call on."""
+        self._connection = connection
+
+    def answered(self, number: int, content: bytearray) -> None:
+        """What a call came to, if anybody still waits for it."""
+        answer = self._waiting.get(number)
+        if answer is not None and not answer.done():
+            answer.set_result(_read_outcome(content))
+
+    def lost(self) -> None:
+        """The connection has ended, and with it all that waits for its answer."""
+        self._connection = None
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(DirectoryLostError())
+
+
+class _Connection(DeskFrames):
+    """A gateway's end."""
+
+    def __init__(self, client: DeskClient) -> None:
+        super().__init__()
+        self._client = client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._client.connected(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._client.lost()
+
+    def frame_received(self, number: int, content: bytearray) -> None:
+        self._client.answered(number, content)
 
 
 class _Desk:
@@ -288,36 +328,7 @@ class RemoteDirectory:
             return outcome
 
 
-async def _read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes] | None:
-    """The number and content of the next frame; None at the end, however it came."""
-    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-        size_bytes, number = _HEAD.unpack(await reader.readexactly(_HEAD.size))
-        if size_bytes <= FRAME_BYTES_MAX:
-            return number, await reader.readexactly(size_bytes)
-    return None
-
-
-def _write_frame(writer: asyncio.StreamWriter, number: int, content: Any) -> None:
-    """Writes all of the frame or nothing.
-
-    Raises:
-        PotluckError: INTERNAL_ERROR for what does not pickle or is too large.
-        ConnectionError: the peer went away. asyncio's own transports keep silent about it, uvloop's raise a RuntimeError.
-    """
-    if writer.is_closing():
-        raise ConnectionResetError
-    try:
-        frame = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        _log.exception("desk_frame_not_written", call=number)
-        raise PotluckError(ErrorCode.INTERNAL_ERROR) from error
-    if len(frame) > FRAME_BYTES_MAX:
-        _log.error("desk_frame_too_large", call=number, frame_bytes=len(frame), frame_bytes_max=FRAME_BYTES_MAX)
-        raise PotluckError(ErrorCode.INTERNAL_ERROR)
-    writer.write(_HEAD.pack(len(frame), number) + frame)
-
-
-def _read_outcome(content: bytes) -> Any:
+def _read_outcome(content: bytearray) -> Any:
     try:
         return pickle.loads(content)  # noqa: S301 - from the directory, whose folder nobody else can enter
     except Exception:  # noqa: BLE001 - it fails this one call; the others share the connection

@@ -17,7 +17,7 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from potluck_coordinator import desk_socket
+from potluck_coordinator import desk_frames, desk_socket
 from potluck_coordinator.desk_socket import DeskClient, DeskServer, DirectoryAbsentError, DirectoryLostError, RemoteDirectory
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -113,7 +113,7 @@ async def client(path, nodes):
 
 @pytest.mark.parametrize("argument", [b"x" * 2000, lambda: None], ids=["too large", "not to be pickled"])
 async def test_a_call_that_cannot_be_sent_fails_alone(client, monkeypatch, argument):
-    monkeypatch.setattr(desk_socket, "FRAME_BYTES_MAX", 1000)
+    monkeypatch.setattr(desk_frames, "FRAME_BYTES_MAX", 1000)
     async with asyncio.timeout(5):
         with pytest.raises(PotluckError) as failure:
             await RemoteDirectory(client.call, SystemClock()).nodes.report(argument)
@@ -124,7 +124,7 @@ async def test_a_call_that_cannot_be_sent_fails_alone(client, monkeypatch, argum
     "outcome", [b"x" * 2000, lambda: None, Unreadable()], ids=["too large", "not to be pickled", "not to be read by the caller"]
 )
 async def test_an_answer_that_cannot_cross_fails_alone(client, nodes, monkeypatch, outcome):
-    monkeypatch.setattr(desk_socket, "FRAME_BYTES_MAX", 1000)
+    monkeypatch.setattr(desk_frames, "FRAME_BYTES_MAX", 1000)
     nodes.answer = outcome
     async with asyncio.timeout(5):
         with pytest.raises(PotluckError) as failure:
@@ -149,7 +149,7 @@ async def test_who_takes_no_answers_is_not_asked_for_more_work(path, nodes):
     _, writer = await asyncio.open_unix_connection(path, limit=1000)
     call = pickle.dumps(("nodes", "list_nodes", (), {}))
     for number in range(5000):
-        writer.write(desk_socket._HEAD.pack(len(call), number) + call)
+        writer.write(desk_frames.HEAD.pack(len(call), number) + call)
     listed_before = -1
     while nodes.listed_count != listed_before:
         listed_before = nodes.listed_count
@@ -185,7 +185,7 @@ def test_a_gateway_that_is_killed_during_its_calls_leaves_no_traceback(path):
         await server.start()
         _, writer = await asyncio.open_unix_connection(path)
         call = pickle.dumps(("nodes", "open_session", (None,), {}))
-        writer.write(desk_socket._HEAD.pack(len(call), 1) + call)
+        writer.write(desk_frames.HEAD.pack(len(call), 1) + call)
         async with asyncio.timeout(10):
             await nodes.asked.wait()
             writer.transport.abort()
@@ -210,7 +210,7 @@ def test_a_call_on_a_connection_that_just_closed_never_left(path, monkeypatch):
         await server.start()
         client = DeskClient(path)
         assert await client.call("nodes", "list_nodes", (), {}) == ("one", "two")
-        client._writer.transport.abort()
+        client._connection.transport.abort()
         with pytest.raises(DirectoryAbsentError):
             await client.call("nodes", "list_nodes", (), {})
         assert await RemoteDirectory(client.call, SystemClock()).nodes.list_nodes() == ("one", "two")
