@@ -39,8 +39,8 @@ class Selection:
         if not keys:
             return []
         if connection.dialect.name == "sqlite":
-            return _run(connection, self._sqlite, (json.dumps(list(keys)),)).fetchall()
-        return _run(connection, self._postgresql, (list(keys),)).fetchall()
+            return run(connection, self._sqlite, (json.dumps(list(keys)),)).fetchall()
+        return run(connection, self._postgresql, (list(keys),)).fetchall()
 
 
 class Listing:
@@ -55,7 +55,7 @@ class Listing:
         self._statement = f"SELECT {columns} FROM {table}"  # noqa: S608
 
     def run(self, connection: Connection) -> Sequence[Row]:
-        return _run(connection, self._statement, ()).fetchall()
+        return run(connection, self._statement).fetchall()
 
 
 class Insertion:
@@ -132,12 +132,15 @@ def _write(connection: Connection, each: str, together: str, rows: Sequence[Row]
     if not rows:
         return 0
     if connection.dialect.name == "sqlite":
-        return _run(connection, each, rows, many=True).rowcount
-    return _run(connection, together, [list(column) for column in zip(*rows, strict=True)]).rowcount
+        return run(connection, each, rows, many=True).rowcount
+    return run(connection, together, [list(column) for column in zip(*rows, strict=True)]).rowcount
 
 
-def _run(connection: Connection, statement: str, parameters: Sequence[Any], *, many: bool = False) -> DBAPICursor:
-    """Within SQLAlchemy's transaction, heard of by whoever listens to its statements, and failing as one of them."""
+def run(connection: Connection, statement: str, parameters: Sequence[Any] = (), *, many: bool = False) -> DBAPICursor:
+    """One statement, or the same one for each of several parameters, as the driver takes them.
+
+    It is in SQLAlchemy's transaction, whoever listens to SQLAlchemy's statements hears of it, and it fails as one of them.
+    """
     cursor = connection.connection.cursor()
     heard = connection.dispatch
     heard.before_cursor_execute(connection, cursor, statement, parameters, None, many)

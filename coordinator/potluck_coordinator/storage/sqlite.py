@@ -13,6 +13,8 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
+from potluck_coordinator.storage.bulk import run
+
 BUSY_TIMEOUT_MS: Final = 5_000
 _PRAGMAS: Final = (
     f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
@@ -30,7 +32,7 @@ class Sqlite:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         event.listen(engine, "connect", _prepare)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        event.listen(engine, "begin", lambda connection: run(connection, "BEGIN IMMEDIATE"))
 
     @staticmethod
     def engine_arguments(url: URL) -> dict[str, Any]:
