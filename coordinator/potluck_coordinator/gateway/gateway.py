@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 import time
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
@@ -23,6 +22,7 @@ import structlog
 from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
 from potluck_coordinator.gateway.account_servicer import AccountServicer
 from potluck_coordinator.gateway.as_set import host_port, link_address, liveness_limits, request_limits
+from potluck_coordinator.gateway.attempt_ids import new_attempt_id
 from potluck_coordinator.gateway.dispatching import Books
 from potluck_coordinator.gateway.draining import drain
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
@@ -49,7 +49,6 @@ from potluck_protocol.circles import look_rarely
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import ConnectionDocument
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import AttemptId
 from potluck_protocol.version import PROTOCOL_VERSION
 
 _log = structlog.get_logger()
@@ -134,7 +133,7 @@ class Gateway:
         books = Books(
             ledger=self._ledger,
             replica_payees=lambda: self._snapshot.replica_payees,
-            new_attempt_id=lambda: AttemptId(f"att_{secrets.token_hex(8)}"),
+            new_attempt_id=lambda: new_attempt_id(self._clock.unix_ms()),
             gateway_epoch=grant.epoch,
         )
         requests = self._requests = RequestService(
