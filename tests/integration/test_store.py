@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from potluck_coordinator.storage import holds
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -247,6 +248,13 @@ def test_an_accounts_newest_lines_are_found_without_sorting_all_of_them(sqlite_b
         " WHERE p.ledger_account_id = 'user:ann' ORDER BY p.created_at_unix_ms DESC LIMIT 5",
     )
     assert not any("TEMP B-TREE" in step[3] for step in plan), plan
+
+
+@pytest.mark.parametrize("query", [holds._OVERDUE, holds._ORPHANED])
+def test_open_holds_are_found_among_all_others_by_their_index(sqlite_books, query):
+    asked = f"EXPLAIN QUERY PLAN {query}", {"now": 1, "count_max": 1}
+    plan = sqlite_books.run_now(lambda work: work.audit._connection.exec_driver_sql(*asked).all())
+    assert "ix_hold_open" in plan[0][3], plan
 
 
 def test_uptime_hours_hold_at_most_sixty_minutes(books):

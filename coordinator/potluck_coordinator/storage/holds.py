@@ -19,7 +19,7 @@ from potluck_coordinator.domain.ledger import Hold, HoldState, OpenHold
 from potluck_coordinator.domain.ledger_batch import ClosedHold
 from potluck_coordinator.domain.payees import PayeeShare, merged
 from potluck_coordinator.storage.bulk import Change, Insertion, Selection
-from potluck_coordinator.storage.tables import GatewayRow, HoldRow
+from potluck_coordinator.storage.tables import IS_OPEN, GatewayRow, HoldRow
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 # Rows stay as they are read until the transaction ends, in one order for all who read several.
@@ -30,7 +30,7 @@ _GET: Final = Selection(
     ("hold.hold_id", "text"),
     "hold",
 )
-_OPEN: Final = select(col(HoldRow.hold_id)).where(col(HoldRow.state) == HoldState.OPEN).limit(bindparam("count_max"))
+_OPEN: Final = select(col(HoldRow.hold_id)).where(IS_OPEN).limit(bindparam("count_max"))
 _OVERDUE: Final = _OPEN.where(col(HoldRow.expires_at_unix_ms) <= bindparam("now")).order_by(col(HoldRow.expires_at_unix_ms))
 _ORPHANED: Final = _OPEN.where(col(HoldRow.gateway_epoch).not_in(select(col(GatewayRow.epoch))))
 _ADD: Final = Insertion(
