@@ -6,6 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
@@ -98,6 +99,22 @@ async def test_after_several_holds_the_next_ones_leave_together_with_all_that_wa
         assert await asyncio.wait_for(asyncio.gather(*later), 5) == [LedgerOutcome.APPLIED] * 3
         assert ledger.batches == [["0", "1"], ["next", "0", "last"]]
         assert await writer.drain(1)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_company_that_is_over_this_very_moment_is_over(monkeypatch, loop):
+    monkeypatch.setattr(ledger_writer, "HOLD_COMPANY_SECONDS", 0.0004)
+
+    async def run():
+        async with writing() as (ledger, writer):
+            for _ in range(20):
+                first = [writer.submit(hold(f"{number}")) for number in range(2)]
+                await asyncio.sleep(0)  # their commit is on its way
+                await asyncio.wait_for(asyncio.gather(*first, *(writer.submit(hold(f"{number}")) for number in range(2, 5))), 5)
+            assert sorted(hold_id for batch in ledger.batches for hold_id in batch) == sorted("01234" * 20)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
 
 
 async def test_after_a_hold_that_left_alone_the_next_leaves_at_once(monkeypatch):

@@ -73,6 +73,8 @@ class LedgerWriter:
         self._all_due = False
         """Not only the holds."""
         self._timer: asyncio.TimerHandle | None = None
+        self._leave_at_seconds = 0.0
+        """What the timer is set to: uvloop's do not always know."""
         self._holds_leave_at = 0.0
         """By the loop's time, where they wait for company."""
         self._idle = asyncio.Event()
@@ -132,8 +134,9 @@ class LedgerWriter:
 
     def _leave_at(self, when: float) -> None:
         """All that waits, then or before."""
-        if self._timer is None or when < self._timer.when():
+        if self._timer is None or when < self._leave_at_seconds:
             self._forget_timer()
+            self._leave_at_seconds = when
             self._timer = asyncio.get_running_loop().call_at(when, self._company_is_over)
 
     def _forget_timer(self) -> None:
