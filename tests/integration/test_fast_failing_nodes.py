@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -141,7 +141,7 @@ async def test_requests_that_only_the_other_node_takes_tell_of_engines_of_one_ki
         plain = Dispatching.dispatch
 
         def of_kind(self, request, entry, replica, *others, **options):
-            return plain(self, request, entry, replace(replica, engine_kind=kind_by_node[replica.node_id]), *others, **options)
+            return plain(self, request, entry, replica._replace(engine_kind=kind_by_node[replica.node_id]), *others, **options)
 
         monkeypatch.setattr(Dispatching, "dispatch", of_kind)
         picky.probe_status = 200
