@@ -57,7 +57,7 @@ class GatewayWays:
         return gateways.move_delay_seconds(self._ways, self._clock.monotonic_seconds(), jitter)
 
     def linked(self, said: tuple[str, ...]) -> None:
-        """The gateway that was dialled took the node in, and said where all of them are."""
+        """The gateway that was dialled took the node in, or has it, and said where all of them are."""
         connection = self._connection()
         usable = gateways.usable(said, connection.host or "")
         before, self._ways = self._ways, gateways.after_welcome(connection.link_target, self._dialled, usable)

@@ -86,11 +86,10 @@ class Link:
         self._current: LinkConnection | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
-        self._beat_wanted = self._request_wanted = False
+        self._beat_wanted = self._request_wanted = self._renewed_after_refusal = False
         self._tokens_sent_at_seconds, self._told_seconds = -math.inf, 0.0
         self._move_at_seconds: float | None = None
-        self._farewells = Farewells()
-        self._stopping = self._renewed_after_refusal = False
+        self._farewells, self._stopping = Farewells(), False
         self._goodbye_said, self._changed = asyncio.Event(), asyncio.Event()
         self._failure: BaseException | None = None
         attempts.wake = self.wake
@@ -315,6 +314,8 @@ class Link:
             epoch, ttl_ms, idle_ms, number = told.epoch, told.lease_ttl_ms, told.heartbeat_idle_ms, told.heartbeat_number
             self.session = lease.after_renewal(self.session, epoch=epoch, lease_ttl_ms=ttl_ms, heartbeat_idle_ms=idle_ms, number=number)
         self._orders.take(frame)
+        if frame.link_addresses:
+            self._credentials.gateways.linked(tuple(frame.link_addresses))
         if frame.beat_now:
             self.report_now()
         if frame.HasField("certificate"):
@@ -372,9 +373,8 @@ class Link:
         if not lease.lease_lapsed(self.session, self._clock.monotonic_seconds()):
             return
         self.session = lease.after_lapse(self.session)
-        dropped_count = self._attempts.abandon_all()
+        _log.warning("fenced", epoch=self.session.epoch, dropped_count=self._attempts.abandon_all())
         self._orders.lease_ended()
-        _log.warning("fenced", epoch=self.session.epoch, dropped_count=dropped_count)
         connection, self._current = self._current, None
         if connection is not None:
             self.trouble = "the coordinator did not renew the lease in time"

@@ -75,6 +75,18 @@ async def test_a_heartbeat_that_is_asked_for_comes_at_once_and_each_has_a_number
         assert numbers()[0] > 0
 
 
+async def test_a_node_that_is_told_of_another_gateway_while_its_link_stands_goes_there(coordinator, tmp_path) -> None:
+    async with link_coordinator(tmp_path) as another, wired_node(coordinator, tmp_path, None) as node:
+        link = await coordinator.next_link()
+        own, others = (f"127.0.0.1:{one.link_port}" for one in (coordinator, another))
+        await link.welcome()
+        await link.send(link_addresses=[own, others])
+        await link.send(goodbye=goodbye_message(GoodbyeReason.COORDINATOR_STOPPING))
+        link.close()
+        assert (await another.next_link()).hello.node_id == node.folder.identity().node_id
+        assert coordinator.links.empty()
+
+
 def sockets_to(port: int) -> int:
     """This process's own ends of connections to that port."""
     return sum(bool(one.raddr) and one.raddr.port == port for one in psutil.Process().net_connections("tcp"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from potluck_coordinator.desks import PoolSnapshot, SessionGrant
+from potluck_coordinator.domain.gateways import GatewayRecord
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.judging import LOOK_SECONDS
 from potluck_coordinator.gateway.links import Links
@@ -190,6 +191,23 @@ async def test_a_revoked_node_is_told_why():
     links.take_snapshot(PoolSnapshot(1, {}, {}, {NODE: "too many wrong answers"}, 1))
     goodbye = (await outbox.take()).goodbye
     assert (goodbye.reason, goodbye.message) == (node_pb2.GOODBYE_REASON_REVOKED, "too many wrong answers")
+    await links.stop()
+
+
+async def test_a_node_is_told_where_the_gateways_are_when_that_changes_and_when_it_does_not_nothing(clock):
+    links = Links(SlowDirectory(None), LivenessLimits(), clock, lambda: None)
+    links.registered(8, b"")
+    session = links._sessions[NODE] = NodeSession(HELLO, SessionGrant(1, AccountId("owner"), DesiredState()), 100.0)
+    outbox = session.outbox = Outbox()
+    own, other = GatewayRecord(0, 8, "a:1", "a:8603"), GatewayRecord(1, 9, "b:1", "b:8604")
+    both = PoolSnapshot(1, {}, {}, {}, 1, gateways={8: own, 9: other})
+    links.take_snapshot(replace(both, gateways={8: own}))
+    links.take_snapshot(both)
+    links.take_snapshot(replace(both, version=2))
+    assert list((await outbox.take()).link_addresses) == ["a:8603", "b:8604"], "not once for each snapshot"
+    links.take_snapshot(replace(both, version=3, gateways={8: own, 10: replace(other, epoch=10)}))
+    outbox.ask_for_beat()
+    assert list((await outbox.take()).link_addresses) == [], "another process in its place, and the same way there"
     await links.stop()
 
 

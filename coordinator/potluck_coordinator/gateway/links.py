@@ -353,7 +353,8 @@ class Links:
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
         self._outcasts, self._desired = snapshot.outcasts, snapshot.desired
-        self.word = word_of(snapshot)
+        former_ways, self.word = self.word.link_addresses(self._gateway_epoch), word_of(snapshot)
+        ways = self.word.link_addresses(self._gateway_epoch)
         self._losses_per_second = snapshot.losses_per_second
         self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
         self._judging.drained = frozenset(snapshot.drained_replicas)
@@ -363,6 +364,8 @@ class Links:
             if session.node_id in snapshot.outcasts:
                 self.close(session, GoodbyeReason.REVOKED, GoodbyeReason.REVOKED, snapshot.outcasts[session.node_id])
                 continue
+            if ways not in {(), former_ways} and session.outbox is not None:
+                session.outbox.show_ways(ways)
             session.word = self.word
             session.losses_per_second = snapshot.losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
             session.fail_broken(snapshot.broken_groups)

@@ -85,6 +85,11 @@ class Outbox:
         """A heartbeat, at once."""
         self._next().beat_now = True
 
+    def show_ways(self, link_addresses: tuple[str, ...]) -> None:
+        """Where the gateways are now; the last word alone counts."""
+        self._next().ClearField("link_addresses")
+        self._next().link_addresses.extend(link_addresses)
+
     def hand_over_certificate(self, certificate_pem: str) -> None:
         """The answer to a certificate request."""
         self._next().certificate.certificate_pem = certificate_pem

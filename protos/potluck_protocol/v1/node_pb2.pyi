@@ -465,6 +465,7 @@ class CoordinatorFrame(Message):
     GOODBYE_FIELD_NUMBER: int
     EPOCH_FIELD_NUMBER: int
     BEAT_NOW_FIELD_NUMBER: int
+    LINK_ADDRESSES_FIELD_NUMBER: int
     epoch: int
     """The lease epoch under which the frame was sent; an agent drops frames of another one, but for their goodbye. 0: not said."""
     beat_now: bool
@@ -485,6 +486,10 @@ class CoordinatorFrame(Message):
     def certificate(self) -> Certificate: ...
     @property
     def goodbye(self) -> Goodbye: ...
+    @property
+    def link_addresses(self) -> RepeatedScalarFieldContainer[str]:
+        """As in the welcome, when a gateway has come or gone since then. Empty: not said."""
+
     def __init__(
         self,
         *,
@@ -498,9 +503,10 @@ class CoordinatorFrame(Message):
         goodbye: Goodbye | None = ...,
         epoch: int = ...,
         beat_now: bool = ...,
+        link_addresses: Iterable[str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: Literal["certificate", b"certificate", "desired", b"desired", "goodbye", b"goodbye", "lease", b"lease", "welcome", b"welcome"]) -> bool: ...
-    def ClearField(self, field_name: Literal["acknowledgements", b"acknowledgements", "beat_now", b"beat_now", "cancels", b"cancels", "certificate", b"certificate", "desired", b"desired", "epoch", b"epoch", "goodbye", b"goodbye", "lease", b"lease", "starts", b"starts", "welcome", b"welcome"]) -> None: ...
+    def ClearField(self, field_name: Literal["acknowledgements", b"acknowledgements", "beat_now", b"beat_now", "cancels", b"cancels", "certificate", b"certificate", "desired", b"desired", "epoch", b"epoch", "goodbye", b"goodbye", "lease", b"lease", "link_addresses", b"link_addresses", "starts", b"starts", "welcome", b"welcome"]) -> None: ...
 
 @final
 class Hello(Message):
