@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TELEMETRY_BUSY_SECONDS: Final = 10.0
 """So old may be what the coordinator knows of power, heat and disk."""
-TELEMETRY_IDLE_SECONDS: Final = 30.0
+TELEMETRY_IDLE_SECONDS: Final = 60.0
 """The same of a node that has nothing to do."""
 
 

@@ -1,0 +1,164 @@
+"""`python -m tests.benchmarks.scaling`: what 1,000, 10,000 and 100,000 nodes need, reckoned from figures that were measured and kept.
+
+Decides the arithmetic alone; it measures nothing. Figures of idle and joining nodes are those that `many_nodes --json` wrote
+(`docs/benchmarks/many-nodes.json`), those of requests and tokens stand with their origin in `docs/benchmarks/unit-costs.json`. The table
+that it prints is the one in `docs/scaling.md`; a test compares them.
+
+A pool's load is taken to be even: each node answers as many requests and gives as many tokens as `unit-costs.json` says, over the day.
+Costs are taken to grow in proportion to what causes them. That was seen up to the counts that were measured, and is an assumption beyond.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from potluck_coordinator.domain.beat_period import idle_period_seconds
+from potluck_coordinator.domain.nodes import LivenessLimits
+from potluck_coordinator.gateway.grpc_server import LINKS_MAX
+
+FOLDER: Final = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+MEASURED_NODES: Final = FOLDER / "many-nodes.json"
+UNIT_COSTS: Final = FOLDER / "unit-costs.json"
+NODE_COUNTS: Final = (1_000, 10_000, 100_000)
+GATEWAY_CORES_MAX: Final = 0.6
+"""Of the one core that a gateway's process can use: the rest is for bursts, and for the nodes of one that died."""
+DIRECTORY_CORES_MAX: Final = 0.8
+GATEWAYS_MAX: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What so many idle nodes cost one process: a part that is there without any, and one for each."""
+
+    base: float
+    each: float
+
+    def at(self, count: float) -> float:
+        return self.base + self.each * count
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """All that was measured."""
+
+    idle_cores: Mapping[str, Line]
+    """By process, in the period that was told then."""
+    period_seconds: float
+    resident_bytes: Mapping[str, Line]
+    joining_ms: Mapping[str, float]
+    token_micros: float
+    """Of the gateway."""
+    request_micros: float
+    """Of the gateway."""
+    directory_request_micros: float
+    requests_per_node_second: float
+    tokens_per_node_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Of a pool of so many nodes."""
+
+    node_count: int
+    idle_cores: float
+    """Of all processes together, with nothing to do and as few gateways as can hold the links."""
+    requests_per_second: float
+    tokens_per_second: float
+    gateways: int
+    gateway_cores: float
+    """Of all gateways together."""
+    directory_cores: float
+    memory_gib: float
+    back_seconds: float
+    """CPU time, of the directory or one gateway, whichever is more, until all nodes are back after a restart."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether one directory and the gateways that there may be bear it."""
+        return self.directory_cores <= DIRECTORY_CORES_MAX and self.gateways <= GATEWAYS_MAX
+
+
+def line_of(few: Mapping[str, Any], many: Mapping[str, Any], key: str, process: str) -> Line:
+    """Through two counts."""
+    each = max(0.0, (many[key][process] - few[key][process]) / (many["node_count"] - few["node_count"]))
+    return Line(max(0.0, many[key][process] - each * many["node_count"]), each)
+
+
+def costs_of(nodes: Mapping[str, Any], units: Mapping[str, Any]) -> Costs:
+    few, many = nodes["idle"]
+    processes = tuple(many["cores"])
+    load, cost = units["load_of_a_node"], units["cost"]
+    return Costs(
+        {name: line_of(few, many, "cores", name) for name in processes},
+        max(many["period_seconds"]),
+        {name: line_of(few, many, "resident_bytes", name) for name in processes},
+        nodes["joining_milliseconds_per_node"],
+        cost["gateway_token_micros"],
+        cost["gateway_request_micros"],
+        cost["directory_request_micros"],
+        load["requests_per_second"],
+        load["tokens_per_second"],
+    )
+
+
+def need_of(node_count: int, costs: Costs) -> Need:
+    """As few gateways as bear it, for more of them cost a little more each."""
+    requests, tokens = node_count * costs.requests_per_node_second, node_count * costs.tokens_per_node_second
+    busy_cores = (requests * costs.request_micros + tokens * costs.token_micros) / 1e6
+    gateways = math.ceil(node_count / LINKS_MAX)
+    idle_cores = _gateway_cores(node_count, gateways, 0.0, costs)
+    idle_cores += sum(line.at(node_count) for name, line in costs.idle_cores.items() if name != "gateway")
+    while _gateway_cores(node_count, gateways, busy_cores, costs) / gateways > GATEWAY_CORES_MAX:
+        gateways += 1
+    gateway_cores = _gateway_cores(node_count, gateways, busy_cores, costs)
+    directory_cores = costs.idle_cores["directory"].at(node_count) + requests * costs.directory_request_micros / 1e6
+    memory = gateways * costs.resident_bytes["gateway"].base + costs.resident_bytes["gateway"].each * node_count
+    memory += sum(line.at(node_count) for name, line in costs.resident_bytes.items() if name != "gateway")
+    back = max(node_count / gateways * costs.joining_ms["gateway"], node_count * costs.joining_ms["directory"]) / 1000
+    return Need(node_count, idle_cores, requests, tokens, gateways, gateway_cores, directory_cores, memory / (1 << 30), back)
+
+
+def _gateway_cores(node_count: int, gateways: int, busy_cores: float, costs: Costs) -> float:
+    line = costs.idle_cores["gateway"]
+    period = idle_period_seconds(math.ceil(node_count / gateways), 0.0, LivenessLimits())
+    return gateways * line.base + line.each * node_count * costs.period_seconds / period + busy_cores
+
+
+def table(needs: Sequence[Need]) -> str:
+    """For docs/scaling.md."""
+    head = (
+        *("Nodes", "Cores, all idle", "Requests a second", "Tokens a second", "Gateways", "Their cores", "The directory's"),
+        *("Memory, GiB", "All back, s", "Fits"),
+    )
+    rows = [head, ("---",) * len(head), *(cells(one) for one in needs)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- ", "|---").replace("--- |", "---|")
+
+
+def cells(need: Need) -> tuple[str, ...]:
+    """One line of it."""
+    return (
+        *(f"{need.node_count:,}", f"{need.idle_cores:.2f}", f"{need.requests_per_second:,.0f}", f"{need.tokens_per_second:,.0f}"),
+        *(f"{need.gateways}", f"{need.gateway_cores:.1f}", f"{need.directory_cores:.2f}", f"{need.memory_gib:.1f}"),
+        *(f"{need.back_seconds:.0f}", "yes" if need.fits else "no"),
+    )
+
+
+def kept_table() -> str:
+    """From the figures that are kept."""
+    costs = costs_of(json.loads(MEASURED_NODES.read_text())["result"], json.loads(UNIT_COSTS.read_text()))
+    return table([need_of(count, costs) for count in NODE_COUNTS])
+
+
+def main() -> int:
+    print(kept_table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
