@@ -53,6 +53,8 @@ _SESSION: Final = (
     "SET idle_in_transaction_session_timeout = 60000",
     "SET lock_timeout = 5000",
     "SET default_transaction_isolation = 'read committed'",
+    # A plan that was made while a table was small would read all of it later on.
+    "SET plan_cache_mode = force_custom_plan",
     # What is acknowledged is on the disk; a server that is set to wait for its standbys as well goes on doing so.
     "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
 )
