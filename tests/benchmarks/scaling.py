@@ -1,10 +1,10 @@
 """`python -m tests.benchmarks.scaling`: what 1,000, 10,000 and 100,000 nodes need, reckoned from figures that were measured and kept.
 
 Decides the arithmetic alone; it measures nothing. Figures of idle and joining nodes are those that `many_nodes --json` wrote
-(`docs/benchmarks/many-nodes.json`), those of requests and tokens stand with their origin in `docs/benchmarks/unit-costs.json`. The table
-that it prints is the one in `docs/scaling.md`; a test compares them.
+(`docs/benchmarks/many-nodes.json`), those of requests and tokens those of `make bench-peers` (`docs/benchmarks/relay-peers.json`). The
+table that it prints is the one in `docs/scaling.md`; a test compares them.
 
-A pool's load is taken to be even: each node answers as many requests and gives as many tokens as `unit-costs.json` says, over the day.
+A pool's load is assumed, and taken to be even: each node answers as many requests and gives as many tokens as stands here, over the day.
 Costs are taken to grow in proportion to what causes them. That was seen up to the counts that were measured, and is an assumption beyond.
 """
 
@@ -16,20 +16,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 from potluck_coordinator.domain.beat_period import idle_period_seconds
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.grpc_server import LINKS_MAX
+from tests.benchmarks.marks import OURS
+from tests.benchmarks.outcome import outcome_of
+from tests.benchmarks.turns import Turn
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 MEASURED_NODES: Final = FOLDER / "many-nodes.json"
-UNIT_COSTS: Final = FOLDER / "unit-costs.json"
+MEASURED_RELAY: Final = FOLDER / "relay-peers.json"
 NODE_COUNTS: Final = (1_000, 10_000, 100_000)
 GATEWAY_CORES_MAX: Final = 0.6
 """Of the one core that a gateway's process can use: the rest is for bursts, and for the nodes of one that died."""
 DIRECTORY_CORES_MAX: Final = 0.8
 GATEWAYS_MAX: Final = 64
+REQUESTS_PER_NODE_SECOND: Final = 0.1
+TOKENS_PER_NODE_SECOND: Final = 30.0
+"""Assumed, not measured: one answer of 300 tokens every ten seconds, over the day, from each node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,8 @@ class Costs:
     request_micros: float
     """Of the gateway."""
     directory_request_micros: float
-    requests_per_node_second: float
-    tokens_per_node_second: float
+    requests_per_node_second: float = REQUESTS_PER_NODE_SECOND
+    tokens_per_node_second: float = TOKENS_PER_NODE_SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +97,22 @@ def line_of(few: Mapping[str, Any], many: Mapping[str, Any], key: str, process: 
     return Line(max(0.0, many[key][process] - each * many["node_count"]), each)
 
 
-def costs_of(nodes: Mapping[str, Any], units: Mapping[str, Any]) -> Costs:
+def costs_of(nodes: Mapping[str, Any], rounds: Sequence[Turn]) -> Costs:
+    """Of what `many_nodes` found, and of Potluck's rounds of the relay's benchmark, whose median counts."""
     few, many = nodes["idle"]
     processes = tuple(many["cores"])
-    load, cost = units["load_of_a_node"], units["cost"]
+
+    def micros(workload: str, process: str) -> float:
+        return median(turn.cpu[workload][process] for turn in rounds)
+
     return Costs(
         {name: line_of(few, many, "cores", name) for name in processes},
         max(many["period_seconds"]),
         {name: line_of(few, many, "resident_bytes", name) for name in processes},
         nodes["joining_milliseconds_per_node"],
-        cost["gateway_token_micros"],
-        cost["gateway_request_micros"],
-        cost["directory_request_micros"],
-        load["requests_per_second"],
-        load["tokens_per_second"],
+        micros("paced", "gateway"),
+        micros("crowd", "gateway"),
+        micros("crowd", "directory"),
     )
 
 
@@ -151,7 +160,8 @@ def cells(need: Need) -> tuple[str, ...]:
 
 def kept_table() -> str:
     """From the figures that are kept."""
-    costs = costs_of(json.loads(MEASURED_NODES.read_text())["result"], json.loads(UNIT_COSTS.read_text()))
+    relay = outcome_of(json.loads(MEASURED_RELAY.read_text()))
+    costs = costs_of(json.loads(MEASURED_NODES.read_text())["result"], relay.rounds.turns[OURS])
     return table([need_of(count, costs) for count in NODE_COUNTS])
 
 

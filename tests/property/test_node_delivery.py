@@ -158,13 +158,16 @@ class Delivered(RuleBasedStateMachine):
     @invariant()
     def no_more_is_unread_than_the_window_unless_one_chunk_is_larger(self) -> None:
         """However often the link breaks: what has arrived and was not acknowledged fills the window, too."""
-        unread = [len(data) for data in self.taken[self.acknowledged :]]
-        assert sum(unread) <= max([self.WINDOW_BYTES, self.WINDOW_BYTES // 4 + max(unread, default=0)])
+        self.assert_fits([len(data) for data in self.taken[self.acknowledged :]])
 
     @invariant()
     def no_more_is_under_way_than_the_window_unless_one_chunk_is_larger(self) -> None:
         under_way = [len(chunk.data) for frame in self.wire for chunk in frame.chunks if chunk.sequence >= len(self.taken)]
-        assert sum(under_way) <= max([self.WINDOW_BYTES, *under_way])
+        self.assert_fits(under_way)
+
+    def assert_fits(self, sizes: list[int]) -> None:
+        """A piece of any size may follow what fills less than a quarter."""
+        assert sum(sizes) <= max(self.WINDOW_BYTES, self.WINDOW_BYTES // 4 + max(sizes, default=0))
 
     def teardown(self) -> None:
         """The link holds from here on, and the client reads: everything must arrive."""

@@ -128,6 +128,11 @@ def test_what_was_kept_is_shown_as_it_was_found(without: str) -> None:
     assert table(outcome_of(json.loads(json.dumps(document(outcome))))) == table(outcome)
 
 
+def test_the_kept_table_is_that_of_the_kept_figures() -> None:
+    kept = ROOT / "docs/benchmarks"
+    assert table(outcome_of(json.loads((kept / "relay-peers.json").read_text()))) + "\n" == (kept / "relay-peers.txt").read_text()
+
+
 def test_a_loss_must_harm_nobody_and_a_freeze_be_passed_soon() -> None:
     assert [verdict.met for verdict in loss_verdicts(_outcome().losses)] == [True, True]
     late = replace(_UNHARMED, noticed_after_seconds=2.1)

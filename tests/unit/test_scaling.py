@@ -9,6 +9,7 @@ import pytest
 
 from potluck_coordinator.gateway.grpc_server import LINKS_MAX
 from tests.benchmarks.scaling import DIRECTORY_CORES_MAX, GATEWAY_CORES_MAX, GATEWAYS_MAX, Costs, Line, costs_of, kept_table, need_of
+from tests.benchmarks.turns import Turn
 
 ROOT = Path(__file__).resolve().parents[2]
 COSTS = Costs(
@@ -58,11 +59,11 @@ def test_costs_are_the_lines_through_the_two_counts_that_were_measured():
         return {"node_count": count, "period_seconds": [5.0], "cores": {"gateway": cores}, "resident_bytes": {"gateway": resident}}
 
     nodes = {"idle": [idle(1000, 0.03, 2_000), idle(3000, 0.05, 6_000)], "joining_milliseconds_per_node": {"gateway": 3.0}}
-    units = {
-        "cost": {"gateway_token_micros": 1, "gateway_request_micros": 2, "directory_request_micros": 3},
-        "load_of_a_node": {"requests_per_second": 4, "tokens_per_second": 5},
-    }
-    costs = costs_of(nodes, units)
+    rounds = [
+        Turn({}, {"paced": {"gateway": token}, "crowd": {"gateway": 10 * token, "directory": 5 * token}}, 0.0) for token in (1.0, 3.0, 2.0)
+    ]
+    costs = costs_of(nodes, rounds)
+    assert (costs.token_micros, costs.request_micros, costs.directory_request_micros) == (2.0, 20.0, 10.0)
     assert costs.idle_cores["gateway"].at(0) == pytest.approx(0.02)
     assert costs.idle_cores["gateway"].at(10_000) == pytest.approx(0.12)
     assert costs.resident_bytes["gateway"].at(2000) == pytest.approx(4000)
