@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from potluck import catalogue_calls
-from potluck_coordinator.directory.nodes import _to_its_end
+from potluck_coordinator.directory.in_thread import to_its_end
 from potluck_coordinator.domain.catalogue import Deployment
 from potluck_coordinator.storage.catalogue import Origin
 from potluck_protocol import codec
@@ -121,7 +121,7 @@ async def test_a_plan_that_its_caller_left_is_awaited_before_another_begins():
 
     async def refresh():
         async with lock:
-            await _to_its_end(plan)
+            await to_its_end(plan)
 
     caller = asyncio.create_task(refresh())
     try:

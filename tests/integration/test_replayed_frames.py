@@ -40,7 +40,7 @@ async def ledger_of(coordinator):
     def read(work):
         rows = hashlib.sha256()
         for table in LEDGER_TABLES:
-            found = work.ledger._session.connection().exec_driver_sql(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
+            found = work.ledger._connection.exec_driver_sql(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
             assert found or table == "hold_payee", table
             rows.update(repr((table, [tuple(row) for row in found])).encode())
         return rows.hexdigest()

@@ -212,11 +212,11 @@ class Nodes:
             line=hello.inventory.line,
             rest_causes=hello.rest_causes,
         )
-        live = replace(self._heard(said, self._now(), gateway_epoch), session_id=hello.session_id)
-        self._live[node.node_id], self._links_ended = live, self._links_ended or moves
+        live = self._live[node.node_id] = replace(self._heard(said, self._now(), gateway_epoch), session_id=hello.session_id)
         if self._returning.is_as_planned(node_view(node, live), self._board.snapshot.desired.get(node.node_id)):
             self._planned_at = -math.inf
         else:
+            self._links_ended = self._links_ended or moves
             await self.refresh()
         desired = self._board.snapshot.desired.get(node.node_id, DesiredState())
         return SessionGrant(node.epoch, node.owner_account_id, desired)
