@@ -30,14 +30,14 @@ from potluck_node.domain import session as lease
 from potluck_node.domain.session import Session
 from potluck_node.enrolment import rpc_failure
 from potluck_node.farewell import Farewells, Outcome
-from potluck_node.link_connection import LinkConnection
+from potluck_node.link_connection import LinkConnection, welcome_of
 from potluck_node.orders import Orders
 from potluck_node.paced_chunks import PacedChunks
 from potluck_node.peer_measurement import PeerMeasuring
 from potluck_node.replicas import Replicas
 from potluck_node.report import SelfReport
 from potluck_protocol.clock import Clock
-from potluck_protocol.codec import goodbye_message, goodbye_value, heartbeat_message, hello_message, welcome_value
+from potluck_protocol.codec import goodbye_message, goodbye_value, heartbeat_message, hello_message
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, GoodbyeReason, Welcome
@@ -81,16 +81,23 @@ class Link:
         self._chunks = PacedChunks(attempts, clock, upload_bytes_per_second_max)
         self._orders = Orders(attempts, replicas, peers)
         self._beats = Beats(report)
-        self._clock, self._jitter = clock, jitter
-        self.session, self.trouble = Session(), ""
+        self._clock = clock
+        self._jitter = jitter
+        self.session = Session()
+        self.trouble = ""
         self._current: LinkConnection | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._connected_at_seconds = 0.0
-        self._beat_wanted = self._request_wanted = self._renewed_after_refusal = False
-        self._tokens_sent_at_seconds, self._told_seconds = -math.inf, 0.0
+        self._beat_wanted = False
+        self._request_wanted = False
+        self._renewed_after_refusal = False
+        self._tokens_sent_at_seconds = -math.inf
+        self._told_seconds = 0.0
         self._move_at_seconds: float | None = None
-        self._farewells, self._stopping = Farewells(), False
-        self._goodbye_said, self._changed = asyncio.Event(), asyncio.Event()
+        self._farewells = Farewells()
+        self._stopping = False
+        self._goodbye_said = asyncio.Event()
+        self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         attempts.wake = self.wake
         replicas.on_change(self.report_now)
@@ -190,7 +197,7 @@ class Link:
             hello_at_seconds = self._clock.monotonic_seconds()
             hello = node_pb2.NodeFrame(epoch=self.session.epoch, hello=hello_message(self._beats.hello(in_flight)))
             first = await connection.greet(hello, self._credentials.gateways.greeting_seconds_max)
-            welcome = self._welcome_of(first)
+            welcome = welcome_of(first, self._farewells, self._clock.monotonic_seconds())
         except BaseException:
             await connection.close()
             self._go_back_to(former)
@@ -218,16 +225,6 @@ class Link:
     def _lived_seconds(self) -> float:
         return self._clock.monotonic_seconds() - self._connected_at_seconds
 
-    def _welcome_of(self, frame: node_pb2.CoordinatorFrame | None) -> Welcome:
-        if frame is None:
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator closed the link before its welcome.")
-        if frame.HasField("goodbye"):
-            failure = self._farewells.failure_of(Outcome(*goodbye_value(frame.goodbye)), self._clock.monotonic_seconds())
-            raise failure or PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator is stopping.")
-        if not frame.HasField("welcome"):
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not begin with a welcome.")
-        return welcome_value(frame.welcome)
-
     def _settle_in(self, connection: LinkConnection, welcome: Welcome, in_flight: tuple[AttemptId, ...], hello_at_seconds: float) -> None:
         new_epoch = welcome.epoch != self.session.epoch
         self.session = lease.after_welcome(
@@ -244,7 +241,8 @@ class Link:
         self._current = connection
         self._connected_at_seconds = self._clock.monotonic_seconds()
         self._renewed_after_refusal = False
-        self.trouble, self._told_seconds = "", 0.0
+        self.trouble = ""
+        self._told_seconds = 0.0
         self._credentials.gateways.linked(welcome.link_addresses)
         connection.start_writing()
         reader = asyncio.create_task(self._read(connection), name="link reader")
@@ -373,8 +371,9 @@ class Link:
         if not lease.lease_lapsed(self.session, self._clock.monotonic_seconds()):
             return
         self.session = lease.after_lapse(self.session)
-        _log.warning("fenced", epoch=self.session.epoch, dropped_count=self._attempts.abandon_all())
+        dropped_count = self._attempts.abandon_all()
         self._orders.lease_ended()
+        _log.warning("fenced", epoch=self.session.epoch, dropped_count=dropped_count)
         connection, self._current = self._current, None
         if connection is not None:
             self.trouble = "the coordinator did not renew the lease in time"

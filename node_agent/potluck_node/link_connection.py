@@ -18,7 +18,11 @@ import grpc.aio
 import structlog
 
 from potluck_node.domain.company import Company
+from potluck_node.farewell import Farewells, Outcome
+from potluck_protocol.codec import goodbye_value, welcome_value
+from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
+from potluck_protocol.values import Welcome
 
 CLOSE_LIMIT_SECONDS: Final = 2.0
 
@@ -130,3 +134,15 @@ class LinkConnection:
         except Exception:  # noqa: BLE001 - a mistake of ours must not leave a connection that looks alive
             _log.exception("link_writer_broke")
             self.cut()
+
+
+def welcome_of(frame: node_pb2.CoordinatorFrame | None, farewells: Farewells, now_seconds: float) -> Welcome:
+    """What a greeting was answered with. Raises PotluckError where that is no welcome."""
+    if frame is None:
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator closed the link before its welcome.")
+    if frame.HasField("goodbye"):
+        failure = farewells.failure_of(Outcome(*goodbye_value(frame.goodbye)), now_seconds)
+        raise failure or PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator is stopping.")
+    if not frame.HasField("welcome"):
+        raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, "The coordinator did not begin with a welcome.")
+    return welcome_value(frame.welcome)

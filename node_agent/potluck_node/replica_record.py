@@ -58,14 +58,18 @@ class ReplicaRecord:
     @property
     def ready_address(self) -> EngineAddress | None:
         """Where its engine answers, while it is READY. A stage of a group that does not lead has none."""
-        process = self.process if self.observed.phase is Phase.READY else None
+        process = self._ready_process
         return process.address if process is not None and process.address.url else None
 
     @property
     def residence(self) -> Residence | None:
         """Where its engine lives, while it is READY; None for one that its owner runs."""
-        process, wish = self.process if self.observed.phase is Phase.READY else None, self.observed.engine
+        process, wish = self._ready_process, self.observed.engine
         return None if process is None or wish.engine_kind == ATTACHED_KIND else Residence(process.pid, wish.shape.card_uuids)
+
+    @property
+    def _ready_process(self) -> EngineProcess | None:
+        return self.process if self.observed.phase is Phase.READY else None
 
     def status(self, engine: Engine | None) -> EngineStatus:
         """The replica as the link tells it; `engine` is its kind, None where this node has none such."""

@@ -7,6 +7,7 @@ not here: gRPC answers keepalive pings even while the peer's event loop is block
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 SERVER_NAME: Final = "coordinator.potluck"
@@ -19,7 +20,15 @@ MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """What one side may send before the other has read any of it."""
 
-_KEEPALIVE: Final[list[tuple[str, int]]] = [
+Options = list[tuple[str, int | str]]
+
+
+def options_with(options: Options, changes: Mapping[str, int | str]) -> Options:
+    """`options` with these values instead of its own: of two values for one name gRPC takes the first."""
+    return list({**dict(options), **changes}.items())
+
+
+_KEEPALIVE: Final[Options] = [
     # A peer that vanished without a word is noticed within about 15 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -36,7 +45,7 @@ _KEEPALIVE: Final[list[tuple[str, int]]] = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
 ]
 
-SERVER_OPTIONS: Final[list[tuple[str, int]]] = [
+SERVER_OPTIONS: Final[Options] = [
     *_KEEPALIVE,
     # The default of 300 s would answer the agents' own pings with GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -46,7 +55,7 @@ SERVER_OPTIONS: Final[list[tuple[str, int]]] = [
     ("grpc.so_reuseport", 0),
 ]
 
-CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
+CHANNEL_OPTIONS: Final[Options] = [
     *_KEEPALIVE,
     ("grpc.ssl_target_name_override", SERVER_NAME),
     ("grpc.default_authority", SERVER_NAME),
@@ -60,19 +69,18 @@ HANDSHAKE_MS_MAX: Final = 10_000
 """Until a link's connection stands. A thousand nodes that come back together wait for each other's handshakes: whoever gave up sooner and
 came again would make the others wait for longer."""
 
-LINK_CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
-    # gRPC takes the first of two values. An agent whose coordinator is silent lets its lease lapse after 15 s, whatever gRPC finds out; an
-    # idle one hears an answer every 10 to 12 s, and each ping before that would cost the coordinator as much as another heartbeat.
-    ("grpc.keepalive_time_ms", 20_000),
-    *CHANNEL_OPTIONS,
-    # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
-    ("grpc.use_local_subchannel_pool", 1),
-]
+LINK_CHANNEL_OPTIONS: Final = options_with(
+    CHANNEL_OPTIONS,
+    {
+        # An agent whose coordinator is silent lets its lease lapse after 15 s, whatever gRPC finds out; an idle one hears an answer every
+        # 10 to 12 s, and each ping before that would cost the coordinator as much as another heartbeat.
+        "grpc.keepalive_time_ms": 20_000,
+        # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
+        "grpc.use_local_subchannel_pool": 1,
+    },
+)
 """A node's link has a channel of its own."""
 
-PATIENT_LINK_CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
-    # What gRPC calls a pause between attempts is the time that an attempt has, too.
-    ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS_MAX),
-    *LINK_CHANNEL_OPTIONS,
-]
+# What gRPC calls a pause between attempts is the time that an attempt has, too.
+PATIENT_LINK_CHANNEL_OPTIONS: Final = options_with(LINK_CHANNEL_OPTIONS, {"grpc.min_reconnect_backoff_ms": HANDSHAKE_MS_MAX})
 """Where a connection is known to be taken, so that silence means that the coordinator has much to do; elsewhere it may be a lost packet."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -43,7 +43,7 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, ReplicaId
 
-_COUNTS = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
+_COUNTS: Final = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
 _log = structlog.get_logger()
 
 
@@ -81,7 +81,9 @@ class Nodes:
         self._facts = PoolFacts((), {}, {})
         self._standings: Mapping[ModelId, Standing] | None = None
         """Of the last plan; None while nobody has asked."""
-        self._planned_at, self._plan_ended_at, self._plan_seconds = -math.inf, -math.inf, 0.0
+        self._planned_at = -math.inf
+        self._plan_ended_at = -math.inf
+        self._plan_seconds = 0.0
         self._links_ended = False
         """By the coordinator itself, or with a gateway, since the last plan."""
         self._asked_count = self._answered_count = 0
@@ -214,6 +216,7 @@ class Nodes:
         )
         live = self._live[node.node_id] = replace(self._heard(said, self._now(), gateway_epoch), session_id=hello.session_id)
         if self._returning.is_as_planned(node_view(node, live), self._board.snapshot.desired.get(node.node_id)):
+            # Nothing to do for this node that could not wait: one plan for all that come back follows within a second.
             self._planned_at = -math.inf
         else:
             self._links_ended = self._links_ended or moves

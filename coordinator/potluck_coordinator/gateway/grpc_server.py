@@ -16,7 +16,7 @@ from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.peer_link import FRAME_BYTES_MAX
 from potluck_coordinator.listening import bind_patiently
 from potluck_coordinator.pool_desk import GatewayGrant
-from potluck_protocol.channels import MESSAGE_BYTES_MAX, SERVER_OPTIONS
+from potluck_protocol.channels import MESSAGE_BYTES_MAX, SERVER_OPTIONS, options_with
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2_grpc, gateway_pb2_grpc, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc
 
@@ -135,11 +135,11 @@ def _server(
     shared: bool,
     message_bytes_max: int = MESSAGE_BYTES_MAX,
 ) -> grpc.aio.Server:
-    own = {
+    changes = {
         "grpc.max_concurrent_streams": calls_per_connection_max,
         "grpc.so_reuseport": int(shared),
         "grpc.max_receive_message_length": message_bytes_max,
         "grpc.max_send_message_length": message_bytes_max,
     }
-    options = list((dict(SERVER_OPTIONS) | own).items())  # of two values for one name gRPC takes the first
+    options = options_with(SERVER_OPTIONS, changes)
     return grpc.aio.server(interceptors=(interceptor,), options=options, maximum_concurrent_rpcs=calls_max)

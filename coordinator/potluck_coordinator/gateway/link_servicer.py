@@ -176,8 +176,7 @@ class LinkServicer(LineServicer):
         if message.unchanged:
             # Agents that say so count their leases by numbers, too.
             session.counts_by_number = True
-            self._links.beat_again(session, message.number, now)
-        elif session.has_heard(message.number):
+        if message.unchanged or session.has_heard(message.number):
             self._links.beat_again(session, message.number, now)
         else:
             self._links.beat(session, codec.heartbeat_value(message), now)

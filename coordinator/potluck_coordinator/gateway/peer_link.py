@@ -15,7 +15,7 @@ import structlog
 
 from potluck_coordinator.gateway.forward_outbox import ForwardOutbox
 from potluck_coordinator.gateway.relay import AnswerHead
-from potluck_protocol.channels import CHANNEL_OPTIONS, MESSAGE_BYTES_MAX
+from potluck_protocol.channels import CHANNEL_OPTIONS, MESSAGE_BYTES_MAX, options_with
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import gateway_pb2, gateway_pb2_grpc
 from potluck_protocol.values import AttemptId, EndReason
@@ -76,7 +76,7 @@ class PeerLink:
             certificate_chain=self._identity.certificate_chain_pem,
         )
         lengths = {"grpc.max_receive_message_length": FRAME_BYTES_MAX, "grpc.max_send_message_length": FRAME_BYTES_MAX}
-        options = list((dict(CHANNEL_OPTIONS) | lengths).items())
+        options = options_with(CHANNEL_OPTIONS, lengths)
         async with grpc.aio.secure_channel(self._address, credentials, options=options) as channel:
             stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
             while True:

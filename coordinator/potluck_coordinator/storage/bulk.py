@@ -43,21 +43,6 @@ class Selection:
         return run(connection, self._postgresql, (list(keys),)).fetchall()
 
 
-class Listing:
-    """All rows of a small table.
-
-    Args:
-        columns: of each row.
-        table: its name.
-    """
-
-    def __init__(self, columns: str, table: str) -> None:
-        self._statement = f"SELECT {columns} FROM {table}"  # noqa: S608
-
-    def run(self, connection: Connection) -> Sequence[Row]:
-        return run(connection, self._statement).fetchall()
-
-
 class Insertion:
     """Rows for one table.
 

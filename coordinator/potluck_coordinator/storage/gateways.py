@@ -11,10 +11,9 @@ from sqlalchemy import Connection
 from sqlmodel import col, delete, select, update
 
 from potluck_coordinator.domain.gateways import GatewayRecord
-from potluck_coordinator.storage.bulk import Insertion, Listing
+from potluck_coordinator.storage.bulk import Insertion, run
 from potluck_coordinator.storage.tables import GatewayRow
 
-_EPOCHS: Final = Listing("epoch", "gateway")
 _PUT: Final = Insertion(
     "gateway",
     {"number": "integer", "epoch": "bigint", "peer_address": "text", "link_address": "text"},
@@ -31,7 +30,7 @@ class GatewayRepository:
 
     def epochs(self) -> frozenset[int]:
         """Of all that are somebody's."""
-        return frozenset(epoch for (epoch,) in _EPOCHS.run(self._connection))
+        return frozenset(epoch for (epoch,) in run(self._connection, "SELECT epoch FROM gateway").fetchall())
 
     def all(self) -> dict[int, GatewayRecord]:
         """By epoch."""
