@@ -7,7 +7,7 @@ refusal is a `PotluckError`. It must not know how a call crosses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from potluck_coordinator.domain.quotas import NO_QUOTAS, KeyQuotas
@@ -17,15 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment
-    from potluck_coordinator.domain.gateways import GatewayRecord
     from potluck_coordinator.domain.ledger import AuditReport, Balance, LedgerCommand, LedgerOutcome
-    from potluck_coordinator.domain.payees import PayeeShare
     from potluck_coordinator.domain.repository import ModelWishes
     from potluck_coordinator.idempotency_desk import IdempotencyDesk
     from potluck_coordinator.node_reports import NodeReport, ReportReceipt
     from potluck_coordinator.pool_desk import LethalDesk, PoolDesk
     from potluck_protocol.cards import CardTelemetry
-    from potluck_protocol.culprits import Fingerprint
     from potluck_protocol.rest import RestCause
     from potluck_protocol.values import (
         AccountId,
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
         ModelId,
         NodeId,
         NodeState,
-        ReplicaId,
         TokenId,
     )
 
@@ -144,41 +140,6 @@ class SessionGrant:
     epoch: int
     owner_account_id: AccountId
     desired: DesiredState
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSnapshot:
-    """What gateways follow of the directory (`PoolDesk.watch`); a higher version replaces a lower one."""
-
-    version: int
-    models: Mapping[ModelId, CatalogueEntry]
-    desired: Mapping[NodeId, DesiredState]
-    outcasts: Mapping[NodeId, str]
-    """Nodes that are no longer welcome, and why, in the words of whoever took them out; "" where there were none."""
-    key_generation: int
-    """Changes whenever a key is revoked: what the gateway remembered of keys is void."""
-    replica_payees: Mapping[ReplicaId, tuple[PayeeShare, ...]] = field(default_factory=dict)
-    """Who earns by the answers of a replica that several nodes make together; any other replica's node owner earns alone."""
-    broken_groups: Mapping[ReplicaId, str] = field(default_factory=dict)
-    """Replicas of several nodes of which one is lost, and why: answers of theirs that are under way end with these words."""
-    leaving: frozenset[ReplicaId] = frozenset()
-    """Replicas on their way out: they finish what they are answering, and get no new requests."""
-    trusted_replicas: frozenset[ReplicaId] = frozenset()
-    """Where requests may run that demand trusted nodes."""
-    slow_replicas: Mapping[ReplicaId, float] = field(default_factory=dict)
-    """Those that are far slower than they used to be, and how much of their speed is to be believed."""
-    drained_replicas: Mapping[ReplicaId, str] = field(default_factory=dict)
-    """Those of them that get no requests for a while, and why."""
-    refused_requests: frozenset[Fingerprint] = frozenset()
-    """Requests that are refused for good, for engines die of them."""
-    losses_per_second: Mapping[NodeId, float] = field(default_factory=dict)
-    """How often nodes go away at this hour of the week, by their own history (`domain.survival`)."""
-    suspect_requests: Mapping[Fingerprint, AccountId] = field(default_factory=dict)
-    """Requests that had one engine to themselves when it died, and whose it was."""
-    flex_models: frozenset[ModelId] = frozenset()
-    """Models that are deployed in the flex tier, and promise nothing."""
-    gateways: Mapping[int, GatewayRecord] = field(default_factory=dict)
-    """Those that others may count on, by epoch: their ports are open, and they were heard of lately."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from potluck_coordinator.domain.gate_counts import GateCounts, OthersCounts
 
 if TYPE_CHECKING:
-    from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.domain.lethal import LoneDeath
+    from potluck_coordinator.pool_snapshot import PoolNews
     from potluck_coordinator.pool_view import GatewayView, PoolView
     from potluck_protocol.culprits import Fingerprint
 
@@ -82,6 +82,6 @@ class PoolDesk(Protocol):
         """
         ...
 
-    async def watch(self, known_version: int) -> PoolSnapshot:
-        """The snapshot as soon as its version differs from known_version, or after 20 s as it stands. 0 answers at once."""
+    async def watch(self, known_version: int) -> PoolNews:
+        """What is new in the snapshot since that version, as soon as there is anything, or nothing after 20 s. 0 is told everything."""
         ...

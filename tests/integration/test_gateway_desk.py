@@ -12,6 +12,7 @@ from potluck_coordinator.domain.idempotency import KeyState, KeyUse
 from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.gateway.gateway import Gateway, ReplacedError
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -47,7 +48,7 @@ class Pool:
 
     async def seen(self) -> dict[int, str]:
         """What gateways read of each other."""
-        snapshot = await self.directory.pool.watch(0)
+        snapshot = PoolSnapshot().with_news(await self.directory.pool.watch(0))
         return {record.number: record.link_address for record in snapshot.gateways.values()}
 
     async def report(self, epoch: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 from potluck_coordinator.desk_socket import DeskClient, DeskServer, RemoteDirectory
 from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import open_hold
@@ -121,7 +122,7 @@ async def test_shares_cross_the_desk_socket(tmp_path):
         await server.start()
         try:
             remote = RemoteDirectory(DeskClient(folder / "desks").call, SystemClock())
-            snapshot = await remote.pool.watch(0)
+            snapshot = PoolSnapshot().with_news(await remote.pool.watch(0))
             payees = snapshot.replica_payees[node.status.replica_id]
             assert payees == (PayeeShare(owners[0], 2), PayeeShare(owners[1], 1))
             operator = (await remote.accounts.list_accounts())[0].account_id

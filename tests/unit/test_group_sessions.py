@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.desks import PoolSnapshot, SessionGrant
+from potluck_coordinator.desks import SessionGrant
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.relay import Relay
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import (

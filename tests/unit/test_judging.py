@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.desks import PoolSnapshot
 from potluck_coordinator.domain.forecast import Work
 from potluck_coordinator.domain.nodes import DOUBT_SECONDS_MAX
 from potluck_coordinator.domain.placement import hurdle
 from potluck_coordinator.domain.suspicion import Standing
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import GoodbyeReason, Heartbeat, NodeState
 from tests.support.judged_pool import JudgedPool

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.desks import PoolSnapshot, SessionGrant
+from potluck_coordinator.desks import SessionGrant
 from potluck_coordinator.domain.gateways import GatewayRecord
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.judging import LOOK_SECONDS
@@ -15,6 +15,7 @@ from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.relay import Relay
 from potluck_coordinator.gateway.reporting import report_of
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol.cards import CardTelemetry
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import node_pb2

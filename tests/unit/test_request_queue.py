@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potluck_coordinator.desks import PoolSnapshot
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.placement import likeness
 from potluck_coordinator.gateway import placing as placing_module
 from potluck_coordinator.gateway import queues as queues_module
 from potluck_coordinator.gateway.link_servicer import LinkServicer
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, EndReason, GoodbyeReason, Heartbeat, NodeId, NodeState, ReplicaId, RequestId

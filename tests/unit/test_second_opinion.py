@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from potluck_coordinator.desks import PoolSnapshot, SessionGrant
+from potluck_coordinator.desks import SessionGrant
 from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_coordinator.gateway.directory_word import DirectoryWord
 from potluck_coordinator.gateway.links import Links
 from potluck_coordinator.gateway.node_session import NodeSession
 from potluck_coordinator.gateway.outbox import Outbox
 from potluck_coordinator.gateway.quarantine import Quarantine
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.culprits import Culprits, Fingerprint
 from potluck_protocol.values import (

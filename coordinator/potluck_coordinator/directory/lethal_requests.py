@@ -104,9 +104,7 @@ class LethalRequests:
         self._known = everything
         refused = frozenset(one.fingerprint for one in everything if one.refused_at_unix_ms is not None)
         suspects = {one.fingerprint: one.owner_account_id for one in everything if one.refused_at_unix_ms is None}
-        before = self._board.snapshot
-        if (before.refused_requests, before.suspect_requests) != (refused, suspects):
-            self._board.publish(refused_requests=refused, suspect_requests=suspects)
+        self._board.publish(refused_requests=refused, suspect_requests=suspects)
 
 
 def _kept(work: UnitOfWork, now_ms: int) -> tuple[LethalRequest, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -116,14 +116,14 @@ class Nodes:
             except Exception:  # noqa: BLE001 - a fault of the planner's must not keep nodes out, or outcasts in: the last plan holds
                 _log.exception("planning_failed")
                 trusted = trusted_replicas(self._board.snapshot.desired, trusted_nodes)
-                self._publish(outcasts=outcasts, models=facts.catalogue, flex_models=facts.flex_models, trusted_replicas=trusted)
+                self._board.publish(outcasts=outcasts, models=facts.catalogue, flex_models=facts.flex_models, trusted_replicas=trusted)
                 self._answered_count = answering_count
                 return
             self._standings = None
             self._forget_uses(planner)
             await self._kept_plan.keep(planner, self._now())
             desired = await self._store.run(lambda work: self._desired(work, wishes))
-            self._publish(
+            self._board.publish(
                 desired=desired,
                 outcasts=outcasts,
                 models=facts.catalogue,
@@ -357,11 +357,6 @@ class Nodes:
             return DesiredState(work.state.advance(StateName.DESIRED_REVISION), engines, peers)
 
         return {node_id: state(node_id) for node_id in wishes.engines}
-
-    def _publish(self, **news: Any) -> None:
-        """Tells the gateways, if there is news."""
-        if any(getattr(self._board.snapshot, name) != value for name, value in news.items()):
-            self._board.publish(**news)
 
     def _record(self, node: EnrolledNode, up_minutes: int, down_minutes: int) -> NodeRecord:
         live = self._live.get(node.node_id)

@@ -15,13 +15,13 @@ from potluck_coordinator.directory.view_board import ViewBoard
 from potluck_coordinator.pool_desk import GatewayGrant
 
 if TYPE_CHECKING:
-    from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.directory.board import SnapshotBoard
     from potluck_coordinator.directory.certificate_authority import CertificateAuthority
     from potluck_coordinator.directory.gateways import Gateways
     from potluck_coordinator.directory.ledger import LedgerDesk
     from potluck_coordinator.directory.nodes import Nodes
     from potluck_coordinator.domain.gate_counts import GateCounts, OthersCounts
+    from potluck_coordinator.pool_snapshot import PoolNews
     from potluck_coordinator.pool_view import GatewayView, PoolView
     from potluck_coordinator.storage.store import Store
     from potluck_protocol.clock import Clock
@@ -99,6 +99,6 @@ class Pool:
         """As `PoolDesk.note_counts`."""
         return await self._counts.note(counts, known_version, gateway_epoch, self._gateways.epochs)
 
-    async def watch(self, known_version: int) -> PoolSnapshot:
+    async def watch(self, known_version: int) -> PoolNews:
         """As `PoolDesk.watch`."""
         return await self._board.wait(known_version)

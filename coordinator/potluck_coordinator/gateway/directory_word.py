@@ -13,8 +13,8 @@ from potluck_coordinator.domain.gateways import link_addresses
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from potluck_coordinator.desks import PoolSnapshot
     from potluck_coordinator.domain.gateways import GatewayRecord
+    from potluck_coordinator.pool_snapshot import PoolSnapshot
     from potluck_protocol.values import ReplicaId
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 
-from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
+from potluck_coordinator.desks import DirectoryPort
 from potluck_coordinator.gateway.account_servicer import AccountServicer
 from potluck_coordinator.gateway.as_set import host_port, link_address, liveness_limits, request_limits
 from potluck_coordinator.gateway.attempt_ids import new_attempt_id
@@ -44,6 +44,7 @@ from potluck_coordinator.gateway.process_load import ProcessLoad
 from potluck_coordinator.gateway.requests import RequestService
 from potluck_coordinator.metrics import Metrics, PoolReading
 from potluck_coordinator.pool_desk import GatewayGrant
+from potluck_coordinator.pool_snapshot import PoolNews, PoolSnapshot
 from potluck_coordinator.settings import Settings
 from potluck_protocol.circles import look_rarely
 from potluck_protocol.clock import Clock
@@ -101,7 +102,7 @@ class Gateway:
         self._directory = directory
         self._clock = clock
         self._metrics = Metrics(number if settings.gateways > 1 else None)
-        self._snapshot = PoolSnapshot(0, {}, {}, {}, 0)
+        self._snapshot = PoolSnapshot()
         self._links = Links(directory, liveness_limits(settings), clock, self._serve_queues)
         self._links.measures.token_seconds_max = settings.answer_token_seconds_max
         self._ledger = LedgerWriter(directory.ledger, self._metrics.observe_ledger_commit_seconds)
@@ -129,7 +130,7 @@ class Gateway:
         self._epoch = grant.epoch
         self._links.registered(grant.epoch, grant.fingerprint_key)
         peers = self._peers = Peers(grant.epoch, grant.peer, self._links, self._clock, self._serve_queues)
-        self._take(await self._directory.pool.watch(0))
+        self._take(await self._directory.pool.watch(self._snapshot.version))
         books = Books(
             ledger=self._ledger,
             replica_payees=lambda: self._snapshot.replica_payees,
@@ -299,9 +300,10 @@ class Gateway:
             queued, len(self._links), requests.in_flight_count, len(self._links.refused_requests), requests.gate.compliance()
         )
 
-    def _take(self, snapshot: PoolSnapshot) -> None:
-        self._snapshot = snapshot
-        self._links.take_snapshot(snapshot)
+    def _take(self, news: PoolNews) -> None:
+        if news.version != self._snapshot.version:
+            self._snapshot = self._snapshot.with_news(news)
+            self._links.take_snapshot(self._snapshot)
 
     def _serve_queues(self) -> None:
         if self._requests is not None:

@@ -34,6 +34,7 @@ from potluck_coordinator.gateway.remote_node import RemoteNode
 from potluck_coordinator.gateway.reporting import Reporting
 from potluck_coordinator.gateway.roster import Roster
 from potluck_coordinator.gateway.suspicions import Suspicions
+from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_protocol.culprits import Culprits
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import EngineState, GoodbyeReason, NodeId
@@ -41,13 +42,13 @@ from potluck_protocol.values import EngineState, GoodbyeReason, NodeId
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping
 
-    from potluck_coordinator.desks import DirectoryPort, PoolSnapshot
+    from potluck_coordinator.desks import DirectoryPort
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.remote_node import Host
     from potluck_protocol.clock import Clock
     from potluck_protocol.culprits import Fingerprint
-    from potluck_protocol.values import AccountId, AttemptId, DesiredState, Heartbeat, Hello, ModelId, ReplicaId, Welcome
+    from potluck_protocol.values import AccountId, AttemptId, Heartbeat, Hello, ModelId, ReplicaId, Welcome
 
 _log = structlog.get_logger()
 
@@ -87,11 +88,9 @@ class Links:
         """Whose replicas may be others than in the roster."""
         self._opening: WeakValueDictionary[NodeId, asyncio.Lock] = WeakValueDictionary()
         """Of those that connect now: each is gone when nobody holds it."""
-        self._outcasts: Mapping[NodeId, str] = {}
+        self._snapshot = PoolSnapshot()
         self.word = NOTHING_SAID
         """The directory's, which every session is given."""
-        self._desired: Mapping[NodeId, DesiredState] = {}
-        self._losses_per_second: Mapping[NodeId, float] = {}
         self._closings: set[asyncio.Task[bool]] = set()
         self._ticked_at = clock.monotonic_seconds()
         self.suspicions = Suspicions(clock.monotonic_seconds)
@@ -112,7 +111,7 @@ class Links:
     @property
     def outcasts(self) -> Mapping[NodeId, str]:
         """Whom the link port turns away, and why."""
-        return self._outcasts
+        return self._snapshot.outcasts
 
     def node_changed(self, node_id: NodeId) -> None:
         """To be called after anything that changes a node's replicas: its word, an attempt's start or end. It costs nothing here."""
@@ -283,14 +282,14 @@ class Links:
             if session is None:
                 with self._doorway.place():
                     grant = await self._directory.nodes.open_session(hello, gateway_epoch=self._gateway_epoch)
-                if hello.node_id in self._outcasts:
+                if hello.node_id in self._snapshot.outcasts:
                     # The snapshot that says so came while the directory's answer was on its way.
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)
                 session = self._sessions[hello.node_id] = NodeSession(hello, grant, self._clock.monotonic_seconds())
-                session.wish(self._desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
+                session.wish(self._snapshot.desired.get(hello.node_id, grant.desired))  # it may have come in that time, too
                 session.word = self.word
                 session.suspicions, session.measures = self.suspicions, self.measures
-                session.losses_per_second = self._losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
+                session.losses_per_second = self._snapshot.losses_per_second.get(session.node_id, LOSSES_PER_SECOND_GUESS)
                 _log.info("node_connected", node_id=hello.node_id, epoch=session.epoch, agent_version=hello.agent_version)
             elif session.outbox is not None:
                 session.outbox.close(GoodbyeReason.REPLACED, "A newer link of this node took over.")
@@ -352,10 +351,9 @@ class Links:
 
     def take_snapshot(self, snapshot: PoolSnapshot) -> None:
         """Hands the directory's news to the nodes: new wishes, the end of broken groups' answers, and the end for those revoked."""
-        self._outcasts, self._desired = snapshot.outcasts, snapshot.desired
+        self._snapshot = snapshot
         former_ways, self.word = self.word.link_addresses(self._gateway_epoch), word_of(snapshot)
         ways = self.word.link_addresses(self._gateway_epoch)
-        self._losses_per_second = snapshot.losses_per_second
         self.refused_requests, self.suspect_requests = snapshot.refused_requests, snapshot.suspect_requests
         self._judging.drained = frozenset(snapshot.drained_replicas)
         are_forgotten = self.suspicions.retain(engine.replica_id for desired in snapshot.desired.values() for engine in desired.engines)
