@@ -18,13 +18,6 @@ def books(database_url):
         yield opened
 
 
-@pytest.fixture
-def sqlite_books(tmp_path):
-    """PostgreSQL's planner goes by what is in the tables, and joins by hash where that is less work."""
-    with open_books(f"sqlite:///{tmp_path / 'potluck.db'}") as opened:
-        yield opened
-
-
 def test_only_shared_holds_have_rows_of_shares(books):
     books.apply_now(open_hold("alone"), open_hold("twice", payees={"bob": 7}), open_hold("shared", payees=SHARED))
     assert books.rows("SELECT * FROM hold_payee ORDER BY account_id") == [("shared", "bob", 2), ("shared", "cat", 1)]
@@ -90,14 +83,6 @@ def test_the_audit_finds_shares_that_are_not_what_was_paid(books, tampering, fin
     books.apply_now(open_hold("h1", payees=SHARED), open_hold("h2"), SettleHold("h1", 60), SettleHold("h2", 60))
     books.execute_despite(*tampering)
     assert finding in books.audit_now().findings
-
-
-def test_the_audit_finds_earnings_by_their_transaction(sqlite_books):
-    from potluck_coordinator.storage.audit import _EARNINGS
-
-    plan = [step[3] for step in sqlite_books.rows(f"EXPLAIN QUERY PLAN {_EARNINGS}")]
-    assert sum(step.startswith("SCAN") for step in plan) == 1, plan
-    assert all("(transaction_id=?" in step for step in plan if step.startswith(("SEARCH p ", "SEARCH f "))), plan
 
 
 def test_books_that_were_kept_without_shares_go_on(empty_database_url):

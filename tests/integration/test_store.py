@@ -232,16 +232,6 @@ def test_the_audit_finds_what_was_changed_behind_the_ledgers_back(books, tamperi
     assert any(finding in found for found in books.audit_now().findings), books.audit_now().findings
 
 
-def test_the_audit_looks_every_partner_up_by_its_key(sqlite_books):
-    from potluck_coordinator.storage.audit import _RULES
-
-    for sentence, query in _RULES:
-        plan = [step[3] for step in sqlite_books.rows(f"EXPLAIN QUERY PLAN {query}")]
-        searches = [step for step in plan if step.startswith("SEARCH p ")]
-        assert all("(transaction_id=?" in step for step in searches), (sentence, plan)
-        assert sum(step.startswith("SCAN") for step in plan) <= 2, (sentence, plan)
-
-
 def test_an_accounts_newest_lines_are_found_without_sorting_all_of_them(sqlite_books):
     plan = sqlite_books.rows(
         "EXPLAIN QUERY PLAN SELECT * FROM posting p JOIN ledger_transaction t ON p.transaction_id = t.transaction_id"

@@ -22,6 +22,7 @@ from potluck_coordinator.domain.gateways import GatewayRecord
 from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.storage import schema
+from potluck_coordinator.storage.audit import AuditRun
 from potluck_coordinator.storage.store import Store, _carry_out, _Unit
 from potluck_protocol.values import AccountId
 
@@ -122,7 +123,10 @@ class Books:
         return self.run_now(self.ledger.work_for(commands))
 
     def audit_now(self):
-        return self.run_now(lambda work: work.audit.report(self.clock.now_ms))
+        run = AuditRun(self.clock.now_ms)
+        while (report := self.run_now(lambda work: run.advance(work.audit))) is None:
+            pass
+        return report
 
     def execute(self, *statements: str) -> None:
         """Runs them in one transaction, past everything that the coordinator would do instead."""

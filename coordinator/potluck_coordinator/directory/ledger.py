@@ -1,7 +1,8 @@
 """Money: carries out what `domain.ledger` decides, one commit for everything that was asked together.
 
 Decides nothing about amounts, and of repetition only that the same claim of earnings answers the same. Holds that are overdue, or of a
-gateway that was replaced, are settled here at their marks. The audit (`storage.audit`) runs when the operator asks, and at no other time.
+gateway that was replaced, are settled here at their marks. The audit (`storage.audit`) runs when the operator asks, and at no other
+time; payments go on between its steps.
 Refusals are found out before anything is written, so one command's refusal never undoes another's work.
 """
 
@@ -25,6 +26,7 @@ from potluck_coordinator.domain.ledger import (
     ledger_account_id,
 )
 from potluck_coordinator.domain.ledger_batch import LedgerBatch, LedgerChanges, accounts_of
+from potluck_coordinator.storage.audit import AuditRun
 from potluck_coordinator.storage.store import LONG_SECONDS_MAX, Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
@@ -110,8 +112,9 @@ class LedgerDesk:
 
     async def audit(self) -> AuditReport:
         """Derives every balance anew; what it finds is also logged."""
-        now_ms = self._clock.unix_ms()
-        report = await self._store.run(lambda work: work.audit.report(now_ms), LONG_SECONDS_MAX)
+        run = AuditRun(self._clock.unix_ms())
+        while (report := await self._store.run(lambda work: run.advance(work.audit), LONG_SECONDS_MAX)) is None:
+            pass
         if report.findings:
             _log.error("audit_found_broken_books", findings=report.findings)
         return report

@@ -1,14 +1,19 @@
 """The audit: every balance derived anew from the postings, every hold compared with its payment.
 
-Decides what counts as broken books. It only reads, and it trusts none of the sums that the triggers keep: it finds what was changed behind
-their backs, by a tool or by a fault of the disk.
+Decides what counts as broken books, and how much of them is looked at in one transaction, for payments wait meanwhile. Nothing that is
+written between two steps is missed or held against the books: postings and closed holds stay as they are, a step has a transaction or a
+hold whole, and an account with all of its postings. It only reads, and it trusts none of the sums that the triggers keep: it finds what was
+changed behind their backs, by a tool or by a fault of the disk.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
@@ -19,27 +24,44 @@ from potluck_coordinator.domain.payees import split
 HOLD_OVERDUE_MS: Final = 60_000
 """How long past its deadline an open hold may wait for the reaper before the audit asks why."""
 FINDINGS_PER_RULE_MAX: Final = 20
-ROWS_AT_A_TIME: Final = 1_000
+PAGE_LENGTH: Final = 5_000
+"""Postings, or holds, of one step: some 50 ms."""
 
 # Each query returns one row for each breach, ready to be filled into its sentence, and finds partners by their keys: comparing every row
-# with every other one would stop the pool for minutes. SUBSTR(…, 8) is what follows "settle:"; || '' keeps the planner from looking
-# through all postings of the payer's account instead of the one transaction's.
-_RULES: Final = (
+# with every other one would stop the pool for minutes. WITHIN(key) stands for the keys of one step. SUBSTR(…, 8) is what follows
+# "settle:"; || '' keeps the planner from looking through all postings of the payer's account instead of the one transaction's.
+_OF_TRANSACTIONS: Final = (
     (
         "transaction {0} has {2} postings that sum to {1}, not to zero",
-        """SELECT transaction_id, SUM(amount), COUNT(*) FROM posting GROUP BY transaction_id HAVING SUM(amount) <> 0 OR COUNT(*) < 2
-        ORDER BY transaction_id""",
+        """SELECT transaction_id, SUM(amount), COUNT(*) FROM posting WHERE WITHIN(transaction_id)
+        GROUP BY transaction_id HAVING SUM(amount) <> 0 OR COUNT(*) < 2 ORDER BY transaction_id""",
     ),
     (
         "transaction {0} has no postings",
-        """SELECT transaction_id FROM ledger_transaction t
-        WHERE NOT EXISTS (SELECT 1 FROM posting p WHERE p.transaction_id = t.transaction_id) ORDER BY transaction_id""",
+        """SELECT transaction_id FROM ledger_transaction t WHERE WITHIN(t.transaction_id)
+        AND NOT EXISTS (SELECT 1 FROM posting p WHERE p.transaction_id = t.transaction_id) ORDER BY transaction_id""",
     ),
     (
         "posting {0}/{1} belongs to no transaction",
-        """SELECT transaction_id, line FROM posting p
-        WHERE NOT EXISTS (SELECT 1 FROM ledger_transaction t WHERE t.transaction_id = p.transaction_id) ORDER BY transaction_id, line""",
+        """SELECT transaction_id, line FROM posting p WHERE WITHIN(p.transaction_id)
+        AND NOT EXISTS (SELECT 1 FROM ledger_transaction t WHERE t.transaction_id = p.transaction_id) ORDER BY transaction_id, line""",
     ),
+    (
+        "transaction {0} pays for no hold that settled",
+        """SELECT t.transaction_id FROM ledger_transaction t WHERE WITHIN(t.transaction_id) AND t.kind = 'settle' AND NOT EXISTS (
+        SELECT 1 FROM hold h WHERE h.hold_id = SUBSTR(t.transaction_id, 8) AND h.state <> 'open' AND h.settled > 0)
+        ORDER BY t.transaction_id""",
+    ),
+)
+_OF_HOLDS: Final = (
+    (
+        "hold {0} settled {1}, its payer's account was charged {2}",
+        """SELECT h.hold_id, h.settled, COALESCE(-p.amount, 0) FROM hold h
+        LEFT JOIN posting p ON p.transaction_id = 'settle:' || h.hold_id AND p.ledger_account_id || '' = 'user:' || h.payer_account_id
+        WHERE WITHIN(h.hold_id) AND h.settled <> COALESCE(-p.amount, 0) ORDER BY h.hold_id""",
+    ),
+)
+_OF_ACCOUNTS: Final = (
     (
         "account {0} says {1} posted, its postings sum to {2}",
         """SELECT a.ledger_account_id, a.posted, COALESCE(s.total, 0) FROM ledger_account a
@@ -60,21 +82,13 @@ _RULES: Final = (
         ORDER BY ledger_account_id""",
     ),
     (
-        "hold {0} settled {1}, its payer's account was charged {2}",
-        """SELECT h.hold_id, h.settled, COALESCE(-p.amount, 0) FROM hold h
-        LEFT JOIN posting p ON p.transaction_id = 'settle:' || h.hold_id AND p.ledger_account_id || '' = 'user:' || h.payer_account_id
-        WHERE h.settled <> COALESCE(-p.amount, 0) ORDER BY h.hold_id""",
-    ),
-    (
-        "transaction {0} pays for no hold that settled",
-        """SELECT t.transaction_id FROM ledger_transaction t WHERE t.kind = 'settle' AND NOT EXISTS (
-        SELECT 1 FROM hold h WHERE h.hold_id = SUBSTR(t.transaction_id, 8) AND h.state <> 'open' AND h.settled > 0)
-        ORDER BY t.transaction_id""",
+        "hold {0} is open {1} ms past its deadline",
+        "SELECT hold_id, :now - expires_at_unix_ms FROM hold WHERE state = 'open' AND expires_at_unix_ms < :now - :grace",
     ),
 )
-_OVERDUE: Final = "SELECT hold_id, :now - expires_at_unix_ms FROM hold WHERE state = 'open' AND expires_at_unix_ms < :now - :grace"
 _LINES: Final = """SELECT t.transaction_id, t.kind, t.fingerprint, p.ledger_account_id, p.amount
-FROM ledger_transaction t JOIN posting p ON p.transaction_id = t.transaction_id ORDER BY t.transaction_id, p.line"""
+FROM ledger_transaction t JOIN posting p ON p.transaction_id = t.transaction_id WHERE WITHIN(t.transaction_id)
+ORDER BY t.transaction_id, p.line"""
 # What each payee of a closed hold got, of what was left of the payment after the fee: of every hold with several payees, and of those with
 # one that did not get just this.
 _EARNINGS: Final = """SELECT h.hold_id, h.settled - COALESCE(f.amount, 0),
@@ -83,38 +97,71 @@ LEFT JOIN hold_payee s ON s.hold_id = h.hold_id
 LEFT JOIN posting f ON f.transaction_id = 'settle:' || h.hold_id AND f.ledger_account_id || '' = 'fee'
 LEFT JOIN posting p ON p.transaction_id = 'settle:' || h.hold_id
 AND p.ledger_account_id || '' = 'node_owner:' || COALESCE(s.account_id, h.payee_account_id)
-WHERE h.state <> 'open' AND (s.hold_id IS NOT NULL OR COALESCE(p.amount, 0) <> h.settled - COALESCE(f.amount, 0)) ORDER BY h.hold_id"""
+WHERE WITHIN(h.hold_id) AND h.state <> 'open' AND (s.hold_id IS NOT NULL OR COALESCE(p.amount, 0) <> h.settled - COALESCE(f.amount, 0))
+ORDER BY h.hold_id"""
+_COUNTS: Final = {
+    "account_count": "SELECT COUNT(*) FROM ledger_account",
+    "transaction_count": "SELECT COUNT(*) FROM ledger_transaction",
+    "posting_count": "SELECT COUNT(*) FROM posting",
+    "open_hold_count": "SELECT COUNT(*) FROM hold WHERE state = 'open'",
+    "issued_micro_credits": "SELECT COALESCE(-SUM(amount), 0) FROM posting WHERE ledger_account_id = 'issuer'",
+}
+_WITHIN: Final = re.compile(r"WITHIN\((.+?)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The keys of one step: those after the one and up to the other, or to the end where that is None."""
+
+    after: str
+    until: str | None
+
+
+Findings = Mapping[str, Sequence[str]]
+"""By rule, what is wrong."""
 
 
 class Audit:
-    """Checks the whole ledger within one transaction."""
+    """The books as one step sees them: each answer is what is wrong, sentence by sentence, at most `FINDINGS_PER_RULE_MAX` of a kind."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def report(self, now_unix_ms: int) -> AuditReport:
-        """What is wrong, sentence by sentence; at most `FINDINGS_PER_RULE_MAX` for each kind of breach."""
-        findings: list[str] = []
-        for sentence, query in _RULES:
-            rows = self._connection.execute(text(query)).fetchmany(FINDINGS_PER_RULE_MAX)
-            findings += [sentence.format(*row) for row in rows]
-        overdue = self._connection.execute(text(_OVERDUE), {"now": now_unix_ms, "grace": HOLD_OVERDUE_MS}).fetchmany(FINDINGS_PER_RULE_MAX)
-        findings += [f"hold {hold_id} is open {late_ms} ms past its deadline" for hold_id, late_ms in overdue]
-        findings += islice(self._misdivided_holds(), FINDINGS_PER_RULE_MAX)
-        altered = islice(self._altered_transactions(), FINDINGS_PER_RULE_MAX)
-        findings += [f"transaction {transaction_id} is not what was booked" for transaction_id in altered]
-        return AuditReport(
-            findings=tuple(findings),
-            account_count=self._number("SELECT COUNT(*) FROM ledger_account"),
-            transaction_count=self._number("SELECT COUNT(*) FROM ledger_transaction"),
-            posting_count=self._number("SELECT COUNT(*) FROM posting"),
-            open_hold_count=self._number("SELECT COUNT(*) FROM hold WHERE state = 'open'"),
-            issued_micro_credits=-self._number("SELECT COALESCE(SUM(amount), 0) FROM posting WHERE ledger_account_id = 'issuer'"),
-        )
+    def page(self, key: str, table: str, after: str) -> Page:
+        """The next keys of a table."""
+        query = f"SELECT {key} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1 OFFSET :length"  # noqa: S608
+        return Page(after, self._connection.execute(text(query), {"after": after, "length": PAGE_LENGTH - 1}).scalar())
 
-    def _misdivided_holds(self) -> Iterator[str]:
+    def transactions(self, page: Page) -> Findings:
+        """Whether each balances, is what was booked, and pays for a hold."""
+        found = {sentence: self._breaches(sentence, query, page) for sentence, query in _OF_TRANSACTIONS}
+        altered = islice(self._altered_transactions(page), FINDINGS_PER_RULE_MAX)
+        return {**found, "altered": [f"transaction {transaction_id} is not what was booked" for transaction_id in altered]}
+
+    def holds(self, page: Page) -> Findings:
+        """Whether each was paid, and its payees got their shares."""
+        found = {sentence: self._breaches(sentence, query, page) for sentence, query in _OF_HOLDS}
+        return {**found, "misdivided": list(islice(self._misdivided_holds(page), FINDINGS_PER_RULE_MAX))}
+
+    def accounts(self, now_unix_ms: int) -> Findings:
+        """Whether each says what its postings and holds come to, and no hold was forgotten."""
+        values = {"now": now_unix_ms, "grace": HOLD_OVERDUE_MS}
+        found = {}
+        for sentence, query in _OF_ACCOUNTS:
+            rows = self._connection.execute(text(query), values if ":now" in query else {}).fetchmany(FINDINGS_PER_RULE_MAX)
+            found[sentence] = [sentence.format(*row) for row in rows]
+        return found
+
+    def numbers(self) -> Mapping[str, int]:
+        """How much there is, by the names of an `AuditReport`."""
+        return {name: int(self._connection.execute(text(query)).scalar_one()) for name, query in _COUNTS.items()}
+
+    def _breaches(self, sentence: str, query: str, page: Page) -> list[str]:
+        return [sentence.format(*row) for row in islice(self._rows(query, page), FINDINGS_PER_RULE_MAX)]
+
+    def _misdivided_holds(self, page: Page) -> Iterator[str]:
         """Holds whose payees did not get what `domain.payees.split` gives them; nobody else can have got it, for transactions balance."""
-        for hold_id, rows in groupby(self._streamed(_EARNINGS), lambda row: row[0]):
+        for hold_id, rows in groupby(self._rows(_EARNINGS, page), lambda row: row[0]):
             lines = sorted((account_id, earned, weight, part) for _, earned, account_id, weight, part in rows)
             parts = tuple(part for *_, part in lines)
             due = split(lines[0][1], [weight for _, _, weight, _ in lines])
@@ -122,21 +169,49 @@ class Audit:
                 payees = ", ".join(account_id for account_id, *_ in lines)
                 yield f"hold {hold_id} paid {payees} {'+'.join(map(str, parts))}, their shares are {'+'.join(map(str, due))}"
 
-    def _altered_transactions(self) -> Iterator[str]:
+    def _altered_transactions(self, page: Page) -> Iterator[str]:
         """Transactions whose postings no longer give their fingerprint (`domain.ledger.Transaction.fingerprint`)."""
-        current, expected, digest = "", "", hashlib.sha256()
-        for transaction_id, kind, fingerprint, account_id, amount in self._streamed(_LINES):
-            if transaction_id != current:
-                if current and digest.hexdigest() != expected:
-                    yield current
-                current, expected, digest = transaction_id, fingerprint, hashlib.sha256(f"{transaction_id}\n{kind}".encode())
-            digest.update(f"\n{account_id} {amount}".encode())
-        if current and digest.hexdigest() != expected:
-            yield current
+        for (transaction_id, kind, fingerprint), rows in groupby(self._rows(_LINES, page), lambda row: tuple(row[:3])):
+            lines = "".join(f"\n{account_id} {amount}" for *_, account_id, amount in rows)
+            if hashlib.sha256(f"{transaction_id}\n{kind}{lines}".encode()).hexdigest() != fingerprint:
+                yield transaction_id
 
-    def _streamed(self, query: str) -> Iterable[Any]:
-        """Rows in portions: these are about as many as there are postings."""
-        return self._connection.execute(text(query).execution_options(stream_results=True, max_row_buffer=ROWS_AT_A_TIME))
+    def _rows(self, query: str, page: Page) -> Sequence[Any]:
+        values = {"after": page.after} if page.until is None else {"after": page.after, "until": page.until}
+        return self._connection.execute(text(within(query, page)), values).all()
 
-    def _number(self, query: str) -> int:
-        return int(self._connection.execute(text(query)).scalar_one())
+
+def within(query: str, page: Page) -> str:
+    """The query for a page alone, with `:after` and `:until` to be filled in."""
+    return _WITHIN.sub(r"(\1 > :after)" if page.until is None else r"(\1 > :after AND \1 <= :until)", query)
+
+
+_WALKS: Final = (("transaction_id", "posting", Audit.transactions), ("hold_id", "hold", Audit.holds))
+
+
+class AuditRun:
+    """One audit, from its first step to its report."""
+
+    def __init__(self, now_unix_ms: int) -> None:
+        self._now_unix_ms = now_unix_ms
+        self._walks = deque(_WALKS)
+        self._after = ""
+        self._found: dict[str, list[str]] = {}
+
+    def advance(self, books: Audit) -> AuditReport | None:
+        """The next step, in a transaction of its own; the report, once there is none left."""
+        if not self._walks:
+            self._gather(books.accounts(self._now_unix_ms))
+            return AuditReport(tuple(chain.from_iterable(self._found.values())), **books.numbers())
+        key, table, look = self._walks[0]
+        page = books.page(key, table, self._after)
+        self._gather(look(books, page))
+        if page.until is None:
+            self._walks.popleft()
+        self._after = page.until or ""
+        return None
+
+    def _gather(self, findings: Findings) -> None:
+        for rule, more in findings.items():
+            known = self._found.setdefault(rule, [])
+            known += more[: FINDINGS_PER_RULE_MAX - len(known)]
