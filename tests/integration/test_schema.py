@@ -17,6 +17,7 @@ from sqlmodel import SQLModel
 
 from potluck_coordinator.storage import schema, tables  # noqa: F401
 from potluck_coordinator.storage.schema import migrate
+from tests.support.books import keep_books_of_version, open_books
 
 _SQLITE_SCHEMA = """SELECT type, name, sql FROM sqlite_master
 WHERE name NOT LIKE 'alembic%' AND name NOT LIKE 'sqlite_%' AND type <> 'trigger' ORDER BY name"""
@@ -52,7 +53,8 @@ def built(url: str, build: Callable[[Connection], None], read: Callable[[Connect
 def test_migrated_schema_equals_the_models_on_sqlite():
     def read(connection):
         assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
-        return [(kind, name, sql and "".join(sql.split())) for kind, name, sql in connection.execute(text(_SQLITE_SCHEMA))]
+        # A table that was renamed has its name in quotes.
+        return [(kind, name, sql and "".join(sql.replace('"', "").split())) for kind, name, sql in connection.execute(text(_SQLITE_SCHEMA))]
 
     by_migration, by_models = built("sqlite://", migrate, read), built("sqlite://", SQLModel.metadata.create_all, read)
     for migrated, modelled in zip(by_migration, by_models, strict=True):
@@ -130,3 +132,24 @@ def test_what_two_sessions_wrote_of_one_transaction_balances_or_is_refused(postg
         with pytest.raises(IntegrityError, match="sum to zero"):
             late.commit()
     engine.dispose()
+
+
+def test_postings_of_older_books_are_kept_and_lie_by_their_key(tmp_path):
+    url = f"sqlite:///{tmp_path / 'potluck.db'}"
+    lines = [("grant:ann", 0, "issuer", -5, 7), ("grant:ann", 1, "fee", 5, 7)]
+    keep_books_of_version(
+        url,
+        "0013",
+        "INSERT INTO ledger_account VALUES ('issuer', NULL, 'issuer', 0, 0), ('fee', NULL, 'fee', 0, 0)",
+        *(f"INSERT INTO posting VALUES {line}" for line in reversed(lines)),
+        "INSERT INTO ledger_transaction VALUES ('grant:ann', 'grant', '', 7)",
+    )
+    with open_books(url) as books:
+        assert books.rows("SELECT * FROM posting") == lines
+        assert books.rows("SELECT ledger_account_id, posted FROM ledger_account ORDER BY posted") == [("issuer", -5), ("fee", 5)]
+        (plan,) = books.rows("EXPLAIN QUERY PLAN SELECT amount FROM posting WHERE transaction_id = 'grant:ann'")
+        assert plan[3] == "SEARCH posting USING PRIMARY KEY (transaction_id=?)"
+        with pytest.raises(IntegrityError, match="takes no more postings"):
+            books.execute("INSERT INTO posting VALUES ('grant:ann', 2, 'fee', 5, 7)")
+        with pytest.raises(IntegrityError, match="sum to zero"):
+            books.execute("INSERT INTO ledger_transaction VALUES ('grant:bob', 'grant', '', 7)")

@@ -133,6 +133,7 @@ class PostingRow(SQLModel, table=True):
     __table_args__ = (
         CheckConstraint("amount <> 0", name="posting_amount"),
         Index("ix_posting_ledger_account_id_created_at_unix_ms", "ledger_account_id", "created_at_unix_ms"),
+        {"sqlite_with_rowid": False},
     )
 
     transaction_id: str = Field(
