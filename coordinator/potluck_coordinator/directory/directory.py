@@ -35,7 +35,7 @@ from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.store import Store
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import certificate_hash
-from potluck_protocol.errors import PotluckError
+from potluck_protocol.errors import ErrorCode, PotluckError
 
 CHORES_SECONDS: Final = 1.0
 COLLECT_SECONDS: Final = 3600.0
@@ -189,18 +189,30 @@ class Directory:
             if self._clock.monotonic_seconds() - collected_at >= COLLECT_SECONDS:
                 collected_at = self._clock.monotonic_seconds()
                 gc.collect()
+            self._gateways.look()
+            await self.do_chores()
+
+    async def do_chores(self) -> None:
+        """Each of them once. One that fails is tried again the next time, and keeps none of the others from being done."""
+        for chore in (
+            self._settle_expired,
+            self.nodes.judge_minutes,
+            self.nodes.refresh_old_plan,
+            self.lethal.forget_old,
+            self.idempotency.forget_old,
+            self._absences.foresee,
+            self._paces.judge_minute,
+        ):
             try:
-                if self._store.there_seconds >= SETTLEMENTS_SECONDS:
-                    await self.ledger.settle_expired(self._clock.unix_ms())
-                self._gateways.look()
-                await self.nodes.judge_minutes()
-                await self.nodes.refresh_old_plan()
-                await self.lethal.forget_old()
-                await self.idempotency.forget_old()
-                await self._absences.foresee()
-                await self._paces.judge_minute()
+                await chore()
             except PotluckError as error:
-                _log.warning("chore_failed", code=error.code)
+                _log.warning("chore_failed", chore=chore.__qualname__, code=error.code)
+                if error.code is ErrorCode.COORDINATOR_UNAVAILABLE:
+                    return  # the database is away, and the others would say the same
+
+    async def _settle_expired(self) -> None:
+        if self._store.there_seconds >= SETTLEMENTS_SECONDS:
+            await self.ledger.settle_expired(self._clock.unix_ms())
 
     def close(self) -> None:
         """Finishes what waits and lets go of the database."""
