@@ -7,8 +7,9 @@ machines have nothing in common. It must not know who sends it or why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -39,21 +40,14 @@ _FIGURES: Final = (
     "round_trip_seconds",
     "losses_per_second",
 )
-_SPEEDS: Final = (
-    "prefill_tokens_per_second",
-    "decode_base_seconds",
-    "decode_each_seconds",
-    "prefill_sample_count",
-    "decode_sample_count",
-    "batch_mean",
-    "told_token_seconds",
-)
+_SPEEDS: Final = ("prefill_tokens_per_second", "decode_base_seconds", "decode_each_seconds", "batch_mean", "told_token_seconds")
+_SAMPLES: Final = ("prefill_sample_count", "decode_sample_count")
 _ROW: Final = np.dtype(
     [
         ("epoch", "i8"),
         ("trait", "i4"),
         *((name, "?") for name in _FLAGS),
-        *((name, "i8") for name in _COUNTS),
+        *((name, "i8") for name in (*_COUNTS, *_SAMPLES)),
         *((name, "f8") for name in (*_FIGURES, *_SPEEDS)),
     ]
 )
@@ -72,8 +66,7 @@ class Trait(NamedTuple):
     drained: str
 
 
-@dataclass(frozen=True, slots=True)
-class SharedReplica:
+class SharedReplica(NamedTuple):
     """One replica, and under which epoch of its node's it is this gateway's."""
 
     view: ReplicaView
@@ -111,32 +104,14 @@ class GatewayView:
             return np.arange(len(self.rows))
         return np.flatnonzero(self.rows != other.rows)
 
-    def replica(self, number: int, now: float) -> SharedReplica:
-        """One row as it was read; `now` is the reader's clock, in monotonic seconds."""
-        row: Any = self.rows[number]
-        ages: Any = self.ages[number]
-        trait, (replica_id, node_id) = self.traits[int(row["trait"])], self.names[number]
-        speeds: dict[str, Any] = {name: row[name].item() for name in _SPEEDS}
-        speeds["prefill_sample_count"] = int(speeds["prefill_sample_count"])
-        speeds["decode_sample_count"] = int(speeds["decode_sample_count"])
-        view = ReplicaView(
-            replica_id=replica_id,
-            node_id=node_id,
-            model_id=trait.model_id,
-            owner_account_id=trait.owner_account_id,
-            endpoints=trait.endpoints,
-            engine_kind=trait.engine_kind,
-            drained=trait.drained,
-            speeds=Speeds(**speeds, learned_at_seconds=_moment(ages["learned"].item(), now)),
-            heard_at_seconds=_moment(ages["heard"].item(), now),
-            prefill_since_seconds=_moment(ages["prefill"].item(), now),
-            **{name: row[name].item() for name in (*_FLAGS, *_COUNTS, *_FIGURES)},
-        )
-        return SharedReplica(view, int(row["epoch"]))
-
-    def replicas(self, now: float) -> Iterator[SharedReplica]:
-        """All rows."""
-        return (self.replica(number, now) for number in range(len(self.rows)))
+    def replicas(self, now: float, numbers: Iterable[int] | None = None) -> list[SharedReplica]:
+        """All rows, or those of these numbers, as they were read; `now` is the reader's clock, in monotonic seconds."""
+        chosen = range(len(self.rows)) if numbers is None else list(numbers)
+        rows, ages = self.rows[chosen].tolist(), self.ages[chosen].tolist()
+        return [
+            _replica(row, self.traits[row[1]], self.names[number], [_moment(age, now) for age in each])
+            for number, row, each in zip(chosen, rows, ages, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -150,20 +125,36 @@ class PoolView:
 def gateway_view(replicas: Iterable[SharedReplica], starts_seen: Mapping[int, int], now: float) -> GatewayView:
     """The view of these replicas, whose times are by a clock that says `now`, in monotonic seconds."""
     shared = tuple(replicas)
-    rows, ages = np.zeros(len(shared), _ROW), np.zeros(len(shared), _AGES)
     traits: dict[Trait, int] = {}
-    for number, (view, epoch) in enumerate((each.view, each.epoch) for each in shared):
-        trait = Trait(view.model_id, view.owner_account_id, view.endpoints, view.engine_kind, view.drained)
-        rows[number] = (
-            epoch,
-            traits.setdefault(trait, len(traits)),
-            *(getattr(view, name) for name in (*_FLAGS, *_COUNTS, *_FIGURES)),
-            *(getattr(view.speeds, name) for name in _SPEEDS),
-        )
+    rows, ages = [], []
+    for view, epoch in shared:
+        trait = traits.setdefault(Trait(*_of_trait(view)), len(traits))
+        rows.append((epoch, trait, *_of_flags_and_counts(view), *_of_samples(view.speeds), *_of_figures(view), *_of_speeds(view.speeds)))
         since = (view.heard_at_seconds, view.prefill_since_seconds, view.speeds.learned_at_seconds)
-        ages[number] = tuple(now - at if at else NEVER for at in since)
-    names = tuple((each.view.replica_id, each.view.node_id) for each in shared)
-    return GatewayView(names, rows, ages, tuple(traits), dict(starts_seen))
+        ages.append(tuple(now - at if at else NEVER for at in since))
+    names = tuple((view.replica_id, view.node_id) for view, _ in shared)
+    return GatewayView(names, np.array(rows, _ROW), np.array(ages, _AGES), tuple(traits), dict(starts_seen))
+
+
+# Thousands of rows are made and read a few times a second: these take what they take of one at once.
+_of_flags_and_counts: Final = attrgetter(*_FLAGS, *_COUNTS)
+_of_samples: Final = attrgetter(*_SAMPLES)
+_of_figures: Final = attrgetter(*_FIGURES)
+_of_speeds: Final = attrgetter(*_SPEEDS)
+_of_trait: Final = attrgetter(*Trait._fields)
+_READ: Final = (
+    *("epoch", "trait", *_FLAGS, *_COUNTS, *_SAMPLES, *_FIGURES, *_SPEEDS),
+    *(*Trait._fields, "replica_id", "node_id", "heard_at_seconds", "prefill_since_seconds", "learned_at_seconds"),
+)
+"""A row with what belongs to it, in this order."""
+_to_speeds: Final = itemgetter(*(_READ.index(name) for name in Speeds._fields))
+_to_view: Final = itemgetter(*((*_READ, "speeds", "is_remote").index(name) for name in ReplicaView._fields))
+
+
+def _replica(row: tuple[Any, ...], trait: Trait, names: tuple[ReplicaId, NodeId], moments: list[float]) -> SharedReplica:
+    read = (*row, *trait, *names, *moments)
+    is_remote = False  # whoever reads it says so
+    return SharedReplica(ReplicaView(*_to_view((*read, Speeds(*_to_speeds(read)), is_remote))), row[0])
 
 
 def _moment(age_seconds: float, now: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from potluck_coordinator.gateway.forward_outbox import ForwardOutbox
@@ -117,7 +115,7 @@ def test_nodes_come_go_and_begin_anew(heard):
     said = nodes(3)
     heard.hear(said)
     first = dict(heard.links.remote)
-    said["n1"] = replace(said["n1"], epoch=2)
+    said["n1"] = said["n1"]._replace(epoch=2)
     assert heard.hear(said) == ["n1"]
     assert heard.links.remote[NodeId("n1")] is not first[NodeId("n1")]
     assert heard.links.remote[NodeId("n0")] is first[NodeId("n0")]

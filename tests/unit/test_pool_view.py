@@ -37,7 +37,7 @@ def views() -> st.SearchStrategy[ReplicaView]:
 @given(st.lists(st.builds(SharedReplica, views(), WHOLE), max_size=5))
 def test_every_field_arrives_as_it_was(shared):
     view = gateway_view(shared, {7: 3}, now=1000.0)
-    arrived = list(view.replicas(now=1000.0))
+    arrived = view.replicas(now=1000.0)
     assert len(arrived) == len(view) == len(shared)
     for before, after in zip(shared, arrived, strict=True):
         assert after.epoch == before.epoch
@@ -76,7 +76,7 @@ def test_a_row_that_changed_is_told_from_those_that_did_not(change):
     assert 3 in changed
     # Traits are told once for all: one more of them is news of everybody.
     assert changed == ([3] if not {"drained", "owner_account_id"} & change.keys() else list(range(6)))
-    assert new.replica(3, 10.5).view == after[3].view
+    assert [read.view for read in new.replicas(10.5, [3, 0])] == [after[3].view, after[0].view]
 
 
 def test_ages_alone_are_no_change_and_other_replicas_are():

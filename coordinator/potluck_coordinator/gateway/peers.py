@@ -147,13 +147,13 @@ class Peers:
         changed = told.changed_since(peer.view)
         peer.view, peer.way.starts_seen = told, told.starts_seen.get(self._epoch, 0)
         if len(changed) == len(told):
-            peer.replicas, peer.rows = list(told.replicas(now)), {}
+            peer.replicas, peer.rows = told.replicas(now), {}
             for number, (_, node_id) in enumerate(told.names):
                 peer.rows.setdefault(node_id, []).append(number)
             touched = peer.rows.keys() | peer.nodes.keys()
         else:
-            for number in changed:
-                peer.replicas[number] = told.replica(number, now)
+            for number, replica in zip(changed, told.replicas(now, changed), strict=True):
+                peer.replicas[number] = replica
             # The others are as they were: of thousands, looking at each would take longer than the time between two views.
             touched = {told.names[number][1] for number in changed} | {one.node_id for one in peer.nodes.values() if one.was_used}
         for node_id in touched:
