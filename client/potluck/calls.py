@@ -15,7 +15,19 @@ from typing import Any, Final, Generic, TypeVar
 from google.protobuf.message import Message
 
 from potluck.errors import error_of_protocol, pool_error
-from potluck.results import AccountInfo, Audit, Credits, JoinTokenInfo, KeyInfo, KeyQuotas, ModelInfo, NodeInfo, Secret, StatementEntry
+from potluck.results import (
+    AccountInfo,
+    Audit,
+    Credits,
+    JoinTokenInfo,
+    KeyInfo,
+    KeyQuotas,
+    ModelInfo,
+    NodeInfo,
+    Progress,
+    Secret,
+    StatementEntry,
+)
 from potluck_protocol.codec import node_state_from_number, rest_causes_from_numbers
 from potluck_protocol.engine_codec import ENDPOINT_NUMBER, endpoint_from_number, engine_status_value
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -225,19 +237,23 @@ def list_accounts() -> Call[account_pb2.ListAccountsResponse, tuple[AccountInfo,
     )
 
 
-def audit_ledger() -> Call[account_pb2.AuditLedgerResponse, Audit]:
+def audit_ledger() -> Call[account_pb2.AuditLedgerResponse, Audit | Progress]:
     return Call(
         _ACCOUNTS + "AuditLedger",
         account_pb2.AuditLedgerRequest(),
         account_pb2.AuditLedgerResponse,
-        lambda reply: Audit(
-            findings=tuple(reply.findings),
-            account_count=reply.account_count,
-            transaction_count=reply.transaction_count,
-            posting_count=reply.posting_count,
-            open_hold_count=reply.open_hold_count,
-            issued_micro_credits=reply.issued_micro_credits,
-        ),
+        lambda reply: Progress(reply.progress) if reply.progress else _audit(reply),
+    )
+
+
+def _audit(reply: account_pb2.AuditLedgerResponse) -> Audit:
+    return Audit(
+        findings=tuple(reply.findings),
+        account_count=reply.account_count,
+        transaction_count=reply.transaction_count,
+        posting_count=reply.posting_count,
+        open_hold_count=reply.open_hold_count,
+        issued_micro_credits=reply.issued_micro_credits,
     )
 
 

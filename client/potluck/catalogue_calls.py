@@ -1,7 +1,7 @@
 """The operator's calls about models and deployments, as values like those of `calls`.
 
 Decides how a catalogue's and a deployment's words become messages and results. It must not know that a repository takes several calls to
-be read: whoever asks makes the same call again while the result is a `PinProgress`.
+be read: whoever asks makes the same call again while the result is a `Progress`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from potluck.calls import POOL_SERVICE, Call, read_nothing
-from potluck.results import CatalogueModel, Deployment, DeploymentInfo, NodeVerdict, PinProgress, Tier
+from potluck.results import CatalogueModel, Deployment, DeploymentInfo, NodeVerdict, Progress, Tier
 from potluck_protocol.engine_codec import endpoint_from_number
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import pool_pb2
@@ -42,7 +42,7 @@ def add_model_from_hub(
     engine_kinds: Sequence[str] = (),
     context_length_tokens: int | None = None,
     slot_count: int | None = None,
-) -> Call[pool_pb2.AddModelResponse, CatalogueModel | PinProgress]:
+) -> Call[pool_pb2.AddModelResponse, CatalogueModel | Progress]:
     """A repository of the hub, "hf:ORG/NAME@REVISION"; what is None is taken from an offer of the same model, else a default."""
     hub = pool_pb2.HubModel(
         source=source,
@@ -58,7 +58,7 @@ def add_model_from_hub(
         POOL_SERVICE + "AddModel",
         pool_pb2.AddModelRequest(hub=hub),
         pool_pb2.AddModelResponse,
-        lambda reply: _model(reply.models[0]) if reply.models else PinProgress(reply.progress),
+        lambda reply: _model(reply.models[0]) if reply.models else Progress(reply.progress),
     )
 
 

@@ -104,8 +104,8 @@ class CatalogueModel:
 
 
 @dataclass(frozen=True, slots=True)
-class PinProgress:
-    """How far the coordinator has read a repository; the same call again waits for more."""
+class Progress:
+    """How far something has come that takes longer than a call; the same call again waits for more."""
 
     words: str
 

@@ -154,8 +154,8 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class PinProgress:
-    """How far the reading of a repository has come; the same call again waits for more."""
+class Progress:
+    """How far something has come that takes longer than a call; the same call again waits for more."""
 
     words: str
 
@@ -227,7 +227,9 @@ class Ledger(Protocol):
         """Moves everything earned to the spending account; the micro-credits moved, the same again for the same claim_id."""
         ...
 
-    async def audit(self) -> AuditReport: ...
+    async def audit(self) -> AuditReport | Progress:
+        """Derives every balance anew, beside everything else: after a second how far it has come, and the same call waits for more."""
+        ...
 
 
 class EnrolmentDesk(Protocol):
@@ -283,7 +285,7 @@ class CatalogueDesk(Protocol):
         """Puts the entries of a catalogue file's text into the catalogue, in place of those of the same names; INVALID_REQUEST."""
         ...
 
-    async def pin_model(self, source: str, wishes: ModelWishes) -> ModelRecord | PinProgress:
+    async def pin_model(self, source: str, wishes: ModelWishes) -> ModelRecord | Progress:
         """Puts a repository of the hub into the catalogue, its files pinned. Called again while it answers with progress."""
         ...
 

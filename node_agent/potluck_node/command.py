@@ -234,7 +234,8 @@ def leave(
     from potluck_node.agent import leave_without_agent  # noqa: PLC0415 - as in `run`
 
     with _explained():
-        configure_logging(json=False, level="warning")
+        # Each dial in vain would be a line, and then come the words that say it all.
+        configure_logging(json=False, level="error")
         settings = settings_of_node_named(state_dir)
         folder = StateFolder(settings.state_dir)
         identity = folder.identity()

@@ -12,9 +12,9 @@ from google.protobuf.message import Message
 
 from potluck import catalogue_calls
 from potluck.calls import Call, read_reply
-from potluck.results import Deployment, PinProgress
+from potluck.results import Deployment, Progress
 from potluck_coordinator.desks import DeploymentRecord, ModelRecord, NodeVerdictRecord
-from potluck_coordinator.desks import PinProgress as DeskProgress
+from potluck_coordinator.desks import Progress as DeskProgress
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.domain import catalogue
 from potluck_coordinator.domain.catalogue import ServiceTier
@@ -144,7 +144,7 @@ async def test_a_catalogue_file_has_a_bound_and_says_so(edge: Edge) -> None:
 async def test_what_is_said_of_a_repository_arrives_and_what_is_not_said_stays_open(edge: Edge) -> None:
     edge.desk.answer = DeskProgress("Hashing config.json")
     progress = await edge.make(catalogue_calls.add_model_from_hub("hf:org/name@main"))
-    assert progress == PinProgress("Hashing config.json")
+    assert progress == Progress("Hashing config.json")
     said = catalogue_calls.add_model_from_hub(
         "hf:org/name@main",
         model_id="a:b",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+
 import pytest
 from sqlalchemy import text
 
-from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
+from potluck_coordinator.desks import Progress
+from potluck_coordinator.directory import ledger as ledger_module
+from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, SettleHold
 from potluck_coordinator.storage import audit as audit_module
 from potluck_coordinator.storage.audit import _EARNINGS, _LINES, _OF_HOLDS, _OF_TRANSACTIONS, FINDINGS_PER_RULE_MAX, AuditRun, Page, within
 from tests.support.books import open_books, open_hold
@@ -72,16 +77,63 @@ def test_many_breaches_of_a_kind_are_told_in_part(books, monkeypatch):
 def test_what_is_written_between_two_steps_is_not_held_against_the_books(books, monkeypatch):
     monkeypatch.setattr(audit_module, "PAGE_LENGTH", 4)
     pay(books, *(f"m{number:02}" for number in range(12)))
-    books.apply_now(*(open_hold(f"open{number}") for number in range(4)))
-    run, step_count, report = AuditRun(books.clock.now_ms), 0, None
+    books.apply_now(*(open_hold(f"{letter}-open{number}") for letter in "amz" for number in range(10)))
+    run, written, report = AuditRun(books.clock.now_ms), Counter(), None
     while report is None:
         report = books.run_now(lambda work: run.advance(work.audit))
-        step_count += 1
-        if step_count <= 20:
-            # Behind what was looked at, before it, and in the midst of it.
-            pay(books, f"a{step_count:02}", f"m05{step_count:02}", f"z{step_count:02}")
-            books.apply_now(SettleHold(f"open{step_count % 4}", 10))
-            books.add_people(f"person{step_count}", grant=5)
-    assert step_count > 20
+        walk = len(run._walks)
+        if report is None and written[walk] < 10:
+            number = 10 * walk + written[walk]
+            written[walk] += 1
+            # Before what was looked at, in the midst of it, and behind it; by turns, so that each walk comes to its end.
+            pay(books, f"{'amz'[number % 3]}{number:02}")
+            books.apply_now(SettleHold(f"{'amz'[number % 3]}-open{number % 10}", 10), MarkDelivered(f"z-open{number % 10}", 5))
+            books.add_people(f"person{number}", grant=5)
+    assert written == {2: 10, 1: 10, 0: 1}, "in both walks, and before the accounts"
     assert report.findings == ()
     assert books.audit_now().findings == ()
+
+
+async def test_whoever_asks_while_an_audit_runs_waits_for_that_one(books, monkeypatch):
+    monkeypatch.setattr(audit_module, "PAGE_LENGTH", 2)
+    monkeypatch.setattr(ledger_module, "AUDIT_PATIENCE_SECONDS", 0)
+    pay(books, *(f"h{number:02}" for number in range(12)))
+    first, second = await asyncio.gather(books.ledger.audit(), books.ledger.audit())
+    assert isinstance(first, Progress)
+    assert isinstance(second, Progress)
+    (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "audit"]
+    await task
+    assert (await books.ledger.audit()) == books.audit_now()
+
+
+async def test_a_report_that_nobody_came_for_is_not_given_to_whoever_asks_later(books, monkeypatch):
+    monkeypatch.setattr(ledger_module, "AUDIT_PATIENCE_SECONDS", 0)
+    assert isinstance(await books.ledger.audit(), Progress)
+    (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "audit"]
+    early = await task
+    pay(books, "h1")
+    books.clock.advance(ledger_module.AUDIT_KEPT_SECONDS)
+    monkeypatch.setattr(ledger_module, "AUDIT_PATIENCE_SECONDS", 5)
+    assert (await books.ledger.audit()).posting_count == early.posting_count + 3
+
+
+def test_postgresql_finds_a_steps_partners_by_their_keys(postgresql):
+    """Its planner would rather join by hash with the whole of a table, as soon as there is some hundred times as much in it."""
+    with open_books(postgresql.url(postgresql.new_database()), grant=10**9) as books:
+        books.add_people("ann", "bob", grant=10**9)
+        for hundreds in range(30):
+            pay(books, *(f"h{hundreds:03}{number:02}" for number in range(100)))
+        books.execute("ANALYZE")
+
+        def plans(work) -> list[str]:
+            work.audit.page("hold_id", "hold", None)
+            bounds = {"after": "h00100", "until": "h02900"}
+            page = Page(**bounds)
+            queries = [*(query for _, query in (*_OF_TRANSACTIONS, *_OF_HOLDS)), _LINES, _EARNINGS]
+            connection = work.audit._connection
+            return [line for query in queries for (line,) in connection.execute(text(f"EXPLAIN {within(query, page)}"), bounds)]
+
+        lines = books.run_now(plans)
+    assert any("Index" in line for line in lines)
+    assert not any("Hash Join" in line or "Merge Join" in line or "Hash Left" in line for line in lines), lines
+    assert not any("Seq Scan on posting" in line or "Seq Scan on ledger_transaction" in line for line in lines), lines

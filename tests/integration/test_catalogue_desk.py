@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from potluck.commands import models
-from potluck_coordinator.desks import PinProgress
+from potluck_coordinator.desks import Progress
 from potluck_coordinator.directory import catalogue as catalogue_module
 from potluck_coordinator.directory.board import SnapshotBoard
 from potluck_coordinator.directory.bootstrap import offer
@@ -62,7 +62,7 @@ async def pinned(made, wishes=None, source=SOURCE):
     """The record, however often the desk says that it is not there yet."""
     while True:
         found = await made.pin_model(source, wishes or ModelWishes())
-        if not isinstance(found, PinProgress):
+        if not isinstance(found, Progress):
             return found
 
 
@@ -147,8 +147,8 @@ async def test_a_slow_hub_is_waited_for_with_words_and_asked_once(database_url, 
     async with desk(database_url) as (made, _, hub):
         hub.waiting = threading.Event()
         first, second = await asyncio.gather(made.pin_model(SOURCE, ModelWishes()), made.pin_model(SOURCE, ModelWishes()))
-        assert isinstance(first, PinProgress)
-        assert isinstance(second, PinProgress)
+        assert isinstance(first, Progress)
+        assert isinstance(second, Progress)
         async with asyncio.timeout(10):
             while not (await made.pin_model(SOURCE, ModelWishes())).words.startswith("Hashing config.json"):
                 await asyncio.sleep(0.02)
@@ -163,7 +163,7 @@ async def test_no_reading_takes_for_ever_and_no_more_than_a_few_run(database_url
     async with desk(database_url) as (made, _, hub):
         hub.waiting = threading.Event()
         for number in range(READINGS_MAX):
-            assert isinstance(await made.pin_model(SOURCE, ModelWishes(model_id=f"model{number}")), PinProgress)
+            assert isinstance(await made.pin_model(SOURCE, ModelWishes(model_id=f"model{number}")), Progress)
         assert (await refusal(made.pin_model(SOURCE, ModelWishes(model_id="one-more")))).code is ErrorCode.NO_CAPACITY
         await asyncio.sleep(0.4)
         hub.waiting.set()
@@ -181,7 +181,7 @@ async def test_what_was_read_for_nobody_answers_no_later_question(database_url, 
     monkeypatch.setattr(catalogue_module, "DONE_SECONDS_MAX", 0.1)
     async with desk(database_url) as (made, _, hub):
         hub.waiting = threading.Event()
-        assert isinstance(await made.pin_model(SOURCE, ModelWishes()), PinProgress)
+        assert isinstance(await made.pin_model(SOURCE, ModelWishes()), Progress)
         hub.waiting.set()
         async with asyncio.timeout(10):
             while made._readings:

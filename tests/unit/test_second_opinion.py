@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -52,9 +53,20 @@ class CountingCulprits(Culprits):
         return super().fingerprint(endpoint, body)
 
 
-def links_of(*owners: AccountId) -> Links:
+class ForgetfulDirectory:
+    """One that has heard of nothing."""
+
+    def __init__(self) -> None:
+        self.lethal = self
+        self.cleared: list[Fingerprint] = []
+
+    async def clear(self, fingerprint: Fingerprint) -> None:
+        self.cleared.append(fingerprint)
+
+
+def links_of(*owners: AccountId, directory: ForgetfulDirectory | None = None) -> Links:
     """A gateway with one ready node of each of them."""
-    links = Links(None, LivenessLimits(), SystemClock(), lambda: None)
+    links = Links(directory, LivenessLimits(), SystemClock(), lambda: None)
     for owner in owners:
         replica_id = ReplicaId(f"{owner}/model")
         status = EngineStatus(
@@ -132,6 +144,18 @@ def test_a_suspect_stays_away_from_its_first_owners_nodes_while_another_owner_ca
     assert {NodeId("anns") in shunned for shunned in quarantine.shunned(REQUEST, frozenset())} == {True}
     pause(links.session(NodeId("bobs")))
     assert quarantine.shunned(REQUEST, frozenset())[-1] == frozenset(), "then better there than nowhere"
+
+
+async def test_a_suspect_that_is_answered_in_full_is_none_any_more_whatever_the_directory_has_heard():
+    directory = ForgetfulDirectory()
+    links = links_of(ANN, BOB, directory=directory)
+    fingerprint = REQUEST.fingerprint(links.culprits)
+    links.suspect_requests = {fingerprint: ANN}  # by a death that could not be told
+    links.stood(fingerprint)
+    await asyncio.sleep(0)
+    assert directory.cleared == [fingerprint]
+    assert Quarantine(links).shunned(REQUEST, frozenset())[-1] == frozenset()
+    assert not links.suspect_requests
 
 
 def test_a_request_is_hashed_once_however_often_it_is_looked_at():

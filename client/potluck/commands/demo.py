@@ -19,6 +19,7 @@ from potluck.client import Client
 from potluck.command import EXIT_INTERRUPTED
 from potluck.commands.chat import TimedAnswer, stream_answer
 from potluck.commands.local_pool import LocalPool, LocalPoolPlan, person_key
+from potluck.commands.money import audited
 from potluck.commands.progress import LiveLine
 from potluck.commands.terminal import EXIT_FAILED, say, show, show_part
 from potluck.commands.up import CatalogueOption
@@ -77,7 +78,7 @@ def _run(plan: LocalPoolPlan, line: LiveLine, question: str) -> Audit:
 def _settled_books(operator: Transport) -> Audit:
     """The audit, once the answer's hold is settled; it is on its way when the answer ends."""
     deadline = time.monotonic() + SETTLEMENT_SECONDS_MAX
-    while (report := operator.unary(calls.audit_ledger())).open_hold_count and time.monotonic() < deadline:
+    while (report := audited(operator)).open_hold_count and time.monotonic() < deadline:
         time.sleep(SETTLEMENT_POLL_SECONDS)
     return report
 

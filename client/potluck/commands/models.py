@@ -18,7 +18,7 @@ from potluck.commands.progress import LiveLine, megabytes
 from potluck.commands.session import KeyFileOption, UrlOption, connected
 from potluck.commands.terminal import JsonOption, moment, say, show, show_json, show_table
 from potluck.errors import PoolTimeoutError
-from potluck.results import CatalogueModel, Deployment, ModelInfo, PinProgress
+from potluck.results import CatalogueModel, Deployment, ModelInfo, Progress
 from potluck.transport import Transport
 from potluck_protocol.bounds import CATALOGUE_CHARACTERS_MAX
 from potluck_protocol.errors import ErrorCode
@@ -252,7 +252,7 @@ def _pinned(transport: Transport, source: str, said: dict[str, Any]) -> Catalogu
     call = catalogue_calls.add_model_from_hub(source, **said)
     give_up_at = time.monotonic() + PIN_SECONDS_MAX
     with LiveLine() as line:
-        while isinstance(found := transport.unary(call), PinProgress):
+        while isinstance(found := transport.unary(call), Progress):
             if time.monotonic() >= give_up_at:
                 message = f"{source} is not read after {PIN_SECONDS_MAX / 60:.0f} min; the same command again waits for more."
                 raise PoolTimeoutError(ErrorCode.CANCELLED, message)

@@ -11,8 +11,11 @@ from typing import Annotated
 import typer
 
 from potluck import calls
+from potluck.commands.progress import LiveLine
 from potluck.commands.session import KeyFileOption, UrlOption, connected
 from potluck.commands.terminal import EXIT_FAILED, JsonOption, moment, say, show, show_json, show_table
+from potluck.results import Audit, Progress
+from potluck.transport import Transport
 from potluck_protocol.money import credits_text
 
 LINE_COUNT_MAX = 1000
@@ -54,7 +57,7 @@ def audit(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyF
     Exits with 1 if anything does not balance.
     """
     with connected(url, api_key_file) as transport:
-        report = transport.unary(calls.audit_ledger())
+        report = audited(transport)
     if as_json:
         show_json(report)
     else:
@@ -67,3 +70,11 @@ def audit(as_json: JsonOption = False, url: UrlOption = None, api_key_file: KeyF
         show("The books balance." if not report.findings else f"{len(report.findings)} findings: the books do not balance.")
     if report.findings:
         raise typer.Exit(EXIT_FAILED)
+
+
+def audited(operator: Transport) -> Audit:
+    """The report, once the coordinator has looked through all of the books; a line on the screen says how far it is."""
+    with LiveLine() as line:
+        while isinstance(found := operator.unary(calls.audit_ledger()), Progress):
+            line.update(found.words)
+    return found

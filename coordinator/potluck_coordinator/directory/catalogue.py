@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from potluck_coordinator.catalogue_file import parse_catalogue
-from potluck_coordinator.desks import DeploymentRecord, ModelRecord, NodeVerdictRecord, PinProgress
+from potluck_coordinator.desks import DeploymentRecord, ModelRecord, NodeVerdictRecord, Progress
 from potluck_coordinator.directory.hub import SOURCE, Hub
 from potluck_coordinator.directory.nodes import Nodes
 from potluck_coordinator.domain.catalogue import CatalogueEntry, Deployment, engine_refusal, not_pinned
@@ -74,14 +74,14 @@ class Catalogue:
         # A parser in Python, and a text from outside: the loop has better things to do.
         return await self._put(await asyncio.to_thread(parse_catalogue, catalogue_toml, "The text"))
 
-    async def pin_model(self, source: str, wishes: ModelWishes) -> ModelRecord | PinProgress:
+    async def pin_model(self, source: str, wishes: ModelWishes) -> ModelRecord | Progress:
         """As `CatalogueDesk.pin_model`."""
         reading = self._readings.get((source, wishes))
         if reading is None:
             reading = self._begin_reading(source, wishes)
         done, _ = await asyncio.wait({reading.task}, timeout=PATIENCE_SECONDS)
         if not done:
-            return PinProgress(reading.words[-1])
+            return Progress(reading.words[-1])
         self._readings.pop((source, wishes), None)
         return reading.task.result()
 

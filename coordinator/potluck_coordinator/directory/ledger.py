@@ -8,12 +8,13 @@ Refusals are found out before anything is written, so one command's refusal neve
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import structlog
 
-from potluck_coordinator.desks import StatementLine
+from potluck_coordinator.desks import Progress, StatementLine
 from potluck_coordinator.domain import ledger
 from potluck_coordinator.domain.ledger import (
     AuditReport,
@@ -37,6 +38,10 @@ STATEMENT_LINES_MAX: Final = 500
 CLAIM_ID_CHARACTERS_MAX: Final = 64
 REAPED_COUNT_MAX: Final = 256
 """Holds settled in one commit, so that thousands of orphans do not keep a live request waiting."""
+AUDIT_PATIENCE_SECONDS: Final = 1.0
+"""How long one call waits for an audit's end before it says how far that has come."""
+AUDIT_KEPT_SECONDS: Final = 10.0
+"""How long an audit's report is kept for whoever will ask again. Later it would be about other books."""
 
 _log = structlog.get_logger()
 
@@ -54,6 +59,7 @@ class LedgerDesk:
         self._store = store
         self._clock = clock
         self._fee_basis_points = fee_basis_points
+        self._audit: _Audit | None = None
 
     async def apply(self, commands: Sequence[LedgerCommand]) -> tuple[LedgerOutcome, ...]:
         """As `desks.Ledger.apply`."""
@@ -110,14 +116,18 @@ class LedgerDesk:
 
         return await self._store.run(claim)
 
-    async def audit(self) -> AuditReport:
-        """Derives every balance anew; what it finds is also logged."""
-        run = AuditRun(self._clock.unix_ms())
-        while (report := await self._store.run(lambda work: run.advance(work.audit), LONG_SECONDS_MAX)) is None:
-            pass
-        if report.findings:
-            _log.error("audit_found_broken_books", findings=report.findings)
-        return report
+    async def audit(self) -> AuditReport | Progress:
+        """As `desks.Ledger.audit`; what it finds is also logged."""
+        now = self._clock.monotonic_seconds()
+        if self._audit is None or (self._audit.ended_at is not None and now - self._audit.ended_at >= AUDIT_KEPT_SECONDS):
+            self._audit = _Audit(self._store, self._clock)
+        audit = self._audit
+        await asyncio.wait({audit.task}, timeout=AUDIT_PATIENCE_SECONDS)
+        if not audit.task.done():
+            return Progress(audit.run.words)
+        if self._audit is audit:
+            self._audit = None
+        return audit.task.result()
 
     async def settle_expired(self, now_unix_ms: int) -> int:
         """Settles open holds past their deadline at their delivered marks; how many there were."""
@@ -148,6 +158,30 @@ class LedgerDesk:
         """Over the holds, which are locked, and then their accounts: the one order in which all that moves money locks."""
         positions = work.ledger.lock(accounts_of(commands, holds.values()))
         return LedgerBatch(holds, positions, work.gateways.epochs(), self._fee_basis_points)
+
+
+class _Audit:
+    """One that is under way: of several callers each waits for the same."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self.run = AuditRun(clock.unix_ms())
+        self.ended_at: float | None = None
+        self.task = asyncio.create_task(self._go_through(), name="audit")
+        self.task.add_done_callback(self._end)
+
+    async def _go_through(self) -> AuditReport:
+        while (report := await self._store.run(lambda work: self.run.advance(work.audit), LONG_SECONDS_MAX)) is None:
+            pass
+        if report.findings:
+            _log.error("audit_found_broken_books", findings=report.findings)
+        return report
+
+    def _end(self, task: asyncio.Task[AuditReport]) -> None:
+        self.ended_at = self._clock.monotonic_seconds()
+        if not task.cancelled() and task.exception() is not None:
+            _log.warning("audit_broke_off", error_type=type(task.exception()).__name__)
 
 
 def _write(work: UnitOfWork, changes: LedgerChanges, now_ms: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import grpc
 
-from potluck_coordinator.desks import AccountRecord, Accounts, JoinTokenRecord, KeyIdentity, KeyRecord, Ledger
+from potluck_coordinator.desks import AccountRecord, Accounts, JoinTokenRecord, KeyIdentity, KeyRecord, Ledger, Progress
 from potluck_coordinator.domain.quotas import KeyQuotas
 from potluck_coordinator.gateway.authorisation import account_for
 from potluck_coordinator.gateway.interceptors import caller
@@ -168,6 +168,8 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
         """Derives every balance anew from the postings."""
         del request, context
         report = await self._ledger.audit()
+        if isinstance(report, Progress):
+            return account_pb2.AuditLedgerResponse(progress=report.words)
         return account_pb2.AuditLedgerResponse(
             findings=report.findings,
             account_count=report.account_count,

@@ -207,6 +207,8 @@ class Links:
         """A request was answered in full."""
         self.culprits.clear(fingerprint)
         if fingerprint in self.suspect_requests:
+            # Also where the directory has never heard of it, so that no news will say so.
+            self.suspect_requests = {one: owner for one, owner in self.suspect_requests.items() if one != fingerprint}
             self._tell(self._directory.lethal.clear(fingerprint))
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import grpc
 
-from potluck_coordinator.desks import CatalogueDesk, KeyIdentity, NodeDesk, NodeRecord, PinProgress
+from potluck_coordinator.desks import CatalogueDesk, KeyIdentity, NodeDesk, NodeRecord, Progress
 from potluck_coordinator.domain.tiers import PromiseCount
 from potluck_coordinator.gateway import catalogue_messages
 from potluck_coordinator.gateway.explain_servicer import ExplainServicer
@@ -104,7 +104,7 @@ class PoolServicer(ExplainServicer):
             case "hub":
                 wishes = catalogue_messages.wishes_value(request.hub)
                 found = await self._catalogue.pin_model(catalogue_messages.source_value(request.hub), wishes)
-                if isinstance(found, PinProgress):
+                if isinstance(found, Progress):
                     return pool_pb2.AddModelResponse(progress=found.words)
                 records = (found,)
             case _:

@@ -560,11 +560,14 @@ class AuditLedgerResponse(Message):
     POSTING_COUNT_FIELD_NUMBER: int
     OPEN_HOLD_COUNT_FIELD_NUMBER: int
     ISSUED_MICRO_CREDITS_FIELD_NUMBER: int
+    PROGRESS_FIELD_NUMBER: int
     account_count: int
     transaction_count: int
     posting_count: int
     open_hold_count: int
     issued_micro_credits: int
+    progress: str
+    """How far it has come, and nothing else: the same call again waits for more."""
     @property
     def findings(self) -> RepeatedScalarFieldContainer[str]:
         """Empty when the books balance."""
@@ -578,5 +581,6 @@ class AuditLedgerResponse(Message):
         posting_count: int = ...,
         open_hold_count: int = ...,
         issued_micro_credits: int = ...,
+        progress: str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: Literal["account_count", b"account_count", "findings", b"findings", "issued_micro_credits", b"issued_micro_credits", "open_hold_count", b"open_hold_count", "posting_count", b"posting_count", "transaction_count", b"transaction_count"]) -> None: ...
+    def ClearField(self, field_name: Literal["account_count", b"account_count", "findings", b"findings", "issued_micro_credits", b"issued_micro_credits", "open_hold_count", b"open_hold_count", "posting_count", b"posting_count", "progress", b"progress", "transaction_count", b"transaction_count"]) -> None: ...
