@@ -148,20 +148,6 @@ def test_lists_as_tables_and_as_json(pool: ScriptedPool, terminal: Terminal):
     assert json.loads(terminal.out)["available_micro_credits"] == 1_500_000
 
 
-def test_an_audit_with_findings_fails(pool: ScriptedPool, terminal: Terminal):
-    assert terminal.run("audit") == 1
-    assert "FINDING  acct_a: balance 3, postings 2" in terminal.out
-    assert terminal.run("audit", "--json") == 1
-    assert json.loads(terminal.out)["findings"]
-
-
-def test_an_audit_that_takes_longer_than_a_call_is_waited_for(pool: ScriptedPool, terminal: Terminal):
-    pool.audit_pauses = 3
-    assert terminal.run("audit", "--json") == 1
-    assert json.loads(terminal.out)["account_count"] == 4
-    assert pool.unary_calls.count("AuditLedger") == 4
-
-
 def test_an_invite_carries_the_address_the_pin_and_the_token_and_stands_alone(pool: ScriptedPool, terminal: Terminal):
     assert terminal.run("tokens", "create", "--lifetime", "30m") == 0
     invite = Invite.parse(terminal.out)
