@@ -126,7 +126,7 @@ def test_postgresql_finds_a_steps_partners_by_their_keys(postgresql):
         books.execute("ANALYZE")
 
         def plans(work) -> list[str]:
-            work.audit.page("hold_id", "hold", None)
+            work.audit.go_by_keys()
             bounds = {"after": "h00100", "until": "h02900"}
             page = Page(**bounds)
             queries = [*(query for _, query in (*_OF_TRANSACTIONS, *_OF_HOLDS)), _LINES, _EARNINGS]

@@ -132,12 +132,15 @@ class Audit:
 
     def page(self, key: str, table: str, after: str | None) -> Page:
         """The next keys of a table."""
-        if self._connection.dialect.name == "postgresql":
-            for setting in _BY_KEYS:
-                self._connection.execute(text(setting))
         query = f"SELECT {key} FROM {table} WHERE WITHIN({key}) ORDER BY {key} LIMIT 1 OFFSET {PAGE_LENGTH - 1}"  # noqa: S608
         following = self._rows(query, Page(after, None))
         return Page(after, following[0][0] if following else None)
+
+    def go_by_keys(self) -> None:
+        """For the rest of the transaction."""
+        if self._connection.dialect.name == "postgresql":
+            for setting in _BY_KEYS:
+                self._connection.execute(text(setting))
 
     def count(self, query: str, page: Page) -> int:
         """How many rows of a page there are."""
@@ -225,6 +228,7 @@ class AuditRun:
                 **books.numbers(),
             )
         key, table, look_at = self._walks[0]
+        books.go_by_keys()
         page = books.page(key, table, self._after)
         look_at(books, page)
         self._after = page.until
