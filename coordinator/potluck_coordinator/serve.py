@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,7 @@ import structlog
 
 from potluck_coordinator.control import Control
 from potluck_coordinator.data_folder import locked, unusable
-from potluck_coordinator.listening import PREDECESSOR_SECONDS_MAX, RETRY_SECONDS, bind
+from potluck_coordinator.listening import PREDECESSOR_SECONDS_MAX, RETRY_SECONDS, bind, claim
 from potluck_coordinator.ray_runtime import RayRuntime
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.warden import Warden, sweep
@@ -69,63 +69,73 @@ def serve(settings: Settings, on_ready: Callable[[Settings], None]) -> None:
             # The place is everybody's: another user could have laid a link there, to have what it points at swept.
             if not left_behind.is_symlink() and left_behind.stat().st_uid == os.getuid():
                 sweep(left_behind)
-        settings = settle_ports(settings, PREDECESSOR_SECONDS_MAX if predecessor_died else 0.0)
-        run_dir = _make_run_dir(place, prefix)
-        warden = Warden(run_dir)
-        try:
-            with _log_pipe(run_dir / "log") as log_pipe:
-                runtime = RayRuntime(settings, run_dir, log_pipe)
-                try:
-                    _start(runtime)
-                    with _stop_signal() as stopped_within, _controlled(runtime, run_dir / "control"):
-                        _write_endpoints(settings, run_dir / "control")
-                        on_ready(settings)
-                        while not stopped_within(CHECK_PAUSE_SECONDS):
-                            runtime.check()
-                finally:
-                    _stop(runtime, settings)
-        finally:
-            if not warden.dismiss(WARDEN_SECONDS_MAX):
-                _log.error("run_not_cleared", run_dir=str(run_dir))
+        with settled_ports(settings, PREDECESSOR_SECONDS_MAX if predecessor_died else 0.0) as settled:
+            _run(settled, _make_run_dir(place, prefix), on_ready)
 
 
-def settle_ports(settings: Settings, patience_seconds: float) -> Settings:
+def _run(settings: Settings, run_dir: Path, on_ready: Callable[[Settings], None]) -> None:
+    warden = Warden(run_dir)
+    try:
+        with _log_pipe(run_dir / "log") as log_pipe:
+            runtime = RayRuntime(settings, run_dir, log_pipe)
+            try:
+                _start(runtime)
+                with _stop_signal() as stopped_within, _controlled(runtime, run_dir / "control"):
+                    _write_endpoints(settings, run_dir / "control")
+                    on_ready(settings)
+                    while not stopped_within(CHECK_PAUSE_SECONDS):
+                        runtime.check()
+            finally:
+                _stop(runtime, settings)
+    finally:
+        if not warden.dismiss(WARDEN_SECONDS_MAX):
+            _log.error("run_not_cleared", run_dir=str(run_dir))
+
+
+@contextmanager
+def settled_ports(settings: Settings, patience_seconds: float) -> Iterator[Settings]:
     """The settings with each port 0 replaced by a free one, once every port is known to be free.
+
+    No other coordinator takes what was found here, though it starts in the seconds until the gateway has bound it.
 
     Raises:
         PotluckError: COORDINATOR_UNAVAILABLE for a port or address that cannot be had, naming the flag that changes it.
     """
     give_up_at = time.monotonic() + patience_seconds
-    while True:
-        try:
-            return _settle_ports_now(settings)
-        except PotluckError:
-            if time.monotonic() >= give_up_at:
-                raise
-        time.sleep(RETRY_SECONDS)
+    with ExitStack() as claims:
+        while True:
+            try:
+                settled = _settle_ports_now(settings, claims)
+                break
+            except PotluckError:
+                if time.monotonic() >= give_up_at:
+                    raise
+            time.sleep(RETRY_SECONDS)
+        yield settled
 
 
-def _settle_ports_now(settings: Settings) -> Settings:
-    held: list[socket.socket] = []
+def _settle_ports_now(settings: Settings, claims: ExitStack) -> Settings:
     ports: dict[str, int] = {}
-    try:
+    with ExitStack() as held:
         for name, flag in PORT_FLAGS.items():
             wanted: int = getattr(settings, name)
-            held.append(bind(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag))
-            ports[name] = held[-1].getsockname()[1]
+            probe = held.enter_context(bind(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag, claims))
+            ports[name] = probe.getsockname()[1]
         if not settings.link_port and settings.own_link_port is None:
             ports["own_link_port"] = 0
-        held += [bind(settings.host, port, "own_link_port in --settings") for port in settings.own_link_ports]
-    finally:
-        for probe in held:
-            probe.close()
+        for port in settings.own_link_ports:
+            held.enter_context(bind(settings.host, port, "own_link_port in --settings"))
     return settings.model_copy(update=ports)
 
 
-def _free_socket(host: str, flag: str) -> socket.socket:
+def _free_socket(host: str, flag: str, claims: ExitStack) -> socket.socket:
     for port in random.sample(FREE_PORTS, FREE_PORT_TRIES):
-        with contextlib.suppress(PotluckError):
-            return bind(host, port, flag)
+        if claimed := claim(port):
+            with contextlib.suppress(PotluckError):
+                found = bind(host, port, flag)
+                claims.enter_context(claimed)
+                return found
+            claimed.close()
     # None of so many could be had, so it is hardly a matter of ports: binding any free one says what is wrong with the address.
     return bind(host, 0, flag)
 

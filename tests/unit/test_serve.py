@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from potluck_coordinator import serve
-from potluck_coordinator.serve import settle_ports
+from potluck_coordinator.serve import settled_ports
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.warden import RUN_MARK, Warden, sweep
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -26,24 +26,35 @@ def _settings(tmp_path: Path, **changes: object) -> Settings:
 
 
 def test_free_ports_are_found_once_and_differ(tmp_path: Path) -> None:
-    settled = settle_ports(_settings(tmp_path), 0)
+    with settled_ports(_settings(tmp_path), 0) as settled:
+        ports = {settled.http_port, settled.grpc_port, settled.link_port}
+        assert len(ports) == 3
+        assert 0 not in ports
+        with settled_ports(settled, 0) as again:
+            assert again == settled
 
-    ports = {settled.http_port, settled.grpc_port, settled.link_port}
-    assert len(ports) == 3
-    assert 0 not in ports
-    assert settle_ports(settled, 0) == settled
+
+def test_coordinators_that_start_at_once_never_find_the_same_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "FREE_PORTS", range(20_000, 20_020))
+    with settled_ports(_settings(tmp_path), 0) as first:
+        for _ in range(20):
+            with settled_ports(_settings(tmp_path), 0) as second:
+                found = {getattr(settled, name) for settled in (first, second) for name in serve.PORT_FLAGS}
+                assert len(found) == 6
 
 
 @pytest.mark.parametrize("name", ["http_port", "grpc_port", "link_port"])
 def test_a_taken_port_is_refused_with_its_flag(tmp_path: Path, name: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PotluckError, match=f"--{name.replace('_', '-')}") as caught:
-        settle_ports(_settings(tmp_path, **{name: taken.getsockname()[1]}), 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = _settings(tmp_path, **{name: taken.getsockname()[1]})
+        with pytest.raises(PotluckError, match=f"--{name.replace('_', '-')}") as caught, settled_ports(settings, 0):
+            pass
     assert caught.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
 
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PotluckError, match="--host"):
-        settle_ports(_settings(tmp_path, host="192.0.2.1"), 0)
+    with pytest.raises(PotluckError, match="--host"), settled_ports(_settings(tmp_path, host="192.0.2.1"), 0):
+        pass
 
 
 def test_the_actors_lines_are_taken_even_when_nobody_reads_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
