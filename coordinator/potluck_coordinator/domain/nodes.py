@@ -69,19 +69,46 @@ does, and its clients wait for so long. An agent that lives is back within 0.15 
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """What a node was told of its lease, as far as it may still act on it. Moments are monotonic seconds."""
+
+    idle_seconds: float = 0.0
+    """The period that it was told last to beat in while idle (`domain.beat_period`)."""
+    former_idle_seconds: float = 0.0
+    """The one before: it beats in that until it has read the other."""
+    lease_seconds: float = 0.0
+    until: float = -math.inf
+    """The latest moment until which it may hold a lease, by anything that it was ever told."""
+    renewed_at: float = -math.inf
+    """When a heartbeat of this link was last answered: the first one always is."""
+
+    def at_welcome(self, idle_seconds: float, lease_seconds: float, now: float) -> Granted:
+        """A link begins, and says this first of all."""
+        return Granted(idle_seconds, 0.0, lease_seconds, max(self.until, now + lease_seconds))
+
+    def at_renewal(self, idle_seconds: float, lease_seconds: float, now: float) -> Granted:
+        """The answer to a heartbeat says this."""
+        return Granted(idle_seconds, self.idle_seconds, lease_seconds, max(self.until, now + lease_seconds), now)
+
+
+@dataclass(frozen=True, slots=True)
 class SignsOfLife:
     """Monotonic seconds of what was last heard of one node."""
 
     heartbeat_at: float
     busy_since: float | None
     """When it last went from idle to having attempts; from then on it owes a beat every `heartbeat_busy_seconds`."""
-    idle_seconds: float = 0.0
-    """The period that it was told to beat in while idle, where that is longer than `heartbeat_idle_seconds` (`domain.beat_period`)."""
+    granted: Granted = Granted()
+
+
+def idle_period_seconds(granted: Granted, limits: LivenessLimits) -> float:
+    """How often the node has to beat while it is idle."""
+    return max(limits.heartbeat_idle_seconds, granted.idle_seconds, granted.former_idle_seconds)
 
 
 def period_seconds(signs: SignsOfLife, limits: LivenessLimits) -> float:
     """How often the node has to beat now."""
-    return limits.heartbeat_busy_seconds if signs.busy_since is not None else max(limits.heartbeat_idle_seconds, signs.idle_seconds)
+    return limits.heartbeat_busy_seconds if signs.busy_since is not None else idle_period_seconds(signs.granted, limits)
 
 
 def silence_seconds(signs: SignsOfLife, now: float) -> float:
@@ -89,9 +116,14 @@ def silence_seconds(signs: SignsOfLife, now: float) -> float:
     return max(0.0, now - max(signs.heartbeat_at, signs.busy_since or signs.heartbeat_at))
 
 
+def lease_ends_at(signs: SignsOfLife, limits: LivenessLimits) -> float:
+    """When the lease is gone if the node stays silent, whatever it was doing. The node's own is by then."""
+    return max(signs.heartbeat_at + max(limits.lease_ttl_seconds, signs.granted.lease_seconds), signs.granted.until)
+
+
 def liveness(signs: SignsOfLife, now: float, limits: LivenessLimits) -> Liveness:
-    """What the node's silence means at `now`. The lease itself counts from the last heartbeat, whatever the node was doing."""
-    if now - signs.heartbeat_at >= limits.lease_ttl_seconds:
+    """What the node's silence means at `now`."""
+    if now >= lease_ends_at(signs, limits):
         return Liveness.LAPSED
     if silence_seconds(signs, now) > (limits.missed_heartbeats_suspect + 0.5) * period_seconds(signs, limits):
         return Liveness.SUSPECT
@@ -130,25 +162,22 @@ def next_look_at(signs: SignsOfLife, link_lost_at: float | None, limits: Livenes
     return signs.heartbeat_at + OVERDUE_BEATS * period_seconds(signs, limits)
 
 
-def renewal_is_due(
-    renewed_at: float, now: float, limits: LivenessLimits, *, is_busy: bool, idle_seconds: float = 0.0, counts_by_number: bool = True
-) -> bool:
+def renewal_is_due(granted: Granted, now: float, limits: LivenessLimits, *, is_busy: bool, counts_by_number: bool = True) -> bool:
     """Whether a heartbeat is to be answered with a fresh lease: where too little would be left of the last one when the next beat comes.
 
     Args:
-        renewed_at: when the heartbeat came that was answered last.
-        now: when this one came.
+        granted: with the last answer.
+        now: when this heartbeat came.
         limits: the lease and its companions.
         is_busy: it has attempts.
-        idle_seconds: as `SignsOfLife.idle_seconds`.
         counts_by_number: the agent counts its lease from when it sent the heartbeat that was answered. An older one counts from the oldest
             that it has no answer for, and needs them sooner.
     """
     if not counts_by_number:
-        return now - renewed_at >= limits.lease_ttl_seconds * LEFT_SHARE_IDLE
-    next_at = now + (limits.heartbeat_busy_seconds if is_busy else max(limits.heartbeat_idle_seconds, idle_seconds))
-    left_min = limits.lease_ttl_seconds * (LEFT_SHARE_BUSY if is_busy else LEFT_SHARE_IDLE)
-    return renewed_at + limits.lease_ttl_seconds - next_at < left_min
+        return now - granted.renewed_at >= limits.lease_ttl_seconds * LEFT_SHARE_IDLE
+    next_at = now + (limits.heartbeat_busy_seconds if is_busy else idle_period_seconds(granted, limits))
+    left_min = limits.lease_ttl_seconds * LEFT_SHARE_BUSY if is_busy else granted.lease_seconds * LEFT_SHARE_IDLE
+    return granted.renewed_at + granted.lease_seconds - next_at < left_min
 
 
 def doubt_after(before: Doubt | None, overdue_count: int, node_count: int, now: float) -> Doubt | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from potluck_coordinator.domain.nodes import Liveness, SignsOfLife, link_grace_seconds, liveness
+from potluck_coordinator.domain.nodes import Granted, Liveness, SignsOfLife, link_grace_seconds, liveness
 from potluck_coordinator.domain.stall import (
     FIRST_TOKEN_SEQUENCE,
     GAP_BUCKETS,
@@ -85,10 +85,7 @@ class NodeSession:
         """Those with attempts since the last report."""
         self.heartbeat_at = self.heard_at = now
         """When the last heartbeat came, and the last frame of any kind."""
-        self.renewed_at = -math.inf
-        """When a heartbeat of this link was last answered: the first one always is."""
-        self.idle_seconds = self.told_idle_seconds = 0.0
-        """The period in which it may beat while idle, and the one that it was told last."""
+        self.granted = Granted()
         self.look_at = -math.inf
         """Before then it needs no look by the clock."""
         self._asked_at: float | None = None
@@ -115,14 +112,14 @@ class NodeSession:
     @property
     def signs(self) -> SignsOfLife:
         """What `domain.nodes` judges by."""
-        return SignsOfLife(self.heartbeat_at, self.busy_since if self.suspect or self._is_at_work() else None, self.idle_seconds)
+        busy_since = self.busy_since if self.suspect or self._is_at_work() else None
+        return SignsOfLife(self.heartbeat_at, busy_since, self.granted)
 
     def connect(self, hello: Hello, outbox: Outbox, now: float) -> None:
         """A link, the first or a later one, is there."""
         self.cover(now)
         self.outbox, self.link_lost_at = outbox, None
         self.heartbeat_at = self.heard_at = now
-        self.renewed_at = -math.inf
         self.suspect, self.look_at = False, -math.inf
         self.state = hello.state
         self.engines = {status.replica_id: status for status in hello.engines}
@@ -328,6 +325,11 @@ class NodeSession:
             self._asked_at = min(now, self._asked_at + absence_seconds)
         for relay in self.attempts.values():
             relay.last_chunk_at = min(now, relay.last_chunk_at + absence_seconds)
+
+    @property
+    def is_in_group(self) -> bool:
+        """Whether it serves, or is to serve, a model together with other nodes; behind the leader it has no attempts of its own."""
+        return any(wish.group is not None for wish in self.desired.engines)
 
     def was_wished(self, replica_id: ReplicaId) -> bool:
         """Whether the replica is, or was, this node's to run."""

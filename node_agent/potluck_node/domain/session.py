@@ -28,6 +28,8 @@ USEFUL_SECONDS: Final = 0.3
 """A connection that lived shorter was of no use: far nodes' welcomes take nearly as long."""
 RIDE_SECONDS: Final = 0.2
 """Tokens that came within this time are followed by others soon."""
+LEFT_SHARE_MIN: Final = 0.2
+"""Of a lease. Whoever ends its work may have less left than its idle period asks for: it was renewed for beats of a second."""
 STABLE_SECONDS: Final = 5.0
 """A connection that lived this long proves that dialling works, however often it failed before."""
 
@@ -150,7 +152,8 @@ def beat_due(session: Session, *, busy: bool, now_seconds: float) -> bool:
     """Whether the next heartbeat should leave now."""
     if session.phase is not Phase.SERVING:
         return False
-    period_seconds = session.heartbeat_busy_seconds if busy else session.heartbeat_idle_seconds
+    is_ending = lease_left_seconds(session, now_seconds) <= session.lease_seconds * LEFT_SHARE_MIN
+    period_seconds = session.heartbeat_busy_seconds if busy or is_ending else session.heartbeat_idle_seconds
     return now_seconds - session.last_beat_at_seconds >= period_seconds
 
 
