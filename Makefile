@@ -15,10 +15,10 @@ help: ## list the targets
 demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
 	$(BIN)/potluck demo
 
-# Most tests wait for processes: two at a time take half as long. A file's tests stay together, since they share what they start. Tests of
-# promises about time run when nothing else does.
+# Most tests wait for processes: three at a time keep two processors busy. A file's tests stay together, since they share what they start,
+# and the long ones, tests/chaos, begin first: else each would be waited for at the end. Tests of promises about time run when nothing else does.
 test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest -m 'not timed' --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m 'not timed' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m timed
 
 test-engines: $(VENV)/.installed $(ENGINES_VENV)/.installed ## run the tests of real engines: vLLM on this machine's processors, in an environment of its own
