@@ -74,7 +74,9 @@ async def listens(server: AttachedServer) -> bool:
     """Whether it takes connections, or is too busy for that."""
     host, _, port = server.place.rpartition(":")
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_LIMIT_SECONDS)
+        # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
+        async with asyncio.timeout(CONNECT_LIMIT_SECONDS):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
     except TimeoutError:
         return True
     except OSError:

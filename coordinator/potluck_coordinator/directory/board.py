@@ -73,7 +73,8 @@ class SnapshotBoard:
         """As `PoolDesk.watch`."""
         if known_version == self._snapshot.version:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WATCH_SECONDS_MAX)
+                async with asyncio.timeout(WATCH_SECONDS_MAX):
+                    await self._changed.wait()
         snapshot = self._snapshot
         if not self._first_version <= known_version <= snapshot.version:
             known_version = 0  # of an earlier run

@@ -233,7 +233,8 @@ class LedgerWriter:
     async def drain(self, seconds_max: float) -> bool:
         """Waits until nothing waits any more; False if that took too long."""
         try:
-            await asyncio.wait_for(self._idle.wait(), seconds_max)
+            async with asyncio.timeout(seconds_max):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

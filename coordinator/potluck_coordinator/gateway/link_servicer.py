@@ -65,7 +65,8 @@ class LinkServicer(LineServicer):
         del request_iterator
         node_id = calling_node()
         try:
-            first = await asyncio.wait_for(context.read(), HELLO_SECONDS_MAX)
+            async with asyncio.timeout(HELLO_SECONDS_MAX):
+                first = await context.read()
         except TimeoutError:
             raise PotluckError(ErrorCode.INVALID_REQUEST, "The link said no hello in time.") from None
         if not isinstance(first, node_pb2.NodeFrame) or not first.HasField("hello"):
