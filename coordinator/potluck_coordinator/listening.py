@@ -50,14 +50,14 @@ async def bind_patiently(host: str, port: int, flag: str, *, shared: bool = Fals
         await asyncio.sleep(RETRY_SECONDS)
 
 
-def claim(port: int) -> socket.socket | None:
-    """Keeps a port's number from the other coordinators of this machine until it is closed; none if one of them has it.
+def claim(host: str, port: int) -> socket.socket | None:
+    """Keeps a port of an address from the other coordinators of this machine until it is closed; none if one of them has it.
 
     The port itself stays free for whoever shall listen there. The name is the kernel's, in this network alone, and goes with its process.
     """
     claimed = socket.socket(socket.AF_UNIX)
     try:
-        claimed.bind(f"\0potluck-coordinator-port-{port}")
+        claimed.bind(f"\0potluck-coordinator-{host}-{port}")
     except OSError:
         claimed.close()
         return None

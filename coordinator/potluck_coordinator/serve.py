@@ -102,35 +102,40 @@ def settled_ports(settings: Settings, patience_seconds: float) -> Iterator[Setti
         PotluckError: COORDINATOR_UNAVAILABLE for a port or address that cannot be had, naming the flag that changes it.
     """
     give_up_at = time.monotonic() + patience_seconds
-    with ExitStack() as claims:
-        while True:
+    while True:
+        with ExitStack() as claims:
             try:
                 settled = _settle_ports_now(settings, claims)
-                break
             except PotluckError:
                 if time.monotonic() >= give_up_at:
                     raise
-            time.sleep(RETRY_SECONDS)
-        yield settled
+            else:
+                yield settled
+                return
+        time.sleep(RETRY_SECONDS)
 
 
 def _settle_ports_now(settings: Settings, claims: ExitStack) -> Settings:
     ports: dict[str, int] = {}
     with ExitStack() as held:
         for name, flag in PORT_FLAGS.items():
-            wanted: int = getattr(settings, name)
-            probe = held.enter_context(bind(settings.host, wanted, flag) if wanted else _free_socket(settings.host, flag, claims))
+            probe = held.enter_context(_socket(settings.host, getattr(settings, name), flag, claims))
             ports[name] = probe.getsockname()[1]
         if not settings.link_port and settings.own_link_port is None:
             ports["own_link_port"] = 0
         for port in settings.own_link_ports:
-            held.enter_context(bind(settings.host, port, "own_link_port in --settings"))
+            held.enter_context(_socket(settings.host, port, "own_link_port in --settings", claims))
     return settings.model_copy(update=ports)
 
 
-def _free_socket(host: str, flag: str, claims: ExitStack) -> socket.socket:
+def _socket(host: str, wanted: int, flag: str, claims: ExitStack) -> socket.socket:
+    """On the port that is wanted, or for 0 on a free one, which is claimed either way."""
+    if wanted:
+        if claimed := claim(host, wanted):
+            claims.enter_context(claimed)
+        return bind(host, wanted, flag)
     for port in random.sample(FREE_PORTS, FREE_PORT_TRIES):
-        if claimed := claim(port):
+        if claimed := claim(host, port):
             with contextlib.suppress(PotluckError):
                 found = bind(host, port, flag)
                 claims.enter_context(claimed)

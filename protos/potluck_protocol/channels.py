@@ -55,6 +55,12 @@ SERVER_OPTIONS: Final[Options] = [
     ("grpc.so_reuseport", 0),
 ]
 
+LINK_KEEPALIVE_MS: Final = 20_000
+"""A link without a word for so long is pinged, which costs as much as a heartbeat. An idle agent says something every 9.25 s at most, and
+hears an answer every 18.5 s; at both ends the lease tells of a loss sooner."""
+
+LINK_SERVER_OPTIONS: Final = options_with(SERVER_OPTIONS, {"grpc.keepalive_time_ms": LINK_KEEPALIVE_MS})
+
 CHANNEL_OPTIONS: Final[Options] = [
     *_KEEPALIVE,
     ("grpc.ssl_target_name_override", SERVER_NAME),
@@ -72,9 +78,7 @@ came again would make the others wait for longer."""
 LINK_CHANNEL_OPTIONS: Final = options_with(
     CHANNEL_OPTIONS,
     {
-        # An agent whose coordinator is silent lets its lease lapse after 15 s, whatever gRPC finds out; an idle one hears an answer every
-        # 10 to 12 s, and each ping before that would cost the coordinator as much as another heartbeat.
-        "grpc.keepalive_time_ms": 20_000,
+        "grpc.keepalive_time_ms": LINK_KEEPALIVE_MS,
         # A pool of its own: otherwise a new channel may be given the dead connection of the last one.
         "grpc.use_local_subchannel_pool": 1,
     },

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from potluck_coordinator.directory.directory import Directory
+from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold
+from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.settings import Settings
 from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import MovableClock
 
 
-@pytest.mark.parametrize(("code", "others_are_done"), [(ErrorCode.INTERNAL_ERROR, True), (ErrorCode.COORDINATOR_UNAVAILABLE, False)])
-async def test_a_chore_that_fails(tmp_path, monkeypatch, code, others_are_done):
+@pytest.mark.parametrize(
+    ("error", "others_are_done"),
+    [
+        (PotluckError(ErrorCode.INTERNAL_ERROR), True),
+        (IntegrityError(None, None, ValueError("refused")), True),
+        (PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE), False),
+    ],
+)
+async def test_a_chore_that_fails(tmp_path, monkeypatch, error, others_are_done):
     directory = await Directory.open(Settings(data_dir=tmp_path), MovableClock())
     done = []
 
     async def fail() -> None:
-        raise PotluckError(code)
+        raise error
 
     async def forget_old() -> None:
         done.append("forget_old")
@@ -28,5 +39,29 @@ async def test_a_chore_that_fails(tmp_path, monkeypatch, code, others_are_done):
         assert done == (["forget_old"] if others_are_done else [])
         monkeypatch.undo()
         await directory.do_chores()
+    finally:
+        directory.close()
+
+
+async def test_a_hold_that_the_books_refuse_to_settle_keeps_no_other_open_and_no_gateway_out(tmp_path):
+    clock = MovableClock()
+    directory = await Directory.open(Settings(data_dir=tmp_path), clock)
+    try:
+        epoch = (await directory.pool.register_gateway(0)).epoch
+        accounts = [(await directory.accounts.create_account(name)).account_id for name in ("ann", "bob")]
+        ends_at = clock.unix_ms() + 1000
+        holds = [
+            OpenHold(f"hold of {payer}", payer, (PayeeShare(payer, 1),), 100, gateway_epoch=epoch, expires_at_unix_ms=ends_at)
+            for payer in accounts
+        ]
+        assert set(await directory.ledger.apply(holds)) == {LedgerOutcome.APPLIED}
+        # By another hand: what the audit is there to find.
+        forget = text("UPDATE ledger_account SET held = 0 WHERE owner_account_id = :payer")
+        await directory._store.run(lambda work: work._connection.execute(forget, {"payer": accounts[0]}))
+        clock.advance(2)
+        await directory.do_chores()
+        still_open = await directory._store.run(lambda work: [hold.hold_id for hold in work.holds.overdue(clock.unix_ms(), 10)])
+        assert still_open == [f"hold of {accounts[0]}"]
+        assert (await directory.pool.register_gateway(0)).epoch > epoch
     finally:
         directory.close()

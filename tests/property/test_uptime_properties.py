@@ -26,7 +26,7 @@ def test_every_whole_minute_is_judged_exactly_once_and_in_order(start_ms, histor
     first = state.next_minute
     for step_ms, covered, judge in history:
         now += step_ms
-        state = record(state, [Coverage(node, seconds) for node, seconds in covered.items()], now)
+        state = record(state, [Coverage(node, seconds, now) for node, seconds in covered.items()])
         assert all(seconds <= 60.0 for minute in state.covered_seconds.values() for seconds in minute.values())
         if judge:
             state, judged = close_minutes(state, dict.fromkeys(NODES, 0), now)
@@ -44,8 +44,8 @@ def test_a_node_that_was_always_there_is_always_up_whatever_the_others_did(start
     state, now = uptime.start(start_ms), start_ms
     for step_ms, covered, _ in history:
         now += step_ms
-        coverages = [Coverage(node, seconds) for node, seconds in covered.items() if node != "a"]
-        state = record(state, [*coverages, Coverage("a", step_ms / 1000)], now)
+        coverages = [Coverage(node, seconds, now) for node, seconds in covered.items() if node != "a"]
+        state = record(state, [*coverages, Coverage("a", step_ms / 1000, now)])
     _, judged = close_minutes(state, dict.fromkeys(NODES, 0), now)
     assert {minute.verdicts["a"] for minute in judged} <= {Verdict.UP}
 

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
-from potluck_protocol.channels import SERVER_OPTIONS
+from potluck_protocol.channels import LINK_SERVER_OPTIONS
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.codec import welcome_message
 from potluck_protocol.v1 import node_pb2, node_pb2_grpc
@@ -48,7 +48,7 @@ class BareLinks(node_pb2_grpc.NodeServiceServicer):
 async def serve(folder: Path) -> None:
     authority = CertificateAuthority.load_or_create(folder, SystemClock().unix_ms())
     own = authority.issue_server_certificate(SystemClock().unix_ms())
-    server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.max_concurrent_streams", 16)])
+    server = grpc.aio.server(options=[*LINK_SERVER_OPTIONS, ("grpc.max_concurrent_streams", 16)])
     node_pb2_grpc.add_NodeServiceServicer_to_server(BareLinks(), server)
     credentials = grpc.ssl_server_credentials(
         [(own.private_key_pem, own.certificate_chain_pem)], root_certificates=own.ca_certificate_pem.encode(), require_client_auth=True

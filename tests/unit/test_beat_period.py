@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck_coordinator.domain.beat_period import STEP_SECONDS, STRETCH_MAX, idle_lease_seconds, idle_period_seconds
+from potluck_coordinator.domain.beat_period import STEP_SECONDS, STRETCH_MAX, idle_period_seconds, terms
 from potluck_coordinator.domain.nodes import (
     LEFT_SHARE_BUSY,
     LEFT_SHARE_IDLE,
@@ -25,26 +25,29 @@ from potluck_node.domain.session import Session, after_beat, after_renewal, afte
 USUAL = LivenessLimits()
 LONG = LivenessLimits(lease_ttl_seconds=61.0)
 QUICK = LivenessLimits(lease_ttl_seconds=10.0, heartbeat_idle_seconds=2.0)
+SHORT = LivenessLimits(lease_ttl_seconds=10.0)
 
 
 @pytest.mark.parametrize(
-    ("node_count", "load", "limits", "period", "lease_seconds"),
+    ("node_count", "load", "limits", "idle", "awaited"),
     [
-        (0, 0.0, USUAL, 5.0, 15.0),
-        (3_000, 0.1, USUAL, 5.0, 15.0),
-        (5_000, 0.5, USUAL, 5.0, 15.0),
-        (5_100, 0.0, USUAL, 5.25, 15.0),
-        (10_000, 0.0, USUAL, 10.0, 26.0),
-        (100_000, 0.0, USUAL, 18.0, 46.0),  # gRPC would ping a link that is silent for longer
-        (10, 0.7, USUAL, 11.5, 29.75),  # a busy process
-        (10, 0.95, USUAL, 18.0, 46.0),
-        (10_000, 0.0, LONG, 10.0, 61.0),  # the operator's lease is long enough
-        (10, 2.0, QUICK, 7.2, 19.0),
+        (0, 0.0, USUAL, (5.0, 15.0), (5.0, 15.0)),
+        (3_000, 0.1, USUAL, (5.0, 15.0), (5.0, 15.0)),
+        (5_000, 0.5, USUAL, (5.0, 15.0), (5.0, 15.0)),
+        (5_100, 0.0, USUAL, (5.25, 15.0), (5.25, 15.0)),
+        (10_000, 0.0, USUAL, (9.25, 24.125), (5.6, 15.0)),  # gRPC pings a link that is silent for longer
+        (10, 0.7, USUAL, (7.25, 19.125), (5.6, 15.0)),  # a busy process
+        (10, 0.95, USUAL, (9.25, 24.125), (5.6, 15.0)),
+        (10_000, 0.0, LONG, (9.25, 61.0), (9.25, 61.0)),  # the operator's lease is long enough
+        (10, 2.0, QUICK, (3.7, 10.25), (3.6, 10.0)),
+        (1, 0.0, SHORT, (5.0, 10.0), (5.0, 10.0)),  # where nothing is stretched the operator's word stands
+        (1, 2.0, SHORT, (9.25, 24.125), (5.0, 10.0)),
     ],
 )
-def test_period_and_lease_follow_the_table(node_count, load, limits, period, lease_seconds):
-    assert idle_period_seconds(node_count, load, limits) == pytest.approx(period)
-    assert idle_lease_seconds(period, limits) == pytest.approx(lease_seconds)
+def test_the_terms_follow_the_table(node_count, load, limits, idle, awaited):
+    period = idle_period_seconds(node_count, load, limits)
+    assert terms(period, limits, is_awaited=False) == pytest.approx(idle)
+    assert terms(period, limits, is_awaited=True) == pytest.approx(awaited)
 
 
 limits_of_any_kind = st.builds(
@@ -54,11 +57,10 @@ limits_of_any_kind = st.builds(
 )
 
 
-@given(st.integers(0, 10**6), st.floats(0, 16), limits_of_any_kind)
-def test_a_node_that_keeps_to_any_period_it_may_be_told_is_suspect_before_its_lease_ends(node_count, load, limits):
-    period = idle_period_seconds(node_count, load, limits)
+@given(st.integers(0, 10**6), st.floats(0, 16), limits_of_any_kind, st.booleans())
+def test_a_node_that_keeps_to_any_period_it_may_be_told_is_suspect_before_its_lease_ends(node_count, load, limits, is_awaited):
+    period, lease_seconds = terms(idle_period_seconds(node_count, load, limits), limits, is_awaited=is_awaited)
     assert limits.heartbeat_idle_seconds <= period <= STRETCH_MAX * limits.heartbeat_idle_seconds
-    lease_seconds = idle_lease_seconds(period, limits)
     signs = SignsOfLife(0.0, None, Granted(period, period, lease_seconds))
     just_after_two_missed = (limits.missed_heartbeats_suspect + 0.5) * period + 1e-6
     assert liveness(signs, just_after_two_missed, limits) is Liveness.SUSPECT
@@ -80,9 +82,11 @@ def test_a_period_is_told_in_steps(node_count, load):
     assert period / STEP_SECONDS == pytest.approx(round(period / STEP_SECONDS))
 
 
-@given(st.floats(0.0, 30.0), st.floats(0.0, 30.0), st.sampled_from([0.0, 5.6, 18.0]))
+@given(st.floats(0.0, 30.0), st.floats(0.0, 30.0), st.sampled_from([0.0, 5.6, 9.25]))
 def test_before_the_next_look_a_silent_idle_node_is_neither_overdue_nor_suspect(heartbeat_at, wait_seconds, idle_seconds):
-    signs = SignsOfLife(heartbeat_at, None, Granted(idle_seconds, 0.0, idle_lease_seconds(idle_seconds, USUAL)))
+    signs = SignsOfLife(
+        heartbeat_at, None, Granted(*terms(idle_seconds, USUAL, is_awaited=False)[:1], 0.0, terms(idle_seconds, USUAL, is_awaited=False)[1])
+    )
     now = heartbeat_at + wait_seconds
     if now <= next_look_at(signs, None, USUAL):
         assert not is_overdue(signs, None, now, USUAL)
@@ -110,7 +114,7 @@ GAP_SECONDS_MAX = 0.4
 
 def leases(gaps, period, *, is_busy, answers_numbers=True):
     """What is left of an agent's lease whenever it beats, by its own rule, and the share of its heartbeats that were answered."""
-    lease_seconds = USUAL.lease_ttl_seconds if is_busy else idle_lease_seconds(period, USUAL)
+    _, lease_seconds = terms(period, USUAL, is_awaited=is_busy)
     lease_ms = int(lease_seconds * 1000)
     session = after_welcome(
         Session(), epoch=1, lease_ttl_ms=lease_ms, heartbeat_busy_ms=1000, heartbeat_idle_ms=5000, hello_sent_at_seconds=0.0
@@ -128,7 +132,7 @@ def leases(gaps, period, *, is_busy, answers_numbers=True):
 
 @given(
     st.lists(st.floats(0.0, GAP_SECONDS_MAX), min_size=30, max_size=60),
-    st.sampled_from([(1.0, True), (5.0, False), (5.6, False), (18.0, False)]),
+    st.sampled_from([(1.0, True), (5.0, False), (5.6, False), (9.25, False)]),
 )
 def test_an_agent_always_has_enough_of_its_lease_left(gaps, kept):
     period, is_busy = kept
@@ -145,7 +149,7 @@ def test_an_older_agent_which_counts_from_the_oldest_heartbeat_without_an_answer
 
 
 @pytest.mark.parametrize(
-    ("period", "is_busy", "share"), [(1.0, True, 1 / 7), (5.0, False, 1 / 2), (5.6, False, 1 / 2), (18.0, False, 1 / 2)]
+    ("period", "is_busy", "share"), [(1.0, True, 1 / 7), (5.0, False, 1 / 2), (5.6, False, 1 / 2), (9.25, False, 1 / 2)]
 )
 def test_most_heartbeats_need_no_answer(period, is_busy, share):
     _, answered = leases([0.0] * 140, period, is_busy=is_busy)

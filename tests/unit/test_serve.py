@@ -36,7 +36,13 @@ def test_free_ports_are_found_once_and_differ(tmp_path: Path) -> None:
 
 def test_coordinators_that_start_at_once_never_find_the_same_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "FREE_PORTS", range(20_000, 20_020))
-    with settled_ports(_settings(tmp_path), 0) as first:
+    named = _settings(tmp_path, http_port=20_003, grpc_port=20_004, link_port=20_005)
+    for settings in (_settings(tmp_path), named):
+        _never_the_same(settings, tmp_path)
+
+
+def _never_the_same(settings: Settings, tmp_path: Path) -> None:
+    with settled_ports(settings, 0) as first:
         for _ in range(20):
             with settled_ports(_settings(tmp_path), 0) as second:
                 found = {getattr(settled, name) for settled in (first, second) for name in serve.PORT_FLAGS}
@@ -184,3 +190,16 @@ def test_a_coordinator_under_nohup_outlives_its_terminal() -> None:
         assert not stopped_within(0)
         signal.raise_signal(signal.SIGTERM)
         assert stopped_within(10)
+
+
+def test_a_start_that_waits_for_a_port_claims_nothing_that_it_does_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "FREE_PORTS", range(20_000, 20_020))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = _settings(tmp_path, link_port=taken.getsockname()[1])
+        with pytest.raises(PotluckError), settled_ports(settings, 0.5):
+            pass
+    claims = [serve.claim("127.0.0.1", port) for port in serve.FREE_PORTS]
+    assert None not in claims
+    for claimed in claims:
+        assert claimed is not None
+        claimed.close()

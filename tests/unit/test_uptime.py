@@ -21,8 +21,8 @@ def watch(seconds_by_node_and_minute, minute_count, enrolled_at_ms=None, state=N
     judged = []
     first = state.next_minute
     for minute in range(first, first + minute_count):
-        coverages = [Coverage(node, seconds_by_node_and_minute.get((node, minute - first), 60.0)) for node in nodes]
-        state = record(state, coverages, (minute + 1) * MINUTE)
+        coverages = [Coverage(node, seconds_by_node_and_minute.get((node, minute - first), 60.0), (minute + 1) * MINUTE) for node in nodes]
+        state = record(state, coverages)
         state, closed = close_minutes(state, enrolled, (minute + 1) * MINUTE + uptime.REPORT_DELAY_MS)
         judged += closed
     return [dict(minute.verdicts) for minute in judged]
@@ -64,17 +64,17 @@ def test_after_ten_seconds_without_a_report_nobody_watched(seconds, unwatched):
 def test_two_sessions_of_one_node_do_not_add_up_beyond_the_minute():
     state = uptime.start(START)
     for _ in range(5):
-        state = record(state, [Coverage("a", 30.0)], (FIRST + 1) * MINUTE)
+        state = record(state, [Coverage("a", 30.0, (FIRST + 1) * MINUTE)])
     assert state.covered_seconds[FIRST]["a"] == 60.0
 
 
 def test_a_minute_is_judged_once_and_not_before_its_last_report_can_have_come():
-    state = record(uptime.start(START), [Coverage("a", 60.0)], (FIRST + 1) * MINUTE)
+    state = record(uptime.start(START), [Coverage("a", 60.0, (FIRST + 1) * MINUTE)])
     state, judged = close_minutes(state, {"a": 0}, (FIRST + 1) * MINUTE + uptime.REPORT_DELAY_MS - 1)
     assert judged == ()
     state, judged = close_minutes(state, {"a": 0}, (FIRST + 1) * MINUTE + uptime.REPORT_DELAY_MS)
     assert [minute.minute for minute in judged] == [FIRST]
-    state = record(state, [Coverage("a", 3600.0)], (FIRST + 1) * MINUTE + 20_000)
+    state = record(state, [Coverage("a", 3600.0, (FIRST + 1) * MINUTE + 20_000)])
     assert set(state.covered_seconds) == {FIRST + 1}
     assert close_minutes(state, {"a": 0}, (FIRST + 1) * MINUTE + uptime.REPORT_DELAY_MS)[1] == ()
 

@@ -205,9 +205,10 @@ class Directory:
         ):
             try:
                 await chore()
-            except PotluckError as error:
-                _log.warning("chore_failed", chore=chore.__qualname__, code=error.code)
-                if error.code is ErrorCode.COORDINATOR_UNAVAILABLE:
+            except Exception as error:  # noqa: BLE001 - one row that the database refuses is no reason to end for everybody
+                code = error.code if isinstance(error, PotluckError) else type(error).__name__
+                _log.warning("chore_failed", chore=chore.__qualname__, code=code)
+                if code == ErrorCode.COORDINATOR_UNAVAILABLE:
                     return  # the database is away, and the others would say the same
 
     async def _settle_expired(self) -> None:

@@ -28,7 +28,7 @@ from potluck_coordinator.domain.ledger import (
 )
 from potluck_coordinator.domain.ledger_batch import LedgerBatch, LedgerChanges, accounts_of
 from potluck_coordinator.storage.audit import AuditRun
-from potluck_coordinator.storage.store import LONG_SECONDS_MAX, Store
+from potluck_coordinator.storage.store import LONG_SECONDS_MAX, OWN_ERRORS, Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -40,6 +40,8 @@ REAPED_COUNT_MAX: Final = 256
 """Holds settled in one commit, so that thousands of orphans do not keep a live request waiting."""
 AUDIT_PATIENCE_SECONDS: Final = 1.0
 """How long one call waits for an audit's end before it says how far that has come."""
+STEP_SECONDS_MAX: Final = 30.0
+"""Of an audit's steps but the last, which take a tenth of a second: after that a database that stands still is away for everybody."""
 AUDIT_KEPT_SECONDS: Final = 10.0
 """How long an audit's report is kept for whoever will ask again. Later it would be about other books."""
 
@@ -138,21 +140,43 @@ class LedgerDesk:
         return await self._reap(lambda work: work.holds.orphaned(REAPED_COUNT_MAX))
 
     async def _reap(self, find: Callable[[UnitOfWork], tuple[Hold, ...]]) -> int:
-        def settle_some(work: UnitOfWork) -> int:
-            now_ms = self._clock.unix_ms()
-            holds = find(work)
-            batch = self._batch(work, (), {hold.hold_id: hold for hold in holds})
-            for hold in holds:
-                batch.close(hold, HoldState.EXPIRED, hold.delivered_micro_credits)
-            _write(work, batch.changes(), now_ms)
-            return len(holds)
-
+        """Settles all that `find` gives, many in one commit. Of a batch that the database refuses each is tried alone."""
         settled_count = 0
-        while reaped_count := await self._store.run(settle_some):
-            settled_count += reaped_count
+        while True:
+            holds = await self._store.run(find)
+            try:
+                settled = await self._settle_at_marks([hold.hold_id for hold in holds])
+            except OWN_ERRORS:
+                settled = 0
+                for hold in holds:
+                    settled += await self._settle_alone(hold.hold_id)
+            settled_count += settled
+            if not settled:
+                break
         if settled_count:
             _log.info("holds_settled_for_absent_gateway", hold_count=settled_count)
         return settled_count
+
+    async def _settle_alone(self, hold_id: str) -> int:
+        try:
+            return await self._settle_at_marks([hold_id])
+        except OWN_ERRORS as error:
+            # The books were changed by another hand, and contradict themselves. What others hold must not wait for that.
+            _log.error("hold_not_settled", hold_id=hold_id, reason=type(error).__name__, meaning="`potluck audit` says what is wrong")
+            return 0
+
+    async def _settle_at_marks(self, hold_ids: Sequence[str]) -> int:
+        """How many of them were still open, and end now with what was delivered by their last marks."""
+
+        def settle(work: UnitOfWork) -> int:
+            holds = {hold_id: hold for hold_id, hold in work.holds.several(hold_ids).items() if hold.state is HoldState.OPEN}
+            batch = self._batch(work, (), holds)
+            for hold in holds.values():
+                batch.close(hold, HoldState.EXPIRED, hold.delivered_micro_credits)
+            _write(work, batch.changes(), self._clock.unix_ms())
+            return len(holds)
+
+        return await self._store.run(settle) if hold_ids else 0
 
     def _batch(self, work: UnitOfWork, commands: Sequence[LedgerCommand], holds: Mapping[str, Hold]) -> LedgerBatch:
         """Over the holds, which are locked, and then their accounts: the one order in which all that moves money locks."""
@@ -172,8 +196,10 @@ class _Audit:
         self.task.add_done_callback(self._end)
 
     async def _go_through(self) -> AuditReport:
-        while (report := await self._store.run(lambda work: self.run.advance(work.audit), LONG_SECONDS_MAX)) is None:
-            pass
+        report = None
+        while report is None:
+            seconds_max = LONG_SECONDS_MAX if self.run.is_at_its_end else STEP_SECONDS_MAX
+            report = await self._store.run(lambda work: self.run.advance(work.audit), seconds_max)
         if report.findings:
             _log.error("audit_found_broken_books", findings=report.findings)
         return report

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Final
 
 import structlog
@@ -43,6 +44,8 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, ReplicaId
 
+COUNT_SECONDS: Final = 1.0
+"""Each gateway's nodes are counted so often, however many gateways report in that time."""
 _COUNTS: Final = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
 _log = structlog.get_logger()
 
@@ -90,6 +93,11 @@ class Nodes:
         self._refreshing = asyncio.Lock()
         self._steady_offset_ms = clock.unix_ms() - clock.monotonic_seconds() * 1000
         self._uptime = uptime.start(self._steady_ms())
+        self._coverages: list[Coverage] = []
+        """What reports have said since the last second was over; taken in together, for that goes through all nodes."""
+        self._node_counts: Counter[int] = Counter()
+        """Of each gateway, as of `_counted_at`."""
+        self._counted_at = -math.inf
         self._reported_at_ms = self._steady_ms()
         self._reported_at_ms_by_gateway: dict[int, int] = {}
 
@@ -263,11 +271,11 @@ class Nodes:
         self._reported_at_ms_by_gateway[gateway_epoch] = self._reported_at_ms
         if uptime.went_unwatched(last_report_ms, self._reported_at_ms):
             self._uptime = uptime.start(self._reported_at_ms)
-        coverages = [Coverage(report.node_id, report.covered_seconds) for report in reports]
-        coverages += map(Coverage, covered.node_ids, covered.seconds)
-        self._uptime = uptime.record(self._uptime, coverages, self._reported_at_ms)
-        node_counts = Counter(live.gateway_epoch for live in self._live.values())
-        surplus = surplus_count(node_counts, self._board.snapshot.gateways.keys(), gateway_epoch)
+        self._coverages += [Coverage(report.node_id, report.covered_seconds, self._reported_at_ms) for report in reports]
+        self._coverages += map(Coverage, covered.node_ids, covered.seconds, repeat(self._reported_at_ms))
+        if now - self._counted_at >= COUNT_SECONDS:
+            self._counted_at, self._node_counts = now, Counter(live.gateway_epoch for live in self._live.values())
+        surplus = surplus_count(self._node_counts, self._board.snapshot.gateways.keys(), gateway_epoch)
         return ReportReceipt(self._run_id, unknown, surplus)
 
     def gateway_started(self, gateway_epochs: AbstractSet[int]) -> None:
@@ -293,6 +301,7 @@ class Nodes:
             if uptime.went_unwatched(reported_at_ms, self._steady_ms()):
                 self._waiting.pop(epoch, None)
         self._forget([node_id for node_id, live in self._live.items() if live.reported_at_seconds < oldest_seconds])
+        self._uptime, self._coverages = uptime.record(self._uptime, self._coverages), []
         if (self._uptime.next_minute + 1) * uptime.MINUTE_MS + uptime.REPORT_DELAY_MS > self._reported_at_ms:
             return
         nodes = await self._store.run(lambda work: work.nodes.list_all())

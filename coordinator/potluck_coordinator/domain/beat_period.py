@@ -2,7 +2,7 @@
 
 Decides the lease that goes with it, too: a node is suspect after two missed beats, and that before its lease ends; and when the first of
 many that fell silent together lapses, all of them are overdue (`domain.nodes`). What a long period costs is that the loss of a node that
-only waits is seen late; one that is given something to do beats each second from then on. It must not know links or clocks.
+only waits is seen late; where others wait for a node, it keeps what the operator set. It must not know links or clocks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from potluck_coordinator.domain.nodes import LivenessLimits
 
 LATE_SECONDS: Final = 1.0
 """Of the lease, kept for the way of a beat and the look that judges it."""
-STRETCH_MAX: Final = 3.6
-"""How many times as long as the operator set a period may become: with the usual 5 s just short of the ping that gRPC sends over a link
-without a word for 20 s, which would cost as much as the beats that are saved."""
+STRETCH_MAX: Final = 1.85
+"""How many times as long as the operator set a period may become: with the usual 5 s a beat each 9.25 s. Each second one is answered, and a
+link without an answer for 20 s would be pinged, which costs as much as a beat."""
 BEATS_PER_SECOND_MAX: Final = 1000.0
 """Of idle nodes together, as far as they may be stretched: a tenth of a core or two."""
 LOAD_BEGIN: Final = 0.5
@@ -26,9 +26,21 @@ STEP_SECONDS: Final = 0.25
 """A period is told in such steps, so that a little more or less to do is not told to everybody."""
 
 
-def idle_lease_seconds(period_seconds: float, limits: LivenessLimits) -> float:
-    """The lease of a node that beats so rarely; never shorter than the operator's."""
-    return max(limits.lease_ttl_seconds, (limits.missed_heartbeats_suspect + 0.5) * period_seconds + LATE_SECONDS)
+def terms(idle_seconds: float, limits: LivenessLimits, *, is_awaited: bool) -> tuple[float, float]:
+    """The idle period and the lease that a node is told, in seconds.
+
+    Args:
+        idle_seconds: as `idle_period_seconds` has it.
+        limits: the operator's.
+        is_awaited: others wait for the node, for its answers or in its group. Its lease is the operator's then, its period what that bears.
+    """
+    beats = limits.missed_heartbeats_suspect + 0.5
+    if idle_seconds <= limits.heartbeat_idle_seconds:
+        return idle_seconds, limits.lease_ttl_seconds
+    if is_awaited:
+        bearable_seconds = (limits.lease_ttl_seconds - LATE_SECONDS) / beats
+        return min(idle_seconds, max(limits.heartbeat_idle_seconds, bearable_seconds)), limits.lease_ttl_seconds
+    return idle_seconds, max(limits.lease_ttl_seconds, beats * idle_seconds + LATE_SECONDS)
 
 
 def idle_period_seconds(node_count: int, load: float, limits: LivenessLimits) -> float:

@@ -101,14 +101,14 @@ class SignsOfLife:
     granted: Granted = Granted()
 
 
-def idle_period_seconds(granted: Granted, limits: LivenessLimits) -> float:
-    """How often the node has to beat while it is idle."""
+def told_idle_seconds(granted: Granted, limits: LivenessLimits) -> float:
+    """How often the node has to beat while it is idle, by the longer of its last two words."""
     return max(limits.heartbeat_idle_seconds, granted.idle_seconds, granted.former_idle_seconds)
 
 
 def period_seconds(signs: SignsOfLife, limits: LivenessLimits) -> float:
     """How often the node has to beat now."""
-    return limits.heartbeat_busy_seconds if signs.busy_since is not None else idle_period_seconds(signs.granted, limits)
+    return limits.heartbeat_busy_seconds if signs.busy_since is not None else told_idle_seconds(signs.granted, limits)
 
 
 def silence_seconds(signs: SignsOfLife, now: float) -> float:
@@ -175,7 +175,7 @@ def renewal_is_due(granted: Granted, now: float, limits: LivenessLimits, *, is_b
     """
     if not counts_by_number:
         return now - granted.renewed_at >= limits.lease_ttl_seconds * LEFT_SHARE_IDLE
-    next_at = now + (limits.heartbeat_busy_seconds if is_busy else idle_period_seconds(granted, limits))
+    next_at = now + (limits.heartbeat_busy_seconds if is_busy else told_idle_seconds(granted, limits))
     left_min = limits.lease_ttl_seconds * LEFT_SHARE_BUSY if is_busy else granted.lease_seconds * LEFT_SHARE_IDLE
     return granted.renewed_at + granted.lease_seconds - next_at < left_min
 

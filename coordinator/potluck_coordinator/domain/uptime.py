@@ -41,10 +41,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """A stretch of time, ending now, in which a node's lease was fresh."""
+    """A stretch of time in which a node's lease was fresh."""
 
     node_id: NodeId
     covered_seconds: float
+    until_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,11 @@ def went_unwatched(last_report_ms: int, now_ms: int) -> bool:
     return now_ms - last_report_ms > REPORT_GAP_MS
 
 
-def record(state: UptimeState, coverages: Iterable[Coverage], now_ms: int) -> UptimeState:
+def record(state: UptimeState, coverages: Iterable[Coverage]) -> UptimeState:
     """Adds what reports cover. Stretches of one node add up to at most the minute; one about a judged minute comes too late."""
     minutes: dict[int, dict[NodeId, float]] = {minute: dict(covered) for minute, covered in state.covered_seconds.items()}
     for coverage in coverages:
-        for minute, seconds in split_by_minute(now_ms, coverage.covered_seconds, state.next_minute):
+        for minute, seconds in split_by_minute(coverage.until_ms, coverage.covered_seconds, state.next_minute):
             covered = minutes.setdefault(minute, {})
             covered[coverage.node_id] = min(60.0, covered.get(coverage.node_id, 0.0) + seconds)
     return replace(state, covered_seconds=minutes)

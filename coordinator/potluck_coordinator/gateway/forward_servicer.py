@@ -57,6 +57,8 @@ class ForwardServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._peers = peers
         self._clock = clock
         self._on_room = on_room
+        self._newest: dict[int, _Forwarded] = {}
+        """The last call of each gateway's, by its epoch. It stands, and is counted, whether or not this gateway has a link to that one."""
 
     async def Forward(  # type: ignore[override]  # noqa: N802 - the stub wants an iterator; read/write cost less per frame
         self, request_iterator: AsyncIterator[gateway_pb2.ForwardFrame], context: _Context
@@ -67,7 +69,7 @@ class ForwardServicer(gateway_pb2_grpc.GatewayServiceServicer):
         await context.send_initial_metadata(())
         _log.info("gateway_linked_here", peer_epoch=epoch)
         self._peers.starts_seen[epoch] = 0
-        forwarded = _Forwarded(self._links, self._clock, self._on_room)
+        forwarded = self._newest[epoch] = _Forwarded(self._links, self._clock, self._on_room)
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(work)
             for work in (self._read(context, epoch, forwarded), _write(context, forwarded.outbox), _say_something(forwarded.outbox))
@@ -78,6 +80,8 @@ class ForwardServicer(gateway_pb2_grpc.GatewayServiceServicer):
             for task in tasks:
                 task.cancel()
             forwarded.end_all()
+            if self._newest.get(epoch) is forwarded:
+                del self._newest[epoch], self._peers.starts_seen[epoch]
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(outcome, Exception) and not isinstance(outcome, _ENDED):
                     _log.error("gateway_link_failed_here", peer_epoch=epoch, exc_info=outcome)

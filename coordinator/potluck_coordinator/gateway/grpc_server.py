@@ -16,7 +16,7 @@ from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.peer_link import FRAME_BYTES_MAX
 from potluck_coordinator.listening import bind_patiently
 from potluck_coordinator.pool_desk import GatewayGrant
-from potluck_protocol.channels import MESSAGE_BYTES_MAX, SERVER_OPTIONS, options_with
+from potluck_protocol.channels import LINK_SERVER_OPTIONS, MESSAGE_BYTES_MAX, SERVER_OPTIONS, Options, options_with
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2_grpc, gateway_pb2_grpc, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc
 
@@ -106,7 +106,7 @@ def build_link_server(
 ) -> GrpcServer:
     """The link port: nobody gets past its handshake without a certificate of the pool's CA. Raises RuntimeError for an incomplete table."""
     check_table()
-    server = _server(interceptor, LINKS_MAX, LINKS_PER_CONNECTION_MAX, shared=shared)
+    server = _server(interceptor, LINKS_MAX, LINKS_PER_CONNECTION_MAX, shared=shared, options=LINK_SERVER_OPTIONS)
     node_pb2_grpc.add_NodeServiceServicer_to_server(node, server)
     return GrpcServer(server, _mutual(grant), "--link-port", shared=shared)
 
@@ -134,6 +134,7 @@ def _server(
     *,
     shared: bool,
     message_bytes_max: int = MESSAGE_BYTES_MAX,
+    options: Options = SERVER_OPTIONS,
 ) -> grpc.aio.Server:
     changes = {
         "grpc.max_concurrent_streams": calls_per_connection_max,
@@ -141,5 +142,4 @@ def _server(
         "grpc.max_receive_message_length": message_bytes_max,
         "grpc.max_send_message_length": message_bytes_max,
     }
-    options = options_with(SERVER_OPTIONS, changes)
-    return grpc.aio.server(interceptors=(interceptor,), options=options, maximum_concurrent_rpcs=calls_max)
+    return grpc.aio.server(interceptors=(interceptor,), options=options_with(options, changes), maximum_concurrent_rpcs=calls_max)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from potluck_coordinator.domain.beat_period import idle_lease_seconds, idle_period_seconds
+from potluck_coordinator.domain.beat_period import idle_period_seconds, terms
 from potluck_coordinator.domain.nodes import renewal_is_due
 from potluck_protocol.values import Welcome
 from potluck_protocol.version import PROTOCOL_VERSION
@@ -28,7 +28,7 @@ class Leases:
     def __init__(self, limits: LivenessLimits) -> None:
         self._limits = limits
         self.idle_seconds = limits.heartbeat_idle_seconds
-        """What idle nodes are told now, but for those of groups."""
+        """What idle nodes are told now for whom nobody waits."""
 
     def adapt(self, node_count: int, load: float) -> None:
         """To so many nodes, and the share of a core that this process spends; called each second."""
@@ -51,17 +51,15 @@ class Leases:
         )
 
     def renew_if_due(self, session: NodeSession, now: float) -> None:
-        """The answer to a heartbeat, where it needs one."""
-        rule = {"is_busy": bool(session.attempts), "counts_by_number": session.counts_by_number}
-        if session.outbox is None or not renewal_is_due(session.granted, now, self._limits, **rule):
+        """The answer to a heartbeat, where it needs one: also where the node is to hold no more so long a lease."""
+        if session.outbox is None:
             return
         idle_seconds, lease_seconds = self._terms(session)
+        rule = {"is_busy": bool(session.attempts), "counts_by_number": session.counts_by_number}
+        if lease_seconds >= session.granted.lease_seconds and not renewal_is_due(session.granted, now, self._limits, **rule):
+            return
         session.granted = session.granted.at_renewal(idle_seconds, lease_seconds, now)
         session.outbox.renew_lease(session.epoch, int(lease_seconds * 1000), int(idle_seconds * 1000), session.beat_number)
 
     def _terms(self, session: NodeSession) -> tuple[float, float]:
-        """Its idle period and its lease. Where others wait for a node, in its group too, they are as the operator set them."""
-        if session.is_in_group:
-            return self._limits.heartbeat_idle_seconds, self._limits.lease_ttl_seconds
-        lease_seconds = self._limits.lease_ttl_seconds if session.attempts else idle_lease_seconds(self.idle_seconds, self._limits)
-        return self.idle_seconds, lease_seconds
+        return terms(self.idle_seconds, self._limits, is_awaited=bool(session.attempts) or session.is_in_group)

@@ -187,7 +187,6 @@ class Peers:
         peer = self._peers.pop(epoch)
         if peer.link is not None:
             await peer.link.stop()
-        self.starts_seen.pop(epoch, None)
         self._gather()
 
     def _way_changed(self, peer: _Peer) -> None:

@@ -217,6 +217,11 @@ class AuditRun:
         """How far it has come."""
         return f"{self._posting_count:,} postings looked at" + (", and now the holds" if len(self._walks) == 1 else "")
 
+    @property
+    def is_at_its_end(self) -> bool:
+        """The step that is left looks at all accounts and postings; those before it each at a page."""
+        return not self._walks
+
     def advance(self, books: Audit) -> AuditReport | None:
         """The next step, in a transaction of its own; the report, once there is none left."""
         if not self._walks:

@@ -39,9 +39,9 @@ RECONNECT_PAUSE_SECONDS: Final = 0.25
 SILENCE_SECONDS_MAX: Final = 5.0
 """How long a statement or a commit may take. A server that stands still keeps its connections open, and says nothing on them."""
 LONG_SECONDS_MAX: Final = 900.0
-"""The same for what looks through all of the books: a migration, an audit."""
+"""The same for what looks through all of the books at once: a migration, the end of an audit."""
 WATCH_SECONDS: Final = 0.5
-_OWN_ERRORS: Final = (IntegrityError, DataError, ProgrammingError)
+OWN_ERRORS: Final = (IntegrityError, DataError, ProgrammingError)
 """What a unit is refused for by itself; any other of the database's errors ends the whole transaction."""
 
 _log = structlog.get_logger()
@@ -284,7 +284,7 @@ class _Unit:
             with contextlib.nullcontext() if is_alone else connection.begin_nested():
                 self._result = self._work(connection)
         except Exception as error:
-            if isinstance(error, DBAPIError) and not isinstance(error, _OWN_ERRORS):
+            if isinstance(error, DBAPIError) and not isinstance(error, OWN_ERRORS):
                 raise  # a full disk or a lost server ends the whole transaction, not this savepoint alone
             self._error = error
 
@@ -306,7 +306,7 @@ def _public(error: BaseException) -> BaseException:
         return ReplacedError()
     if isinstance(error, DatabaseAwayError):
         return DatabaseAwayError(error.reason)
-    if not isinstance(error, DBAPIError) or isinstance(error, _OWN_ERRORS):
+    if not isinstance(error, DBAPIError) or isinstance(error, OWN_ERRORS):
         return error
     if "locked" in str(error.orig):
         return PotluckError(

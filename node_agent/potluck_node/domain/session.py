@@ -28,8 +28,6 @@ USEFUL_SECONDS: Final = 0.3
 """A connection that lived shorter was of no use: far nodes' welcomes take nearly as long."""
 RIDE_SECONDS: Final = 0.2
 """Tokens that came within this time are followed by others soon."""
-LEFT_SHARE_MIN: Final = 0.2
-"""Of a lease. Whoever ends its work may have less left than its idle period asks for: it was renewed for beats of a second."""
 STABLE_SECONDS: Final = 5.0
 """A connection that lived this long proves that dialling works, however often it failed before."""
 
@@ -92,17 +90,17 @@ def after_renewal(session: Session, *, epoch: int, lease_ttl_ms: int, heartbeat_
     Args:
         session: of the agent.
         epoch: whose lease it is.
-        lease_ttl_ms: counted from when the heartbeat was sent.
+        lease_ttl_ms: counted from when the heartbeat was sent; the last word holds, also where it ends sooner.
         heartbeat_idle_ms: how often to beat while idle; 0: as before.
         number: of the newest heartbeat that it answers; 0: not said, so that it may be no more than the oldest.
     """
     answered = [sent_at for sent_number, sent_at in session.unanswered if sent_number <= number or not number]
     if epoch != session.epoch or not answered or session.lease_ends_at_seconds is None:
         return session
-    sent_at = answered[-1] if number else answered[0]
+    ends_at = answered[-1] + lease_ttl_ms / 1000 if number else max(session.lease_ends_at_seconds, answered[0] + lease_ttl_ms / 1000)
     return replace(
         session,
-        lease_ends_at_seconds=max(session.lease_ends_at_seconds, sent_at + lease_ttl_ms / 1000),
+        lease_ends_at_seconds=ends_at,
         lease_seconds=lease_ttl_ms / 1000,
         unanswered=session.unanswered[len(answered) :],
         heartbeat_idle_seconds=heartbeat_idle_ms / 1000 if heartbeat_idle_ms > 0 else session.heartbeat_idle_seconds,
@@ -152,8 +150,7 @@ def beat_due(session: Session, *, busy: bool, now_seconds: float) -> bool:
     """Whether the next heartbeat should leave now."""
     if session.phase is not Phase.SERVING:
         return False
-    is_ending = lease_left_seconds(session, now_seconds) <= session.lease_seconds * LEFT_SHARE_MIN
-    period_seconds = session.heartbeat_busy_seconds if busy or is_ending else session.heartbeat_idle_seconds
+    period_seconds = session.heartbeat_busy_seconds if busy else session.heartbeat_idle_seconds
     return now_seconds - session.last_beat_at_seconds >= period_seconds
 
 

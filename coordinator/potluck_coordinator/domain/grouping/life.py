@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 ADOPTED_SECONDS_MAX: Final = 20.0
 """How long a member may take to come back to a directory that has just started and has not seen it yet."""
-RELEASE_SECONDS: Final = 20.0
-"""After so long without a link an agent has ended its stage by itself: its lease is over (15 s), and group engines end with it."""
+RELEASE_SECONDS: Final = 30.0
+"""After so long without a link an agent has ended its stage by itself: its lease is over, and group engines end with it. A member's is
+15 s, but one that was idle until it became a member may hold one of 24.1 s until its next heartbeat (`domain.beat_period`)."""
 BLAME_SECONDS: Final = 5.0
 """How long after a break its cause may still show: a lost link is known a second later than the engine that misses its peer."""
 LEAVING_SECONDS_MIN: Final = 2.0
