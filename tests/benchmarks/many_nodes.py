@@ -8,9 +8,10 @@ own over mutual TLS. CPU time is the processes' own, all threads together, so th
   is the difference over the beats. Round by round that of the gateway is divided by that of the bare server.
 - A node's memory: resident bytes with the second count less those with the first, over the nodes in between.
 - Joining: CPU time while those between the first count and the second come, handshake, hello and first wish included, over their number.
-- Idle nodes: with both counts the agents beat as the coordinator tells them. All of the coordinator's processes are counted (gateway,
-  directory, driver and Ray's own). What they cost a second is taken to grow with the nodes as it does from the first count to the second,
-  and reckoned for 10,000.
+- Idle nodes: with both counts the agents beat as the coordinator tells them, and in turns not at all. All of the coordinator's processes
+  are counted (gateway, directory, driver and Ray's own). What they cost a second without heartbeats is taken to grow with the nodes as it
+  does from the first count to the second; what a heartbeat costs the gateway is the difference, with the second count. For 10,000 that
+  comes to as many heartbeats as so many nodes are told to send (`scaling.IdleCosts`), window by window.
 
 Marks, by the pessimistic end of the interval: a heartbeat <= 1.3 x the bare server's; memory <= 1.5 x; 10,000 idle nodes <= 0.4 core.
 Progress goes to standard error. Ends with 1 where a mark is not met.
@@ -29,17 +30,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import structlog
 
 import potluck.command  # noqa: F401 - the loop of gRPC's that it names is that of all processes here
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
-from potluck_coordinator.domain.beat_period import idle_period_seconds
-from potluck_coordinator.domain.nodes import LivenessLimits
 from potluck_protocol.clock import SystemClock
 from tests.benchmarks.arithmetic import Estimate, estimate, ratios
 from tests.benchmarks.processes import Child, CpuReading, descendants, resident_bytes
+from tests.benchmarks.scaling import idle_costs_of
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.node_fleet import Fleet, bare_links, enrol_nodes
 from tests.support.simulated_agents import Nodes
@@ -50,6 +51,9 @@ IDLE_CORES_MAX: Final = 0.4
 IDLE_NODES: Final = 10_000
 LINKED_PER_SECOND: Final = 150
 SETTLE_SECONDS: Final = 8.0
+HUSH_SECONDS: Final = 0.5
+SILENT_SECONDS: Final = 3.0
+"""Idle nodes: their last answer may be ten seconds old when they fall silent, and their lease has fifteen."""
 SILENT_PERIOD_SECONDS: Final = 1e6
 
 
@@ -63,15 +67,35 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """So many idle nodes for a while."""
+
+    node_count: int
+    beats_per_second: float
+    cores: dict[str, float]
+    """With heartbeats, as the coordinator has them."""
+    silent_cores: dict[str, float]
+    """Without any, just after."""
+    bare_cores: float
+    resident_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Idle:
-    """So many idle nodes, as the coordinator has them beat."""
+    """All windows of one count."""
 
     node_count: int
     period_seconds: list[float]
-    beats_per_second: float
-    cores: dict[str, float]
-    bare_cores: float
-    resident_bytes: dict[str, int]
+    windows: list[Window]
+
+    def medians(self) -> dict[str, Any]:
+        """One window's fields, each the median of all."""
+        by_process = {
+            key: {name: median(getattr(one, key)[name] for one in self.windows) for name in getattr(self.windows[0], key)}
+            for key in ("cores", "silent_cores", "resident_bytes")
+        }
+        rates = {key: median(getattr(one, key) for one in self.windows) for key in ("beats_per_second", "bare_cores")}
+        return {"node_count": self.node_count, "period_seconds": self.period_seconds, **rates, **by_process}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,28 +164,35 @@ class Bench:
             found.append(Round(micros["gateway"], micros["bare"], rate))
         return found
 
-    def idle(self, count: int, seconds: float) -> Idle:
-        """As the coordinator tells them to beat; the bare server's agents in the same period."""
-        self._say(f"{count} idle nodes")
-        self.fleet.beat_every(None)
-        time.sleep(2 * SETTLE_SECONDS)
-        periods = self.fleet.idle_periods()
-        self.bare_fleet.beat_every(max(periods))
-        time.sleep(SETTLE_SECONDS)
-        groups = self.processes()
-        everyone = [*(process_id for group in groups.values() for process_id in group), self.bare.process_id]
+    def idle(self, count: int, window_count: int, seconds: float) -> Idle:
+        """As the coordinator tells them to beat, and not at all; the bare server's agents in the same period."""
+        groups = {**self.processes(), "bare": (self.bare.process_id,)}
+        windows = []
+        for number in range(window_count):
+            self._say(f"{count} idle nodes, window {number + 1} of {window_count}")
+            self.fleet.beat_every(None)
+            time.sleep(SETTLE_SECONDS)
+            periods = self.fleet.idle_periods()
+            self.bare_fleet.beat_every(max(periods))
+            time.sleep(SETTLE_SECONDS)
+            beats, cores = self._cores(seconds)
+            self.fleet.beat_every(SILENT_PERIOD_SECONDS)
+            time.sleep(HUSH_SECONDS)
+            _, silent = self._cores(SILENT_SECONDS)
+            bare = cores.pop("bare")
+            resident = {name: sum(map(resident_bytes, group)) for name, group in groups.items()}
+            windows.append(Window(count, beats, cores, {name: silent[name] for name in cores}, bare, resident))
+        return Idle(count, periods, windows)
+
+    def _cores(self, seconds: float) -> tuple[float, dict[str, float]]:
+        """Heartbeats a second, and what each process spends meanwhile."""
+        groups = {**self.processes(), "bare": (self.bare.process_id,)}
+        everyone = [process_id for group in groups.values() for process_id in group]
         beats, before = self.fleet.beat_count(), CpuReading.take(everyone)
         time.sleep(seconds)
         after, beats = CpuReading.take(everyone), self.fleet.beat_count() - beats
         lasted = after.at_seconds - before.at_seconds
-        return Idle(
-            count,
-            periods,
-            beats / lasted,
-            {name: after.spent_since(before, group) / lasted for name, group in groups.items()},
-            after.spent_since(before, [self.bare.process_id]) / lasted,
-            {**{name: sum(map(resident_bytes, group)) for name, group in groups.items()}, "bare": resident_bytes(self.bare.process_id)},
-        )
+        return beats / lasted, {name: after.spent_since(before, group) / lasted for name, group in groups.items()}
 
 
 def _beat_micros(fleet: Fleet, process_id: int, seconds: float) -> tuple[float, float]:
@@ -178,56 +209,61 @@ def _beat_micros(fleet: Fleet, process_id: int, seconds: float) -> tuple[float, 
 
     with_beats, beat_count = spent(1.0, 2.0)
     # Shorter than a lease.
-    without, strays = spent(SILENT_PERIOD_SECONDS, 0.5)
+    without, strays = spent(SILENT_PERIOD_SECONDS, HUSH_SECONDS)
     fleet.beat_every(5.0)
     time.sleep(2.0)
     rate = (beat_count - strays) / seconds
     return (with_beats - without) / rate * 1e6, rate
 
 
-def reckoned_cores(small: Idle, large: Idle, node_count: int) -> dict[str, float]:
-    """What so many idle nodes would cost, by process: as it grows from the one count to the other, and with the period of so many."""
-    fixed: dict[str, float] = {}
-    period = idle_period_seconds(node_count, 0.0, LivenessLimits())
-    for name, cores in large.cores.items():
-        each = max(0.0, (cores - small.cores[name]) / (large.node_count - small.node_count))
-        base = max(0.0, cores - each * large.node_count)
-        fixed[name] = base + each * node_count * max(large.period_seconds) / period
-    return fixed
+def reckoned_cores(small: Idle, large: Idle, node_count: int) -> list[float]:
+    """What so many idle nodes would cost all processes together, by one window of each count after the other."""
+    pairs = zip(small.windows, large.windows, strict=True)
+    return [idle_costs_of(asdict(few), asdict(many)).all_cores(node_count, 1) for few, many in pairs]
 
 
-def memory_per_node(small: Idle, large: Idle) -> dict[str, float]:
+def memory_per_node(few: Window, many: Window) -> dict[str, float]:
     """Resident bytes, by process."""
-    count = large.node_count - small.node_count
-    return {name: (large.resident_bytes[name] - small.resident_bytes[name]) / count for name in large.resident_bytes}
+    count = many.node_count - few.node_count
+    return {name: (many.resident_bytes[name] - few.resident_bytes[name]) / count for name in many.resident_bytes}
+
+
+def memory_ratios(small: Idle, large: Idle) -> list[float]:
+    """The gateway's over the bare server's, by one window of each count after the other."""
+    each = [memory_per_node(few, many) for few, many in zip(small.windows, large.windows, strict=True)]
+    return [memory["gateway"] / memory["bare"] for memory in each]
 
 
 def marks_of(rounds: Sequence[Round], small: Idle, large: Idle) -> list[Mark]:
-    memory = memory_per_node(small, large)
-    idle = sum(reckoned_cores(small, large, IDLE_NODES).values())
-    ratio = memory["gateway"] / memory["bare"]
     beat = estimate(ratios([one.gateway_micros for one in rounds], [one.bare_micros for one in rounds]))
     return [
         Mark("a heartbeat's CPU, gateway over bare server", HEARTBEAT_RATIO_MAX, "x", beat),
-        Mark("a node's memory, gateway over bare server", MEMORY_RATIO_MAX, "x", Estimate(ratio, ratio, ratio)),
-        Mark(f"{IDLE_NODES:,} idle nodes, all of the coordinator", IDLE_CORES_MAX, "cores", Estimate(idle, idle, idle)),
+        Mark("a node's memory, gateway over bare server", MEMORY_RATIO_MAX, "x", estimate(memory_ratios(small, large))),
+        Mark(
+            f"{IDLE_NODES:,} idle nodes, all of the coordinator",
+            IDLE_CORES_MAX,
+            "cores",
+            estimate(reckoned_cores(small, large, IDLE_NODES)),
+        ),
     ]
 
 
 def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
     ours, theirs = (estimate([getattr(one, name) for one in rounds]) for name in ("gateway_micros", "bare_micros"))
-    memory = {name: f"{size / 1024:.1f} KiB" for name, size in memory_per_node(small, large).items()}
+    memory = {name: f"{size / 1024:.1f} KiB" for name, size in memory_per_node(small.windows[-1], large.windows[-1]).items()}
     gateway = f"gateway {ours.median:.0f} us ({ours.low:.0f} to {ours.high:.0f})"
     bare = f"bare server {theirs.median:.0f} us ({theirs.low:.0f} to {theirs.high:.0f})"
     lines = [f"a heartbeat at {rounds[0].beats_per_second:.0f}/s: {gateway}, {bare}", f"memory of a node: {memory}"]
-    lines += [
-        f"{one.node_count} idle nodes, a beat each {one.period_seconds} s, {one.beats_per_second:.0f}/s: cores "
-        + ", ".join(f"{name} {cores:.3f}" for name, cores in one.cores.items())
-        + f"; bare server {one.bare_cores:.3f}"
-        for one in (small, large)
-    ]
-    reckoned = reckoned_cores(small, large, IDLE_NODES)
-    lines.append(f"{IDLE_NODES:,} idle nodes, reckoned: " + ", ".join(f"{name} {cores:.3f}" for name, cores in reckoned.items()))
+    for one in (small.medians(), large.medians()):
+        for key, words in (
+            ("cores", f"a beat each {one['period_seconds']} s, {one['beats_per_second']:.0f}/s"),
+            ("silent_cores", "no beats"),
+        ):
+            shown = ", ".join(f"{name} {cores:.3f}" for name, cores in one[key].items())
+            lines.append(f"{one['node_count']} idle nodes, {words}: cores {shown}; bare server {one['bare_cores']:.3f}")
+    costs = idle_costs_of(small.medians(), large.medians())
+    reckoned = f"{costs.gateway_cores(IDLE_NODES, 1):.3f} of {costs.all_cores(IDLE_NODES, 1):.3f} cores"
+    lines.append(f"{IDLE_NODES:,} idle nodes, reckoned, a beat {costs.beat_micros:.0f} us: gateway {reckoned}")
     for mark in marks_of(rounds, small, large):
         shown = f"{mark.estimate.median:.2f} ({mark.estimate.low:.2f} to {mark.estimate.high:.2f}) {mark.unit}, at most {mark.limit}"
         lines.append(f"{'met    ' if mark.met else 'NOT MET'}  {mark.name}: {shown}")
@@ -237,9 +273,8 @@ def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
 def as_json(rounds: Sequence[Round], small: Idle, large: Idle) -> Mapping[str, Any]:
     return {
         "heartbeat_rounds": [asdict(one) for one in rounds],
-        "idle": [asdict(small), asdict(large)],
-        "memory_bytes_per_node": memory_per_node(small, large),
-        "idle_cores_reckoned": {"node_count": IDLE_NODES, **reckoned_cores(small, large, IDLE_NODES)},
+        "idle": [{**one.medians(), "windows": [asdict(window) for window in one.windows]} for one in (small, large)],
+        "memory_bytes_per_node": memory_per_node(small.windows[-1], large.windows[-1]),
         "marks": [{**asdict(mark), "met": mark.met} for mark in marks_of(rounds, small, large)],
     }
 
@@ -248,13 +283,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs=2, default=[1000, 3000], metavar=("FEW", "MANY"))
     parser.add_argument("--rounds", type=int, default=5, help="of heartbeats")
-    parser.add_argument("--seconds", type=float, default=5.0, help="each window of a round, at most 8: a lease must outlast it")
-    parser.add_argument("--idle-seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=4.0, help="each window of a round, at most 6: a lease must outlast it")
+    parser.add_argument("--windows", type=int, default=5, help="of idle nodes, with each count")
+    parser.add_argument("--idle-seconds", type=float, default=10.0, help="each of them")
     parser.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
     arguments = parser.parse_args()
     few, many = arguments.nodes
-    if not (0 < few < many and arguments.rounds > 0 and 0 < arguments.seconds <= 8):
-        parser.error("--nodes are two counts, the smaller one first; --rounds at least 1; --seconds at most 8")
+    if not (0 < few < many and arguments.rounds > 0 and arguments.windows > 0 and 0 < arguments.seconds <= 6):
+        parser.error("--nodes are two counts, the smaller one first; --rounds and --windows at least 1; --seconds at most 6")
+    idle = arguments.windows, arguments.idle_seconds
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
     def say(text: str) -> None:
@@ -263,10 +300,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="potluck-nodes-") as folder, ExitStack() as stack:
         bench = Bench(Path(folder), stack, many, say)
         bench.link(few)
-        small = bench.idle(few, arguments.idle_seconds)
+        small = bench.idle(few, *idle)
         rounds = bench.heartbeats(arguments.rounds, arguments.seconds)
         joining = bench.link(many)
-        large = bench.idle(many, arguments.idle_seconds)
+        large = bench.idle(many, *idle)
     shown = table(rounds, small, large) + "\njoining, CPU ms a node: " + ", ".join(f"{name} {cost:.1f}" for name, cost in joining.items())
     found = {**as_json(rounds, small, large), "joining_milliseconds_per_node": joining}
     print(json.dumps(found) if arguments.json else shown, flush=True)

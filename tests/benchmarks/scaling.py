@@ -51,12 +51,31 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class IdleCosts:
+    """Of nodes that only wait."""
+
+    cores: Mapping[str, Line]
+    """By process; the gateway's without heartbeats, the others' with those that came then, though they hear of few of them."""
+    beat_micros: float
+    """The gateway's, of one heartbeat and its share of an answer."""
+
+    def gateway_cores(self, node_count: int, gateways: int) -> float:
+        """Of all gateways together, with the period that so many nodes are told."""
+        period = idle_period_seconds(math.ceil(node_count / gateways), 0.0, LivenessLimits())
+        line = self.cores["gateway"]
+        return gateways * line.base + line.each * node_count + node_count / period * self.beat_micros / 1e6
+
+    def all_cores(self, node_count: int, gateways: int) -> float:
+        """Of all processes."""
+        others = sum(line.at(node_count) for name, line in self.cores.items() if name != "gateway")
+        return self.gateway_cores(node_count, gateways) + others
+
+
+@dataclass(frozen=True, slots=True)
 class Costs:
     """All that was measured."""
 
-    idle_cores: Mapping[str, Line]
-    """By process, in the period that was told then."""
-    period_seconds: float
+    idle: IdleCosts
     resident_bytes: Mapping[str, Line]
     joining_ms: Mapping[str, float]
     token_micros: float
@@ -97,18 +116,23 @@ def line_of(few: Mapping[str, Any], many: Mapping[str, Any], key: str, process: 
     return Line(max(0.0, many[key][process] - each * many["node_count"]), each)
 
 
+def idle_costs_of(few: Mapping[str, Any], many: Mapping[str, Any]) -> IdleCosts:
+    """Of two counts, each measured with heartbeats (`cores`) and without (`silent_cores`)."""
+    lines = {name: line_of(few, many, "silent_cores" if name == "gateway" else "cores", name) for name in many["cores"]}
+    beats_cores = many["cores"]["gateway"] - many["silent_cores"]["gateway"]
+    return IdleCosts(lines, max(0.0, beats_cores) / many["beats_per_second"] * 1e6)
+
+
 def costs_of(nodes: Mapping[str, Any], rounds: Sequence[Turn]) -> Costs:
     """Of what `many_nodes` found, and of Potluck's rounds of the relay's benchmark, whose median counts."""
     few, many = nodes["idle"]
-    processes = tuple(many["cores"])
 
     def micros(workload: str, process: str) -> float:
         return median(turn.cpu[workload][process] for turn in rounds)
 
     return Costs(
-        {name: line_of(few, many, "cores", name) for name in processes},
-        max(many["period_seconds"]),
-        {name: line_of(few, many, "resident_bytes", name) for name in processes},
+        idle_costs_of(few, many),
+        {name: line_of(few, many, "resident_bytes", name) for name in many["cores"]},
         nodes["joining_milliseconds_per_node"],
         micros("paced", "gateway"),
         micros("crowd", "gateway"),
@@ -121,22 +145,15 @@ def need_of(node_count: int, costs: Costs) -> Need:
     requests, tokens = node_count * costs.requests_per_node_second, node_count * costs.tokens_per_node_second
     busy_cores = (requests * costs.request_micros + tokens * costs.token_micros) / 1e6
     gateways = math.ceil(node_count / LINKS_MAX)
-    idle_cores = _gateway_cores(node_count, gateways, 0.0, costs)
-    idle_cores += sum(line.at(node_count) for name, line in costs.idle_cores.items() if name != "gateway")
-    while _gateway_cores(node_count, gateways, busy_cores, costs) / gateways > GATEWAY_CORES_MAX:
+    idle_cores = costs.idle.all_cores(node_count, gateways)
+    while (costs.idle.gateway_cores(node_count, gateways) + busy_cores) / gateways > GATEWAY_CORES_MAX:
         gateways += 1
-    gateway_cores = _gateway_cores(node_count, gateways, busy_cores, costs)
-    directory_cores = costs.idle_cores["directory"].at(node_count) + requests * costs.directory_request_micros / 1e6
+    gateway_cores = costs.idle.gateway_cores(node_count, gateways) + busy_cores
+    directory_cores = costs.idle.cores["directory"].at(node_count) + requests * costs.directory_request_micros / 1e6
     memory = gateways * costs.resident_bytes["gateway"].base + costs.resident_bytes["gateway"].each * node_count
     memory += sum(line.at(node_count) for name, line in costs.resident_bytes.items() if name != "gateway")
     back = max(node_count / gateways * costs.joining_ms["gateway"], node_count * costs.joining_ms["directory"]) / 1000
     return Need(node_count, idle_cores, requests, tokens, gateways, gateway_cores, directory_cores, memory / (1 << 30), back)
-
-
-def _gateway_cores(node_count: int, gateways: int, busy_cores: float, costs: Costs) -> float:
-    line = costs.idle_cores["gateway"]
-    period = idle_period_seconds(math.ceil(node_count / gateways), 0.0, LivenessLimits())
-    return gateways * line.base + line.each * node_count * costs.period_seconds / period + busy_cores
 
 
 def table(needs: Sequence[Need]) -> str:
