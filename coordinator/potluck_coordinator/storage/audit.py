@@ -137,7 +137,7 @@ class Audit:
         return Page(after, following[0][0] if following else None)
 
     def go_by_keys(self) -> None:
-        """For the rest of the transaction."""
+        """For the rest of the transaction, also for payments that share its commit: they go by keys in any case."""
         if self._connection.dialect.name == "postgresql":
             for setting in _BY_KEYS:
                 self._connection.execute(text(setting))
