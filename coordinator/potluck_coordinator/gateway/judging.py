@@ -8,7 +8,10 @@ nobody's silence. It must not know how sessions end or requests are placed: `lin
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -44,6 +47,8 @@ _log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 0.25
 """Between two looks, where this process gets to run."""
+LOOK_PAUSE_SECONDS: Final = 0.02
+"""Between two looks at least, that come in between; while in doubt, when nobody is evicted, they keep to the others' pace."""
 ABSENCE_SECONDS_MIN: Final = 2.0
 """A look that comes so late says that this process could not run."""
 ATTEMPT_ABSENCE_SECONDS_MIN: Final = 0.5
@@ -83,8 +88,11 @@ class Judging:
         look: Callable[[], None],
     ) -> None:
         self._look_now = look
-        self._look_at_seconds: float | None = None
-        """When the next look in between is due."""
+        self._wanted_at: list[float] = []
+        """When looks in between are wanted, as a heap."""
+        self._looked_at = -math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        """For the first of them."""
         self._limits = limits
         self._elsewhere = elsewhere
         self._suspicions = suspicions
@@ -107,6 +115,9 @@ class Judging:
 
     def look(self, sessions: Mapping[NodeId, NodeSession], now: float) -> list[tuple[NodeSession, str]]:
         """Judges everyone who may have changed by the clock; the sessions that end now, each with its reason."""
+        while self._wanted_at and self._wanted_at[0] <= now:
+            heapq.heappop(self._wanted_at)
+        self._looked_at = now
         due = self._weigh(sessions, now)
         self._open_unrivalled(sessions.values())
         ending = []
@@ -158,9 +169,9 @@ class Judging:
         for session in sessions.values():
             session.ask_for_beat(now)
         heard = [session for session in sessions.values() if now - session.heard_at < HEARD_SECONDS and session.outbox is not None]
-        self._served_models = frozenset(view.model_id for session in heard for view in session.replica_views() if view.ready)
+        self._served_models = frozenset(chain.from_iterable(session.models(ready_only=True) for session in heard))
         for session in sessions.values():
-            self._vouch(session, frozenset(view.model_id for view in session.replica_views()) - self._served_models)
+            self._vouch(session, session.models() - self._served_models)
         return tuple(sessions.values())
 
     def _open_unrivalled(self, sessions: Collection[NodeSession]) -> None:
@@ -215,18 +226,34 @@ class Judging:
         match stall.judge(session.quiet(attempt_id, now), self._limits.heartbeat_busy_seconds):
             case Stall.ASK:
                 session.ask_for_beat(now)
-                self._look_in(stall.ANSWER_SECONDS + session.round_trip_seconds, now)
+                self.look_in(stall.ANSWER_SECONDS + session.round_trip_seconds, now)
             case Stall.NODE if self._can_go(session, attempt_id).can_take:
                 self._give_up(session, attempt_id, relay, "The node that was answering fell silent.")
             case Stall.ENGINE if self._can_go(session, attempt_id).has_room:
                 self._give_up(session, attempt_id, relay, "The engine that was answering gave no more tokens.")
 
-    def _look_in(self, seconds: float, now: float) -> None:
-        """One at a time, and of two the sooner: whoever is asked together is looked at together."""
-        at = now + seconds
-        if self._look_at_seconds is None or not now < self._look_at_seconds <= at:
-            self._look_at_seconds = at
-            asyncio.get_running_loop().call_later(seconds + TIMER_SECONDS, self._look_now)
+    def look_in(self, seconds: float, now: float) -> None:
+        """Has a look in between, not at the next one: clients wait for it.
+
+        Looks keep a pause between them. Thousands of links may break at once, and each look goes through all nodes.
+        """
+        heapq.heappush(self._wanted_at, now + seconds)
+        if self._timer is not None and self._wanted_at[0] < now + seconds:
+            return
+        self._set_timer(now)
+
+    def _set_timer(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        pause_seconds = LOOK_SECONDS if self.in_doubt else LOOK_PAUSE_SECONDS
+        at = max(self._wanted_at[0], self._looked_at + pause_seconds)
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, at - now) + TIMER_SECONDS, self._look_in_between)
+
+    def _look_in_between(self) -> None:
+        self._timer = None
+        self._look_now()
+        if self._wanted_at and self._timer is None:
+            self._set_timer(self._looked_at)
 
     def _is_past_hope(self, session: NodeSession, relay: Relay, now: float) -> bool:
         """Whether nothing can come of it any more, whether or not it could go on elsewhere. In doubt until the node fences itself."""

@@ -309,13 +309,13 @@ class Links:
         """
         if session.outbox is not outbox or self._sessions.get(session.node_id) is not session:
             return None
-        session.lose_link(self._clock.monotonic_seconds())
+        now = self._clock.monotonic_seconds()
+        session.lose_link(now)
         self.node_changed(session.node_id)
         if goodbye is not None:
             self.suspicions.left(session)
             return self.close(session, goodbye)
-        # Not at the next look, which may be a quarter of a second later: its clients wait.
-        asyncio.get_running_loop().call_later(session.grace_seconds(self._limits), self.tick)
+        self._judging.look_in(session.grace_seconds(self._limits), now)
         return None
 
     def close(

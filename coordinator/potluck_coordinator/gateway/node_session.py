@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from potluck_coordinator.gateway.relay import Relay
     from potluck_coordinator.gateway.suspicions import Suspicions
     from potluck_protocol.values import (
+        DesiredEngine,
         DesiredState,
         EngineStatus,
         Heartbeat,
@@ -350,12 +351,26 @@ class NodeSession:
 
     def replica_views(self, model_id: ModelId | None = None) -> Iterator[ReplicaView]:
         """Its replicas, of one model or all, as placement sees them: what was wished of it, as far as it says that it is there."""
+        for wish, status in self._replicas():
+            if model_id in {None, wish.model.model_id}:
+                yield view_of(self, wish, status)
+
+    def models(self, *, ready_only: bool = False) -> frozenset[ModelId]:
+        """Those of its replicas, or of those whose engines serve. A view of each replica would take a hundred times as long."""
+        return frozenset(
+            wish.model.model_id
+            for wish, status in self._replicas()
+            if not ready_only or (status is not None and status.state is EngineState.READY and status.slot_count > 0)
+        )
+
+    def _replicas(self) -> Iterator[tuple[DesiredEngine, EngineStatus | None]]:
+        """What was wished of it, but for stages behind a group's leader, with what it says of that."""
         for wish in self.desired.engines:
             group = wish.group
-            if model_id not in {None, wish.model.model_id} or (group is not None and group.rank > 0):
+            if group is not None and group.rank > 0:
                 continue
             status = self.engines.get(wish.replica_id)
             if group is not None and status is not None and status.group_generation != group.generation:
                 # Of an earlier generation, on its way out.
                 status = None
-            yield view_of(self, wish, status)
+            yield wish, status
