@@ -53,8 +53,8 @@ LINKED_PER_SECOND: Final = 150
 SETTLE_SECONDS: Final = 8.0
 HUSH_SECONDS: Final = 0.5
 SILENT_SECONDS: Final = 1.5
-"""Idle nodes: the last heartbeat of some is five seconds old by then. When so many are silent for seven and a half, the gateway doubts itself
-and asks all of them."""
+"""Idle nodes: the last heartbeat of some is five seconds old by then. Where so many are silent for seven and a half, the gateway doubts
+itself, and asks all of them."""
 SILENT_PERIOD_SECONDS: Final = 1e6
 
 
