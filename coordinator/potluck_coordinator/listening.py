@@ -1,7 +1,8 @@
 """Binds the http port, tries the gRPC ones before gRPC binds them, and says why one cannot be had and what changes that.
 
-Decides how long a dying predecessor's port is waited for. A port that several gateways of one machine share is the kernel's to divide: each
-new connection is some gateway's. Only processes of one user can share, and only with each other. It must not know who listens there.
+Decides how long a dying predecessor's port is waited for, and keeps coordinators that start together from finding the same one. A port
+that several gateways of one machine share is the kernel's to divide: each new connection is some gateway's. Only processes of one user can
+share, and only with each other. It must not know who listens there.
 """
 
 from __future__ import annotations

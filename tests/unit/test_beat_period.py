@@ -124,7 +124,7 @@ def leases(gaps, period, *, is_busy, answers_numbers=True):
         now += period + gap
         session = after_beat(session, number, now)
         left.append(lease_left_seconds(session, now))
-        if renewal_is_due(granted, now, USUAL, is_busy=is_busy, counts_by_number=answers_numbers):
+        if renewal_is_due(granted, lease_seconds, now, USUAL, is_busy=is_busy, counts_by_number=answers_numbers):
             granted, answered_count = granted.at_renewal(period, lease_seconds, now), answered_count + 1
             session = after_renewal(session, epoch=1, lease_ttl_ms=lease_ms, number=number if answers_numbers else 0)
     return left, answered_count / len(gaps)

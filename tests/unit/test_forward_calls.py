@@ -26,11 +26,14 @@ class Call:
         self.frames = asyncio.Queue()
         self.task = None
         self.numbers = itertools.count()
+        self.was_read = asyncio.Event()
 
     async def send_initial_metadata(self, _: object) -> None:
         pass
 
     async def read(self) -> object:
+        if self.frames.empty():
+            self.was_read.set()
         return await self.frames.get()
 
     async def write(self, _: object) -> None:
@@ -41,8 +44,9 @@ class Call:
         frame = gateway_pb2.ForwardFrame()
         start = frame.starts.add(node_id="elsewhere")
         start.start.attempt_id, start.start.endpoint = f"attempt-{next(self.numbers)}", common_pb2.ENDPOINT_CHAT_COMPLETIONS
+        self.was_read.clear()
         self.frames.put_nowait(frame)
-        await asyncio.sleep(0.01)
+        await self.was_read.wait()
 
     async def end(self) -> None:
         self.frames.put_nowait(None)

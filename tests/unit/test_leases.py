@@ -141,7 +141,7 @@ def test_work_holds_the_short_lease_and_who_ends_it_beats_before_that_is_gone():
     assert pair.agent.lease_seconds == 24.125
 
 
-def test_whoever_is_or_becomes_a_member_of_a_group_keeps_the_terms_that_the_operator_set():
+def test_whoever_is_or_becomes_a_member_of_a_group_holds_the_operators_lease():
     place = GroupPlace(ReplicaId("group/big/0"), 1, 1, "10.0.0.1", 29600, "10.0.0.2", (5, 5))
     file = ModelFile(ModelId("big"), "path:/models", "big.safetensors", "0" * 64, 10)
     member = DesiredState(1, (DesiredEngine(ReplicaId("replica"), file, "vllm", 2, 2048, group=place),))

@@ -34,15 +34,12 @@ def test_free_ports_are_found_once_and_differ(tmp_path: Path) -> None:
             assert again == settled
 
 
-def test_coordinators_that_start_at_once_never_find_the_same_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [{}, {"http_port": 20_003, "grpc_port": 20_004, "link_port": 20_005}])
+def test_coordinators_that_start_at_once_never_find_the_same_ports(
+    named: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serve, "FREE_PORTS", range(20_000, 20_020))
-    named = _settings(tmp_path, http_port=20_003, grpc_port=20_004, link_port=20_005)
-    for settings in (_settings(tmp_path), named):
-        _never_the_same(settings, tmp_path)
-
-
-def _never_the_same(settings: Settings, tmp_path: Path) -> None:
-    with settled_ports(settings, 0) as first:
+    with settled_ports(_settings(tmp_path, **named), 0) as first:
         for _ in range(20):
             with settled_ports(_settings(tmp_path), 0) as second:
                 found = {getattr(settled, name) for settled in (first, second) for name in serve.PORT_FLAGS}

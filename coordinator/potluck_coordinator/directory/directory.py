@@ -32,7 +32,7 @@ from potluck_coordinator.directory.paces import Paces
 from potluck_coordinator.directory.pool import Pool
 from potluck_coordinator.settings import Settings
 from potluck_coordinator.storage.state import StateName
-from potluck_coordinator.storage.store import Store
+from potluck_coordinator.storage.store import OWN_ERRORS, Store
 from potluck_protocol.clock import Clock
 from potluck_protocol.connection import certificate_hash
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -205,7 +205,7 @@ class Directory:
         ):
             try:
                 await chore()
-            except Exception as error:  # noqa: BLE001 - one row that the database refuses is no reason to end for everybody
+            except (PotluckError, *OWN_ERRORS) as error:
                 code = error.code if isinstance(error, PotluckError) else type(error).__name__
                 _log.warning("chore_failed", chore=chore.__qualname__, code=code)
                 if code == ErrorCode.COORDINATOR_UNAVAILABLE:

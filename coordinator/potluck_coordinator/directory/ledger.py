@@ -40,7 +40,7 @@ REAPED_COUNT_MAX: Final = 256
 """Holds settled in one commit, so that thousands of orphans do not keep a live request waiting."""
 AUDIT_PATIENCE_SECONDS: Final = 1.0
 """How long one call waits for an audit's end before it says how far that has come."""
-STEP_SECONDS_MAX: Final = 30.0
+AUDIT_STEP_SECONDS_MAX: Final = 30.0
 """Of an audit's steps but the last, which take a tenth of a second: after that a database that stands still is away for everybody."""
 AUDIT_KEPT_SECONDS: Final = 10.0
 """How long an audit's report is kept for whoever will ask again. Later it would be about other books."""
@@ -140,22 +140,21 @@ class LedgerDesk:
         return await self._reap(lambda work: work.holds.orphaned(REAPED_COUNT_MAX))
 
     async def _reap(self, find: Callable[[UnitOfWork], tuple[Hold, ...]]) -> int:
-        """Settles all that `find` gives, many in one commit. Of a batch that the database refuses each is tried alone."""
+        """Settles all that `find` gives."""
         settled_count = 0
-        while True:
-            holds = await self._store.run(find)
-            try:
-                settled = await self._settle_at_marks([hold.hold_id for hold in holds])
-            except OWN_ERRORS:
-                settled = 0
-                for hold in holds:
-                    settled += await self._settle_alone(hold.hold_id)
+        while settled := await self._settle_some(find):
             settled_count += settled
-            if not settled:
-                break
         if settled_count:
             _log.info("holds_settled_for_absent_gateway", hold_count=settled_count)
         return settled_count
+
+    async def _settle_some(self, find: Callable[[UnitOfWork], tuple[Hold, ...]]) -> int:
+        """Many in one commit. Where the database refuses that, each is tried alone."""
+        hold_ids = [hold.hold_id for hold in await self._store.run(find)]
+        try:
+            return await self._settle_at_marks(hold_ids)
+        except OWN_ERRORS:
+            return sum([await self._settle_alone(hold_id) for hold_id in hold_ids])
 
     async def _settle_alone(self, hold_id: str) -> int:
         try:
@@ -198,7 +197,7 @@ class _Audit:
     async def _go_through(self) -> AuditReport:
         report = None
         while report is None:
-            seconds_max = LONG_SECONDS_MAX if self.run.is_at_its_end else STEP_SECONDS_MAX
+            seconds_max = LONG_SECONDS_MAX if self.run.is_at_its_end else AUDIT_STEP_SECONDS_MAX
             report = await self._store.run(lambda work: self.run.advance(work.audit), seconds_max)
         if report.findings:
             _log.error("audit_found_broken_books", findings=report.findings)

@@ -44,7 +44,7 @@ from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import DesiredState, GoodbyeReason, Hello, Inventory, ModelId, NodeId, NodeState, ReplicaId
 
-COUNT_SECONDS: Final = 1.0
+NODE_COUNT_SECONDS: Final = 1.0
 """Each gateway's nodes are counted so often, however many gateways report in that time."""
 _COUNTS: Final = {Verdict.UP: (1, 0), Verdict.DOWN: (0, 1)}
 _log = structlog.get_logger()
@@ -273,7 +273,7 @@ class Nodes:
             self._uptime = uptime.start(self._reported_at_ms)
         self._coverages += [Coverage(report.node_id, report.covered_seconds, self._reported_at_ms) for report in reports]
         self._coverages += map(Coverage, covered.node_ids, covered.seconds, repeat(self._reported_at_ms))
-        if now - self._counted_at >= COUNT_SECONDS:
+        if now - self._counted_at >= NODE_COUNT_SECONDS:
             self._counted_at, self._node_counts = now, Counter(live.gateway_epoch for live in self._live.values())
         surplus = surplus_count(self._node_counts, self._board.snapshot.gateways.keys(), gateway_epoch)
         return ReportReceipt(self._run_id, unknown, surplus)

@@ -2,7 +2,7 @@
 
 Decides the lease that goes with it, too: a node is suspect after two missed beats, and that before its lease ends; and when the first of
 many that fell silent together lapses, all of them are overdue (`domain.nodes`). What a long period costs is that the loss of a node that
-only waits is seen late; where others wait for a node, it keeps what the operator set. It must not know links or clocks.
+only waits is seen late; where others wait for a node, it holds the operator's lease. It must not know links or clocks.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ def terms(idle_seconds: float, limits: LivenessLimits, *, is_awaited: bool) -> t
         limits: the operator's.
         is_awaited: others wait for the node, for its answers or in its group. Its lease is the operator's then, its period what that bears.
     """
-    beats = limits.missed_heartbeats_suspect + 0.5
     if idle_seconds <= limits.heartbeat_idle_seconds:
         return idle_seconds, limits.lease_ttl_seconds
     if is_awaited:
-        bearable_seconds = (limits.lease_ttl_seconds - LATE_SECONDS) / beats
+        bearable_seconds = (limits.lease_ttl_seconds - LATE_SECONDS) / limits.suspect_beats
         return min(idle_seconds, max(limits.heartbeat_idle_seconds, bearable_seconds)), limits.lease_ttl_seconds
-    return idle_seconds, max(limits.lease_ttl_seconds, beats * idle_seconds + LATE_SECONDS)
+    return idle_seconds, max(limits.lease_ttl_seconds, limits.suspect_beats * idle_seconds + LATE_SECONDS)
 
 
 def idle_period_seconds(node_count: int, load: float, limits: LivenessLimits) -> float:

@@ -67,6 +67,11 @@ class LivenessLimits:
     """How long a broken link may take to come back before its session ends and its attempts fail. A killed agent's link breaks as a cut one
 does, and its clients wait for so long. An agent that lives is back within 0.15 s of its line, and four round trips, which are added."""
 
+    @property
+    def suspect_beats(self) -> float:
+        """After so many periods of silence a node is suspect: those missed, and half a beat's patience."""
+        return self.missed_heartbeats_suspect + 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Granted:
@@ -125,7 +130,7 @@ def liveness(signs: SignsOfLife, now: float, limits: LivenessLimits) -> Liveness
     """What the node's silence means at `now`."""
     if now >= lease_ends_at(signs, limits):
         return Liveness.LAPSED
-    if silence_seconds(signs, now) > (limits.missed_heartbeats_suspect + 0.5) * period_seconds(signs, limits):
+    if silence_seconds(signs, now) > limits.suspect_beats * period_seconds(signs, limits):
         return Liveness.SUSPECT
     return Liveness.FRESH
 
@@ -162,17 +167,22 @@ def next_look_at(signs: SignsOfLife, link_lost_at: float | None, limits: Livenes
     return signs.heartbeat_at + OVERDUE_BEATS * period_seconds(signs, limits)
 
 
-def renewal_is_due(granted: Granted, now: float, limits: LivenessLimits, *, is_busy: bool, counts_by_number: bool = True) -> bool:
+def renewal_is_due(
+    granted: Granted, lease_seconds: float, now: float, limits: LivenessLimits, *, is_busy: bool, counts_by_number: bool = True
+) -> bool:
     """Whether a heartbeat is to be answered with a fresh lease: where too little would be left of the last one when the next beat comes.
 
     Args:
         granted: with the last answer.
+        lease_seconds: what the answer would grant. A shorter lease than the last is told at once.
         now: when this heartbeat came.
         limits: the lease and its companions.
         is_busy: it has attempts.
         counts_by_number: the agent counts its lease from when it sent the heartbeat that was answered. An older one counts from the oldest
             that it has no answer for, and needs them sooner.
     """
+    if lease_seconds < granted.lease_seconds:
+        return True
     if not counts_by_number:
         return now - granted.renewed_at >= limits.lease_ttl_seconds * LEFT_SHARE_IDLE
     next_at = now + (limits.heartbeat_busy_seconds if is_busy else told_idle_seconds(granted, limits))

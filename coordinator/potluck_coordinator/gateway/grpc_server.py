@@ -16,7 +16,7 @@ from potluck_coordinator.gateway.interceptors import CallInterceptor
 from potluck_coordinator.gateway.peer_link import FRAME_BYTES_MAX
 from potluck_coordinator.listening import bind_patiently
 from potluck_coordinator.pool_desk import GatewayGrant
-from potluck_protocol.channels import LINK_SERVER_OPTIONS, MESSAGE_BYTES_MAX, SERVER_OPTIONS, Options, options_with
+from potluck_protocol.channels import LINK_SERVER_OPTIONS, SERVER_OPTIONS, Options, options_with
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.v1 import account_pb2_grpc, gateway_pb2_grpc, inference_pb2_grpc, node_pb2_grpc, pool_pb2_grpc
 
@@ -114,7 +114,8 @@ def build_link_server(
 def build_peer_server(grant: GatewayGrant, interceptor: CallInterceptor, forward: gateway_pb2_grpc.GatewayServiceServicer) -> GrpcServer:
     """The port for other gateways, secured as the link port is; `authorisation` tells a gateway's certificate from a node's."""
     check_table()
-    server = _server(interceptor, PEERS_MAX, LINKS_PER_CONNECTION_MAX, shared=False, message_bytes_max=FRAME_BYTES_MAX)
+    frames = {"grpc.max_receive_message_length": FRAME_BYTES_MAX, "grpc.max_send_message_length": FRAME_BYTES_MAX}
+    server = _server(interceptor, PEERS_MAX, LINKS_PER_CONNECTION_MAX, shared=False, options=options_with(SERVER_OPTIONS, frames))
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(forward, server)
     return GrpcServer(server, _mutual(grant), "--ray-address", shared=False)
 
@@ -133,13 +134,7 @@ def _server(
     calls_per_connection_max: int,
     *,
     shared: bool,
-    message_bytes_max: int = MESSAGE_BYTES_MAX,
     options: Options = SERVER_OPTIONS,
 ) -> grpc.aio.Server:
-    changes = {
-        "grpc.max_concurrent_streams": calls_per_connection_max,
-        "grpc.so_reuseport": int(shared),
-        "grpc.max_receive_message_length": message_bytes_max,
-        "grpc.max_send_message_length": message_bytes_max,
-    }
+    changes = {"grpc.max_concurrent_streams": calls_per_connection_max, "grpc.so_reuseport": int(shared)}
     return grpc.aio.server(interceptors=(interceptor,), options=options_with(options, changes), maximum_concurrent_rpcs=calls_max)

@@ -51,12 +51,16 @@ class Leases:
         )
 
     def renew_if_due(self, session: NodeSession, now: float) -> None:
-        """The answer to a heartbeat, where it needs one: also where the node is to hold no more so long a lease."""
-        if session.outbox is None:
-            return
+        """The answer to a heartbeat, where it needs one."""
         idle_seconds, lease_seconds = self._terms(session)
-        rule = {"is_busy": bool(session.attempts), "counts_by_number": session.counts_by_number}
-        if lease_seconds >= session.granted.lease_seconds and not renewal_is_due(session.granted, now, self._limits, **rule):
+        if session.outbox is None or not renewal_is_due(
+            session.granted,
+            lease_seconds,
+            now,
+            self._limits,
+            is_busy=bool(session.attempts),
+            counts_by_number=session.counts_by_number,
+        ):
             return
         session.granted = session.granted.at_renewal(idle_seconds, lease_seconds, now)
         session.outbox.renew_lease(session.epoch, int(lease_seconds * 1000), int(idle_seconds * 1000), session.beat_number)

@@ -24,7 +24,7 @@ from potluck_coordinator.domain.stall import (
 )
 from potluck_coordinator.gateway.directory_word import NOTHING_SAID
 from potluck_coordinator.gateway.node_word import NodeWord
-from potluck_coordinator.gateway.replica_view import ATTEMPTS_PER_NODE_MAX, view_of
+from potluck_coordinator.gateway.replica_view import ATTEMPTS_PER_NODE_MAX, is_serving, view_of
 from potluck_coordinator.gateway.telling import Telling
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AttemptId, EngineState
@@ -357,11 +357,7 @@ class NodeSession:
 
     def models(self, *, ready_only: bool = False) -> frozenset[ModelId]:
         """Those of its replicas, or of those whose engines serve. A view of each replica would take a hundred times as long."""
-        return frozenset(
-            wish.model.model_id
-            for wish, status in self._replicas()
-            if not ready_only or (status is not None and status.state is EngineState.READY and status.slot_count > 0)
-        )
+        return frozenset(wish.model.model_id for wish, status in self._replicas() if not ready_only or is_serving(status))
 
     def _replicas(self) -> Iterator[tuple[DesiredEngine, EngineStatus | None]]:
         """What was wished of it, but for stages behind a group's leader, with what it says of that."""

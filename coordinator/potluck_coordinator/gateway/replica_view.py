@@ -21,6 +21,11 @@ ATTEMPTS_PER_NODE_MAX: Final = 1024
 """Over all its replicas, whatever slots they have; beyond it they count as busy, and requests wait."""
 
 
+def is_serving(status: EngineStatus | None) -> bool:
+    """Whether requests may run on it, by what the node said of it last."""
+    return status is not None and status.state is EngineState.READY and status.slot_count > 0
+
+
 def view_of(session: NodeSession, wish: DesiredEngine, status: EngineStatus | None) -> ReplicaView:
     """The replica of a node's session; `status` is what the node said of it last, None where it does not run."""
     in_flight_count = session.attempts_by_replica.get(wish.replica_id, 0)
@@ -41,7 +46,7 @@ def view_of(session: NodeSession, wish: DesiredEngine, status: EngineStatus | No
         replica_id=wish.replica_id,
         node_id=session.node_id,
         model_id=wish.model.model_id,
-        ready=status is not None and status.state is EngineState.READY and status.slot_count > 0,
+        ready=is_serving(status),
         in_flight_count=in_flight_count,
         node_paused=session.state is not NodeState.SERVING,
         node_suspect=standing is Standing.SUSPECTED or (session.suspect and wish.model.model_id not in session.vouched_models),
