@@ -191,7 +191,7 @@ class RayRuntime:
                 # A process that hangs goes on getting its share of a port's connections, and nobody answers there.
                 _log.error("gateway_killed", actor=name)
                 ray.kill(self._actors[name], no_restart=False)
-                self._answered_at[name] = self._clock.monotonic_seconds()
+            self._answered_at[name] = self._clock.monotonic_seconds()
 
     def restart_gateways(self, drain_seconds_max: float) -> Iterator[RestartStep]:
         """One after another: each lets its answers end, stops, is started again, and serves before the next one begins.

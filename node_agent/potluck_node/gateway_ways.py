@@ -43,9 +43,12 @@ class GatewayWays:
 
     @property
     def target(self) -> str:
-        """Where to dial now."""
-        self._dialled = gateways.target(self._ways, self._clock.monotonic_seconds())
+        """Where the dial goes that was begun last, or has led to."""
         return self._dialled
+
+    def begin_dial(self) -> None:
+        """Chooses the next dial's target, which stays the same until it has come to something, however long that takes."""
+        self._dialled = gateways.target(self._ways, self._clock.monotonic_seconds())
 
     @property
     def greeting_seconds_max(self) -> float:
@@ -61,6 +64,7 @@ class GatewayWays:
         connection = self._connection()
         usable = gateways.usable(said, connection.host or "")
         before, self._ways = self._ways, gateways.after_welcome(connection.link_target, self._dialled, usable)
+        self._dialled = self._ways.last
         if (before.last, set(before.known)) != (self._ways.last, set(self._ways.known)):
             self._write()
 
@@ -76,6 +80,7 @@ class GatewayWays:
     def moved(self) -> None:
         """The connection document has changed: what is dialled comes from there, until a gateway says more."""
         self._ways = Ways(self._connection().link_target)
+        self._dialled = self._ways.last
 
     def _read(self) -> Ways:
         home = self._connection().link_target

@@ -172,6 +172,7 @@ class Link:
             await self._pause(move_seconds + delay_seconds)
             if self._stopping:
                 return
+        self._credentials.gateways.begin_dial()
         try:
             knocks = lease.should_knock(self.session.failure_count)
             await self._credentials.make_ready(knocks=knocks)

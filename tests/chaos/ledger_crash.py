@@ -29,6 +29,7 @@ from sqlalchemy import text
 
 from potluck_coordinator.domain.ledger import LedgerOutcome, SettleHold
 from potluck_coordinator.storage.absence import DatabaseAwayError
+from potluck_protocol.errors import ErrorCode, PotluckError
 from tests.support.books import Books, open_hold
 from tests.support.postgresql import Cluster, cluster
 
@@ -40,6 +41,7 @@ PRICE = 5
 SHARES = ({"bob": 1}, {"bob": 3, "cat": 1})
 """Of 5 cat's share is 1, rounded down."""
 RETRY_SECONDS = 0.02
+RECOVERY_SECONDS_MAX = 30.0
 PROGRESS_ROUNDS = 10
 
 
@@ -69,7 +71,7 @@ def crash(url: str, *, rounds: int, seed: int, server: Cluster | None = None) ->
         acknowledged |= _write_and_kill(url, number, chance.randrange(1, ACKNOWLEDGED_MAX), kill_server)
         outcome.rounds += 1
         outcome.acknowledged = len(acknowledged)
-        _check(url, acknowledged, outcome)
+        _check_once_open(url, acknowledged, outcome)
         if outcome.rounds % PROGRESS_ROUNDS == 0:
             print(outcome, file=sys.stderr, flush=True)
         if not outcome.clean:
@@ -99,6 +101,20 @@ def _write_and_kill(url: str, number: int, wanted: int, kill_server: Callable[[]
     acknowledged = {line.decode().strip() for line in lines if line.endswith(b"\n")}
     assert len(acknowledged) >= wanted, "the writer ended before it was killed"
     return acknowledged
+
+
+def _check_once_open(url: str, acknowledged: set[str], outcome: CrashOutcome) -> None:
+    """A server that has lost a session may let us in for a moment before it ends all sessions and recovers."""
+    give_up_at = time.monotonic() + RECOVERY_SECONDS_MAX
+    while True:
+        try:
+            _check(url, acknowledged, outcome)
+        except PotluckError as error:
+            if error.code is not ErrorCode.COORDINATOR_UNAVAILABLE or time.monotonic() > give_up_at:
+                raise
+            time.sleep(RETRY_SECONDS)
+        else:
+            return
 
 
 def _check(url: str, acknowledged: set[str], outcome: CrashOutcome) -> None:

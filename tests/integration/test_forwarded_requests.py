@@ -63,6 +63,14 @@ async def test_a_stream_crosses_whole_and_is_paid_by_the_gateway_where_it_entere
         await node.wait_for(lambda frame: any(said.next_sequence == 3 for said in frame.acknowledgements))
 
 
+async def test_what_a_gateway_answers_for_another_is_counted_where_its_drain_takes_too_long(tmp_path):
+    async with two_gateways(tmp_path) as (here, there, node):
+        answer, _ = await begin(here, node)
+        assert there.gateway.load == (1, 1)
+        assert await asyncio.wait_for(there.gateway.drain(1.5), 10) == 1
+        await answer.close()
+
+
 async def test_both_gateways_use_one_node_and_neither_passes_its_slots(tmp_path):
     async with two_gateways(tmp_path) as (here, there, node):
         (first, one), (second, two) = await begin(here, node), await begin(there, node, number=1)

@@ -12,11 +12,12 @@ from potluck_coordinator.domain.idempotency import KeyState, KeyUse
 from potluck_coordinator.domain.ledger import LedgerOutcome, MarkDelivered, OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.gateway.gateway import Gateway, ReplacedError
+from potluck_coordinator.node_reports import NodeReport
 from potluck_coordinator.pool_snapshot import PoolSnapshot
 from potluck_coordinator.settings import Settings
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
-from potluck_protocol.values import RequestId
+from potluck_protocol.values import NodeId, NodeState, RequestId
 from tests.support.books import MovableClock
 
 APPLIED, CONFLICT = LedgerOutcome.APPLIED, LedgerOutcome.CONFLICT
@@ -148,3 +149,16 @@ async def test_a_gateway_whose_number_was_given_away_ends(tmp_path):
     finally:
         await gateway.stop()
         directory.close()
+
+
+async def test_a_gateway_that_waited_for_a_plan_was_not_silent(pool, monkeypatch):
+    first, second = await pool.begin(0), await pool.begin(1)
+
+    async def long_plan() -> None:
+        pool.clock.advance(SILENCE_SECONDS_MAX)
+
+    monkeypatch.setattr(pool.directory.nodes, "refresh", long_plan)
+    report = NodeReport(NodeId("new"), 1, 0.0, False, NodeState.SERVING, ())
+    await pool.directory.nodes.report([report], {}, gateway_epoch=second)
+    await pool.report(first)
+    assert await pool.seen() == {0: "host:8000", 1: "host:8001"}

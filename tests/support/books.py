@@ -81,8 +81,12 @@ class Books:
         self.joins = 0
         self.is_sqlite = url.startswith("sqlite")
         self.store = Store(url)
-        self.store.migrate()
-        self.gateways_are(1)
+        try:
+            self.store.migrate()
+            self.gateways_are(1)
+        except BaseException:
+            self.store.close()
+            raise
         self.authority = CountingAuthority()
         self.ledger = LedgerDesk(self.store, self.clock, fee_basis_points=FEE_BASIS_POINTS)
         self.accounts = Accounts(

@@ -113,10 +113,10 @@ def test_a_host_of_six_groups_stands_in_brackets():
 
 
 class Clock:
-    now = 100.0
+    seconds = 100.0
 
     def monotonic_seconds(self) -> float:
-        return self.now
+        return self.seconds
 
     def unix_ms(self) -> int:
         return 0
@@ -136,8 +136,12 @@ def test_an_agent_that_starts_anew_knows_the_gateways(tmp_path):
     ways.linked((":8603", "gw2:8604"))
     assert ways.target == ONE
     again = ways_of(tmp_path, clock)
-    made = [again.target for _ in range(3) if again.failed() is None or True]
-    assert set(made) == {"gw2:8604", HOME, ONE}
+    made = set()
+    for _ in range(3):
+        again.begin_dial()
+        made.add(again.target)
+        again.failed()
+    assert made == {"gw2:8604", HOME, ONE}
     assert (tmp_path / FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
@@ -158,5 +162,22 @@ def test_a_coordinator_of_before_says_nothing_and_its_port_stays_the_way(tmp_pat
     ways = ways_of(tmp_path, Clock())
     ways.linked(())
     ways.lost(is_let_go=True)
+    ways.begin_dial()
     assert ways.target == HOME
     assert not json.loads((tmp_path / FILE_NAME).read_text())["known"] if (tmp_path / FILE_NAME).exists() else True
+
+
+def test_a_dial_of_the_last_gateway_that_takes_long_leaves_the_others_untried_and_their_nodes_spread(tmp_path):
+    clock = Clock()
+    ways = ways_of(tmp_path, clock)
+    ways.linked(("one:1", "two:1"))
+    ways.lost(is_let_go=False)
+    ways.begin_dial()
+    clock.seconds += 2 * LAST_ALONE_SECONDS
+    assert ways.target == "one:1", "its error is worded now"
+    ways.failed()
+    assert ways.delay_seconds(1.0) == MOVE_SPREAD_SECONDS
+    ways.begin_dial()
+    assert ways.target != "one:1"
+    ways.failed()
+    assert ways.delay_seconds(1.0) == 0.0

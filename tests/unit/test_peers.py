@@ -25,6 +25,7 @@ class Links:
         self.measures = Measures(self.monotonic_seconds)
         self.remote: dict[NodeId, object] = {}
         self.changed: list[str] = []
+        self.begun_elsewhere = lambda _node_id, _epoch: None
         self.node_changed = self.changed.append
 
     def monotonic_seconds(self) -> float:
@@ -86,16 +87,31 @@ def test_a_node_of_which_something_is_new_is_looked_at_and_no_other(heard, monke
     assert (heard.in_flight("n7"), heard.in_flight("n8")) == (3, 0)
 
 
-def test_what_was_sent_to_a_node_is_counted_until_it_is_in_the_view_whatever_else_that_says(heard):
+async def test_what_was_sent_to_a_node_is_counted_until_it_is_in_the_view_whatever_else_that_says(heard):
     said = nodes(3)
     heard.hear(said)
     heard.send("n1")
     assert heard.in_flight("n1") == 1
+    assert heard.hear(said, starts_seen=1) == ["n1"]
+    assert heard.in_flight("n1") == 1, "it has not left, so that nobody can have seen it"
+    await heard.peer.way.outbox.take()
     assert heard.hear(said) == ["n1"]
     assert heard.in_flight("n1") == 1
     # It came, and is over: the row is what it was.
     assert heard.hear(said, starts_seen=1) == ["n1"]
     assert heard.in_flight("n1") == 0
+
+
+async def test_one_that_was_given_up_before_it_left_is_not_counted_among_those_that_did(heard):
+    said = nodes(3)
+    heard.hear(said)
+    heard.send("n1")
+    heard.send("n2")
+    heard.links.remote[NodeId("n1")].finish(AttemptId("to n1"), replica_view("n1").replica_id)
+    frame = await heard.peer.way.outbox.take()
+    assert [start.start.attempt_id for start in frame.starts] == ["to n2"]
+    heard.hear(said, starts_seen=1)
+    assert (heard.in_flight("n1"), heard.in_flight("n2")) == (0, 0)
 
 
 def test_that_a_node_was_full_is_taken_back_by_the_next_view_though_nothing_has_changed(heard):

@@ -267,6 +267,8 @@ class Nodes:
         self.on_reports(reports)
         if any(changed) or waits_anew:
             await self.refresh()
+            # The gateway waited for the plan and said nothing meanwhile: that is not its silence.
+            self.gateway_speaks(gateway_epoch)
         last_report_ms, self._reported_at_ms = self._reported_at_ms, self._steady_ms()
         self._reported_at_ms_by_gateway[gateway_epoch] = self._reported_at_ms
         if uptime.went_unwatched(last_report_ms, self._reported_at_ms):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from potluck_coordinator.gateway.parting import leave, let_leavers_go
+from potluck_coordinator.gateway.passing_relay import PassingRelay
 
 if TYPE_CHECKING:
     from potluck_coordinator.gateway.grpc_server import GrpcServer
@@ -64,11 +65,18 @@ async def drain(
                 next_go_at = loop.time() + GO_SECONDS
                 leave(links, max(1, int(len(links) * GO_SHARE)))
             let_leavers_go(links)
-        if requests.in_flight_count == 0 and (nodes is None or not len(links)) and all(one.done() for one in closing):
+        if not answers_left(links, requests) and (nodes is None or not len(links)) and all(one.done() for one in closing):
             break
         await asyncio.sleep(LOOK_SECONDS)
     for one in closing:
         one.cancel()
     await asyncio.gather(*closing, return_exceptions=True)
-    _log.info("gateway_drained", node_count=len(links), in_flight_count=requests.in_flight_count)
-    return requests.in_flight_count
+    left_count = answers_left(links, requests)
+    _log.info("gateway_drained", node_count=len(links), left_count=left_count)
+    return left_count
+
+
+def answers_left(links: Links, requests: RequestService) -> int:
+    """What a stop would break off: answers to this gateway's clients, and what its nodes answer for other gateways."""
+    passing_count = sum(isinstance(relay, PassingRelay) for session in links.sessions for relay in session.attempts.values())
+    return requests.in_flight_count + passing_count

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ForwardOutbox:
     """Belongs to one link between gateways. What is put into it leaves at the loop's next turn, or behind the frame on its way."""
 
-    __slots__ = ("_acknowledged", "_filled", "_finishes", "_starts", "start_count")
+    __slots__ = ("_acknowledged", "_filled", "_finishes", "_numbers", "_start_count", "_starts")
 
     def __init__(self) -> None:
         self._starts: dict[AttemptId, gateway_pb2.ForwardedStart] = {}
@@ -30,8 +30,9 @@ class ForwardOutbox:
         self._finishes: list[gateway_pb2.ForwardedFinish] = []
         self._acknowledged: dict[AttemptId, int] = {}
         self._filled = asyncio.Event()
-        self.start_count = 0
-        """Of all that have left or are about to: the other gateway's view tells how many of them are in it."""
+        self._numbers: dict[AttemptId, int] = {}
+        """Of those that have left and are not over, the how manieth each was: the other gateway's view tells how many of them are in it."""
+        self._start_count = 0
 
     def start(self, start: StartAttempt, node_id: NodeId, request: InferenceRequest, tried: frozenset[NodeId]) -> None:
         """An attempt for a node of the other gateway."""
@@ -53,19 +54,23 @@ class ForwardOutbox:
         if request.work is not None:
             message.expected_prompt_tokens, message.expected_answer_tokens = request.work.prompt_tokens, request.work.answer_tokens
         self._starts[start.attempt_id] = message
-        self.start_count += 1
         self._filled.set()
 
     def finish(self, attempt_id: AttemptId, counted: Counted) -> None:
         """Nobody waits for an attempt any more; what it came to."""
-        if self._starts.pop(attempt_id, None) is not None:
-            self.start_count -= 1
+        self._starts.pop(attempt_id, None)
+        self._numbers.pop(attempt_id, None)
         finish = gateway_pb2.ForwardedFinish(attempt_id=attempt_id, token_count=counted.token_count, was_outrun=counted.was_outrun)
         if counted.usage is not None:
             finish.usage.CopyFrom(codec.usage_message(counted.usage))
         self._finishes.append(finish)
         self._acknowledged.pop(attempt_id, None)
         self._filled.set()
+
+    def is_among(self, attempt_id: AttemptId, starts_seen: int) -> bool:
+        """Whether an attempt is one of the first so many that have left."""
+        number = self._numbers.get(attempt_id)
+        return number is not None and number <= starts_seen
 
     def acknowledge(self, attempt_id: AttemptId, next_sequence: int) -> None:
         """The chunks that have left for the client: those before this number."""
@@ -92,3 +97,5 @@ class ForwardOutbox:
                 return
             frame.starts.append(start)
             del self._starts[attempt_id]
+            self._start_count += 1
+            self._numbers[attempt_id] = self._start_count

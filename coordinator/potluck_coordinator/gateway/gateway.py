@@ -24,7 +24,7 @@ from potluck_coordinator.gateway.account_servicer import AccountServicer
 from potluck_coordinator.gateway.as_set import host_port, link_address, liveness_limits, request_limits
 from potluck_coordinator.gateway.attempt_ids import new_attempt_id
 from potluck_coordinator.gateway.dispatching import Books
-from potluck_coordinator.gateway.draining import drain
+from potluck_coordinator.gateway.draining import answers_left, drain
 from potluck_coordinator.gateway.enrolment_servicer import EnrolmentServicer
 from potluck_coordinator.gateway.forward_servicer import ForwardServicer
 from potluck_coordinator.gateway.grpc_server import GrpcServer, build_grpc_server, build_link_server, build_peer_server
@@ -155,6 +155,7 @@ class Gateway:
                 self._ledger.run(),
                 self._watch(),
                 _every(LOOK_SECONDS, self._tick),
+                _every(REPORT_SECONDS, self._mark_delivered),
                 _every(REPORT_SECONDS, self._report),
             )
         ]
@@ -188,8 +189,8 @@ class Gateway:
 
     @property
     def load(self) -> tuple[int, int]:
-        """The answers under way, and the nodes."""
-        return self.requests.in_flight_count, len(self._links)
+        """The answers under way, other gateways' on these nodes included, and the nodes."""
+        return answers_left(self._links, self.requests), len(self._links)
 
     async def stop(self) -> None:
         """Ends answers with an error, says goodbye to the nodes, hands the last settlements over and closes the ports."""
@@ -313,16 +314,22 @@ class Gateway:
         self._links.tick()
         self.requests.queues.serve_all()
 
-    async def _report(self) -> None:
+    async def _mark_delivered(self) -> None:
+        """Beside the report, which may wait for the directory's plan."""
         self.requests.mark_delivered()
+
+    async def _report(self) -> None:
         self._links.leases.adapt(len(self._links), self._load.note(time.process_time(), self._clock.monotonic_seconds()))
         try:
-            let_go(self._links, await self._links.report(self.requests.waiting_counts))
+            surplus_count = await self._links.report(self.requests.waiting_counts)
         except PotluckError as error:
             if error.code is ErrorCode.ALREADY_EXISTS:
                 # A ghost's clients would wait for holds that nobody grants it.
                 raise ReplacedError(error.message) from error
             raise
+        # The directory takes a gateway that was killed for there a while longer; nodes sent to it would come back, again and again.
+        if self._peers is not None and self._peers.has_met(self._snapshot.gateways):
+            let_go(self._links, surplus_count)
         await self._note_counts()
 
     async def _note_counts(self) -> None:

@@ -94,6 +94,7 @@ class PeerLink:
             if call.done():  # gRPC gives a call that could not be made empty metadata
                 return await call.details() or "it could not be opened"
             outbox = self._way.outbox = ForwardOutbox()
+            self._way.starts_seen = 0  # what was seen of another link's says nothing of this one's
             _log.info("gateway_linked", peer_epoch=self._epoch)
             self._on_change()
             self._heard_at = self._clock.monotonic_seconds()

@@ -167,6 +167,7 @@ class Peers:
             peer.nodes.pop(node_id, None)
             return
         epoch, node = said[0].epoch, peer.nodes.get(node_id)
+        self._links.begun_elsewhere(node_id, epoch)
         if node is None or node.epoch != epoch:
             node = peer.nodes[node_id] = RemoteNode(node_id, epoch, peer.way, self._links.measures)
         node.tell({shared.view.replica_id: shared.view for shared in said if shared.epoch == epoch})

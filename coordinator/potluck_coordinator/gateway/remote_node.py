@@ -57,8 +57,8 @@ class RemoteNode:
         self._way = way
         self._measures = measures
         self._replicas: dict[ReplicaId, ReplicaView] = {}
-        self._sent: dict[AttemptId, tuple[ReplicaId, int]] = {}
-        """Attempts of this gateway's there: on which replica, and the how manieth that was sent to its gateway."""
+        self._sent: dict[AttemptId, ReplicaId] = {}
+        """Attempts of this gateway's there, and on which replica."""
         self._full: set[ReplicaId] = set()
         """Those that had no room in spite of the newest view."""
 
@@ -90,7 +90,7 @@ class RemoteNode:
     def refused(self, attempt_id: AttemptId) -> None:
         """Its gateway had no room for the attempt there: nothing more is sent to the replica before the next view."""
         if attempt_id in self._sent:
-            self._full.add(self._sent[attempt_id][0])
+            self._full.add(self._sent[attempt_id])
 
     def replica_views(self, model_id: ModelId | None = None) -> Iterator[ReplicaView]:
         """Its replicas, of one model or all, as placement sees them."""
@@ -108,7 +108,7 @@ class RemoteNode:
             raise PotluckError(ErrorCode.NO_CAPACITY, retry_after_seconds=1)
         self._way.relays[start.attempt_id], self._way.nodes[start.attempt_id] = relay, self
         outbox.start(start, self.node_id, request, tried)
-        self._sent[start.attempt_id] = start.replica_id, outbox.start_count
+        self._sent[start.attempt_id] = start.replica_id
         self._measures.begin(start.replica_id, start.attempt_id, request, relay)
 
     def finish(self, attempt_id: AttemptId, replica_id: ReplicaId) -> None:
@@ -146,5 +146,6 @@ class RemoteNode:
         )
 
     def _new_at(self, replica_id: ReplicaId) -> list[AttemptId]:
-        seen = self._way.starts_seen
-        return [attempt_id for attempt_id, (where, number) in self._sent.items() if where == replica_id and number > seen]
+        outbox, seen = self._way.outbox, self._way.starts_seen
+        sent = (attempt_id for attempt_id, where in self._sent.items() if where == replica_id)
+        return [attempt_id for attempt_id in sent if outbox is None or not outbox.is_among(attempt_id, seen)]
