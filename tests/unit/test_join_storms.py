@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import structlog
@@ -12,8 +14,18 @@ from potluck_coordinator.directory.gathering import LOT_MAX, Gathering
 from potluck_coordinator.domain.doorway import COME_AGAIN_SECONDS, WAITING_MAX, come_again_seconds
 from potluck_coordinator.gateway import doorway as doorway_module
 from potluck_coordinator.gateway.doorway import Doorway
-from potluck_coordinator.log_surges import LINES_PER_SECOND_MAX, LogSurges
+from potluck_coordinator.log_surges import LINES_PER_SECOND_MAX, OF_NODES, LogSurges
 from potluck_protocol.errors import ErrorCode, PotluckError
+
+COORDINATOR = Path(__file__).resolve().parents[2] / "coordinator/potluck_coordinator"
+NEVER_HELD_BACK = {
+    "grpc_call": "a request's own line; those of links are held back by their method",
+    "node_revoked": "the operator's own doing, one command each",
+    "node_trusted": "as that",
+    "node_distrusted": "as that",
+    "settlement_refused": "money: each one counts",
+}
+"""Events that name a node, a replica or an attempt all the same."""
 
 
 class Books:
@@ -141,3 +153,33 @@ def test_ordinary_joins_keep_their_lines_and_nothing_else_is_said(log):
         structlog.get_logger().info("node_connected", node_id=second)
         surges.tell()
     assert [line["event"] for line in written] == ["node_connected"] * 20
+
+
+def logged_events():
+    """Each log call of the coordinator: its event, where that is written out, and the names of what it tells beside it."""
+    for path in COORDINATOR.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "_log":
+                names = {keyword.arg for keyword in call.keywords if keyword.arg} | set(ast.unparse(call).split("'"))
+                for word in ast.walk(call.args[0]):
+                    if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                        yield word.value, names
+
+
+def test_every_event_that_names_a_node_a_replica_or_an_attempt_is_held_to_so_many_a_second():
+    events = list(logged_events())
+    of_nodes = {event for event, names in events if names & {"node_id", "replica_id", "attempt_id"}}
+    assert {"node_connected", "attempt_stalled", "replica_standing_changed", "grpc_call"} <= of_nodes, "none is found any more"
+    assert of_nodes - OF_NODES == set(NEVER_HELD_BACK), "a new event belongs in OF_NODES, or here with its reason"
+    assert {event for event, _ in events} >= OF_NODES, "an event has another name now"
+
+
+def test_lines_of_attempts_and_replicas_are_held_back_as_those_of_nodes_are(log):
+    written, now, surges = log
+    for _ in range(500):
+        for event in sorted(OF_NODES):
+            structlog.get_logger().warning(event)
+    assert len(written) == len(OF_NODES) * LINES_PER_SECOND_MAX
+    now[0] = 1.0
+    surges.tell()
+    assert written[-1] == {"event": "lines_held_back", **dict.fromkeys(OF_NODES, 500 - LINES_PER_SECOND_MAX)}
