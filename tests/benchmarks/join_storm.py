@@ -32,6 +32,7 @@ import potluck.command  # noqa: F401 - the loop of gRPC's that it names is that 
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_protocol.clock import SystemClock
 from tests.benchmarks.processes import CpuReading
+from tests.benchmarks.versions import versions
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.node_fleet import Fleet, enrol_nodes
 from tests.support.simulated_agents import Nodes
@@ -42,7 +43,9 @@ LINES_PER_SECOND_MAX: Final = 60
 GIVE_UP_SECONDS: Final = 90.0
 QUIET_SECONDS: Final = 3.0
 """After a storm, for what is still to be told."""
-VICTIMS: Final = ("gateway", "coordinator")
+COUNTED_FROM: Final = {"gateway": "the kill", "coordinator": "the next one served"}
+"""By victim, what `half_back_seconds` and `all_back_seconds` count from."""
+VICTIMS: Final = tuple(COUNTED_FROM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,11 @@ class Storm:
     victim: str
     node_count: int
     listening_after_seconds: float
-    """From the kill until the first node was welcomed again."""
+    """From the kill until the first node was welcomed again, whoever was killed."""
     half_back_seconds: float
+    """From a gateway's kill, or from when the next coordinator serves."""
     all_back_seconds: float
-    """Of all nodes; what the mark is on."""
+    """As that, of all nodes; what the mark is on."""
     dials: int
     """Of all agents together, until everybody was back."""
     failed_dials: dict[str, int]
@@ -159,8 +163,9 @@ class Pool:
 
 def show(storm: Storm) -> str:
     return (
-        f"{storm.victim} killed, {storm.node_count} nodes: the first back after {storm.listening_after_seconds} s, half of them "
-        f"{storm.half_back_seconds} s and all {storm.all_back_seconds} s from when it counts (mark: {BACK_SECONDS_MAX:.0f} s)\n"
+        f"{storm.victim} killed, {storm.node_count} nodes: the first back {storm.listening_after_seconds} s after the kill; half of them "
+        f"{storm.half_back_seconds} s and all {storm.all_back_seconds} s after {COUNTED_FROM[storm.victim]} "
+        f"(mark: {BACK_SECONDS_MAX:.0f} s)\n"
         f"  {storm.dials} dials, by second {storm.dials_each_second}; welcomes {storm.welcomes_each_second}\n"
         f"  failed dials {storm.failed_dials}\n"
         f"  CPU seconds {storm.cpu_seconds}\n"
@@ -180,13 +185,13 @@ def main() -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    storms = []
+    storms, programs = [], versions(())
     with tempfile.TemporaryDirectory(prefix="potluck-storm-") as folder, ExitStack() as stack:
         pool = Pool(Path(folder), stack, arguments.nodes, say)
         for victim in arguments.victims:
             storm = pool.storm(victim)
             storms.append(storm)
-            print(json.dumps({**asdict(storm), "met": storm.met}) if arguments.json else show(storm), flush=True)
+            print(json.dumps({**asdict(storm), "met": storm.met, "versions": programs}) if arguments.json else show(storm), flush=True)
     return 0 if all(storm.met for storm in storms) else 1
 
 

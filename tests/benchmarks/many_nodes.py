@@ -9,9 +9,10 @@ own over mutual TLS. CPU time is the processes' own, all threads together, so th
 - A node's memory: resident bytes with the second count less those with the first, over the nodes in between.
 - Joining: CPU time while those between the first count and the second come, handshake, hello and first wish included, over their number.
 - Idle nodes: with both counts the agents beat as the coordinator tells them, and in turns not at all. All of the coordinator's processes
-  are counted (gateway, directory, driver and Ray's own). What they cost a second without heartbeats is taken to grow with the nodes as it
-  does from the first count to the second; what a heartbeat costs the gateway is the difference, with the second count. For 10,000 that
-  comes to as many heartbeats as so many nodes are told to send (`scaling.IdleCosts`), window by window.
+  are counted (gateway, directory, driver and Ray's own). What the gateway costs a second without heartbeats, and the others in the whole
+  window, is taken to grow with the nodes as it does from the first count to the second; what a heartbeat costs the gateway is the
+  difference, with the second count. For 10,000 that comes to as many heartbeats as so many nodes are told to send (`scaling.IdleCosts`),
+  window by window.
 
 Marks, by the pessimistic end of the interval: a heartbeat <= 1.3 x the bare server's; memory <= 1.5 x; 10,000 idle nodes <= 0.4 core.
 Progress goes to standard error. Ends with 1 where a mark is not met.
@@ -40,7 +41,8 @@ from potluck_coordinator.directory.certificate_authority import CertificateAutho
 from potluck_protocol.clock import SystemClock
 from tests.benchmarks.arithmetic import Estimate, estimate, ratios
 from tests.benchmarks.processes import Child, CpuReading, descendants, resident_bytes
-from tests.benchmarks.scaling import idle_costs_of
+from tests.benchmarks.scaling import IdleCosts, idle_costs_of_pairs
+from tests.benchmarks.versions import versions
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.node_fleet import Fleet, bare_links, enrol_nodes
 from tests.support.simulated_agents import Nodes
@@ -75,8 +77,10 @@ class Window:
     beats_per_second: float
     cores: dict[str, float]
     """With heartbeats, as the coordinator has them."""
+    seconds: float
     silent_cores: dict[str, float]
     """Without any, just after."""
+    silent_seconds: float
     bare_cores: float
     resident_bytes: dict[str, int]
 
@@ -182,7 +186,8 @@ class Bench:
             _, silent = self._cores(SILENT_SECONDS)
             bare = cores.pop("bare")
             resident = {name: sum(map(resident_bytes, group)) for name, group in groups.items()}
-            windows.append(Window(count, beats, cores, {name: silent[name] for name in cores}, bare, resident))
+            silent = {name: silent[name] for name in cores}
+            windows.append(Window(count, beats, cores, seconds, silent, SILENT_SECONDS, bare, resident))
         return Idle(count, periods, windows)
 
     def _cores(self, seconds: float) -> tuple[float, dict[str, float]]:
@@ -219,8 +224,11 @@ def _beat_micros(fleet: Fleet, process_id: int, seconds: float) -> tuple[float, 
 
 def reckoned_cores(small: Idle, large: Idle, node_count: int) -> list[float]:
     """What so many idle nodes would cost all processes together, by one window of each count after the other."""
-    pairs = zip(small.windows, large.windows, strict=True)
-    return [idle_costs_of(asdict(few), asdict(many)).all_cores(node_count, 1) for few, many in pairs]
+    return [costs.all_cores(node_count, 1) for costs in idle_costs(small, large)]
+
+
+def idle_costs(small: Idle, large: Idle) -> list[IdleCosts]:
+    return idle_costs_of_pairs(*([asdict(window) for window in one.windows] for one in (small, large)))
 
 
 def memory_per_node(few: Window, many: Window) -> dict[str, float]:
@@ -262,9 +270,10 @@ def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
         ):
             shown = ", ".join(f"{name} {cores:.3f}" for name, cores in one[key].items())
             lines.append(f"{one['node_count']} idle nodes, {words}: cores {shown}; bare server {one['bare_cores']:.3f}")
-    costs = idle_costs_of(small.medians(), large.medians())
-    reckoned = f"{costs.gateway_cores(IDLE_NODES, 1):.3f} of {costs.all_cores(IDLE_NODES, 1):.3f} cores"
-    lines.append(f"{IDLE_NODES:,} idle nodes, reckoned, a beat {costs.beat_micros:.0f} us: gateway {reckoned}")
+    costs = idle_costs(small, large)
+    gateway_cores = median(one.gateway_cores(IDLE_NODES, 1) for one in costs)
+    reckoned = f"{gateway_cores:.3f} of {median(reckoned_cores(small, large, IDLE_NODES)):.3f} cores"
+    lines.append(f"{IDLE_NODES:,} idle nodes, reckoned, a beat {median(one.beat_micros for one in costs):.0f} us: gateway {reckoned}")
     for mark in marks_of(rounds, small, large):
         shown = f"{mark.estimate.median:.2f} ({mark.estimate.low:.2f} to {mark.estimate.high:.2f}) {mark.unit}, at most {mark.limit}"
         lines.append(f"{'met    ' if mark.met else 'NOT MET'}  {mark.name}: {shown}")
@@ -298,6 +307,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    programs = versions(())
     with tempfile.TemporaryDirectory(prefix="potluck-nodes-") as folder, ExitStack() as stack:
         bench = Bench(Path(folder), stack, many, say)
         bench.link(few)
@@ -306,7 +316,7 @@ def main() -> int:
         joining = bench.link(many)
         large = bench.idle(many, *idle)
     shown = table(rounds, small, large) + "\njoining, CPU ms a node: " + ", ".join(f"{name} {cost:.1f}" for name, cost in joining.items())
-    found = {**as_json(rounds, small, large), "joining_milliseconds_per_node": joining}
+    found = {"versions": programs, **as_json(rounds, small, large), "joining_milliseconds_per_node": joining}
     print(json.dumps(found) if arguments.json else shown, flush=True)
     return 0 if all(mark.met for mark in marks_of(rounds, small, large)) else 1
 

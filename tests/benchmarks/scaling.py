@@ -30,6 +30,9 @@ FOLDER: Final = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 MEASURED_NODES: Final = FOLDER / "many-nodes.json"
 MEASURED_RELAY: Final = FOLDER / "relay-peers.json"
 NODE_COUNTS: Final = (1_000, 10_000, 100_000)
+WINDOW_SECONDS: Final = 8.0
+SILENT_SECONDS: Final = 1.5
+"""How long a window's two readings lasted, where a file does not say so itself: one that was written before it did."""
 GATEWAY_CORES_MAX: Final = 0.6
 """Of the one core that a gateway's process can use: the rest is for bursts, and for the nodes of one that died."""
 DIRECTORY_CORES_MAX: Final = 0.8
@@ -55,7 +58,9 @@ class IdleCosts:
     """Of nodes that only wait."""
 
     cores: Mapping[str, Line]
-    """By process; the gateway's without heartbeats, the others' with those that came then, though they hear of few of them."""
+    """By process; the gateway's without heartbeats. The others hear of who is there three times a lease, whether or not it beats meanwhile,
+    and of a heartbeat only where it brings news, as an idle node's does once a minute: theirs is that of the whole window, with heartbeats
+    and without, so that no plan that was made in it is left out."""
     beat_micros: float
     """The gateway's, of one heartbeat and its share of an answer."""
 
@@ -75,7 +80,9 @@ class IdleCosts:
 class Costs:
     """All that was measured."""
 
-    idle: IdleCosts
+    idle: Sequence[IdleCosts]
+    """By pairs of windows. The median of what they come to counts, not what the medians of their parts come to: a plan falls into few
+    windows, and would be in no such median."""
     resident_bytes: Mapping[str, Line]
     joining_ms: Mapping[str, float]
     token_micros: float
@@ -110,17 +117,39 @@ class Need:
         return self.directory_cores <= DIRECTORY_CORES_MAX and self.gateways <= GATEWAYS_MAX
 
 
+def line_through(few_count: int, few: float, many_count: int, many: float) -> Line:
+    """What two counts spent."""
+    each = max(0.0, (many - few) / (many_count - few_count))
+    return Line(max(0.0, many - each * many_count), each)
+
+
 def line_of(few: Mapping[str, Any], many: Mapping[str, Any], key: str, process: str) -> Line:
     """Through two counts."""
-    each = max(0.0, (many[key][process] - few[key][process]) / (many["node_count"] - few["node_count"]))
-    return Line(max(0.0, many[key][process] - each * many["node_count"]), each)
+    return line_through(few["node_count"], few[key][process], many["node_count"], many[key][process])
+
+
+def whole_cores(window: Mapping[str, Any], process: str) -> float:
+    """What a process spent over both readings of a window, each by its seconds."""
+    seconds, silent_seconds = window.get("seconds", WINDOW_SECONDS), window.get("silent_seconds", SILENT_SECONDS)
+    return (window["cores"][process] * seconds + window["silent_cores"][process] * silent_seconds) / (seconds + silent_seconds)
 
 
 def idle_costs_of(few: Mapping[str, Any], many: Mapping[str, Any]) -> IdleCosts:
-    """Of two counts, each measured with heartbeats (`cores`) and without (`silent_cores`)."""
-    lines = {name: line_of(few, many, "silent_cores" if name == "gateway" else "cores", name) for name in many["cores"]}
+    """Of a window of each of two counts, each measured with heartbeats (`cores`) and just after without (`silent_cores`)."""
+    counts = few["node_count"], many["node_count"]
+    lines = {
+        name: line_through(counts[0], whole_cores(few, name), counts[1], whole_cores(many, name))
+        for name in many["cores"]
+        if name != "gateway"
+    }
+    lines["gateway"] = line_of(few, many, "silent_cores", "gateway")
     beats_cores = many["cores"]["gateway"] - many["silent_cores"]["gateway"]
     return IdleCosts(lines, max(0.0, beats_cores) / many["beats_per_second"] * 1e6)
+
+
+def idle_costs_of_pairs(few: Sequence[Mapping[str, Any]], many: Sequence[Mapping[str, Any]]) -> list[IdleCosts]:
+    """Of one window of each count after the other."""
+    return [idle_costs_of(*pair) for pair in zip(few, many, strict=True)]
 
 
 def costs_of(nodes: Mapping[str, Any], rounds: Sequence[Turn]) -> Costs:
@@ -131,7 +160,7 @@ def costs_of(nodes: Mapping[str, Any], rounds: Sequence[Turn]) -> Costs:
         return median(turn.cpu[workload][process] for turn in rounds)
 
     return Costs(
-        idle_costs_of(few, many),
+        idle_costs_of_pairs(few["windows"], many["windows"]),
         {name: line_of(few, many, "resident_bytes", name) for name in many["cores"]},
         nodes["joining_milliseconds_per_node"],
         micros("paced", "gateway"),
@@ -142,14 +171,18 @@ def costs_of(nodes: Mapping[str, Any], rounds: Sequence[Turn]) -> Costs:
 
 def need_of(node_count: int, costs: Costs) -> Need:
     """As few gateways as bear it, for more of them cost a little more each."""
+
+    def idle_gateway_cores(gateways: int) -> float:
+        return median(one.gateway_cores(node_count, gateways) for one in costs.idle)
+
     requests, tokens = node_count * costs.requests_per_node_second, node_count * costs.tokens_per_node_second
     busy_cores = (requests * costs.request_micros + tokens * costs.token_micros) / 1e6
     gateways = math.ceil(node_count / LINKS_MAX)
-    idle_cores = costs.idle.all_cores(node_count, gateways)
-    while (costs.idle.gateway_cores(node_count, gateways) + busy_cores) / gateways > GATEWAY_CORES_MAX:
+    idle_cores = median(one.all_cores(node_count, gateways) for one in costs.idle)
+    while (idle_gateway_cores(gateways) + busy_cores) / gateways > GATEWAY_CORES_MAX:
         gateways += 1
-    gateway_cores = costs.idle.gateway_cores(node_count, gateways) + busy_cores
-    directory_cores = costs.idle.cores["directory"].at(node_count) + requests * costs.directory_request_micros / 1e6
+    gateway_cores = idle_gateway_cores(gateways) + busy_cores
+    directory_cores = median(one.cores["directory"].at(node_count) for one in costs.idle) + requests * costs.directory_request_micros / 1e6
     memory = gateways * costs.resident_bytes["gateway"].base + costs.resident_bytes["gateway"].each * node_count
     memory += sum(line.at(node_count) for name, line in costs.resident_bytes.items() if name != "gateway")
     back = max(node_count / gateways * costs.joining_ms["gateway"], node_count * costs.joining_ms["directory"]) / 1000

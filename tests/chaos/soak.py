@@ -36,6 +36,7 @@ import structlog
 from potluck_coordinator.directory.certificate_authority import CertificateAuthority
 from potluck_coordinator.gateway.decisions import STORIES_MAX
 from potluck_protocol.clock import SystemClock
+from tests.benchmarks.versions import versions
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.node_fleet import Fleet, enrol_nodes
 from tests.support.pool_processes import NodeProcess, Pool, command, new_invite, write_catalogue
@@ -227,12 +228,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    programs = versions(())
     with tempfile.TemporaryDirectory(prefix="potluck-soak-") as folder, soaked_pool(Path(folder)) as (pool, fleet):
         print(f"{FILL_COUNT} short answers first", file=sys.stderr, flush=True)
         fill(pool)
         print(f"{arguments.minutes:g} minutes of coming and going", file=sys.stderr, flush=True)
         figures, counts = soak(pool, fleet, arguments.minutes * 60)
-    shown: dict[str, Any] = {"figures": [{**asdict(figure), "verdict": figure.verdict} for figure in figures], "doings": dict(counts)}
+    told = [{**asdict(figure), "verdict": figure.verdict} for figure in figures]
+    shown: dict[str, Any] = {"versions": programs, "figures": told, "doings": dict(counts)}
     print(json.dumps(shown) if arguments.json else "\n".join([*map(str, figures), f"what went on: {dict(counts)}"]), flush=True)
     did_nothing = not all(counts[name] for name in ("answered", "given up", "keys", "deaths", "comings and goings"))
     return 1 if did_nothing or any(figure.verdict is not Verdict.FLAT for figure in figures) else 0
