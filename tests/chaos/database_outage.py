@@ -4,7 +4,8 @@
 
 prints a line for each round and exits 1 if anything that was promised is broken: answers that were running end whole and are paid, what is
 asked meanwhile gets 503 with `Retry-After` and is told so soon, answers come again within seconds of the server's return, no hold stays
-open, the books balance, and to the micro-credit nobody paid anything but what clients were shown.
+open, the books balance, and to the micro-credit nobody paid anything but what clients were shown. Every second client names idempotency
+keys, and asks under the same one until it has its answer: none is locked, and none is paid twice.
 
 The coordinator, the node and the server are processes of their own; clients speak HTTP.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import sys
 import tempfile
 import threading
@@ -28,11 +30,12 @@ from urllib.error import HTTPError
 
 from tests.chaos.coordinator_loss import wait_without_holds
 from tests.support.coordinator_process import CoordinatorProcess
-from tests.support.pool_processes import NodeProcess, Pool, new_invite, write_catalogue
+from tests.support.pool_processes import SLOT_COUNT, NodeProcess, Pool, new_invite, write_catalogue
 from tests.support.postgresql import Cluster, cluster
 
 HOW = ("stopped", "killed", "frozen")
-CLIENT_COUNT = 8
+CLIENT_COUNT = SLOT_COUNT + 2
+"""So some wait for a place with their keys claimed when the server goes, and are refused then."""
 PROMPT_PRICE, COMPLETION_PRICE = 1, 4
 """Micro-credits, as the catalogue says."""
 REFUSED_SECONDS_MAX = 10.0
@@ -52,6 +55,8 @@ class Round:
     whole: int = 0
     refused: int = 0
     refused_after_seconds_max: float = 0.0
+    keys_answered_later: int = 0
+    """Requests that were refused under their key, asked again under it, and answered."""
     back_after_seconds: float = 0.0
     charged_micro_credits: int = 0
     """By what clients were shown."""
@@ -73,11 +78,16 @@ class Clients:
         """Of all, whole or not."""
         self.refusals: list[tuple[float, float]] = []
         """503 with `Retry-After`: when asked and when told."""
+        self.keys_refused: set[str] = set()
+        self.keys_answered: set[str] = set()
         self.failures: Counter[str] = Counter()
         """Everything else."""
         # One after the other: at every moment of the run some answer has just begun, and another is about to end.
         starts_seconds = [RUN_UP_SECONDS * number / CLIENT_COUNT for number in range(CLIENT_COUNT)]
-        self._threads = [threading.Thread(target=self._ask, args=(seconds,), daemon=True) for seconds in starts_seconds]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(seconds, bool(number % 2)), daemon=True)
+            for number, seconds in enumerate(starts_seconds)
+        ]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -90,12 +100,15 @@ class Clients:
             thread.join(60)
             assert not thread.is_alive(), "a client got no answer and no error"
 
-    def _ask(self, first_after_seconds: float) -> None:
+    def _ask(self, first_after_seconds: float, with_keys: bool) -> None:
         self._stop.wait(first_after_seconds)
+        key = None
         while not self._stop.is_set():
             asked_at = time.monotonic()
+            if with_keys and (key is None or key in self.keys_answered):
+                key = secrets.token_hex()
             try:
-                stream = self._pool.stream(stream_options={"include_usage": True})
+                stream = self._pool.stream(idempotency_key=key, stream_options={"include_usage": True})
                 began_at, usage = time.monotonic(), {}
                 self.began_at.append(began_at)
                 for payload in stream.events():
@@ -105,6 +118,7 @@ class Clients:
                     if stream.done and usage:
                         price = usage["prompt_tokens"] * PROMPT_PRICE + usage["completion_tokens"] * COMPLETION_PRICE
                         self.answers.append((began_at, time.monotonic(), price))
+                        self.keys_answered |= {key} if key is not None else set()
                     else:
                         self.failures[str(stream.error or "it just ended")] += 1
             except HTTPError as error:
@@ -112,6 +126,7 @@ class Clients:
                 with self._lock:
                     if error.code == HTTPStatus.SERVICE_UNAVAILABLE and int(error.headers.get("retry-after", 0)) > 0:
                         self.refusals.append((asked_at, time.monotonic()))
+                        self.keys_refused |= {key} if key is not None else set()
                     else:
                         self.failures[f"{error.code} {words}"] += 1
                 self._stop.wait(0.2)
@@ -162,6 +177,7 @@ def play(pool: Pool, server: Cluster, number: int, how: str, seconds: float) -> 
     result.ran_through = sum(began_at < gone_at < ended_at < returns_at for began_at, ended_at, _ in clients.answers)
     result.whole, result.refused = len(clients.answers), len(clients.refusals)
     result.refused_after_seconds_max = round(max((told - asked for asked, told in clients.refusals), default=0.0), 2)
+    result.keys_answered_later = len(clients.keys_refused & clients.keys_answered)
     result.charged_micro_credits = sum(price for _, _, price in clients.answers)
     paid = before.available_micro_credits + before.held_micro_credits - after.available_micro_credits - after.held_micro_credits
     result.lost_micro_credits = abs(paid - result.charged_micro_credits)
@@ -172,6 +188,7 @@ def play(pool: Pool, server: Cluster, number: int, how: str, seconds: float) -> 
         (result.lost_micro_credits, f"clients were shown {result.charged_micro_credits} micro-credits and paid {paid}"),
         (not result.ran_through, "no answer ran through: there was no load"),
         (not result.refused, "nobody was refused: the database was there"),
+        (not result.keys_answered_later, "nobody was refused under a key and answered under it later"),
         (result.refused_after_seconds_max > REFUSED_SECONDS_MAX, f"somebody waited {result.refused_after_seconds_max} s for a refusal"),
         (result.back_after_seconds > BACK_SECONDS_MAX, f"answers came again after {result.back_after_seconds} s"),
     ):

@@ -30,7 +30,7 @@ class CountedDesk:
 
 def counted(coordinator) -> CountedDesk:
     keyed = coordinator.gateway._keyed
-    keyed._desk = CountedDesk(keyed._desk)
+    keyed._desk = keyed._last_words._desk = CountedDesk(keyed._desk)
     return keyed._desk
 
 

@@ -1,4 +1,5 @@
-"""However clients ask, drop and ask again, and whenever the coordinator dies: a key has one run that anybody saw or paid for."""
+"""However clients ask, drop and ask again, and whenever the coordinator dies or its books are away: a key has one run that anybody saw or
+paid for, and stays locked only where its gateway died."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from potluck_coordinator.directory.idempotency import IdempotencyKeys
 from potluck_coordinator.domain.catalogue import ServiceTier
 from potluck_coordinator.domain.idempotency import KeptBounds, WhenGone
+from potluck_coordinator.gateway import last_words
 from potluck_coordinator.gateway.keyed_requests import KeyedRequests
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.values import AccountId, NodeId
 from tests.support.books import Books, open_books
+from tests.support.key_desk import Absence, MortalDesk, RunsAtOnce
 from tests.support.request_path import request_by
 
 HASH_KEY = b"h" * 32
@@ -28,34 +31,9 @@ _people = count()
 
 @pytest.fixture(scope="module")
 def books() -> Iterator[Books]:
-    with open_books() as books:
+    with open_books() as books, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last_words, "RETRY_SECONDS", 0)
         yield books
-
-
-class RunsAtOnce:
-    """The books' thread, waited for: whatever is asked of it is done in the same turn of the loop."""
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
-
-    async def run(self, work: Any) -> Any:
-        return self._books.run_now(work)
-
-
-class Mortal:
-    """A desk that its gateway can lose."""
-
-    def __init__(self, desk: IdempotencyKeys) -> None:
-        self._desk = desk
-        self.is_lost = False
-
-    def __getattr__(self, name: str) -> Any:
-        async def call(*arguments: Any) -> Any:
-            if self.is_lost:
-                await asyncio.Event().wait()
-            return await getattr(self._desk, name)(*arguments)
-
-        return call
 
 
 class Run:
@@ -131,20 +109,25 @@ class World:
         self._keys = IdempotencyKeys(RunsAtOnce(books), books.clock)  # type: ignore[arg-type]
         self.pool = Pool()
         self.clients: list[tuple[str, bytes, asyncio.Task[bytes]]] = []
-        self._epoch = 0
+        self.epoch = 0
         self.start()
 
     def start(self) -> None:
-        self._epoch += 1
-        self._books.gateways_are(self._epoch)
-        self._desk = Mortal(self._keys)
+        self.epoch += 1
+        self._books.gateways_are(self.epoch)
+        self.desk = MortalDesk(self._keys)
         self.gateway = KeyedRequests(
-            self.pool, self._desk, self._books.clock, hash_key=HASH_KEY, gateway_epoch=self._epoch, bounds=self._bounds
+            self.pool, self.desk, self._books.clock, hash_key=HASH_KEY, gateway_epoch=self.epoch, bounds=self._bounds
         )
+
+    def locked_keys(self) -> list[Any]:
+        """What the books hold to be under way at this gateway."""
+        query = f"SELECT * FROM idempotency_key WHERE account_id = '{self.account}' AND state = 'claimed' AND gateway_epoch = {self.epoch}"
+        return self._books.rows(query)
 
     async def die(self) -> None:
         """As SIGKILL would: nobody is told anything, and what was running is settled by nobody here."""
-        self._desk.is_lost = True
+        self.desk.is_lost = True
         for *_, task in self.clients:
             task.cancel()
         for task in tuple(self.gateway._under_way):
@@ -180,8 +163,8 @@ _STEPS = st.one_of(
     st.tuples(st.just("piece"), st.integers(0, 9)),
     st.tuples(st.just("end"), st.integers(0, 9)),
     st.tuples(st.just("break"), st.integers(0, 9)),
-    st.tuples(st.just("refuse"), st.booleans()),
-    st.tuples(st.just("full"), st.booleans()),
+    st.tuples(st.just("pool"), st.sampled_from(["refuses", "is_full"]), st.booleans()),
+    st.tuples(st.just("away"), st.sampled_from([None, *Absence])),
     st.tuples(st.just("die")),
 )
 _LIFE = st.lists(st.tuples(_STEPS, st.sampled_from([0, 1, TURNS])), min_size=3, max_size=40)
@@ -204,10 +187,10 @@ async def _carry_out(world: World, step: tuple[Any, ...]) -> None:
             runs[index % len(runs)].end()
         case ("break", index) if runs := world.pool.open_runs:
             runs[index % len(runs)].write(PotluckError(ErrorCode.NODE_LOST))
-        case ("refuse", refuses):
-            world.pool.refuses = refuses
-        case ("full", is_full):
-            world.pool.is_full = is_full
+        case ("pool", what, is_so):
+            setattr(world.pool, what, is_so)
+        case ("away", absence):
+            world.desk.absence = absence
         case ("die",):
             await world.die()
 
@@ -227,6 +210,8 @@ async def _live(books: Books, life: list[tuple[tuple[Any, ...], int]], bounds: K
         with suppress(asyncio.CancelledError, PotluckError):
             await task
     await world.gateway.stop()
+    world.desk.absence = None
+    assert await world.gateway.drain(5)
     return world
 
 
@@ -248,6 +233,7 @@ SMALL = KeptBounds(answer_bytes_max=12, account_bytes_max=20, account_count_max=
 def test_one_run_and_one_charge(books, life, bounds) -> None:
     world = asyncio.run(_live(books, life, bounds))
     assert world.pool.announced_count == 0, "room stays taken for a request that is over"
+    assert not world.locked_keys(), "a key stays locked though nothing runs under it"
     for key in "ab":
         seen_or_paid = [run for run in world.pool.runs if run.key == key and run.given]
         assert len(seen_or_paid) <= 1, "a key was run, and paid for, twice"
@@ -355,7 +341,7 @@ async def test_what_is_refused_at_once_costs_the_books_nothing_and_leaves_its_ke
             calls.append(name)
             return getattr(self._desk, name)
 
-    world.gateway._desk = Counting(world._desk)  # type: ignore[assignment]
+    world.gateway._desk = world.gateway._last_words._desk = Counting(world.desk)  # type: ignore[assignment]
     world.pool.is_full = True
     for number in range(20):
         world.ask(f"new {number}", b"1", WhenGone.FINISH)

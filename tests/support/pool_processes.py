@@ -192,21 +192,23 @@ class Pool:
         logs = "\n".join(node.log() for node in self.nodes)
         raise AssertionError(f"not every node serves after {seconds_max} s\n{self.coordinator.log()}\n{logs}")
 
-    def stream(self, **fields: Any) -> ChatStream:
+    def stream(self, *, idempotency_key: str | None = None, **fields: Any) -> ChatStream:
         """A chat answer on its way, event by event; the fields go into the request's body."""
-        return ChatStream(self.url, self.api_key, fields)
+        return ChatStream(self.url, self.api_key, fields, idempotency_key)
 
 
 class ChatStream:
     """One streamed chat over HTTP, with nothing between the test and the bytes."""
 
-    def __init__(self, url: str, api_key: str, fields: dict[str, Any]) -> None:
+    def __init__(self, url: str, api_key: str, fields: dict[str, Any], idempotency_key: str | None = None) -> None:
         body = {"model": MODEL, "stream": True, "max_tokens": 400, "messages": [{"role": "user", "content": "count"}], **fields}
         request = urllib.request.Request(
             f"{url}/v1/chat/completions",
             data=json.dumps(body).encode(),
             headers={"authorization": f"Bearer {api_key}", "content-type": "application/json"},
         )
+        if idempotency_key is not None:
+            request.add_header("idempotency-key", idempotency_key)
         self.response = urllib.request.urlopen(request, timeout=60)
         self.node_id = self.response.headers["x-potluck-node"]
         self._unread = b""

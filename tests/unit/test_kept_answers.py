@@ -81,6 +81,7 @@ async def keyed(books, pool) -> AsyncIterator[KeyedRequests]:
     for answer in pool.answers:
         answer.may_end.set()
     await keyed.stop()
+    assert await keyed.drain(5)
 
 
 async def begin(keyed, key, piece_count, person=PEOPLE[0]):

@@ -66,7 +66,7 @@ MEET_LOOK_SECONDS: Final = 0.02
 HTTP_GRACE_SECONDS: Final = 1.0
 """For the last words of answers that were ended."""
 DRAIN_SECONDS_MAX: Final = 3.0
-"""How long a stop waits for the last settlements; what is left then is settled at its last mark by the next start."""
+"""How long a stop waits for the last settlements, and words on keys; what is left then is settled at its last mark by the next start."""
 
 
 class ReplacedError(Exception):
@@ -205,8 +205,7 @@ class Gateway:
             with suppress(PotluckError):
                 await self._note_counts()
         # Before the ports: nothing new is dispatched without links, and closing them may take as long as a client cares to.
-        if not await self._ledger.drain(DRAIN_SECONDS_MAX):
-            _log.error("ledger_not_drained", meaning="open holds are settled at their last mark by the next start")
+        await self._drain_books()
         if self._http is not None:
             await self._http.stop(HTTP_GRACE_SECONDS)
         for port in self._ports:
@@ -214,6 +213,13 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _drain_books(self) -> None:
+        """Settlements and words on keys beside each other: they wait for the same books."""
+        keys = [] if self._keyed is None else [self._keyed.drain(DRAIN_SECONDS_MAX)]
+        ledger_drained, *_ = await asyncio.gather(self._ledger.drain(DRAIN_SECONDS_MAX), *keys)
+        if not ledger_drained:
+            _log.error("ledger_not_drained", meaning="open holds are settled at their last mark by the next start")
 
     async def _serve_nodes(self, grant: GatewayGrant, interceptor: CallInterceptor) -> tuple[int, int]:
         """Opens the link port, and the one beside it that is this gateway's own, where there are several."""

@@ -4,8 +4,9 @@ Decides where the first run's answer is looked for: here, while it is kept, else
 asked only for what would be let in: all else is refused before, from memory, since a key costs a commit, and giving it back another. A
 request that comes again while the first is being answered reads along from the beginning, and is not refused: a client whose connection
 broke wants that very answer, and would otherwise come back again and again for as long as it takes. So a run does not end with its client,
-unless the client said so. When a key is free and what is let go is `domain.idempotency`'s; `kept_answer` is what readers read. It must not
-know HTTP, gRPC or prices. Answers stay in this process's memory, within bounds, and are never written down.
+unless the client said so. When a key is free and what is let go is `domain.idempotency`'s; `kept_answer` is what readers read, and
+`last_words` tells the books what became of a claim. It must not know HTTP, gRPC or prices. Answers stay in this process's memory, within
+bounds, and are never written down.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import secrets
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
-
-import structlog
 
 from potluck_coordinator.domain.idempotency import (
     Kept,
@@ -36,6 +35,7 @@ from potluck_coordinator.domain.idempotency import (
 )
 from potluck_coordinator.gateway.edges import log_unexpected
 from potluck_coordinator.gateway.kept_answer import KeptAnswer, Recording
+from potluck_coordinator.gateway.last_words import LastWords
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.idempotency_keys import checked_key
 
@@ -49,9 +49,7 @@ if TYPE_CHECKING:
     from potluck_protocol.values import AccountId, NodeId, Usage
 
 STOP_SECONDS_MAX: Final = 2.0
-"""For the last words to the books."""
-
-_log = structlog.get_logger()
+"""For runs to end by themselves, once the requests behind them have."""
 
 
 class RunningAnswer(Protocol):
@@ -87,8 +85,6 @@ class _Run:
     """It is no longer announced: it begins, or does not."""
     task: asyncio.Task[None] | None = None
     linger: asyncio.TimerHandle | None = None
-    came_to_nothing: bool = False
-    """It was refused, or failed before anything: its key is being given back."""
 
 
 @dataclass(slots=True)
@@ -123,6 +119,7 @@ class KeyedRequests:
     ) -> None:
         self._requests = requests
         self._desk = desk
+        self._last_words = LastWords(desk)
         self._clock = clock
         self._hash_key = hash_key
         self._gateway_epoch = gateway_epoch
@@ -144,11 +141,13 @@ class KeyedRequests:
 
         Raises:
             PotluckError: what keeps the request from being answered; INVALID_REQUEST for a key that is none, IDEMPOTENCY_KEY_REUSED for one
-                of another request, and IDEMPOTENCY_KEY_SPENT or _IN_FLIGHT where the first run's answer is not here.
+                of another request, IDEMPOTENCY_KEY_SPENT or _IN_FLIGHT where the first run's answer is not here, and
+                COORDINATOR_UNAVAILABLE where the books would have to be asked and do not answer.
         """
         use = self._use(request, checked_key(key), body)
-        while (run := self._kept(use)) is not None and run.came_to_nothing and run.task is not None:
-            await asyncio.wait((run.task,))
+        if self._kept(use) is None:
+            await self._last_words.until_told(use)
+        run = self._kept(use)  # somebody else may have come first
         found = standing(run.record if run is not None else None, use, self._clock.unix_ms())
         if run is None or found is Standing.FREE:
             withdraw = self._requests.announce(request)
@@ -160,12 +159,16 @@ class KeyedRequests:
         return await self._reader(run, request, is_first=False)
 
     async def stop(self) -> None:
-        """Waits until what is under way has ended, with the requests behind it, and the books are told of it."""
+        """Waits until what is under way has ended, with the requests behind it; `drain` comes next."""
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=STOP_SECONDS_MAX)
         for task in self._under_way:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def drain(self, seconds_max: float) -> bool:
+        """Waits until the books know what became of every claim; False if that took too long."""
+        return await self._last_words.drain(seconds_max)
 
     def _use(self, request: InferenceRequest, key: str, body: bytes) -> KeyUse:
         return KeyUse(
@@ -216,7 +219,7 @@ class KeyedRequests:
         return run
 
     async def _run(self, run: _Run, request: InferenceRequest) -> None:
-        """Claims the key, has the request answered, and tells the books what came of it. Only the books' own trouble is left out."""
+        """Claims the key, has the request answered, and leaves word of what came of it. A claim that failed may stand all the same."""
         try:
             if (known := await self._desk.claim(run.record.use)) is not None:
                 self._refuse(run, known)
@@ -226,11 +229,11 @@ class KeyedRequests:
             run.withdraw()
             answer = await self._requests.begin(request)
         except asyncio.CancelledError:
-            await self._came_to_nothing(run, PotluckError(ErrorCode.CANCELLED, "Nobody waited for the answer any more."))
+            self._came_to_nothing(run, PotluckError(ErrorCode.CANCELLED, "Nobody waited for the answer any more."))
         except PotluckError as error:
-            await self._came_to_nothing(run, error)
+            self._came_to_nothing(run, error)
         except Exception as error:  # noqa: BLE001 - its readers are told, and the key is free again
-            await self._came_to_nothing(run, _unforeseen(run, error))
+            self._came_to_nothing(run, _unforeseen(run, error))
         else:
             await self._record(run, answer)
 
@@ -251,10 +254,10 @@ class KeyedRequests:
         finally:
             await answer.close()
         if not has_spent(answer_bytes=recording.answer_bytes, charge_micro_credits=answer.charge_micro_credits) and failure is not None:
-            await self._came_to_nothing(run, failure)
+            self._came_to_nothing(run, failure)
             return
         recording.end(answer.usage, answer.charge_micro_credits, failure)
-        await self._tell_books(run, finished=True)
+        self._last_words.finish(run.record.use, recording.charge_micro_credits)
 
     def _append(self, run: _Run, data: bytes) -> None:
         held_before = run.recording.held_bytes
@@ -274,22 +277,11 @@ class KeyedRequests:
         is_other = standing(known, run.record.use, known.claimed_at_unix_ms) is Standing.OTHER
         run.recording.end(None, 0, other_request(known) if is_other else not_kept(known, self._gateway_epoch))
 
-    async def _came_to_nothing(self, run: _Run, error: PotluckError) -> None:
+    def _came_to_nothing(self, run: _Run, error: PotluckError) -> None:
         """Whoever waits is told at once; who asks anew waits until the key is free."""
-        run.came_to_nothing = True
+        self._last_words.release(run.record.use)
+        self._let_go(run)
         run.recording.end(None, 0, error)
-        try:
-            await self._tell_books(run, finished=False)
-        finally:
-            self._let_go(run)
-
-    async def _tell_books(self, run: _Run, *, finished: bool) -> None:
-        use = run.record.use
-        try:
-            await (self._desk.finish(use, run.recording.charge_micro_credits) if finished else self._desk.release(use))
-        except PotluckError as error:
-            # The key stays claimed: it will not be run again, and after a restart nobody knows what it came to.
-            _log.warning("idempotency_key_not_written", request_id=use.request_id, finished=finished, code=error.code)
 
     def _kept(self, use: KeyUse) -> _Run | None:
         shelf = self._shelves.get(use.account_id)
