@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import select
-import socket
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -138,64 +134,9 @@ def test_a_server_that_stands_still_is_noticed_and_a_frozen_commit_is_not_acknow
     assert books.audit_now().findings == ()
 
 
-class Muffler:
-    """A way to the server which, once it is told to, keeps the server's answer to the next COMMIT to itself and cuts both ends."""
-
-    def __init__(self, port: int) -> None:
-        self.muffles = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._server_port = port
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server_port))
-                threading.Thread(target=self._carry, args=(client, server), daemon=True).start()
-
-    def _carry(self, client: socket.socket, server: socket.socket) -> None:
-        with client, server, contextlib.suppress(OSError):
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    data = source.recv(65536)
-                    if not data:
-                        return
-                    (server if source is client else client).sendall(data)
-                    if source is client and b"COMMIT" in data and self.muffles.is_set():
-                        self.muffles.clear()
-                        assert b"COMMIT" in server.recv(65536)
-                        return
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def test_a_commit_of_which_nobody_heard_is_not_made_twice(own_server, monkeypatch):
-    """The server commits, and the connection is gone before it can say so: whoever sends the same commands again gets the same answers."""
-    monkeypatch.setenv("PGPASSWORD", own_server.password)
-    way = Muffler(own_server.port)
-    url = own_server.url_by_network(own_server.new_database()).replace(f":{own_server.port}/", f":{way.port}/") + "?sslmode=disable"
-    commands = open_hold("h1", amount=100), SettleHold("h1", 60)
-    with open_books(url) as books:
-        books.add_people("ann", "bob")
-        way.muffles.set()
-        with pytest.raises(DatabaseAwayError, match="look whether it took effect"):
-            books.apply_now(*commands)
-        assert not way.muffles.is_set()
-        until_back(books)
-        balance = asyncio.run(books.ledger.balance("bob"))
-        assert balance.earned_micro_credits == 57, "it was committed"
-        assert books.apply_now(*commands) == (APPLIED, APPLIED)
-        assert asyncio.run(books.ledger.balance("bob")) == balance
-        assert books.audit_now().findings == ()
-    way.close()
-
-
 def test_a_lost_session_fails_all_who_shared_the_commit_and_none_is_half_done(books, own_server):
     def cut(work):
-        books.store._database.sever(books.store._connection)
+        books.store._database.sever()
 
     async def run():
         units = [books.store.run(books.ledger.work_for([open_hold(f"h{number}", amount=1)])) for number in range(5)]
@@ -227,7 +168,7 @@ def test_a_second_coordinator_says_who_has_the_database(books, impatient):
 def test_whoever_lost_the_database_to_another_never_writes_again(books):
     assert books.store.begin_term(None) == 1
     books.apply_now(open_hold("h1"))
-    books.store._database.sever(books.store._connection)
+    books.store._database.sever()
     second = Books(_url(books))
     try:
         with pytest.raises(DatabaseAwayError):
@@ -272,7 +213,7 @@ async def test_of_two_directories_on_one_database_one_settles(own_server, tmp_pa
     hold = open_hold("h1", payer=account.account_id, payees={account.account_id: 1}, epoch=grant.epoch, expires_in_ms=10**12)
     assert await first.ledger.apply([hold]) == (APPLIED,)
     chores = asyncio.ensure_future(first.run_background())
-    first._store._database.sever(first._store._connection)
+    first._store._database.sever()
     second = await Directory.open(settings("second"), SystemClock())
     assert (first.term, second.term) == (1, 2)
     await second.pool.register_gateway(0)

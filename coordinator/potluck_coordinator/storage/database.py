@@ -34,12 +34,12 @@ class Database(Protocol):
         """Whether the connection is not to be used any more after that error."""
         ...
 
-    def sever(self, connection: Connection) -> None:
-        """Ends a connection on which another thread waits in vain, so that the wait ends, too."""
+    def sever(self) -> None:
+        """Ends the connection on which another thread waits in vain, made or in the making, so that the wait ends, too."""
         ...
 
     def on_statement(self, begins: Callable[[], None], ends: Callable[[], None]) -> None:
-        """Says what to call before each statement, and after each that did not fail."""
+        """Says what to call before each statement, and as soon as a server lets us in; and after each statement that did not fail."""
         ...
 
     def dispose(self) -> None: ...

@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
 from sqlalchemy import URL, Connection, Engine, event, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -76,6 +78,12 @@ class Postgresql:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._has_connected = False
+        self._line: socket.socket | None = None
+        """The session's own, by a name of ours: whoever ends it never meets what else has got the driver's number meanwhile."""
+        self._line_held = threading.Lock()
+        # Before SQLAlchemy's own: at the first connection it asks the server this and that by itself.
+        event.listen(engine, "connect", self._came, insert=True)
+        event.listen(engine, "close", self._goes)
 
     @staticmethod
     def engine_arguments(url: URL) -> dict[str, Any]:
@@ -88,6 +96,7 @@ class Postgresql:
         try:
             connection = self._engine.connect()
         except DBAPIError as error:
+            self._goes()  # SQLAlchemy forgets without a word what it could not ask
             raise DatabaseAwayError(f"{self._place}: {self._words(error)}") from None
         try:
             self._prepare(connection, term)
@@ -108,21 +117,33 @@ class Postgresql:
         failures = OperationalError, InterfaceError, InternalError
         return isinstance(error, failures) or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
-    def sever(self, connection: Connection) -> None:
+    def sever(self) -> None:
         """As `Database.sever`. The driver waits on the socket, which ends for both sides of it."""
-        with contextlib.suppress(Exception):
-            driver = connection.connection.driver_connection
-            assert driver is not None
-            with socket.socket(fileno=os.dup(driver.pgconn.socket)) as end:
-                end.shutdown(socket.SHUT_RDWR)
+        with self._line_held, contextlib.suppress(OSError):
+            if self._line is not None:
+                self._line.shutdown(socket.SHUT_RDWR)
 
     def on_statement(self, begins: Callable[[], None], ends: Callable[[], None]) -> None:
         """As `Database.on_statement`."""
+        event.listen(self._engine, "connect", lambda *_: begins(), insert=True)
         event.listen(self._engine, "before_cursor_execute", lambda *_: begins())
         event.listen(self._engine, "after_cursor_execute", lambda *_: ends())
 
     def dispose(self) -> None:
         self._engine.dispose()
+        self._goes()
+
+    def _came(self, driver: DBAPIConnection, *_: object) -> None:
+        """A server, or a pooler in front of it, has let us in. Whether it answers is another matter."""
+        self._goes()
+        with self._line_held:
+            self._line = socket.socket(fileno=os.dup(driver.pgconn.socket))
+
+    def _goes(self, *_: object) -> None:
+        with self._line_held:
+            line, self._line = self._line, None
+            if line is not None:
+                line.close()
 
     @property
     def _place(self) -> str:

@@ -49,7 +49,7 @@ class Sqlite:
         del error
         return False
 
-    def sever(self, connection: Connection) -> None:
+    def sever(self) -> None:
         """A disk that does not answer cannot be left."""
 
     def on_statement(self, begins: Callable[[], None], ends: Callable[[], None]) -> None:

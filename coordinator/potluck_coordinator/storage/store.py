@@ -65,8 +65,7 @@ class Store:
         self._is_replaced = False
         self._seconds_max = SILENCE_SECONDS_MAX
         self._silent_after: float | None = None
-        """When the statement or commit under way has taken too long."""
-        self._watched = threading.Lock()
+        """When the statement or commit under way has taken too long, or what a new connection begins with."""
         self._waiting: queue.Queue[_Unit | None] = queue.Queue(WAITING_COUNT_MAX)
         self._closing = threading.Lock()
         self._closed = False
@@ -196,7 +195,7 @@ class Store:
                 unit.future.set_exception(_public(error))
             return
         finally:
-            self._statement_ends()
+            self._silent_after = None
         for unit in group:
             unit.answer()
 
@@ -212,10 +211,12 @@ class Store:
             return self._connection
         if time.monotonic() - self._tried_at < RECONNECT_PAUSE_SECONDS:
             raise DatabaseAwayError(self._away_reason)
+        self._seconds_max = SILENCE_SECONDS_MAX  # a unit that was broken off may have had more
         try:
             self._connection = self._database.connect(self._term)
         finally:
             self._tried_at = time.monotonic()
+            self._silent_after = None
         if self._lost_at is not None:
             self._back_at = time.monotonic()
             _log.info("database_back", away_seconds=round(self._back_at - self._lost_at, 1))
@@ -241,7 +242,7 @@ class Store:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        with self._watched, contextlib.suppress(DBAPIError):
+        with contextlib.suppress(DBAPIError):
             if lost:
                 connection.invalidate()
             connection.close()
@@ -250,18 +251,18 @@ class Store:
         self._silent_after = time.monotonic() + self._seconds_max
 
     def _statement_ends(self) -> None:
-        self._silent_after = None
+        if self._connection is not None:  # while one is made, commits follow of which nobody tells us
+            self._silent_after = None
 
     def _watch(self) -> None:
         """Until the store is closed: a connection on which a statement takes too long is ended, so that the writer goes on without it."""
         while not self._ended.wait(WATCH_SECONDS):
-            with self._watched:
-                connection, silent_after = self._connection, self._silent_after
-                if connection is None or silent_after is None or time.monotonic() < silent_after:
-                    continue
-                self._silent_after = None
-                _log.error("database_silent")
-                self._database.sever(connection)
+            silent_after = self._silent_after
+            if silent_after is None or time.monotonic() < silent_after:
+                continue
+            self._silent_after = None
+            _log.error("database_silent")
+            self._database.sever()
 
 
 class _Unit:
