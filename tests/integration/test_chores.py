@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from potluck_coordinator.directory import directory as directory_module
 from potluck_coordinator.directory.directory import Directory
 from potluck_coordinator.domain.ledger import LedgerOutcome, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
@@ -43,7 +44,31 @@ async def test_a_chore_that_fails(tmp_path, monkeypatch, error, others_are_done)
         directory.close()
 
 
-async def test_a_hold_that_the_books_refuse_to_settle_keeps_no_other_open_and_no_gateway_out(tmp_path):
+async def test_a_directory_that_has_just_started_gives_gateways_time_to_settle(tmp_path, monkeypatch):
+    """It may have been started while the database was away, and then gateways still hold settlements of what ran out meanwhile."""
+    clock = MovableClock()
+    directory = await Directory.open(Settings(data_dir=tmp_path), clock)
+    try:
+        epoch = (await directory.pool.register_gateway(0)).epoch
+        ann = (await directory.accounts.create_account("ann")).account_id
+        ends_at = clock.unix_ms() + 1000
+        await directory.ledger.apply([OpenHold("h1", ann, (PayeeShare(ann, 1),), 100, gateway_epoch=epoch, expires_at_unix_ms=ends_at)])
+    finally:
+        directory.close()
+    clock.advance(2)
+    directory = await Directory.open(Settings(data_dir=tmp_path), clock)
+    try:
+        await directory.do_chores()
+        assert await _overdue(directory, clock) == ["h1"]
+        monkeypatch.setattr(directory_module, "SETTLEMENTS_SECONDS", 0.0)
+        await directory.do_chores()
+        assert await _overdue(directory, clock) == []
+    finally:
+        directory.close()
+
+
+async def test_a_hold_that_the_books_refuse_to_settle_keeps_no_other_open_and_no_gateway_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(directory_module, "SETTLEMENTS_SECONDS", 0.0)
     clock = MovableClock()
     directory = await Directory.open(Settings(data_dir=tmp_path), clock)
     try:
@@ -60,8 +85,11 @@ async def test_a_hold_that_the_books_refuse_to_settle_keeps_no_other_open_and_no
         await directory._store.run(lambda work: work._connection.execute(forget, {"payer": accounts[0]}))
         clock.advance(2)
         await directory.do_chores()
-        still_open = await directory._store.run(lambda work: [hold.hold_id for hold in work.holds.overdue(clock.unix_ms(), 10)])
-        assert still_open == [f"hold of {accounts[0]}"]
+        assert await _overdue(directory, clock) == [f"hold of {accounts[0]}"]
         assert (await directory.pool.register_gateway(0)).epoch > epoch
     finally:
         directory.close()
+
+
+async def _overdue(directory, clock):
+    return await directory._store.run(lambda work: [hold.hold_id for hold in work.holds.overdue(clock.unix_ms(), 10)])

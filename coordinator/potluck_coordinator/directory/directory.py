@@ -41,7 +41,7 @@ CHORES_SECONDS: Final = 1.0
 COLLECT_SECONDS: Final = 3600.0
 """Garbage that went round in circles for longer than a few seconds stays for so long."""
 SETTLEMENTS_SECONDS: Final = 30.0
-"""After the database was away, gateways have so long to hand over their settlements before holds that ran out end at their marks."""
+"""After an absence of the database's or of our own, gateways have so long to settle before holds that ran out end at their marks."""
 _NEVER: Final = 2**31 - 1
 SNAPSHOT_VERSIONS_PER_START: Final = 1_000_000
 """Versions must grow over restarts, and are not worth a commit each."""

@@ -60,7 +60,7 @@ class Store:
         self._term: int | None = None
         self._tried_at = 0.0
         self._lost_at: float | None = None
-        self._back_at = float("-inf")
+        self._back_at = time.monotonic()
         self._away_reason = ""
         self._is_replaced = False
         self._seconds_max = SILENCE_SECONDS_MAX
@@ -115,7 +115,7 @@ class Store:
 
     @property
     def there_seconds(self) -> float:
-        """Since when the database has not been away; infinite where it never was."""
+        """How long the database has not been away, as far as is known: a process that is young may have been started in an absence."""
         return 0.0 if self._lost_at is not None else time.monotonic() - self._back_at
 
     async def run(self, work: Callable[[UnitOfWork], T], seconds_max: float | None = None) -> T:
