@@ -18,6 +18,7 @@ import structlog
 from potluck_coordinator.desk_socket import DeskServer, RemoteDirectory, answer
 from potluck_coordinator.log_pipe import LogPipe
 from potluck_coordinator.log_surges import LogSurges
+from potluck_coordinator.storage.absence import FellBackError
 from potluck_protocol.clock import SystemClock
 from potluck_protocol.errors import ErrorCode, PotluckError
 from potluck_protocol.observe import configure_logging
@@ -141,6 +142,17 @@ class DirectoryActor(_Actor):
         self._say_last_words()
 
     async def _serve(self) -> None:
+        # A directory that starts again would see nothing of what is missing in the books.
+        fell_back_file = self._desk_socket.with_name("fell_back")
+        if fell_back_file.exists():
+            raise FellBackError
+        try:
+            await self._serve_from_books()
+        except FellBackError:
+            write_private(fell_back_file, b"", durable=False)
+            raise
+
+    async def _serve_from_books(self) -> None:
         from potluck_coordinator.directory.directory import Directory, spare_collections  # noqa: PLC0415 - only this process needs SQL
 
         # Once this run has begun its term on the database, a directory that starts again goes on with it, or not at all.

@@ -21,7 +21,7 @@ from pathlib import Path
 from sqlalchemy import create_engine
 
 from potluck_coordinator.domain.ledger import LedgerCommand, LedgerOutcome, SettleHold
-from potluck_coordinator.storage.store import _carry_out
+from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from tests.support.books import Books, open_hold
 from tests.support.postgresql import cluster
 
@@ -59,8 +59,8 @@ def race(url: str, *, thread_count: int, spend_count: int, balance: int, each_it
         def apply(*commands: LedgerCommand) -> tuple[LedgerOutcome, ...]:
             if not each_its_session:
                 return books.apply_now(*commands)
-            with engine.begin() as connection:
-                return _carry_out(books.ledger.work_for(commands), connection)
+            with engine.begin() as connection, UnitOfWork(connection) as work:
+                return books.ledger.work_for(commands)(work)
 
         def spend(thread: int) -> Counter[tuple[LedgerOutcome, int]]:
             outcomes: Counter[tuple[LedgerOutcome, int]] = Counter()

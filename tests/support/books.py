@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +22,7 @@ from potluck_coordinator.domain.ledger import LedgerAccountKind, OpenHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.storage import schema
 from potluck_coordinator.storage.audit import AuditRun
-from potluck_coordinator.storage.store import Store, _carry_out, _Unit
+from potluck_coordinator.storage.store import Store, _Unit
 from potluck_protocol.values import AccountId
 
 BOB_ALONE = MappingProxyType({"bob": 1})
@@ -121,7 +120,7 @@ class Books:
 
     def run_now(self, work):
         """As `Store.run`, for threads and machines that have no event loop; the coordinator has one wherever it uses its store."""
-        return self.store._submit(_Unit(partial(_carry_out, work))).result()
+        return self.store._submit(_Unit(work)).result()
 
     def apply_now(self, *commands):
         return self.run_now(self.ledger.work_for(commands))

@@ -180,7 +180,7 @@ class Directory:
         """Settles overdue holds, books judged minutes and plans anew, until cancelled.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE once another coordinator has taken the database over.
+            EndedError: once another coordinator has taken the database over, or it has come back with older books.
         """
         collected_at = self._clock.monotonic_seconds()
         while True:

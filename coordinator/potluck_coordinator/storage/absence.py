@@ -5,7 +5,7 @@ Decides that clients are told when to come again, and nothing of where the datab
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Final
 
 from potluck_protocol.errors import ErrorCode, PotluckError
 
@@ -28,10 +28,26 @@ class DatabaseAwayError(PotluckError):
         self.reason = reason
 
 
-class ReplacedError(PotluckError):
-    """Another coordinator has begun on this database since; this one must not go on, whatever becomes of the other."""
+class EndedError(PotluckError):
+    """This coordinator must not write to its database any more, whatever becomes of that; each kind says why."""
+
+    WORDS: ClassVar[str]
 
     def __init__(self) -> None:
-        super().__init__(
-            ErrorCode.COORDINATOR_UNAVAILABLE, "Another coordinator has taken this one's database over, so this one stops serving."
-        )
+        super().__init__(ErrorCode.COORDINATOR_UNAVAILABLE, self.WORDS)
+
+
+class ReplacedError(EndedError):
+    """Another coordinator has begun on this database since."""
+
+    WORDS = "Another coordinator has taken this one's database over, so this one stops serving."
+
+
+class FellBackError(EndedError):
+    """The database came back without something that was committed to it."""
+
+    WORDS = (
+        "The coordinator's database came back with older books: a standby that was behind has taken over, or a copy was restored, and what "
+        "was committed last is missing. So this coordinator stops serving. Bring the server back that has the newest books, or start the "
+        "coordinator again to go on with these."
+    )

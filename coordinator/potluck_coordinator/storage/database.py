@@ -15,18 +15,22 @@ from sqlalchemy.exc import ArgumentError
 
 from potluck_coordinator.storage.postgresql import Postgresql
 from potluck_coordinator.storage.sqlite import Sqlite
+from potluck_coordinator.storage.state import StateName
 from potluck_protocol.errors import ErrorCode, PotluckError
 
 
 class Database(Protocol):
     """What `Store` needs of either kind."""
 
-    def connect(self, term: int | None) -> Connection:
-        """A connection that may write, by itself; with a term only while no later one has begun.
+    def connect(self, committed: Mapping[StateName, int]) -> Connection:
+        """A connection that may write, by itself.
+
+        Args:
+            committed: how far counters had come. With a term among them there is a connection only while no later one has begun.
 
         Raises:
             DatabaseAwayError: there is none now.
-            ReplacedError: there will be none, for another coordinator has taken the database over.
+            EndedError: there will be none, for another coordinator has taken the database over, or it has lost what was committed.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 Decides that lock and writes stand and fall together: the advisory lock belongs to the session that writes, so whoever loses the session has
 lost the lock, and takes it again before the next write. A coordinator that took the lock meanwhile has begun a later term, which is seen
-then, even if it has ended since; so no two ever write by turns. Also decides how soon a server that went silent is noticed: by the kernel
+then, even if it has ended since; so no two ever write by turns. Books that have lost what was committed, as after a failover to a standby
+that was behind, are seen then, too, by counters that only grow. Also decides how soon a server that went silent is noticed: by the kernel
 where it or the network is gone, by `Store`'s watch where its processes stand still. It must not know units of work.
 
 A pooler that shares sessions by transaction (PgBouncer's `pool_mode = transaction`) would part lock and writes.
@@ -15,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import structlog
@@ -24,7 +25,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from potluck_coordinator.storage.absence import DatabaseAwayError, ReplacedError
+from potluck_coordinator.storage.absence import DatabaseAwayError, FellBackError, ReplacedError
 from potluck_coordinator.storage.state import StateName
 
 CONNECT_SECONDS_MAX: Final = 3
@@ -62,7 +63,7 @@ _SESSION: Final = (
 )
 _FACTS: Final = "SELECT current_setting('server_version_num')::int / 10000, current_setting('server_encoding'), current_setting('fsync')"
 _LOCK: Final = text("SELECT pg_try_advisory_lock(:key)")
-_TERM: Final = text("SELECT value FROM coordinator_state WHERE name = :name")
+_COUNTERS: Final = text("SELECT name, value FROM coordinator_state WHERE name = ANY(:names)")
 _HOLDER: Final = text(
     "SELECT application_name, host(client_addr), backend_start FROM pg_locks JOIN pg_stat_activity USING (pid)"
     " WHERE locktype = 'advisory' AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -91,7 +92,7 @@ class Postgresql:
         named = {"application_name": f"potluck coordinator, process {os.getpid()} on {socket.gethostname()}"}
         return {"poolclass": NullPool, "connect_args": {name: value for name, value in (_CONNECT | named).items() if name not in url.query}}
 
-    def connect(self, term: int | None) -> Connection:
+    def connect(self, committed: Mapping[StateName, int]) -> Connection:
         """As `Database.connect`."""
         try:
             connection = self._engine.connect()
@@ -99,7 +100,7 @@ class Postgresql:
             self._goes()  # SQLAlchemy forgets without a word what it could not ask
             raise DatabaseAwayError(f"{self._place}: {self._words(error)}") from None
         try:
-            self._prepare(connection, term)
+            self._prepare(connection, committed)
         except BaseException as error:
             connection.invalidate()
             connection.close()
@@ -149,7 +150,7 @@ class Postgresql:
     def _place(self) -> str:
         return f"The database {self._engine.url.set(password=None, query={}).render_as_string()} cannot be used"
 
-    def _prepare(self, connection: Connection, term: int | None) -> None:
+    def _prepare(self, connection: Connection, committed: Mapping[StateName, int]) -> None:
         with connection.begin():
             version, encoding, fsync = connection.exec_driver_sql(_FACTS).one()
             if version < VERSION_MIN:
@@ -160,18 +161,18 @@ class Postgresql:
                 )
             for statement in _SESSION:
                 connection.exec_driver_sql(statement)
-        self._lock(connection, term)
+        self._lock(connection, committed)
         if not self._has_connected and fsync != "on":
             _log.warning("database_forgets", meaning="its fsync is off: a crash of its machine loses what was acknowledged")
 
-    def _lock(self, connection: Connection, term: int | None) -> None:
+    def _lock(self, connection: Connection, committed: Mapping[StateName, int]) -> None:
         give_up_at = time.monotonic() + (0.0 if self._has_connected else LOCK_PATIENCE_SECONDS)
         while True:
             with connection.begin():
                 is_ours = connection.execute(_LOCK, {"key": LOCK_KEY}).scalar()
                 # After the lock: whoever had it meanwhile began its term before it did anything else.
-                if term is not None and connection.execute(_TERM, {"name": StateName.COORDINATOR_TERM}).scalar() != str(term):
-                    raise ReplacedError
+                if committed:
+                    _compare(connection, committed)
                 if is_ours:
                     return
                 if time.monotonic() >= give_up_at:
@@ -195,3 +196,13 @@ class Postgresql:
             if secret:
                 words = words.replace(str(secret), "***")
         return words
+
+
+def _compare(connection: Connection, committed: Mapping[StateName, int]) -> None:
+    """Raises EndedError where the books are not those that this process wrote last."""
+    found = {StateName(name): int(value) for name, value in connection.execute(_COUNTERS, {"names": list(committed)})}
+    if any(found.get(name, 0) < number for name, number in committed.items()):
+        _log.error("database_fell_back", committed={**committed}, found=found)
+        raise FellBackError
+    if found.get(StateName.COORDINATOR_TERM) != committed.get(StateName.COORDINATOR_TERM):
+        raise ReplacedError

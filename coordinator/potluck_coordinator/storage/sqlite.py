@@ -6,7 +6,7 @@ the loss of power. It must not know units of work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, event
@@ -14,6 +14,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from potluck_coordinator.storage.bulk import run
+from potluck_coordinator.storage.state import StateName
 
 BUSY_TIMEOUT_MS: Final = 5_000
 _PRAGMAS: Final = (
@@ -39,9 +40,9 @@ class Sqlite:
         del url
         return {"poolclass": NullPool}
 
-    def connect(self, term: int | None) -> Connection:
-        """Once: the lock on the file lasts as long as the process, so that no other term can begin."""
-        del term
+    def connect(self, committed: Mapping[StateName, int]) -> Connection:
+        """Once: the lock on the file lasts as long as the process, so that no other term can begin, and no older file come back."""
+        del committed
         return self._engine.connect()
 
     def was_lost(self, error: BaseException) -> bool:

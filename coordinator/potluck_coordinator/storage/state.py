@@ -35,6 +35,8 @@ class StateRepository:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.advanced: dict[StateName, int] = {}
+        """How far this unit of work has counted."""
 
     def get(self, name: StateName) -> str | None:
         value: str | None = self._session.connection().execute(_GET, {"fact": name}).scalar()
@@ -52,6 +54,6 @@ class StateRepository:
 
     def advance(self, name: StateName) -> int:
         """Counts one up and returns the new number, which no earlier call had."""
-        number = self.counter(name) + 1
+        number = self.advanced[name] = self.counter(name) + 1
         self.put(name, str(number))
         return number

@@ -13,18 +13,16 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
-from potluck_coordinator.storage.absence import DatabaseAwayError, ReplacedError
+from potluck_coordinator.storage.absence import DatabaseAwayError, EndedError, FellBackError, ReplacedError
 from potluck_coordinator.storage.database import open_database
-from potluck_coordinator.storage.schema import migrate
 from potluck_coordinator.storage.state import StateName
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -57,12 +55,13 @@ class Store:
     def __init__(self, url: str) -> None:
         self._database = open_database(url)
         self._connection: Connection | None = None
-        self._term: int | None = None
+        self._committed: dict[StateName, int] = {}
+        """How far counters had come with the last commit. Books that say less have lost something."""
         self._tried_at = 0.0
         self._lost_at: float | None = None
         self._back_at = time.monotonic()
         self._away_reason = ""
-        self._is_replaced = False
+        self._given_up_for: type[EndedError] | None = None
         self._seconds_max = SILENCE_SECONDS_MAX
         self._silent_after: float | None = None
         """When the statement or commit under way has taken too long, or what a new connection begins with."""
@@ -83,7 +82,7 @@ class Store:
                 wrote it.
         """
         try:
-            self._submit(_Unit(migrate, LONG_SECONDS_MAX)).result()
+            self._submit(_Unit(UnitOfWork.migrate, LONG_SECONDS_MAX)).result()
         except DatabaseAwayError as error:
             raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, error.reason) from None
 
@@ -94,24 +93,26 @@ class Store:
             term: what this run of the coordinator began already, or None to begin one.
 
         Raises:
-            PotluckError: COORDINATOR_UNAVAILABLE where a later one has begun (`ReplacedError`), or the database is away.
+            PotluckError: COORDINATOR_UNAVAILABLE where a later one has begun or the books know nothing of this one (`EndedError`), or the
+                database is away.
         """
 
         def begin(work: UnitOfWork) -> int:
             if term is None:
                 return work.state.advance(StateName.COORDINATOR_TERM)
-            if work.state.counter(StateName.COORDINATOR_TERM) != term:
-                raise ReplacedError
+            begun = work.state.counter(StateName.COORDINATOR_TERM)
+            if begun != term:
+                raise ReplacedError if begun > term else FellBackError
             return term
 
-        self._term = self._submit(_Unit(partial(_carry_out, begin))).result()
-        assert self._term is not None
-        return self._term
+        begun: int = self._submit(_Unit(begin)).result()
+        self._committed[StateName.COORDINATOR_TERM] = begun
+        return begun
 
     def check(self) -> None:
-        """Raises ReplacedError once another coordinator has begun a term: this store never writes again."""
-        if self._is_replaced:
-            raise ReplacedError
+        """Raises EndedError once another coordinator has begun a term, or the books came back older: this store never writes again."""
+        if self._given_up_for is not None:
+            raise self._given_up_for
 
     @property
     def there_seconds(self) -> float:
@@ -128,7 +129,7 @@ class Store:
         Raises:
             PotluckError: COORDINATOR_UNAVAILABLE where the database is away. It may then have been committed, all of it, or not.
         """
-        future: Future[T] = self._submit(_Unit(partial(_carry_out, work), seconds_max))
+        future: Future[T] = self._submit(_Unit(work, seconds_max))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
@@ -197,6 +198,7 @@ class Store:
         finally:
             self._silent_after = None
         for unit in group:
+            self._committed.update(unit.advanced)
             unit.answer()
 
     def _connected(self) -> Connection:
@@ -204,7 +206,7 @@ class Store:
 
         Raises:
             DatabaseAwayError: it cannot be had now.
-            ReplacedError: it never will be.
+            EndedError: it never will be.
         """
         self.check()
         if self._connection is not None:
@@ -213,7 +215,7 @@ class Store:
             raise DatabaseAwayError(self._away_reason)
         self._seconds_max = SILENCE_SECONDS_MAX  # a unit that was broken off may have had more
         try:
-            self._connection = self._database.connect(self._term)
+            self._connection = self._database.connect(self._committed)
         finally:
             self._tried_at = time.monotonic()
             self._silent_after = None
@@ -224,8 +226,8 @@ class Store:
         return self._connection
 
     def _note_failure(self, error: BaseException, unit_count: int) -> None:
-        if isinstance(error, ReplacedError):
-            self._is_replaced = True
+        if isinstance(error, EndedError):
+            self._given_up_for = type(error)
         elif isinstance(error, DatabaseAwayError) or self._database.was_lost(error):
             self._away_reason = error.reason if isinstance(error, DatabaseAwayError) else _words(error)
             if self._lost_at is None:
@@ -268,9 +270,11 @@ class Store:
 class _Unit:
     """One piece of work, its result, and whoever waits for it."""
 
-    def __init__(self, work: Callable[[Connection], Any], seconds_max: float | None = None) -> None:
+    def __init__(self, work: Callable[[UnitOfWork], Any], seconds_max: float | None = None) -> None:
         self.future: Future[Any] = Future()
         self.seconds_max = SILENCE_SECONDS_MAX if seconds_max is None else seconds_max
+        self.advanced: Mapping[StateName, int] = {}
+        """The counters that it moved, once it is done."""
         self._work = work
         self._result: Any = None
         self._error: Exception | None = None
@@ -282,8 +286,9 @@ class _Unit:
     def run(self, connection: Connection, *, is_alone: bool) -> None:
         """Runs the work inside its own savepoint, so that its failure undoes nothing of its neighbours'; one without any needs none."""
         try:
-            with contextlib.nullcontext() if is_alone else connection.begin_nested():
-                self._result = self._work(connection)
+            with contextlib.nullcontext() if is_alone else connection.begin_nested(), UnitOfWork(connection) as work:
+                self._result = self._work(work)
+            self.advanced = work.advanced
         except Exception as error:
             if isinstance(error, DBAPIError) and not isinstance(error, OWN_ERRORS):
                 raise  # a full disk or a lost server ends the whole transaction, not this savepoint alone
@@ -296,15 +301,10 @@ class _Unit:
             self.future.set_result(self._result)
 
 
-def _carry_out(work: Callable[[UnitOfWork], T], connection: Connection) -> T:
-    with UnitOfWork(connection) as unit:
-        return work(unit)
-
-
 def _public(error: BaseException) -> BaseException:
     """What one of those who waited is told; an error of its own for each, since raising one leaves its marks on it."""
-    if isinstance(error, ReplacedError):
-        return ReplacedError()
+    if isinstance(error, EndedError):
+        return type(error)()
     if isinstance(error, DatabaseAwayError):
         return DatabaseAwayError(error.reason)
     if not isinstance(error, DBAPIError) or isinstance(error, OWN_ERRORS):

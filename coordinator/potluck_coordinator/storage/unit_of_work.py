@@ -6,6 +6,7 @@ transaction around it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -29,7 +30,8 @@ from potluck_coordinator.storage.nodes import NodeRepository
 from potluck_coordinator.storage.paces import PaceRepository
 from potluck_coordinator.storage.plan import PlanRepository
 from potluck_coordinator.storage.promise import PromiseRepository
-from potluck_coordinator.storage.state import StateRepository
+from potluck_coordinator.storage.schema import migrate
+from potluck_coordinator.storage.state import StateName, StateRepository
 from potluck_coordinator.storage.uptime import UptimeRepository
 
 
@@ -53,6 +55,15 @@ class UnitOfWork:
         with self._session as session:
             if error is None:
                 session.flush()
+
+    def migrate(self) -> None:
+        """Brings the schema up to date; nothing else may then be in the unit."""
+        migrate(self._connection)
+
+    @property
+    def advanced(self) -> Mapping[StateName, int]:
+        """How far it has counted: the counters that it moved."""
+        return self.state.advanced if "state" in self.__dict__ else {}
 
     @cached_property
     def _session(self) -> Session:
