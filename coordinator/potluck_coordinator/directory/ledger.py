@@ -28,7 +28,7 @@ from potluck_coordinator.domain.ledger import (
 )
 from potluck_coordinator.domain.ledger_batch import LedgerBatch, LedgerChanges, accounts_of
 from potluck_coordinator.storage.audit import AuditRun
-from potluck_coordinator.storage.store import LONG_SECONDS_MAX, OWN_ERRORS, Store
+from potluck_coordinator.storage.store import OWN_ERRORS, Store
 from potluck_coordinator.storage.unit_of_work import UnitOfWork
 from potluck_protocol.clock import Clock
 from potluck_protocol.errors import ErrorCode, PotluckError
@@ -41,7 +41,9 @@ REAPED_COUNT_MAX: Final = 256
 AUDIT_PATIENCE_SECONDS: Final = 1.0
 """How long one call waits for an audit's end before it says how far that has come."""
 AUDIT_STEP_SECONDS_MAX: Final = 30.0
-"""Of an audit's steps but the last, which take a tenth of a second: after that a database that stands still is away for everybody."""
+"""For each of a step's statements. Steps take a tenth of a second: after that a database that stands still is away for everybody."""
+AUDIT_END_SECONDS_MAX: Final = 120.0
+"""The same for the last step, which adds up all postings: that took four seconds for ten million."""
 AUDIT_KEPT_SECONDS: Final = 10.0
 """How long an audit's report is kept for whoever will ask again. Later it would be about other books."""
 
@@ -197,7 +199,7 @@ class _Audit:
     async def _go_through(self) -> AuditReport:
         report = None
         while report is None:
-            seconds_max = LONG_SECONDS_MAX if self.run.is_at_its_end else AUDIT_STEP_SECONDS_MAX
+            seconds_max = AUDIT_END_SECONDS_MAX if self.run.is_at_its_end else AUDIT_STEP_SECONDS_MAX
             report = await self._store.run(lambda work: self.run.advance(work.audit), seconds_max)
         if report.findings:
             _log.error("audit_found_broken_books", findings=report.findings)

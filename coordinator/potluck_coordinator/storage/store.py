@@ -37,7 +37,7 @@ RECONNECT_PAUSE_SECONDS: Final = 0.25
 SILENCE_SECONDS_MAX: Final = 5.0
 """How long a statement or a commit may take. A server that stands still keeps its connections open, and says nothing on them."""
 LONG_SECONDS_MAX: Final = 900.0
-"""The same for what looks through all of the books at once: a migration, the end of an audit."""
+"""The same for a migration, which may write all of the books anew."""
 WATCH_SECONDS: Final = 0.5
 OWN_ERRORS: Final = (IntegrityError, DataError, ProgrammingError)
 """What a unit is refused for by itself; any other of the database's errors ends the whole transaction."""
