@@ -232,13 +232,3 @@ async def test_an_agent_at_a_replaced_gateway_is_told_to_come_again_and_not_that
     with pytest.raises(PotluckError) as refused:
         await links.connect(HELLO)
     assert refused.value.code is ErrorCode.COORDINATOR_UNAVAILABLE
-
-
-@pytest.mark.parametrize(("epoch", "stays"), [(0, True), (1, True), (2, False)])
-async def test_a_node_that_another_gateway_has_by_a_later_session_is_this_ones_no_more(links, epoch, stays):
-    (session,) = links.sessions
-    outbox = session.outbox = Outbox()
-    links._directory = SlowDirectory(lambda: None)
-    links.begun_elsewhere(NODE, epoch)
-    assert (links.session(NODE) is session) is stays
-    assert outbox.closed is not stays

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from potluck_coordinator.gateway.forward_outbox import ForwardOutbox
@@ -25,8 +27,13 @@ class Links:
         self.measures = Measures(self.monotonic_seconds)
         self.remote: dict[NodeId, object] = {}
         self.changed: list[str] = []
-        self.begun_elsewhere = lambda _node_id, _epoch: None
+        self.own: dict[str, SimpleNamespace] = {}
+        self.session = self.own.get
+        self.closed: list[str] = []
         self.node_changed = self.changed.append
+
+    def close(self, session, *_: object) -> None:
+        self.closed.append(session.node_id)
 
     def monotonic_seconds(self) -> float:
         return 50.0
@@ -125,6 +132,13 @@ def test_that_a_node_was_full_is_taken_back_by_the_next_view_though_nothing_has_
     assert heard.hear(said) == ["n1"]
     assert heard.in_flight("n1") == 0
     assert heard.hear(said) == []
+
+
+@pytest.mark.parametrize(("epoch", "closed"), [(0, ["n1"]), (1, []), (2, [])])
+def test_a_node_that_another_gateway_has_by_a_later_session_is_this_ones_no_more(heard, epoch, closed):
+    heard.links.own["n1"] = SimpleNamespace(node_id="n1", epoch=epoch)
+    heard.hear(nodes(3))
+    assert heard.links.closed == closed
 
 
 def test_nodes_come_go_and_begin_anew(heard):

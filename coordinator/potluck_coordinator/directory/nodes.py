@@ -267,8 +267,7 @@ class Nodes:
         self.on_reports(reports)
         if any(changed) or waits_anew:
             await self.refresh()
-            # The gateway waited for the plan and said nothing meanwhile: that is not its silence.
-            self.gateway_speaks(gateway_epoch)
+            self.gateway_speaks(gateway_epoch)  # it waited for the plan: that was not its silence
         last_report_ms, self._reported_at_ms = self._reported_at_ms, self._steady_ms()
         self._reported_at_ms_by_gateway[gateway_epoch] = self._reported_at_ms
         if uptime.went_unwatched(last_report_ms, self._reported_at_ms):

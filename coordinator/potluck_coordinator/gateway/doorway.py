@@ -32,5 +32,10 @@ class Doorway:
         self._waiting_count += 1
         try:
             yield
+        except PotluckError as error:
+            if error.code is not ErrorCode.ALREADY_EXISTS:
+                raise
+            # Another process has this gateway's number. An agent would take the code for its own: that another one has its node's place.
+            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, error.message) from error
         finally:
             self._waiting_count -= 1

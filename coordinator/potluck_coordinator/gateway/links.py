@@ -42,7 +42,7 @@ from potluck_protocol.values import EngineState, GoodbyeReason, NodeId
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping
 
-    from potluck_coordinator.desks import DirectoryPort, SessionGrant
+    from potluck_coordinator.desks import DirectoryPort
     from potluck_coordinator.domain.nodes import LivenessLimits
     from potluck_coordinator.gateway.inference_request import InferenceRequest
     from potluck_coordinator.gateway.remote_node import Host
@@ -269,21 +269,6 @@ class Links:
         self.node_changed(session.node_id)
         self._on_change()
 
-    def begun_elsewhere(self, node_id: NodeId, epoch: int) -> None:
-        """Another gateway has a session of the node. Where that is the later one, the node has left this gateway without a word."""
-        session = self._sessions.get(node_id)
-        if session is not None and session.epoch < epoch:
-            self.close(session, None, GoodbyeReason.REPLACED, "Another gateway has a newer link of this node.")
-
-    async def _opened(self, hello: Hello) -> SessionGrant:
-        try:
-            return await self._directory.nodes.open_session(hello, gateway_epoch=self._gateway_epoch)
-        except PotluckError as error:
-            if error.code is not ErrorCode.ALREADY_EXISTS:
-                raise
-            # Another process has this gateway's number. An agent would take the code for its own: that another one has its node's place.
-            raise PotluckError(ErrorCode.COORDINATOR_UNAVAILABLE, error.message) from error
-
     async def connect(self, hello: Hello) -> tuple[NodeSession, Outbox, Welcome]:
         """Begins the node's session, or goes on with it over a new link.
 
@@ -298,7 +283,7 @@ class Links:
                 session = None
             if session is None:
                 with self._doorway.place():
-                    grant = await self._opened(hello)
+                    grant = await self._directory.nodes.open_session(hello, gateway_epoch=self._gateway_epoch)
                 if hello.node_id in self._snapshot.outcasts:
                     # The snapshot that says so came while the directory's answer was on its way.
                     raise PotluckError(ErrorCode.INVALID_CERTIFICATE)

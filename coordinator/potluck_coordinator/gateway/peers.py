@@ -17,6 +17,7 @@ from potluck_coordinator.gateway.peer_link import PeerLink
 from potluck_coordinator.gateway.remote_node import RemoteNode, Way
 from potluck_coordinator.pool_view import SharedReplica, gateway_view
 from potluck_protocol.errors import PotluckError
+from potluck_protocol.values import GoodbyeReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -167,7 +168,10 @@ class Peers:
             peer.nodes.pop(node_id, None)
             return
         epoch, node = said[0].epoch, peer.nodes.get(node_id)
-        self._links.begun_elsewhere(node_id, epoch)
+        own = self._links.session(node_id)
+        if own is not None and own.epoch < epoch:
+            # It has left this gateway without a word.
+            self._links.close(own, None, GoodbyeReason.REPLACED, "Another gateway has a newer link of this node.")
         if node is None or node.epoch != epoch:
             node = peer.nodes[node_id] = RemoteNode(node_id, epoch, peer.way, self._links.measures)
         node.tell({shared.view.replica_id: shared.view for shared in said if shared.epoch == epoch})
