@@ -47,9 +47,10 @@ def remote():
     return Remote()
 
 
-def test_what_was_sent_since_the_view_is_counted_beside_it(remote):
+async def test_what_was_sent_since_the_view_is_counted_beside_it(remote):
     remote.send("a")
     remote.send("b")
+    await remote.way.outbox.take()
     assert (remote.now().in_flight_count, remote.now().committed_tokens) == (3, 180.0)
     assert remote.now().prefill_backlog_tokens == 20.0
     # The next view counts the first of them itself.
