@@ -16,6 +16,8 @@ from tests.benchmarks.turns import Turn
 
 OURS: Final = "Potluck"
 ENGINE: Final = "direct"
+FLOOR: Final = "gRPC relay"
+"""Does nothing but pass bytes over a link like ours: what it spends, nothing in Python that has such a link can save."""
 AGENT: Final = ("agent",)
 
 
@@ -50,7 +52,7 @@ class Mark:
 
 
 def _cpu(name: str, workload: str, peer: str, bound: float, groups: tuple[str, ...] = ()) -> Mark:
-    return Mark(name, peer, bound, lambda rounds, who: rounds.cost(who, workload, groups if who == OURS else ()))
+    return Mark(name, peer, bound, lambda rounds, who: rounds.cost(who, workload, groups if who in (OURS, FLOOR) else ()))
 
 
 def _added(name: str, key: str, peer: str, bound: float) -> Mark:
@@ -83,6 +85,8 @@ class Verdict:
     unit: str
     estimate: Estimate | None
     """None: not measured, because a peer could not be run."""
+    floor: Estimate | None = None
+    """The floor's to the same peer, where it ran too."""
 
     @property
     def met(self) -> bool | None:
@@ -95,17 +99,19 @@ _ENDLESS: Final = Estimate(math.inf, math.inf, math.inf)
 
 def verdicts(rounds: Rounds) -> list[Verdict]:
     """Every mark of the table, in its order."""
-    return [Verdict(f"{mark.name}, to {mark.peer}", mark.bound, "x", _ratio(mark, rounds)) for mark in MARKS]
+    return [
+        Verdict(f"{mark.name}, to {mark.peer}", mark.bound, "x", _ratio(mark, rounds, OURS), _ratio(mark, rounds, FLOOR)) for mark in MARKS
+    ]
 
 
-def _ratio(mark: Mark, rounds: Rounds) -> Estimate | None:
-    if any(not rounds.turns.get(name) for name in (OURS, ENGINE, mark.peer)):
+def _ratio(mark: Mark, rounds: Rounds, who: str) -> Estimate | None:
+    if any(not rounds.turns.get(name) for name in (who, ENGINE, mark.peer)):
         return None
     theirs = mark.values(rounds, mark.peer)
     if not all(value > 0 for value in theirs):
         # It added nothing that could be measured.
         return _ENDLESS
-    return estimate(ratios(mark.values(rounds, OURS), theirs))
+    return estimate(ratios(mark.values(rounds, who), theirs))
 
 
 def stumbles_verdict(stumbles: Mapping[str, int]) -> Verdict:

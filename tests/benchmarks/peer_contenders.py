@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from potluck_coordinator.directory.certificate_authority import CertificateAuthority
+from potluck_protocol.clock import SystemClock
 from tests.benchmarks.contenders import MODEL, Contender, PeerUnavailableError, ready
+from tests.benchmarks.marks import FLOOR
 from tests.benchmarks.processes import Child, free_port, title
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -36,7 +39,7 @@ def start_haproxy(folder: Path, engine_urls: Sequence[str], cores: frozenset[int
     configuration = folder / "haproxy.cfg"
     configuration.write_text(_HAPROXY_CONFIGURATION.format(port=port, servers=servers))
     command = [str(program), "-f", str(configuration), "-db"]
-    return _ready("HAProxy", Child(command, folder / "haproxy.log", environment=variables, cores=cores), port)
+    return _ready("HAProxy", [Child(command, folder / "haproxy.log", environment=variables, cores=cores)], port)
 
 
 _HAPROXY_CONFIGURATION: Final = """
@@ -80,7 +83,20 @@ def start_aiohttp_relay(folder: Path, engine_urls: Sequence[str], cores: frozens
     """A bare relay of our own, on the libraries that Potluck itself is pinned to."""
     port = free_port()
     command = [sys.executable, str(PINS / "aiohttp_relay.py"), str(port), *engine_urls]
-    return _ready("aiohttp relay", Child(command, folder / "aiohttp_relay.log", cores=cores), port)
+    return _ready("aiohttp relay", [Child(command, folder / "aiohttp_relay.log", cores=cores)], port)
+
+
+def start_grpc_relay(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
+    """A bare relay of our own in two halves, with a link like Potluck's between them. It knows one engine, and loses all with it."""
+    port, link_port, program = free_port(), free_port(), [sys.executable, str(PINS / "grpc_relay.py")]
+    authority_dir = folder / "grpc_relay"
+    CertificateAuthority.load_or_create(authority_dir, SystemClock().unix_ms())
+    home_cores = frozenset(os.sched_getaffinity(0)) - cores if cores else cores
+    first, second = ["coordinator", str(authority_dir), str(port)], ["agent", str(authority_dir), str(link_port), engine_urls[0]]
+    coordinator = Child([*program, *first, str(link_port)], folder / "grpc_relay.log", cores=cores)
+    agent = Child([*program, *second], folder / "grpc_relay_agent.log", cores=home_cores)
+    groups = {"relay": coordinator.family, "agent": agent.family}
+    return _ready(FLOOR, [coordinator, agent], port, lambda: groups)
 
 
 def start_sglang_router(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
@@ -109,7 +125,7 @@ def _start_router(
     command = [*program, "--worker-urls", *engine_urls, "--policy", "cache_aware"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", log_level]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    return _ready(name, Child(command, folder / f"{name}.log", cores=cores), port)
+    return _ready(name, [Child(command, folder / f"{name}.log", cores=cores)], port)
 
 
 def start_litellm(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
@@ -128,7 +144,7 @@ def start_litellm(folder: Path, engine_urls: Sequence[str], cores: frozenset[int
         "LITELLM_LOG": "ERROR",
         "LITELLM_MODE": "PRODUCTION",
     }
-    return _ready("LiteLLM", Child(command, folder / "litellm.log", environment=environment, cores=cores), port)
+    return _ready("LiteLLM", [Child(command, folder / "litellm.log", environment=environment, cores=cores)], port)
 
 
 def start_ray_serve(folder: Path, engine_urls: Sequence[str], cores: frozenset[int]) -> Contender:
@@ -148,7 +164,7 @@ def _start_ray_serve(name: str, variables: Mapping[str, str], folder: Path, engi
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONWARNINGS": "ignore", **variables}
     command = [str(python), str(PINS / "ray_serve_relay.py"), str(port), *engine_urls]
     child = Child(command, folder / f"{name}.log", environment=environment, cores=cores)
-    return _ready(name, child, port, lambda: _ray_groups(child), ("haproxy", "proxy", "replica", "controller", "driver"))
+    return _ready(name, [child], port, lambda: _ray_groups(child), ("haproxy", "proxy", "replica", "controller", "driver"))
 
 
 def _ray_groups(child: Child) -> dict[str, tuple[int, ...]]:
@@ -168,12 +184,13 @@ def ray_part(shown: str) -> str:
 
 def _ready(
     name: str,
-    child: Child,
+    children: list[Child],
     port: int,
     groups: Callable[[], Mapping[str, tuple[int, ...]]] | None = None,
     relay_groups: tuple[str, ...] = ("relay",),
 ) -> Contender:
-    contender = Contender(name, f"http://127.0.0.1:{port}", groups or (lambda: {"relay": child.family}), relay_groups, children=[child])
+    watched = groups or (lambda: {"relay": children[0].family})
+    contender = Contender(name, f"http://127.0.0.1:{port}", watched, relay_groups, children=children)
     try:
         return ready(contender)
     except RuntimeError as error:
@@ -227,6 +244,7 @@ def install(name: str) -> None:
 STARTS: Final[Mapping[str, Start]] = {
     "HAProxy": start_haproxy,
     "aiohttp relay": start_aiohttp_relay,
+    FLOOR: start_grpc_relay,
     "sglang-router": start_sglang_router,
     "vllm-router": start_vllm_router,
     "smg": start_smg,

@@ -28,7 +28,7 @@ from tests.benchmarks.load import Load, LoadFailedError, LoadResult
 from tests.benchmarks.load_client import LoadClient
 from tests.benchmarks.loss_traces import LossRow
 from tests.benchmarks.loss_trials import peer_losses, pool_losses
-from tests.benchmarks.marks import ENGINE, OURS, Rounds
+from tests.benchmarks.marks import ENGINE, FLOOR, OURS, Rounds
 from tests.benchmarks.outcome import Outcome, Standing, document, outcome_of
 from tests.benchmarks.peer_contenders import STARTS, install
 from tests.benchmarks.plot import draw
@@ -38,7 +38,7 @@ from tests.benchmarks.report import table
 from tests.benchmarks.turns import OF_THE_ENGINE, WORKLOADS, Turn, take_turn, warm_up_of
 from tests.benchmarks.versions import versions
 
-NEAR_PEERS: Final = ("HAProxy", "aiohttp relay", "sglang-router")
+NEAR_PEERS: Final = ("HAProxy", "aiohttp relay", FLOOR, "sglang-router")
 """Those that start fast and say most."""
 HEAVY_PEERS: Final = ("LiteLLM", "Ray Serve, HAProxy", "Ray Serve")
 """Their trials of losses are run alone: 16 streams are work for them."""
@@ -210,7 +210,7 @@ def run_benchmark(plan: Plan, folder: Path) -> Outcome:
             for name in (ENGINE, *peers):
                 if name in benchmark.contenders:
                     benchmark.contenders.pop(name).stop()
-            losses = _losses([name for name in peers if name not in benchmark.absent], pools[0], folder, cores)
+            losses = _losses([name for name in peers if name not in {FLOOR, *benchmark.absent}], pools[0], folder, cores)
         return Outcome(
             rounds=rounds,
             standings=standings,

@@ -11,7 +11,7 @@ from typing import Final
 
 from tests.benchmarks.arithmetic import total
 from tests.benchmarks.loss_traces import CUT, DOUBLED, HUNG, REFUSED, WHOLE, LossFigures, LossRow
-from tests.benchmarks.marks import ENGINE, OURS, Verdict
+from tests.benchmarks.marks import ENGINE, FLOOR, OURS, Verdict
 from tests.benchmarks.outcome import Outcome
 
 _HEADINGS: Final = ("CPU in us of", *["a token"] * 3, *["a request"] * 2, "latency", "first", "delay", "memory", "idle")
@@ -26,6 +26,7 @@ _PARTS: Final[Mapping[str, Sequence[tuple[str, str]]]] = {
         ("ray", "Ray's daemons (not counted)"),
         ("agent", "agent, at the node"),
     ),
+    FLOOR: (("agent", "agent, at the node"),),
     "Ray Serve": (("proxy", "proxy"), ("replica", "replica"), ("controller", "controller"), ("ray", "Ray's daemons (not counted)")),
     "Ray Serve, HAProxy": (
         ("haproxy", "HAProxy"),
@@ -113,7 +114,14 @@ def _noticed(figures: LossFigures) -> str:
 
 
 def _mark_lines(found: Sequence[Verdict]) -> list[str]:
-    return [f"{_WORDS[verdict.met]:>12}  {verdict.name}: {_figure(verdict)}, at most {verdict.bound:g}" for verdict in found]
+    return [
+        f"{_WORDS[verdict.met]:>12}  {verdict.name}: {_figure(verdict)}, at most {verdict.bound:g}{_beside(verdict)}" for verdict in found
+    ]
+
+
+def _beside(verdict: Verdict) -> str:
+    """How far the least that such a relay can do is from the same peer."""
+    return "" if verdict.floor is None else f" ({FLOOR} {verdict.floor.median:.3g})"
 
 
 _WORDS: Final = {True: "met", False: "NOT MET", None: "not measured"}

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from tests.benchmarks.marks import FLOOR
 from tests.benchmarks.peer_contenders import PINS, PeerUnavailableError, haproxy_program
 
 _PACKAGES: Final = {
@@ -42,6 +43,8 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 def _contender_version(name: str) -> str:
     if name == "aiohttp relay":
         return f"aiohttp {version('aiohttp')}"
+    if name == FLOOR:
+        return f"grpcio {version('grpcio')}"
     if name == "HAProxy":
         return _haproxy_version()
     pins, package = _PACKAGES[name]

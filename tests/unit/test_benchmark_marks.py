@@ -24,13 +24,22 @@ _GROUPS = {
     "direct": (),
     "Potluck": ("gateway", "directory", "driver"),
     "aiohttp relay": ("relay",),
+    "gRPC relay": ("relay",),
     "sglang-router": ("relay",),
     "vllm-router": ("relay",),
     "LiteLLM": ("relay",),
     "Ray Serve, HAProxy": ("haproxy", "proxy", "replica", "controller", "driver"),
 }
-_NOT_COUNTED = {"Potluck": ("ray", "agent", "engine"), "Ray Serve, HAProxy": ("ray",)}
-_COSTS = {"Potluck": 10.0, "aiohttp relay": 30.0, "sglang-router": 25.0, "vllm-router": 50.0, "LiteLLM": 1000.0, "Ray Serve, HAProxy": 60.0}
+_NOT_COUNTED = {"Potluck": ("ray", "agent", "engine"), "gRPC relay": ("agent",), "Ray Serve, HAProxy": ("ray",)}
+_COSTS = {
+    "Potluck": 10.0,
+    "aiohttp relay": 30.0,
+    "gRPC relay": 20.0,
+    "sglang-router": 25.0,
+    "vllm-router": 50.0,
+    "LiteLLM": 1000.0,
+    "Ray Serve, HAProxy": 60.0,
+}
 _TIMES = {"direct": 1.0, "Potluck": 2.0, "vllm-router": 1.5, "LiteLLM": 21.0, "Ray Serve, HAProxy": 2.0, "sglang-router": 1.2}
 
 
@@ -102,6 +111,17 @@ def test_the_marks_compare_the_coordinator_alone_and_the_agent_for_itself() -> N
     assert found["CPU per token, 64 streams (coalesced), to sglang-router"] == pytest.approx(30 / 25)
     assert found["CPU per request, 32 at once, to LiteLLM"] == pytest.approx(30 / 1000)
     assert found["agent's CPU per token, 64 streams, to aiohttp relay"] == pytest.approx(10 / 30)
+
+
+def test_the_least_that_such_a_relay_can_do_stands_beside_and_judges_nothing() -> None:
+    found = _found(_outcome())
+    crowd = found["CPU per request, 32 at once, to LiteLLM"]
+    assert crowd.floor is not None
+    assert (crowd.floor.median, crowd.met) == (pytest.approx(20 / 1000), True)
+    assert "NOT MET  CPU per token, 64 streams (coalesced), to sglang-router: 1.20, at most 1.1 (gRPC relay 0.8)" in table(_outcome())
+    without = _found(_outcome(without="gRPC relay"))
+    assert {name: verdict.met for name, verdict in without.items()} == {name: verdict.met for name, verdict in found.items()}
+    assert all(verdict.floor is None for verdict in without.values())
 
 
 def test_latencies_are_compared_by_what_each_adds_to_the_engine() -> None:
