@@ -29,6 +29,7 @@ from potluck_node.domain.card_limit import capped, card_percents_max
 from potluck_node.domain.hours import parse_window
 from potluck_node.domain.plan import LocalLimits
 from potluck_node.domain.rest import Rules
+from potluck_node.engine_exchange import EngineConnections
 from potluck_node.engine_session import engine_session
 from potluck_node.engines import last_lines
 from potluck_node.engines.registry import available_engines
@@ -207,7 +208,7 @@ def _work_of(
 ) -> _Work:
     attempts = Attempts(
         replicas=replicas,
-        http=http,
+        connections=EngineConnections(),
         clock=clock,
         node_state=state,
         slot_count_max=settings.slot_count_max,

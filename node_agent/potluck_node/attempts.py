@@ -15,27 +15,25 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
-import aiohttp
 import structlog
 
-from potluck_node.delivery import Delivery, ResponseHead
-from potluck_node.domain.event_stream import EventTooLargeError, TokenEvents, WholeEvents
-from potluck_node.domain.failures import may_be_a_requests_fault, says_that_it_dies
+from potluck_node.delivery import Delivery
+from potluck_node.domain.event_stream import EventTooLargeError
+from potluck_node.domain.failures import may_be_a_requests_fault
+from potluck_node.engine_exchange import EngineConnections, EngineUnreachableError
 from potluck_node.engine_watches import EngineWatches
 from potluck_node.engines.base import EngineAddress
 from potluck_node.engines.standstill import Ear
+from potluck_node.relaying import EVENT_BYTES_MAX, EngineDyingError, Relaying
 from potluck_node.replicas import Replicas
 from potluck_protocol.clock import Clock
 from potluck_protocol.v1 import node_pb2
-from potluck_protocol.values import AttemptId, Endpoint, EndReason, FailureKind, NodeState, ReplicaId, ResumePoint, StartAttempt
+from potluck_protocol.values import AttemptId, EndReason, FailureKind, NodeState, ReplicaId, ResumePoint, StartAttempt
 
-PIECE_BYTES_MAX: Final = 64 * 1024
-"""How much of an answer is read at once; a quarter of the window where that is less, so that a window holds several pieces."""
-EVENT_BYTES_MAX: Final = 1024 * 1024
-"""An engine whose event grows beyond this is broken."""
 URGENT_PIECE_COUNT: Final = 2
 """Pieces of a new answer that wait for no company on the link: engines name the role in the first, the first token is in the second."""
 DELIVERED_KEPT_SECONDS: Final = 20.0
@@ -50,10 +48,6 @@ UNDELIVERED_KEPT_SECONDS: Final = 600.0
 """How long an ended attempt waits for the coordinator to acknowledge its end; a lease that lapses before drops it sooner."""
 
 _log = structlog.get_logger()
-
-
-class _EngineDyingError(Exception):
-    """The engine answered that it cannot any more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +79,7 @@ class Attempts:
 
     Args:
         replicas: where engines are, and how many slots each has.
-        http: see `engine_session`.
+        connections: to engines, this node's attempts' alone.
         clock: time.
         node_state: whether new attempts are welcome.
         slot_count_max: the owner's limit for one engine, whatever the coordinator wished; None: no limit.
@@ -96,14 +90,14 @@ class Attempts:
         self,
         *,
         replicas: Replicas,
-        http: aiohttp.ClientSession,
+        connections: EngineConnections,
         clock: Clock,
         node_state: Callable[[], NodeState],
         slot_count_max: int | None,
         slots_now: Callable[[ReplicaId, int], int] = lambda _, slot_count: slot_count,
     ) -> None:
         self._replicas = replicas
-        self._http = http
+        self._connections = connections
         self._clock = clock
         self._node_state = node_state
         self._slot_count_max = slot_count_max
@@ -256,6 +250,7 @@ class Attempts:
         tasks = [attempt.task for attempt in self._attempts.values() if attempt.task is not None]
         self.abandon_all()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._connections.close()
 
     # How an attempt runs.
 
@@ -278,13 +273,13 @@ class Attempts:
         try:
             try:
                 await self._relay(attempt, start, address, attempt.ear)
-            except aiohttp.ClientConnectorError:
+            except EngineUnreachableError:
                 # It has just gone, and its next heartbeat would have said so.
                 self._end(attempt, EndReason.REFUSED, "the engine takes no connections")
-            except _EngineDyingError:
+            except EngineDyingError:
                 await asyncio.sleep(DYING_SECONDS)
                 self._end(attempt, EndReason.ENGINE_FAILED, "the engine said that it failed")
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            except OSError as error:  # TimeoutError is one
                 if attempt.outlived is None:
                     # Should the engine have died, `_lose_engine` ends this attempt before that.
                     await asyncio.sleep(DEATH_KNOWN_SECONDS)
@@ -300,47 +295,18 @@ class Attempts:
             self._end(attempt, EndReason.COMPLETED)
 
     async def _relay(self, attempt: _Attempt, start: StartAttempt, address: EngineAddress, ear: Ear) -> None:
-        piece_bytes = max(1, min(PIECE_BYTES_MAX, start.window_bytes // 4))
         stopwatch = self.watches.solo.begin(start, alone=self.running_count(start.replica_id) == 1)
-        url = address.url + start.endpoint.value
-        async with self._http.post(url, data=start.body, headers=address.headers, allow_redirects=False) as response:
-            try:
-                content_type = response.headers.get("Content-Type", "")
-                head = ResponseHead(response.status, content_type)
-                events = WholeEvents(EVENT_BYTES_MAX) if start.stream and content_type.startswith("text/event-stream") else None
-                tokens = TokenEvents(names_role_first=start.endpoint is Endpoint.CHAT_COMPLETIONS)
-                while piece := await response.content.read(piece_bytes):
-                    whole = piece if events is None else events.take(piece)
-                    if events is None or tokens.take(whole):
-                        ear.heard()
-                    if whole:
-                        stopwatch.take(whole, held_up=not attempt.delivery.has_room(len(whole)))
-                        await self._send(attempt, whole, head)
-                    if says_that_it_dies(head.http_status, whole):
-                        raise _EngineDyingError
-                remainder = b"" if events is None else events.remainder
-                if remainder or attempt.delivery.next_sequence == 0:
-                    await self._send(attempt, remainder, head)
-                ear.heard()
-                if head.http_status == HTTPStatus.OK:
-                    self.watches.answered(start)
-                    self.watches.solo.end(start, stopwatch)
-            finally:
-                if not response.content.at_eof():
-                    # Not released but closed: that is what tells the engine to stop.
-                    response.close()
+        answer = await self._connections.ask(address.url, start.endpoint.value, address.headers, start.body)
+        try:
+            pushed = partial(self._pushed, attempt)
+            await Relaying(start, answer, attempt.delivery, attempt.room, ear=ear, stopwatch=stopwatch, on_pushed=pushed).run()
+            if answer.http_status == HTTPStatus.OK:
+                self.watches.answered(start)
+                self.watches.solo.end(start, stopwatch)
+        finally:
+            answer.close()
 
-    async def _send(self, attempt: _Attempt, data: bytes, head: ResponseHead) -> None:
-        delivery = attempt.delivery
-        while not delivery.has_room(len(data)):
-            if attempt.ear is not None:
-                attempt.ear.turn_away()
-            attempt.room.clear()
-            await attempt.room.wait()
-        if attempt.ear is not None:
-            attempt.ear.turn_back()
-        piece_number = delivery.next_sequence
-        delivery.push(data, head if piece_number == 0 else None)
+    def _pushed(self, attempt: _Attempt, piece_number: int) -> None:
         self.progress_count += 1
         self._stand_in_line(attempt, urgent=piece_number < URGENT_PIECE_COUNT)
 

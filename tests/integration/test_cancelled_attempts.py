@@ -10,7 +10,7 @@ import pytest
 
 from potluck_node.attempts import DELIVERED_KEPT_SECONDS, UNDELIVERED_KEPT_SECONDS, Attempts
 from potluck_node.delivery import Delivery
-from potluck_node.engine_session import engine_session
+from potluck_node.engine_exchange import EngineConnections
 from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import AttemptId, Endpoint, NodeState, StartAttempt
 from tests.support.engines import MovedClock
@@ -34,16 +34,15 @@ def clock() -> MovedClock:
 
 @pytest.fixture
 async def attempts(engine: DirectedEngine, clock: MovedClock) -> AsyncIterator[Attempts]:
-    async with engine_session() as http:
-        made = Attempts(
-            replicas=FixedReplicas(engine.url, slot_count=4),
-            http=http,
-            clock=clock,
-            node_state=lambda: NodeState.SERVING,
-            slot_count_max=None,
-        )
-        yield made
-        await made.close()
+    made = Attempts(
+        replicas=FixedReplicas(engine.url, slot_count=4),
+        connections=EngineConnections(),
+        clock=clock,
+        node_state=lambda: NodeState.SERVING,
+        slot_count_max=None,
+    )
+    yield made
+    await made.close()
 
 
 async def streaming(attempts: Attempts, engine: DirectedEngine, name: str) -> AttemptId:

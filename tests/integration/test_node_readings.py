@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from potluck_node.attempts import Attempts
 from potluck_node.bounded_body import read_at_most
 from potluck_node.domain.solo_rates import ANSWERS_MIN
+from potluck_node.engine_exchange import EngineConnections
 from potluck_node.engine_session import engine_session
 from potluck_node.engines.asking import ask_load
 from potluck_node.engines.base import EngineAddress
@@ -186,7 +187,11 @@ class Told:
 
     def __init__(self, supervisor, http) -> None:
         self.attempts = Attempts(
-            replicas=supervisor, http=http, clock=SystemClock(), node_state=lambda: NodeState.SERVING, slot_count_max=None
+            replicas=supervisor,
+            connections=EngineConnections(),
+            clock=SystemClock(),
+            node_state=lambda: NodeState.SERVING,
+            slot_count_max=None,
         )
         self.readings = Readings(supervisor, http, heard=self.attempts.watches.heard)
         self.report = NodeReport(

@@ -7,10 +7,8 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import aiohttp
-
 from potluck_node.attempts import Attempts
-from potluck_node.engine_session import engine_session
+from potluck_node.engine_exchange import EngineConnections
 from potluck_node.replicas import Replicas
 from potluck_node.watchdog import Watchdog
 from potluck_protocol.v1 import node_pb2
@@ -25,9 +23,11 @@ BODY = {"messages": [{"role": "user", "content": "count"}], "max_tokens": 2000, 
 class Hearing:
     """Attempts of one node, the watchdog over their engines, and what they would send."""
 
-    def __init__(self, replicas: Replicas, http: aiohttp.ClientSession, clock: MovedClock) -> None:
+    def __init__(self, replicas: Replicas, clock: MovedClock) -> None:
         self.clock = clock
-        self.attempts = Attempts(replicas=replicas, http=http, clock=clock, node_state=lambda: NodeState.SERVING, slot_count_max=None)
+        self.attempts = Attempts(
+            replicas=replicas, connections=EngineConnections(), clock=clock, node_state=lambda: NodeState.SERVING, slot_count_max=None
+        )
         self.watchdog = Watchdog(attempts=self.attempts, replicas=replicas, clock=clock)
         self.sent = node_pb2.NodeFrame()
 
@@ -64,7 +64,6 @@ class Hearing:
 
 @asynccontextmanager
 async def hearing(replicas: Replicas, clock: MovedClock) -> AsyncIterator[Hearing]:
-    async with engine_session() as http:
-        made = Hearing(replicas, http, clock)
-        yield made
-        await made.attempts.close()
+    made = Hearing(replicas, clock)
+    yield made
+    await made.attempts.close()

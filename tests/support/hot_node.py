@@ -12,6 +12,7 @@ from typing import Any
 from potluck_node.attempts import Attempts
 from potluck_node.domain.thermal import HeatLimits
 from potluck_node.domain.thermal_ladder import PowerRange, ThermalRung, caps_milliwatts
+from potluck_node.engine_exchange import EngineConnections
 from potluck_node.engine_session import engine_session
 from potluck_node.heat import Heat
 from potluck_node.power_caps import PowerCaps
@@ -60,7 +61,7 @@ class HotNode:
         self.replicas.lives_at = Residence(os.getpid(), tuple(device["nvmlDeviceGetUUID"] for device in self.driver.devices))
         self.attempts = Attempts(
             replicas=self.replicas,
-            http=http,
+            connections=EngineConnections(),
             clock=self.clock,
             node_state=lambda: NodeState.SERVING,
             slot_count_max=None,

@@ -14,6 +14,7 @@ from potluck_node.attached_servers import AttachedServers
 from potluck_node.attempts import Attempts
 from potluck_node.credentials import Credentials
 from potluck_node.domain.thermal import HeatLimits
+from potluck_node.engine_exchange import EngineConnections
 from potluck_node.engine_session import engine_session
 from potluck_node.engines.base import EngineAddress
 from potluck_node.heat import Heat
@@ -227,7 +228,7 @@ async def wired_node(
     async with engine_session() as http:
         attempts = Attempts(
             replicas=replicas,
-            http=http,
+            connections=EngineConnections(),
             clock=used_clock,
             node_state=lambda: report.state,
             slot_count_max=slot_count_max,

@@ -26,6 +26,7 @@ import structlog
 from potluck_node.attempts import Attempts
 from potluck_node.domain.gateways import Ways
 from potluck_node.domain.session import Phase
+from potluck_node.engine_exchange import EngineConnections
 from potluck_node.gateway_ways import GatewayWays
 from potluck_node.knocking import knock
 from potluck_node.link import Link
@@ -234,7 +235,7 @@ class SimulatedAgent:
             credentials=cast("Any", HeldCredentials(nodes, key)),
             attempts=Attempts(
                 replicas=cast("Any", replicas),
-                http=cast("Any", None),
+                connections=EngineConnections(),
                 clock=clock,
                 node_state=lambda: NodeState.SERVING,
                 slot_count_max=None,

@@ -76,6 +76,11 @@ class WholeEvents:
         """What waits for its event's end. A copy: to be read at the answer's end."""
         return bytes(self._held)
 
+    @property
+    def held_bytes(self) -> int:
+        """How many wait."""
+        return len(self._held)
+
     def take(self, piece: bytes) -> bytes:
         """The events that are whole by now, their lines ended by line feeds; raises EventTooLargeError."""
         piece = self._line_feeds.take(piece)
