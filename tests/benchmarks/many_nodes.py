@@ -14,6 +14,8 @@ own over mutual TLS. CPU time is the processes' own, all threads together, so th
   difference, with the second count. For 10,000 that comes to as many heartbeats as so many nodes are told to send (`scaling.IdleCosts`),
   window by window.
 
+`--only-heartbeats` stops after the first of these, so that many rounds of it take no longer than all of them together.
+
 Marks, by the pessimistic end of the interval: a heartbeat <= 1.3 x the bare server's; memory <= 1.5 x; 10,000 idle nodes <= 0.4 core.
 Progress goes to standard error. Ends with 1 where a mark is not met.
 """
@@ -243,10 +245,14 @@ def memory_ratios(small: Idle, large: Idle) -> list[float]:
     return [memory["gateway"] / memory["bare"] for memory in each]
 
 
+def heartbeat_mark(rounds: Sequence[Round]) -> Mark:
+    found = estimate(ratios([one.gateway_micros for one in rounds], [one.bare_micros for one in rounds]))
+    return Mark("a heartbeat's CPU, gateway over bare server", HEARTBEAT_RATIO_MAX, "x", found)
+
+
 def marks_of(rounds: Sequence[Round], small: Idle, large: Idle) -> list[Mark]:
-    beat = estimate(ratios([one.gateway_micros for one in rounds], [one.bare_micros for one in rounds]))
     return [
-        Mark("a heartbeat's CPU, gateway over bare server", HEARTBEAT_RATIO_MAX, "x", beat),
+        heartbeat_mark(rounds),
         Mark("a node's memory, gateway over bare server", MEMORY_RATIO_MAX, "x", estimate(memory_ratios(small, large))),
         Mark(
             f"{IDLE_NODES:,} idle nodes, all of the coordinator",
@@ -257,12 +263,21 @@ def marks_of(rounds: Sequence[Round], small: Idle, large: Idle) -> list[Mark]:
     ]
 
 
-def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
+def heartbeat_line(rounds: Sequence[Round]) -> str:
     ours, theirs = (estimate([getattr(one, name) for one in rounds]) for name in ("gateway_micros", "bare_micros"))
-    memory = {name: f"{size / 1024:.1f} KiB" for name, size in memory_per_node(small.windows[-1], large.windows[-1]).items()}
     gateway = f"gateway {ours.median:.0f} us ({ours.low:.0f} to {ours.high:.0f})"
     bare = f"bare server {theirs.median:.0f} us ({theirs.low:.0f} to {theirs.high:.0f})"
-    lines = [f"a heartbeat at {rounds[0].beats_per_second:.0f}/s: {gateway}, {bare}", f"memory of a node: {memory}"]
+    return f"a heartbeat at {rounds[0].beats_per_second:.0f}/s: {gateway}, {bare}"
+
+
+def mark_line(mark: Mark) -> str:
+    shown = f"{mark.estimate.median:.2f} ({mark.estimate.low:.2f} to {mark.estimate.high:.2f}) {mark.unit}, at most {mark.limit}"
+    return f"{'met    ' if mark.met else 'NOT MET'}  {mark.name}: {shown}"
+
+
+def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
+    memory = {name: f"{size / 1024:.1f} KiB" for name, size in memory_per_node(small.windows[-1], large.windows[-1]).items()}
+    lines = [heartbeat_line(rounds), f"memory of a node: {memory}"]
     for one in (small.medians(), large.medians()):
         for key, words in (
             ("cores", f"a beat each {one['period_seconds']} s, {one['beats_per_second']:.0f}/s"),
@@ -274,10 +289,11 @@ def table(rounds: Sequence[Round], small: Idle, large: Idle) -> str:
     gateway_cores = median(one.gateway_cores(IDLE_NODES, 1) for one in costs)
     reckoned = f"{gateway_cores:.3f} of {median(reckoned_cores(small, large, IDLE_NODES)):.3f} cores"
     lines.append(f"{IDLE_NODES:,} idle nodes, reckoned, a beat {median(one.beat_micros for one in costs):.0f} us: gateway {reckoned}")
-    for mark in marks_of(rounds, small, large):
-        shown = f"{mark.estimate.median:.2f} ({mark.estimate.low:.2f} to {mark.estimate.high:.2f}) {mark.unit}, at most {mark.limit}"
-        lines.append(f"{'met    ' if mark.met else 'NOT MET'}  {mark.name}: {shown}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(mark_line, marks_of(rounds, small, large))])
+
+
+def marks_as_json(marks: Sequence[Mark]) -> list[dict[str, Any]]:
+    return [{**asdict(mark), "met": mark.met} for mark in marks]
 
 
 def as_json(rounds: Sequence[Round], small: Idle, large: Idle) -> Mapping[str, Any]:
@@ -285,8 +301,16 @@ def as_json(rounds: Sequence[Round], small: Idle, large: Idle) -> Mapping[str, A
         "heartbeat_rounds": [asdict(one) for one in rounds],
         "idle": [{**one.medians(), "windows": [asdict(window) for window in one.windows]} for one in (small, large)],
         "memory_bytes_per_node": memory_per_node(small.windows[-1], large.windows[-1]),
-        "marks": [{**asdict(mark), "met": mark.met} for mark in marks_of(rounds, small, large)],
+        "marks": marks_as_json(marks_of(rounds, small, large)),
     }
+
+
+def show_heartbeats(programs: Mapping[str, Any], rounds: Sequence[Round], *, as_object: bool) -> int:
+    """Where nothing else was measured; the exit code."""
+    mark = heartbeat_mark(rounds)
+    found = {"versions": programs, "heartbeat_rounds": [asdict(one) for one in rounds], "marks": marks_as_json([mark])}
+    print(json.dumps(found) if as_object else f"{heartbeat_line(rounds)}\n{mark_line(mark)}", flush=True)
+    return 0 if mark.met else 1
 
 
 def main() -> int:
@@ -294,6 +318,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, nargs=2, default=[1000, 3000], metavar=("FEW", "MANY"))
     parser.add_argument("--rounds", type=int, default=5, help="of heartbeats")
     parser.add_argument("--seconds", type=float, default=4.0, help="each window of a round, at most 6: a lease must outlast it")
+    parser.add_argument("--only-heartbeats", action="store_true", help="with the first count; nothing else is measured")
     parser.add_argument("--windows", type=int, default=5, help="of idle nodes, with each count")
     parser.add_argument("--idle-seconds", type=float, default=10.0, help="each of them")
     parser.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
@@ -309,8 +334,10 @@ def main() -> int:
 
     programs = versions(())
     with tempfile.TemporaryDirectory(prefix="potluck-nodes-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), stack, many, say)
+        bench = Bench(Path(folder), stack, few if arguments.only_heartbeats else many, say)
         bench.link(few)
+        if arguments.only_heartbeats:
+            return show_heartbeats(programs, bench.heartbeats(arguments.rounds, arguments.seconds), as_object=arguments.json)
         small = bench.idle(few, *idle)
         rounds = bench.heartbeats(arguments.rounds, arguments.seconds)
         joining = bench.link(many)
