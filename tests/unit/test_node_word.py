@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from dataclasses import replace
 
 import pytest
 
 from potluck_coordinator.domain.nodes import LivenessLimits
+from potluck_coordinator.gateway import link_servicer
 from potluck_coordinator.gateway.link_servicer import LinkServicer
 from potluck_coordinator.gateway.reporting import COVERS_PER_LEASE, Reporting
 from potluck_coordinator.node_reports import ReportReceipt
 from potluck_protocol import codec
 from potluck_protocol.errors import ErrorCode, PotluckError
+from potluck_protocol.v1 import node_pb2
 from potluck_protocol.values import Heartbeat, NodeId, NodeState
 from tests.support.judged_pool import JudgedPool
 
@@ -41,6 +44,26 @@ async def test_a_heartbeat_that_says_nothing_new_is_a_sign_of_life_and_leaves_th
         assert (session.heartbeat_at, session.state) == (pool.clock.seconds, NodeState.PAUSED)
     assert (session.state, session.engines) == before
     assert session.counts_by_number
+
+
+async def test_answers_to_heartbeats_wait_for_each_other_and_leave_together(monkeypatch):
+    monkeypatch.setattr(link_servicer, "ANSWER_SECONDS", 0.05)
+    pool = JudgedPool()
+    servicer = LinkServicer(pool.links, pool.desk, pool.clock)
+    sessions = [(await pool.add(name)).session for name in ("a", "b")]
+    frames = [asyncio.ensure_future(session.outbox.take()) for session in sessions]
+    for round_number in (1, 2):
+        for number, session in enumerate(sessions, 10 * round_number):
+            pool.clock.seconds += 5.0
+            servicer._take_heartbeat(node_pb2.Heartbeat(number=number, unchanged=True), session, session.outbox, pool.clock.seconds)
+            await asyncio.sleep(0)
+            assert not any(frame.done() for frame in frames)
+        async with asyncio.timeout(5):
+            answers = await asyncio.gather(*frames)
+        assert [answer.lease.heartbeat_number for answer in answers] == [10 * round_number, 10 * round_number + 1]
+        frames = [asyncio.ensure_future(session.outbox.take()) for session in sessions]
+    for frame in frames:
+        frame.cancel()
 
 
 class Desk:

@@ -52,6 +52,25 @@ async def test_everything_that_waits_goes_together():
     assert await is_empty(outbox)
 
 
+async def test_a_lease_leaves_when_it_is_sent_and_once():
+    outbox = Outbox()
+    outbox.renew_lease(3, 15_000, 5_000, 7)
+    assert await is_empty(outbox)
+    outbox.send_lease()
+    assert (await taken(outbox)).lease.heartbeat_number == 7
+    outbox.send_lease()
+    assert await is_empty(outbox)
+
+
+async def test_a_lease_that_left_with_something_else_is_not_sent_again():
+    outbox = Outbox()
+    outbox.renew_lease(3, 15_000, 5_000, 7)
+    outbox.ask_for_beat()
+    assert (await taken(outbox)).lease.heartbeat_number == 7
+    outbox.send_lease()
+    assert await is_empty(outbox)
+
+
 async def test_what_can_wait_leaves_with_what_is_said_next():
     outbox = Outbox()
     outbox.acknowledge(AttemptId("a"), 3, can_wait=True)
@@ -76,11 +95,10 @@ async def test_what_can_wait_does_not_wait_for_long():
         lambda outbox: outbox.start(start("a")),
         lambda outbox: outbox.cancel(AttemptId("a")),
         lambda outbox: outbox.acknowledge(AttemptId("a"), 1),
-        lambda outbox: outbox.renew_lease(3, 15_000, 5_000, 7),
         lambda outbox: outbox.hand_over_certificate("pem"),
         lambda outbox: outbox.close(GoodbyeReason.REPLACED),
     ],
-    ids=["start", "cancel", "acknowledgement", "lease", "certificate", "goodbye"],
+    ids=["start", "cancel", "acknowledgement", "certificate", "goodbye"],
 )
 async def test_whatever_is_put_in_wakes_the_one_who_waits(put: Callable[[Outbox], None]):
     outbox = Outbox()

@@ -50,8 +50,8 @@ class Leases:
             takes_brief_heartbeats=True,
         )
 
-    def renew_if_due(self, session: NodeSession, now: float) -> None:
-        """The answer to a heartbeat, where it needs one."""
+    def renew_if_due(self, session: NodeSession, now: float) -> bool:
+        """Puts the answer to a heartbeat into the node's outbox, where it needs one; whether it did."""
         idle_seconds, lease_seconds = self._terms(session)
         if session.outbox is None or not renewal_is_due(
             session.granted,
@@ -61,9 +61,10 @@ class Leases:
             is_busy=bool(session.attempts),
             counts_by_number=session.counts_by_number,
         ):
-            return
+            return False
         session.granted = session.granted.at_renewal(idle_seconds, lease_seconds, now)
         session.outbox.renew_lease(session.epoch, int(lease_seconds * 1000), int(idle_seconds * 1000), session.beat_number)
+        return True
 
     def _terms(self, session: NodeSession) -> tuple[float, float]:
         return terms(self.idle_seconds, self._limits, is_awaited=bool(session.attempts) or session.is_in_group)

@@ -36,6 +36,9 @@ _log = structlog.get_logger()
 ATTEMPT_ID_CHARACTERS_MAX: Final = 64
 HELLO_SECONDS_MAX: Final = 10.0
 """How long a connected node may take to say who it is."""
+ANSWER_SECONDS: Final = 0.1
+"""How long an answer to a heartbeat waits for those of other nodes. Each alone wakes gRPC's thread, and that the loop; many together wake
+them once. A lease that is renewed has seconds left."""
 _GOODBYES_OF_NODES: Final = frozenset({GoodbyeReason.STOPPING, GoodbyeReason.LEAVING})
 """All others are the coordinator's to say; of a node they say no more than that its link has ended."""
 _NOT_TAKEN: Final = frozenset({EndReason.REFUSED, EndReason.HANDED_BACK})
@@ -57,6 +60,8 @@ class LinkServicer(LineServicer):
         self._links = links
         self._directory = directory
         self._renewals: dict[Outbox, asyncio.Task[None]] = {}
+        self._answered: list[Outbox] = []
+        """Those in which an answer to a heartbeat waits for company."""
 
     async def Link(  # type: ignore[override]  # noqa: N802 - the stub wants an iterator; read/write cost less per frame
         self, request_iterator: AsyncIterator[node_pb2.NodeFrame], context: _LinkContext
@@ -181,8 +186,18 @@ class LinkServicer(LineServicer):
             self._links.beat_again(session, message.number, now)
         else:
             self._links.beat(session, codec.heartbeat_value(message), now)
-        if session.outbox is outbox:
-            self._links.leases.renew_if_due(session, now)
+        if session.outbox is outbox and self._links.leases.renew_if_due(session, now):
+            self._answer_soon(outbox)
+
+    def _answer_soon(self, outbox: Outbox) -> None:
+        self._answered.append(outbox)
+        if len(self._answered) == 1:
+            asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._send_answers)
+
+    def _send_answers(self) -> None:
+        answered, self._answered = self._answered, []
+        for outbox in answered:
+            outbox.send_lease()
 
     def _renew_beside(self, certificate_request_der: bytes, session: NodeSession, outbox: Outbox) -> None:
         """Beside the reading loop: a directory that restarts must not keep heartbeats from being read. One at a time."""

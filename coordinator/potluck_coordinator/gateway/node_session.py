@@ -69,6 +69,8 @@ class NodeSession:
         self.epoch = grant.epoch
         self.owner_account_id = grant.owner_account_id
         self.desired = grant.desired
+        self.is_in_group = _has_group(grant.desired)
+        """Whether it serves, or is to serve, a model together with other nodes; behind the leader it has no attempts of its own."""
         self._wished_replica_ids = {wish.replica_id for wish in grant.desired.engines}
         """In this session, ever."""
         self.state = hello.state
@@ -252,7 +254,7 @@ class NodeSession:
     def wish(self, desired: DesiredState) -> None:
         """Hands on the directory's wish if it is new."""
         if desired.revision > self.desired.revision:
-            self.desired = desired
+            self.desired, self.is_in_group = desired, _has_group(desired)
             self._wished_replica_ids |= {wish.replica_id for wish in desired.engines}
             if self.outbox is not None:
                 self.outbox.wish(desired)
@@ -327,11 +329,6 @@ class NodeSession:
         for relay in self.attempts.values():
             relay.last_chunk_at = min(now, relay.last_chunk_at + absence_seconds)
 
-    @property
-    def is_in_group(self) -> bool:
-        """Whether it serves, or is to serve, a model together with other nodes; behind the leader it has no attempts of its own."""
-        return any(wish.group is not None for wish in self.desired.engines)
-
     def was_wished(self, replica_id: ReplicaId) -> bool:
         """Whether the replica is, or was, this node's to run."""
         return replica_id in self._wished_replica_ids
@@ -370,3 +367,7 @@ class NodeSession:
                 # Of an earlier generation, on its way out.
                 status = None
             yield wish, status
+
+
+def _has_group(desired: DesiredState) -> bool:
+    return any(wish.group is not None for wish in desired.engines)

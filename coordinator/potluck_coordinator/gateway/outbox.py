@@ -76,10 +76,15 @@ class Outbox:
         self._next().desired.CopyFrom(engine_codec.desired_state_message(desired))
 
     def renew_lease(self, epoch: int, lease_ttl_ms: int, heartbeat_idle_ms: int, heartbeat_number: int) -> None:
-        """The answer to a heartbeat, and how often to beat from now on while idle."""
-        lease = self._next().lease
+        """The answer to a heartbeat, and how often to beat from now on while idle. It leaves with what is said next, or by `send_lease`."""
+        lease = self._frame.lease
         lease.epoch, lease.lease_ttl_ms, lease.heartbeat_idle_ms = epoch, lease_ttl_ms, heartbeat_idle_ms
         lease.heartbeat_number = heartbeat_number
+
+    def send_lease(self) -> None:
+        """The answer leaves now, unless it has."""
+        if self._frame.HasField("lease"):
+            self._filled.set()
 
     def ask_for_beat(self) -> None:
         """A heartbeat, at once."""
