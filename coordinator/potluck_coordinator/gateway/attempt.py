@@ -225,7 +225,7 @@ class Attempt:
             # llama.cpp ends so after an error of its own in the middle of an answer.
             self._relay.fell_short = True
             raise PotluckError(ErrorCode.ENGINE_FAILED)
-        await self._finish()
+        self._finish()
         return None
 
     def charge_so_far(self) -> int:
@@ -246,10 +246,14 @@ class Attempt:
         Args:
             whole: all of the answer has arrived but its end, so that a usage record that came with it holds.
         """
+        self._complete = self._complete or (whole and not self._closed and self._watcher.usage is not None)
+        self._settle(lambda release: release())
+
+    def _settle(self, give_back: Callable[[Callable[[], None]], object]) -> None:
+        """Once; `give_back` has the slot given back."""
         if self._closed:
             return
         self._closed = True
-        self._complete = self._complete or (whole and self._watcher.usage is not None)
         try:
             self.document = b"".join(self._pieces)
             self.usage = self._counted()
@@ -260,7 +264,7 @@ class Attempt:
         finally:
             release, self._release, self._take = self._release, _released, None
             # It knows this attempt: kept, both would stay for the garbage collector.
-            release()
+            give_back(release)
 
     def _counted(self) -> Usage | None:
         """The engine's count, within what the answer can have had."""
@@ -287,12 +291,13 @@ class Attempt:
         if not self._complete:
             while (data := await self._relay.next_data()) is not None:
                 self._keep(data)
-            await self._finish()
+            self._finish()
         return self._pieces.popleft() if self._pieces else None
 
-    async def _finish(self) -> None:
+    def _finish(self) -> None:
         self._complete = True
-        await self.close()
+        # Behind the end of the answer, which its client waits for.
+        self._settle(asyncio.get_running_loop().call_soon)
 
     def _taken(self) -> asyncio.Future[LedgerOutcome]:
         """The hold of one that had none, opened now that it is to be read."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from potluck_coordinator.domain.catalogue import ATTACH_KIND
-from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold
+from potluck_coordinator.domain.ledger import MarkDelivered, OpenHold, SettleHold
 from potluck_coordinator.domain.payees import PayeeShare
 from potluck_coordinator.domain.pricing import hold_amount
 from potluck_coordinator.gateway.attempt import Attempt
@@ -108,20 +108,27 @@ class Dispatching:
         session = self._links.host(replica.node_id)
         assert session is not None, "placement saw the node in this same turn of the loop"
         attempt_id, now, amount = self._books.new_attempt_id(), self._clock.monotonic_seconds(), _hold_of(request, entry)
-        relay = self._send(attempt_id, request, replica, session=session, tried=tried)
         finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
         charged: list[float] = []
 
         def take() -> asyncio.Future[LedgerOutcome]:
-            hold = self._books.ledger.submit(self._hold(attempt_id, request.account_id, replica.replica_id, session, amount))
+            hold = open_hold()
             charged.append(self._on_start(request))
             return hold
 
+        def open_hold() -> asyncio.Future[LedgerOutcome]:
+            return self._books.ledger.submit(self._hold(attempt_id, request.account_id, replica.replica_id, session, amount))
+
+        # The hold leaves before the attempt: on an idle pool its commit takes longer than the engine.
+        hold = None if as_hedge else open_hold()
         try:
-            hold = None if as_hedge else take()
+            relay = self._send(attempt_id, request, replica, session=session, tried=tried)
         except BaseException:
-            finish()
+            if hold is not None:
+                self._books.ledger.submit(SettleHold(attempt_id, 0))
             raise
+        if hold is not None:
+            charged.append(self._on_start(request))
 
         def release() -> None:
             deadline.cancel()
