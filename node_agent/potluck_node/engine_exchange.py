@@ -217,8 +217,8 @@ class _Connection(asyncio.Protocol):
         """Sends a request, whose answer hears of what comes."""
         self._leave_idle()
         self._answer, self._head_bytes, self._is_over = answer, 0, False
-        self._transport.write(head)
-        self._transport.write(body)
+        # uvloop sends each piece by itself, and the engine would wake for the head alone.
+        self._transport.write(head + body)
 
     def go_on(self) -> None:
         """There is room for more of the answer."""
