@@ -1,22 +1,26 @@
 """Many rows in one statement, straight to the driver: what SQLAlchemy does around each statement costs more than the rows of a payment.
 
-Decides how: SQLite runs one statement again for each row, inside this process, and takes keys as one JSON text; PostgreSQL gets columns,
-and keys, as arrays, in one round trip, and its triggers see all rows at once. Statements are put together once; errors are SQLAlchemy's
-own. It must not know whose rows they are.
+Decides how: SQLite gets rows as `VALUES`, some dozens in one statement, and keys as one JSON text; PostgreSQL gets columns, and keys, as
+arrays, in one round trip, and its triggers see all rows at once. Statements are put together once; errors are SQLAlchemy's own. It must
+not know whose rows they are.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import DBAPICursor, DBAPIModule
 from sqlalchemy.exc import DBAPIError
 
 Row = tuple[Any, ...]
+
+_ROW_COUNTS: Final = (64, 16, 4, 1)
+"""How many rows a statement on SQLite may have: it begins, and evaluates what its checks compare with, once for all of them."""
 
 
 class Selection:
@@ -54,11 +58,11 @@ class Insertion:
 
     def __init__(self, table: str, columns: Mapping[str, str], otherwise: str = "") -> None:
         names = ", ".join(columns)
-        self._each = f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' for _ in columns)}) {otherwise}"  # noqa: S608
+        self._sqlite = _for_row_counts(len(columns), lambda values: f"INSERT INTO {table} ({names}) {values} {otherwise}")
         self._all = f"INSERT INTO {table} ({names}) SELECT * FROM {_arrays(columns)} {otherwise}"  # noqa: S608
 
     def run(self, connection: Connection, rows: Sequence[Row]) -> None:
-        _write(connection, self._each, self._all, rows)
+        _write(connection, self._sqlite, self._all, rows)
 
 
 class Removal:
@@ -71,11 +75,11 @@ class Removal:
 
     def __init__(self, table: str, key: tuple[str, str]) -> None:
         name, kind = key
-        self._each = f"DELETE FROM {table} WHERE {name} = ?"  # noqa: S608
+        self._sqlite = _for_row_counts(1, lambda values: f"DELETE FROM {table} WHERE {name} IN ({values})")  # noqa: S608
         self._all = f"DELETE FROM {table} WHERE {name} = ANY(CAST(%s AS {kind}[]))"  # noqa: S608
 
     def run(self, connection: Connection, keys: Collection[str]) -> None:
-        _write(connection, self._each, self._all, [(key,) for key in keys])
+        _write(connection, self._sqlite, self._all, [(key,) for key in keys])
 
 
 class Change:
@@ -95,45 +99,61 @@ class Change:
         name, key_type = key
         given = {name: key_type, **columns}
         changes = ", ".join(f"{column} = {value}" for column, value in values.items())
-        self._all = (
-            f"UPDATE {table} SET {changes} FROM {_arrays(given)} AS given({', '.join(given)})"  # noqa: S608
-            f" WHERE {table}.{name} = given.{name} AND {only_where}"
-        )
+
+        def statement(rows: str) -> str:
+            return f"UPDATE {table} SET {changes} FROM {rows} WHERE {table}.{name} = given.{name} AND {only_where}"  # noqa: S608
+
+        self._all = statement(f"{_arrays(given)} AS given({', '.join(given)})")
+        # SQLite calls the columns of VALUES by their numbers.
         numbers = {column: number for number, column in enumerate(given, start=1)}
-        each = f"UPDATE {table} SET {changes} WHERE {name} = given.{name} AND {only_where}"  # noqa: S608
-        self._each = re.sub(r"given\.(\w+)", lambda found: f"?{numbers[found[1]]}", each)
+        self._sqlite = _for_row_counts(
+            len(given),
+            lambda values: re.sub(r"given\.(\w+)", lambda found: f"given.column{numbers[found[1]]}", statement(f"({values}) AS given")),
+        )
 
     def run(self, connection: Connection, rows: Sequence[Row]) -> int:
         """How many rows changed."""
-        return _write(connection, self._each, self._all, rows)
+        return _write(connection, self._sqlite, self._all, rows)
 
 
 def _arrays(columns: Mapping[str, str]) -> str:
     return f"unnest({', '.join(f'CAST(%s AS {kind}[])' for kind in columns.values())})"
 
 
-def _write(connection: Connection, each: str, together: str, rows: Sequence[Row]) -> int:
+def _for_row_counts(column_count: int, statement: Callable[[str], str]) -> Mapping[int, str]:
+    """SQLite's statement over `VALUES …`, for each of `_ROW_COUNTS`."""
+    row = f"({', '.join('?' * column_count)})"
+    return {row_count: statement(f"VALUES {', '.join([row] * row_count)}") for row_count in _ROW_COUNTS}
+
+
+def _write(connection: Connection, by_row_count: Mapping[int, str], together: str, rows: Sequence[Row]) -> int:
     """How many rows that wrote."""
     if not rows:
         return 0
-    if connection.dialect.name == "sqlite":
-        return run(connection, each, rows, many=True).rowcount
-    return run(connection, together, [list(column) for column in zip(*rows, strict=True)]).rowcount
+    if connection.dialect.name != "sqlite":
+        return run(connection, together, [list(column) for column in zip(*rows, strict=True)]).rowcount
+    written_count = done_count = 0
+    for row_count, statement in by_row_count.items():
+        while len(rows) - done_count >= row_count:
+            parameters = list(chain.from_iterable(rows[done_count : done_count + row_count]))
+            written_count += run(connection, statement, parameters).rowcount
+            done_count += row_count
+    return written_count
 
 
-def run(connection: Connection, statement: str, parameters: Sequence[Any] = (), *, many: bool = False) -> DBAPICursor:
-    """One statement, or the same one for each of several parameters, as the driver takes them.
+def run(connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> DBAPICursor:
+    """One statement, as the driver takes it.
 
     It is in SQLAlchemy's transaction, whoever listens to SQLAlchemy's statements hears of it, and it fails as one of them.
     """
     cursor = connection.connection.cursor()
     heard = connection.dispatch
-    heard.before_cursor_execute(connection, cursor, statement, parameters, None, many)
+    heard.before_cursor_execute(connection, cursor, statement, parameters, None, False)
     try:
-        (cursor.executemany if many else cursor.execute)(statement, parameters)
+        cursor.execute(statement, parameters)
     except connection.dialect.loaded_dbapi.Error as error:
         raise _as_sqlalchemy_would(connection, error) from error
-    heard.after_cursor_execute(connection, cursor, statement, parameters, None, many)
+    heard.after_cursor_execute(connection, cursor, statement, parameters, None, False)
     return cursor
 
 
