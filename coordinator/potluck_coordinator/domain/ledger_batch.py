@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from potluck_coordinator.domain import pricing
 from potluck_coordinator.domain.ledger import (
@@ -28,8 +29,7 @@ from potluck_coordinator.domain.ledger import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ClosedHold:
+class ClosedHold(NamedTuple):
     """A hold's end."""
 
     hold_id: str
@@ -82,13 +82,13 @@ class LedgerBatch:
         gateway_epochs: AbstractSet[int],
         fee_basis_points: int,
     ) -> None:
-        self._holds = dict(holds)
+        self._holds = holds
         self._free = {account_id: posted - held for account_id, (posted, held) in positions.items()}
         self._gateway_epochs = gateway_epochs
         self._fee_basis_points = fee_basis_points
-        self._opened: list[OpenHold] = []
+        self._opened: dict[str, OpenHold] = {}
         self._marks: dict[str, int] = {}
-        self._closed: list[ClosedHold] = []
+        self._closed: dict[str, ClosedHold] = {}
         self._held_changes: dict[LedgerAccountId, int] = {}
         self._transactions: list[Transaction] = []
 
@@ -97,7 +97,7 @@ class LedgerBatch:
         return tuple([self._carry_out(command) for command in commands])
 
     def _carry_out(self, command: LedgerCommand) -> LedgerOutcome:
-        hold = self._holds.get(command.hold_id)
+        hold = self._hold(command.hold_id)
         outcome = judge(hold, command, self._gateway_epochs)
         if outcome is not None:
             return outcome
@@ -106,10 +106,19 @@ class LedgerBatch:
         assert hold is not None, "judge refuses what names no hold"
         if isinstance(command, MarkDelivered):
             self._marks[hold.hold_id] = command.amount_micro_credits
-            self._holds[hold.hold_id] = replace(hold, delivered_micro_credits=command.amount_micro_credits)
         else:
             self.close(hold, HoldState.SETTLED, command.amount_micro_credits)
         return LedgerOutcome.APPLIED
+
+    def _hold(self, hold_id: str) -> Hold | None:
+        """As the commands so far have left it: made only now, for hardly any hold is named by two commands of a batch."""
+        opened, mark, end = self._opened.get(hold_id), self._marks.get(hold_id), self._closed.get(hold_id)
+        hold = self._holds.get(hold_id) if opened is None else _as_opened(opened)
+        if hold is not None and mark is not None:
+            hold = replace(hold, delivered_micro_credits=mark)
+        if hold is not None and end is not None:
+            hold = replace(hold, state=end.state, settled_micro_credits=end.settled_micro_credits)
+        return hold
 
     def _open(self, command: OpenHold) -> LedgerOutcome:
         if any(ledger_account_id(LedgerAccountKind.NODE_OWNER, share.account_id) not in self._free for share in command.payees):
@@ -118,18 +127,7 @@ class LedgerBatch:
         if self._free.get(payer, -1) < amount:
             return LedgerOutcome.INSUFFICIENT_CREDITS
         self._hold_more(payer, amount)
-        self._opened.append(command)
-        self._holds[command.hold_id] = Hold(
-            hold_id=command.hold_id,
-            payer=command.payer,
-            payees=command.payees,
-            amount_micro_credits=amount,
-            delivered_micro_credits=0,
-            settled_micro_credits=0,
-            state=HoldState.OPEN,
-            gateway_epoch=command.gateway_epoch,
-            expires_at_unix_ms=command.expires_at_unix_ms,
-        )
+        self._opened[command.hold_id] = command
         return LedgerOutcome.APPLIED
 
     def close(self, hold: Hold, state: HoldState, amount_micro_credits: int) -> None:
@@ -137,8 +135,7 @@ class LedgerBatch:
         payer = ledger_account_id(LedgerAccountKind.USER, hold.payer)
         self._hold_more(payer, -hold.amount_micro_credits)
         self._free[payer] -= amount_micro_credits
-        self._closed.append(ClosedHold(hold.hold_id, state, amount_micro_credits))
-        self._holds[hold.hold_id] = replace(hold, state=state, settled_micro_credits=amount_micro_credits)
+        self._closed[hold.hold_id] = ClosedHold(hold.hold_id, state, amount_micro_credits)
         payment = settlement(hold, amount_micro_credits, pricing.fee(amount_micro_credits, self._fee_basis_points))
         if payment is not None:
             self._transactions.append(payment)
@@ -150,4 +147,19 @@ class LedgerBatch:
     def changes(self) -> LedgerChanges:
         """All that has come of it."""
         held_changes = {account_id: change for account_id, change in self._held_changes.items() if change}
-        return LedgerChanges(tuple(self._opened), self._marks, tuple(self._closed), held_changes, tuple(self._transactions))
+        opened, closed = tuple(self._opened.values()), tuple(self._closed.values())
+        return LedgerChanges(opened, self._marks, closed, held_changes, tuple(self._transactions))
+
+
+def _as_opened(command: OpenHold) -> Hold:
+    return Hold(
+        hold_id=command.hold_id,
+        payer=command.payer,
+        payees=command.payees,
+        amount_micro_credits=command.amount_micro_credits,
+        delivered_micro_credits=0,
+        settled_micro_credits=0,
+        state=HoldState.OPEN,
+        gateway_epoch=command.gateway_epoch,
+        expires_at_unix_ms=command.expires_at_unix_ms,
+    )
