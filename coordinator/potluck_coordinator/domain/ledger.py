@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, NewType
+from typing import Final, NamedTuple, NewType
 
 from potluck_coordinator.domain.payees import PayeeShare, merged, split
 from potluck_protocol.values import AccountId
@@ -154,8 +154,7 @@ class TransactionKind(StrEnum):
     CLAIM = "claim"
 
 
-@dataclass(frozen=True, slots=True)
-class Posting:
+class Posting(NamedTuple):
     """One line of a transaction; below zero it leaves the account."""
 
     ledger_account_id: LedgerAccountId
@@ -178,7 +177,7 @@ class Transaction:
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of what the transaction says; the same id with another fingerprint is a conflict."""
-        lines = "".join(f"\n{posting.ledger_account_id} {posting.amount_micro_credits}" for posting in self.postings)
+        lines = "".join([f"\n{account_id} {amount}" for account_id, amount in self.postings])
         return hashlib.sha256(f"{self.transaction_id}\n{self.kind}{lines}".encode()).hexdigest()
 
 
@@ -221,7 +220,8 @@ def _judge_repeated_open(hold: Hold, command: OpenHold) -> LedgerOutcome:
 def grant(account_id: AccountId, amount_micro_credits: int) -> Transaction | None:
     """What a new account starts with, out of the issuer; None for nothing. Each account gets it once."""
     user = ledger_account_id(LedgerAccountKind.USER, account_id)
-    return _transfer(f"grant:{account_id}", TransactionKind.GRANT, {ISSUER: -amount_micro_credits, user: amount_micro_credits})
+    postings = Posting(ISSUER, -amount_micro_credits), Posting(user, amount_micro_credits)
+    return _transfer(f"grant:{account_id}", TransactionKind.GRANT, *postings)
 
 
 def settlement(hold: Hold, amount_micro_credits: int, fee_micro_credits: int) -> Transaction | None:
@@ -231,11 +231,12 @@ def settlement(hold: Hold, amount_micro_credits: int, fee_micro_credits: int) ->
             f"hold {hold.hold_id} of {hold.amount_micro_credits} cannot settle {amount_micro_credits}, fee {fee_micro_credits}"
         )
     parts = split(amount_micro_credits - fee_micro_credits, [share.weight for share in hold.payees])
-    amounts = {ledger_account_id(LedgerAccountKind.USER, hold.payer): -amount_micro_credits}
-    for share, part in zip(hold.payees, parts, strict=True):
-        amounts[ledger_account_id(LedgerAccountKind.NODE_OWNER, share.account_id)] = part
-    amounts[FEE] = fee_micro_credits
-    return _transfer(f"settle:{hold.hold_id}", TransactionKind.SETTLE, amounts)
+    earned = [
+        Posting(ledger_account_id(LedgerAccountKind.NODE_OWNER, share.account_id), part)
+        for share, part in zip(hold.payees, parts, strict=True)
+    ]
+    paid = Posting(ledger_account_id(LedgerAccountKind.USER, hold.payer), -amount_micro_credits)
+    return _transfer(f"settle:{hold.hold_id}", TransactionKind.SETTLE, paid, *earned, Posting(FEE, fee_micro_credits))
 
 
 def claim(account_id: AccountId, claim_id: str, amount_micro_credits: int) -> Transaction | None:
@@ -243,10 +244,8 @@ def claim(account_id: AccountId, claim_id: str, amount_micro_credits: int) -> Tr
     return _transfer(
         claim_transaction_id(account_id, claim_id),
         TransactionKind.CLAIM,
-        {
-            ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id): -amount_micro_credits,
-            ledger_account_id(LedgerAccountKind.USER, account_id): amount_micro_credits,
-        },
+        Posting(ledger_account_id(LedgerAccountKind.NODE_OWNER, account_id), -amount_micro_credits),
+        Posting(ledger_account_id(LedgerAccountKind.USER, account_id), amount_micro_credits),
     )
 
 
@@ -255,6 +254,7 @@ def claim_transaction_id(account_id: AccountId, claim_id: str) -> str:
     return f"claim:{account_id}:{claim_id}"
 
 
-def _transfer(transaction_id: str, kind: TransactionKind, amounts: dict[LedgerAccountId, int]) -> Transaction | None:
-    postings = tuple(Posting(account, amount) for account, amount in amounts.items() if amount != 0)
-    return Transaction(transaction_id, kind, postings) if postings else None
+def _transfer(transaction_id: str, kind: TransactionKind, *postings: Posting) -> Transaction | None:
+    """Without those of nothing."""
+    moving = tuple([posting for posting in postings if posting.amount_micro_credits != 0])
+    return Transaction(transaction_id, kind, moving) if moving else None

@@ -82,9 +82,9 @@ class LedgerRepository:
         _ADD_POSTINGS.run(
             self._connection,
             [
-                (transaction.transaction_id, line, posting.ledger_account_id, posting.amount_micro_credits, now_unix_ms)
+                (transaction.transaction_id, line, account_id, amount, now_unix_ms)
                 for transaction in transactions
-                for line, posting in enumerate(transaction.postings)
+                for line, (account_id, amount) in enumerate(transaction.postings)
             ],
         )
         _ADD_TRANSACTIONS.run(
