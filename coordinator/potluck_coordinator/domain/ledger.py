@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, NamedTuple, NewType
 
 from potluck_coordinator.domain.payees import PayeeShare, merged, split
@@ -33,8 +34,12 @@ class LedgerAccountKind(StrEnum):
     FEE = "fee"
 
 
+@lru_cache(maxsize=16_384)
 def ledger_account_id(kind: LedgerAccountKind, owner: AccountId | None = None) -> LedgerAccountId:
-    """The id of a person's account of that kind, or, without an owner, of one of the pool's own two."""
+    """The id of a person's account of that kind, or, without an owner, of one of the pool's own two.
+
+    Kept, for each payment names the same few several times.
+    """
     return LedgerAccountId(kind.value if owner is None else f"{kind}:{owner}")
 
 

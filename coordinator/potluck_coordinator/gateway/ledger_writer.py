@@ -215,7 +215,8 @@ class LedgerWriter:
                     outcome.set_exception(self._refusal())
 
     def _next_batch(self) -> _Batch:
-        due = (item for item in self._waiting.items() if self._all_due or isinstance(item[1][0], OpenHold))
+        waiting = self._waiting.items()
+        due = waiting if self._all_due else (item for item in waiting if isinstance(item[1][0], OpenHold))
         return list(islice(due, BATCH_LENGTH_MAX))
 
     async def _apply(self, commands: list[LedgerCommand]) -> tuple[LedgerOutcome, ...]:

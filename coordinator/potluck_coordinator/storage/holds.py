@@ -71,9 +71,13 @@ class HoldRepository:
         return self.several([hold_id]).get(hold_id)
 
     def several(self, hold_ids: Collection[str]) -> dict[str, Hold]:
-        """Those that there are, by id."""
+        """Those that there are, by id: each of as many rows as it has shares, or of the one that has none."""
         rows = _GET.run(self._connection, hold_ids)
-        return {hold_id: _hold(list(each)) for hold_id, each in groupby(rows, itemgetter(0))}
+        holds = {row[0]: _hold(row, (PayeeShare(row[2], 1),)) for row in rows if row[-1] is None}
+        for hold_id, each in groupby([row for row in rows if row[-1] is not None], itemgetter(0)):
+            shares = list(each)
+            holds[hold_id] = _hold(shares[0], merged([PayeeShare(account_id, weight) for *_, account_id, weight in shares]))
+        return holds
 
     def add(self, commands: Sequence[OpenHold], now_unix_ms: int) -> None:
         """Opens new ones, each sealing its shares."""
@@ -128,11 +132,6 @@ class HoldRepository:
         return tuple(hold for hold in self.several(hold_ids).values() if hold.state is HoldState.OPEN) if hold_ids else ()
 
 
-def _hold(rows: Sequence[Row]) -> Hold:
-    """One hold of as many rows as it has shares, or of the one that has none."""
-    hold_id, payer, payee, amount, delivered, settled, state, gateway_epoch, expires_at_unix_ms, _, weight = rows[0]
-    if weight is None:
-        payees: tuple[PayeeShare, ...] = (PayeeShare(payee, 1),)
-    else:
-        payees = merged([PayeeShare(account_id, weight) for *_, account_id, weight in rows])
+def _hold(row: Row, payees: tuple[PayeeShare, ...]) -> Hold:
+    hold_id, payer, _, amount, delivered, settled, state, gateway_epoch, expires_at_unix_ms, _, _ = row
     return Hold(hold_id, payer, payees, amount, delivered, settled, _STATES[state], gateway_epoch, expires_at_unix_ms)
