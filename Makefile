@@ -15,14 +15,14 @@ help: ## list the targets
 demo: $(VENV)/.installed ## start a pool, ask it one question, stop it
 	$(BIN)/potluck demo
 
-# Most tests wait for processes: three at a time keep two processors busy. A file's tests stay together, since they share what they start,
+# Most tests wait for processes: four at a time keep two processors busy. A file's tests stay together, since they share what they start,
 # and the long ones, tests/chaos, begin first: else each would be waited for at the end. Tests of promises about time run when nothing else does.
 test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest -m 'not timed' --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m 'not timed' --numprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m timed
 
 test-engines: $(VENV)/.installed $(ENGINES_VENV)/.installed ## run the tests of real engines: vLLM on this machine's processors, in an environment of its own
-	$(BIN)/pytest tests/engines
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/engines
 
 check: $(VENV)/.installed $(PROTO_VENV)/.installed ## lint, types, import arrows, contract, generated code, style
 	$(BIN)/ruff check .

@@ -110,23 +110,16 @@ class Dispatching:
         attempt_id, now, amount = self._books.new_attempt_id(), self._clock.monotonic_seconds(), _hold_of(request, entry)
         finish = partial(self._links.finish, session, attempt_id, replica.replica_id)
         charged: list[float] = []
+        open_hold = partial(self._open_hold, attempt_id, request.account_id, replica.replica_id, session, amount)
 
         def take() -> asyncio.Future[LedgerOutcome]:
             hold = open_hold()
             charged.append(self._on_start(request))
             return hold
 
-        def open_hold() -> asyncio.Future[LedgerOutcome]:
-            return self._books.ledger.submit(self._hold(attempt_id, request.account_id, replica.replica_id, session, amount))
-
         # The hold leaves before the attempt: on an idle pool its commit takes longer than the engine.
         hold = None if as_hedge else open_hold()
-        try:
-            relay = self._send(attempt_id, request, replica, session=session, tried=tried)
-        except BaseException:
-            if hold is not None:
-                self._books.ledger.submit(SettleHold(attempt_id, 0))
-            raise
+        relay = self._send(attempt_id, request, replica, session=session, tried=tried, is_held=hold is not None)
         if hold is not None:
             charged.append(self._on_start(request))
 
@@ -161,13 +154,26 @@ class Dispatching:
         return attempt
 
     def _send(
-        self, attempt_id: AttemptId, request: InferenceRequest, replica: ReplicaView, *, session: Host, tried: frozenset[NodeId]
+        self,
+        attempt_id: AttemptId,
+        request: InferenceRequest,
+        replica: ReplicaView,
+        *,
+        session: Host,
+        tried: frozenset[NodeId],
+        is_held: bool,
     ) -> Relay:
-        self._books.ledger.check()
-        now, body = self._clock.monotonic_seconds(), _body_of(request, replica)
-        relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
-        start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, body, request.stream, self._window_bytes)
-        session.start(start, relay, now, request, tried)
+        if not is_held:
+            self._books.ledger.check()
+        try:
+            now, body = self._clock.monotonic_seconds(), _body_of(request, replica)
+            relay = Relay(attempt_id, self._window_bytes, now, session.acknowledge)
+            start = StartAttempt(attempt_id, replica.replica_id, request.endpoint, body, request.stream, self._window_bytes)
+            session.start(start, relay, now, request, tried)
+        except BaseException:
+            if is_held:
+                self._books.ledger.submit(SettleHold(attempt_id, 0))
+            raise
         self._links.node_changed(session.node_id)
         return relay
 
@@ -188,8 +194,10 @@ class Dispatching:
         finish()
         self._on_slot()
 
-    def _hold(self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, session: Host, amount_micro_credits: int) -> OpenHold:
-        return OpenHold(
+    def _open_hold(
+        self, attempt_id: AttemptId, payer: AccountId, replica_id: ReplicaId, session: Host, amount_micro_credits: int
+    ) -> asyncio.Future[LedgerOutcome]:
+        hold = OpenHold(
             hold_id=attempt_id,
             payer=payer,
             payees=self._books.replica_payees().get(replica_id, (PayeeShare(session.owner_account_id, 1),)),
@@ -197,6 +205,7 @@ class Dispatching:
             expires_at_unix_ms=self._clock.unix_ms() + int((REQUEST_SECONDS_MAX + HOLD_SLACK_SECONDS) * 1000),
             gateway_epoch=self._books.gateway_epoch,
         )
+        return self._books.ledger.submit(hold)
 
     def mark_delivered(self) -> None:
         """Writes down what each unfinished answer has earned, for the case that this gateway dies before it settles."""
