@@ -117,18 +117,6 @@ async def test_a_node_has_no_more_attempts_than_its_bound(tmp_path, monkeypatch)
         await answer.close()
 
 
-async def test_of_an_attempt_that_cannot_be_sent_nothing_stays_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(node_session, "ATTEMPTS_PER_NODE_MAX", 0)
-    async with pool(tmp_path) as (coordinator, node):
-        before = await settled_balance(coordinator)
-        with pytest.raises(PotluckError) as failure:
-            await asyncio.wait_for(coordinator.gateway.requests.begin(await request_of(coordinator)), 5)
-        assert failure.value.code is ErrorCode.NO_CAPACITY
-        assert node.starts() == []
-        after = await settled_balance(coordinator)
-        assert (after.available_micro_credits, after.held_micro_credits) == (before.available_micro_credits, 0)
-
-
 async def test_two_requests_of_the_largest_size_do_not_break_the_link(tmp_path):
     async with pool(tmp_path) as (coordinator, node):
         largest = await request_of(coordinator, body=b"x" * BODY_BYTES_MAX)
