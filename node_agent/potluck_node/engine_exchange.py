@@ -76,8 +76,8 @@ class EngineConnections:
                 connection.drop()
 
     def _take_idle(self, url: str) -> _Connection | None:
-        idle = self._idle.get(url)
-        return idle[-1] if idle else None
+        # uvloop tells of a connection's end a turn after it has noticed it.
+        return next((connection for connection in reversed(self._idle.get(url, ())) if connection.is_open), None)
 
     async def _connect(self, url: str) -> _Connection:
         place = _place_of(url)
@@ -213,6 +213,11 @@ class _Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._parser = httptools.HttpResponseParser(self)
 
+    @property
+    def is_open(self) -> bool:
+        """Something may be sent."""
+        return not self._transport.is_closing()
+
     def ask(self, answer: EngineAnswer, head: bytes, body: bytes) -> None:
         """Sends a request, whose answer hears of what comes."""
         self._leave_idle()
@@ -222,7 +227,7 @@ class _Connection(asyncio.Protocol):
 
     def go_on(self) -> None:
         """There is room for more of the answer."""
-        if not self._is_reading and not self._transport.is_closing():
+        if not self._is_reading and self.is_open:
             self._is_reading = True
             self._transport.resume_reading()
 
@@ -256,7 +261,7 @@ class _Connection(asyncio.Protocol):
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
             # Whoever takes it may close the answer.
-            if not answer.put(data) and not self._is_over and not self._transport.is_closing():
+            if not answer.put(data) and not self._is_over and self.is_open:
                 self._is_reading = False
                 self._transport.pause_reading()
         if self._is_over and self._answer is answer:
@@ -265,7 +270,9 @@ class _Connection(asyncio.Protocol):
     def _end(self, answer: EngineAnswer) -> None:
         self._answer = None
         answer.end()
-        if self._can_stay and self._has_length and not (self._says_more or self._transport.is_closing()):
+        # An engine that answered before it had read all may never read the rest.
+        has_sent_all = not self._transport.get_write_buffer_size()
+        if self._can_stay and self._has_length and has_sent_all and not self._says_more and self.is_open:
             self._idle.append(self)
             self._timer = asyncio.get_running_loop().call_later(IDLE_SECONDS_MAX, self.drop)
         else:

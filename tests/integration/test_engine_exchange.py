@@ -186,6 +186,24 @@ async def test_one_that_the_engine_has_closed_is_not_asked():
     assert engine.connection_count == 2
 
 
+async def test_a_connection_on_which_a_request_still_waits_to_be_sent_is_not_kept():
+    answered = asyncio.Event()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ENDINGS["a length"])
+        await answered.wait()
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1024)
+    connections, url = EngineConnections(), f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for _ in range(2):
+        answer = await connections.ask(url, "/v1/completions", {}, bytes(32 << 20))
+        assert await whole(answer) == WHOLE
+    answered.set()
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("said", "before"),
     [
