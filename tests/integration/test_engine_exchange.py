@@ -197,9 +197,10 @@ async def test_a_connection_on_which_a_request_still_waits_to_be_sent_is_not_kep
 
     server = await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1024)
     connections, url = EngineConnections(), f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    for _ in range(2):
-        answer = await connections.ask(url, "/v1/completions", {}, bytes(32 << 20))
-        assert await whole(answer) == WHOLE
+    async with asyncio.timeout(10):
+        for _ in range(2):
+            answer = await connections.ask(url, "/v1/completions", {}, bytes(32 << 20))
+            assert await whole(answer) == WHOLE
     answered.set()
     server.close()
 

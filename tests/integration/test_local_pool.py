@@ -184,5 +184,5 @@ def test_make_demo_asks_the_built_in_model_pays_audits_and_leaves_nothing(home: 
 def test_make_test_is_these_tests():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
-    side_by_side = "--numprocesses 3 --dist loadfile --no-loadscope-reorder"
+    side_by_side = "--numprocesses 4 --dist loadfile --no-loadscope-reorder"
     assert recipe.splitlines() == [f"\t$(BIN)/pytest -m 'not timed' {side_by_side}", "\t$(BIN)/pytest -m timed"]
