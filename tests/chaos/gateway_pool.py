@@ -23,7 +23,7 @@ from urllib.error import URLError
 import psutil
 
 from potluck import Client
-from tests.support.coordinator_process import CoordinatorProcess, wait_until
+from tests.support.coordinator_process import CoordinatorProcess, runs, wait_until
 from tests.support.namespaces import Host
 from tests.support.pool_processes import MODEL, SLOT_COUNT, ChatStream, NodeProcess, Pool, new_invite, write_catalogue
 from tests.support.refusals import REFUSED_SECONDS_MAX, told_seconds
@@ -93,7 +93,7 @@ class GatewayPool(Pool):
     def gateways(self) -> dict[int, psutil.Process]:
         """Every gateway's process that serves now, by its number."""
         found = self._gateways_of_hosts() if self.cluster.other is not None else self._gateways_of_log()
-        return {number: process for number, process in found.items() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
+        return {number: process for number, process in found.items() if runs(process)}
 
     def directory(self) -> psutil.Process:
         if self.cluster.other is None:

@@ -30,7 +30,7 @@ from potluck_node.domain.rest import GIB, LEFT_SECONDS
 from potluck_protocol.values import NodeState
 from tests.chaos.survival_pool import ANY_PACE
 from tests.support import visited_agent
-from tests.support.coordinator_process import CoordinatorProcess
+from tests.support.coordinator_process import CoordinatorProcess, runs
 from tests.support.pool_processes import NodeProcess, Pool, audit, catalogue_entry, new_invite, wait_until
 from tests.support.safetensors_model import built_in_gguf
 from tests.support.steady_clients import SteadyClients
@@ -125,7 +125,7 @@ class Show:
     tokens_max: int
 
     def engines(self) -> list[psutil.Process]:
-        return [child for child in self.node.agent().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in self.node.agent().children(recursive=True) if runs(child)]
 
     def wait_serving(self) -> float:
         return self.pool.wait_connected(MODEL, BACK_SECONDS_MAX)
@@ -164,7 +164,7 @@ class Show:
     def _gone_at(engines: list[psutil.Process], said_at: float) -> float:
         """When the last process of the engine had ended."""
         assert engines, "the engine is there"
-        while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in engines):
+        while any(runs(process) for process in engines):
             assert time.time() - said_at < 60, "the engine lives on"
             time.sleep(0.01)
         return time.time()

@@ -29,10 +29,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
-
 from potluck_coordinator.settings import Settings
 from tests.chaos.survival_pool import BRIEF, TOKEN_COUNT, Seen, SurvivalPool, ask, ask_afresh, survival_pool, undisturbed
+from tests.support.coordinator_process import runs
 from tests.support.pool_processes import audit, wait_until
 
 PROMPT_PRICE, COMPLETION_PRICE, FEE_BASIS_POINTS = 1, 4, 500
@@ -222,7 +221,7 @@ def strike(survival: SurvivalPool, crowd: Crowd, fault: str, draw: random.Random
     hit = [(seen, len(seen.texts)) for serving, seen in everyone if serving == node_id and seen.texts]
     if fault == "killed":
         victim.agent().kill()
-        wait_until(lambda: not any(alive(engine) for engine in engines), ORPHAN_SECONDS_MAX, "the killed agent's engine is gone, too")
+        wait_until(lambda: not any(runs(engine) for engine in engines), ORPHAN_SECONDS_MAX, "the killed agent's engine is gone, too")
         time.sleep(RESTART_SECONDS)
         victim.start_again()
     else:
@@ -233,14 +232,6 @@ def strike(survival: SurvivalPool, crowd: Crowd, fault: str, draw: random.Random
     wait_until(partial(crowd.are_over, everyone), THROUGH_SECONDS_MAX, "the streams are over")
     gaps = sorted(round(seen.longest_gap(lost_at), 3) for seen, _ in hit)
     return Fault(fault, len(hit), tuple(count for _, count in hit), tuple(gaps), round(time.monotonic() - lost_at, 1))
-
-
-def alive(process: psutil.Process) -> bool:
-    """Not so one that is dead and was not reaped yet."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def under_load(

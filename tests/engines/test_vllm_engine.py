@@ -31,6 +31,7 @@ from potluck_node.engines.vllm import VllmEngine
 from potluck_protocol.values import EngineShape, FailureKind, ModelId
 from tests.engines import one_process as one_process_module
 from tests.engines.one_process import TOLERANCE, predicted, shared_memory_of, told
+from tests.support.coordinator_process import runs
 from tests.support.pool import until
 from tests.support.safetensors_model import built_in_folder, built_in_gguf
 
@@ -225,7 +226,7 @@ async def test_a_killed_worker_ends_all_of_it_at_once(running):
     assert time.monotonic() - began < 5.0
     assert failure.kind in {FailureKind.CRASHED, FailureKind.KILLED}, failure
     await running.process.stop()
-    assert until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everything), 5.0)
+    assert until(lambda: not any(runs(process) for process in everything), 5.0)
     assert not [path for path in shared if path.exists()]
     left = [path.name for path in running.temporary_folder.iterdir() if not path.name.startswith("torchinductor_")]
     assert left == [], "sockets, and what its workers met by"

@@ -135,9 +135,17 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it still does; a zombie does not. One that ends between two looks does not, either."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; a zombie does not."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    """Those that still run."""
+    return [process for process in processes if runs(process)]
 
 
 def wait_gone(processes: list[psutil.Process], seconds: float) -> None:
