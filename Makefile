@@ -38,9 +38,9 @@ bench: $(VENV)/.installed ## two minutes: the relay beside HAProxy, a bare relay
 	mkdir -p .bench
 	$(BIN)/python -m tests.benchmarks.relay --json .bench/relay.json --plot .bench/relay.png
 
-bench-peers: $(VENV)/.installed ## ten minutes: the same with vllm-router, smg, LiteLLM and Ray Serve
+bench-peers: $(VENV)/.installed ## fourteen minutes: the same with vllm-router, smg, LiteLLM and Ray Serve
 	mkdir -p .bench
-	$(BIN)/python -m tests.benchmarks.relay --all --rounds 4 --json .bench/relay-peers.json --plot .bench/relay-peers.png
+	$(BIN)/python -m tests.benchmarks.relay --all --rounds 6 --json .bench/relay-peers.json --plot .bench/relay-peers.png
 
 protos: $(PROTO_VENV)/.installed ## write the generated code beside the .proto files
 	$(PROTO_VENV)/bin/python protos/generate.py
