@@ -7,6 +7,7 @@ import pytest
 from tests.chaos.prefix_sessions import CACHED_SHARE_MIN, converse, session_pool
 
 
+@pytest.mark.timed  # places by measured speeds: a conversation rightly leaves a replica that others on the machine slow down
 @pytest.mark.timeout(400)
 async def test_conversations_find_the_replica_that_has_read_them(tmp_path):
     async with session_pool(tmp_path) as pool:

@@ -35,8 +35,10 @@ async def test_nodes_are_let_go_to_a_gateway_that_has_fewer_and_to_none_that_has
         frame = await gone.wait_for(lambda frame: frame.HasField("goodbye"))
         assert codec.goodbye_value(frame.goodbye)[0] is GoodbyeReason.COORDINATOR_STOPPING
 
-        await there.gateway._peers.stop()
         await there.gateway.stop()
+        async with asyncio.timeout(4):
+            while here.gateway._peers.has_met(here.gateway._snapshot.gateways):  # until it has seen the link end
+                await asyncio.sleep(0.01)
         left_count = len(here.gateway._links)
         async with asyncio.timeout(4):
             while await surplus_count(here.gateway) == 0:  # until the directory has counted them anew, and it still takes `there` for there
