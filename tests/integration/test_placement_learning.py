@@ -39,10 +39,10 @@ class Two:
         self.links = coordinator.gateway._links
         self.seen = [0 for _ in nodes]
 
-    async def begin(self, text, prompt_tokens=100):
+    async def begin(self, text, *, stream=True):
         """A request on its way: its task, and the node that got it, with the attempt."""
         body = json.dumps({"model": TINY, "messages": [{"role": "user", "content": text}]}).encode()
-        request = await request_of(self.coordinator, body=body, prompt_bytes=len(body), completion_tokens_max=20)
+        request = await request_of(self.coordinator, body=body, stream=stream, prompt_bytes=len(body), completion_tokens_max=20)
         task = asyncio.ensure_future(self.coordinator.gateway.requests.begin(request))
         async with asyncio.timeout(20):
             while True:
@@ -121,6 +121,22 @@ async def test_speeds_are_what_the_gateway_saw_and_the_nodes_word_is_where_that_
     assert 130 < learned.prefill_tokens_per_second < 250, "400 tokens in 2 s, less the time of the first token itself"
     assert 0.1 <= learned.decode_seconds(1) < 0.17, "ten tokens in a second"
     assert learned.decode_sample_count == learned.prefill_sample_count > 0
+
+
+async def test_answers_in_one_piece_at_once_show_together_how_fast_prompts_are_read(two):
+    for number in range(2):
+        await two.say(number, prefill_tokens_per_second=2000.0)
+    asked = [await two.begin(f"{number} {TEXT}"[:300], stream=False) for number in range(4)]  # two slots each
+    two.clock.shift_seconds += 0.25
+    document = {"choices": [], "usage": {"prompt_tokens": 300, "completion_tokens": 1}}
+    for task, number, start in asked:
+        node = two.nodes[number]
+        await node.chunk(start.attempt_id, 0, json.dumps(document).encode())
+        await node.end(start.attempt_id, 1)
+        await read_all(await asyncio.wait_for(task, 5))
+    count, number = max((sum(number == each for _, number, _ in asked), each) for each in range(2))
+    assert 300 / 0.25 < 2000 < count * 300 / 0.25, "one alone says nothing new"
+    assert two.view(number).speeds.prefill_tokens_per_second > 2000
 
 
 async def test_a_conversation_goes_on_where_it_was_read_until_its_engine_begins_anew(two):

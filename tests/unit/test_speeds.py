@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,10 +14,12 @@ from potluck_coordinator.domain.speeds import (
     DECODE_TOKENS_PER_SECOND_BOUNDS,
     PREFILL_TOKENS_PER_SECOND_BOUNDS,
     AttemptTimes,
+    ReadTogether,
     Speeds,
     learned,
     learned_in_one_piece,
     prior,
+    read_together,
 )
 from potluck_coordinator.domain.survival import GUESS_HOURS, LOSSES_PER_HOUR_GUESS, LOSSES_PER_HOUR_MAX, History, losses_per_second
 
@@ -142,6 +146,34 @@ def test_a_model_that_always_answers_in_one_piece_is_known_after_some_answers():
     for _ in range(40):
         known = learned_in_one_piece(known, 4000.0, 0.5)
     assert known.prefill_tokens_per_second == pytest.approx(8000.0, rel=0.1)
+
+
+def in_one_piece_at(reads_per_second, requests):
+    """What a replica that reads one prompt after the other shows with each end: tokens and seconds of that one alone, and together."""
+    together, free_at = ReadTogether(), 0.0
+    for began_at, tokens in requests:
+        free_at = now = max(free_at, began_at) + tokens / reads_per_second
+        together = read_together(together, tokens, began_at, now)
+        yield (tokens, now - began_at), (together.tokens, now - together.since_seconds)
+
+
+@given(
+    st.floats(10, 30_000),
+    st.lists(st.tuples(st.floats(0, 2), st.floats(1, 20_000)), min_size=1, max_size=60),
+)
+def test_answers_in_one_piece_together_never_show_more_than_was_read(reads_per_second, pauses_and_tokens):
+    began_at = accumulate(pause for pause, _ in pauses_and_tokens)
+    requests = zip(began_at, (tokens for _, tokens in pauses_and_tokens), strict=True)
+    for _, (tokens, seconds) in in_one_piece_at(reads_per_second, requests):
+        assert tokens <= reads_per_second * seconds * (1 + 1e-9)
+
+
+def test_answers_in_one_piece_that_are_asked_for_at_once_show_together_what_each_alone_does_not():
+    """Thirty-two clients, each of which asks anew as soon as it is answered, of a replica that reads 16,000 tokens a second."""
+    requests = [(max(0, number - 31) * 0.01, 160.0) for number in range(2000)]
+    alone, together = zip(*list(in_one_piece_at(16_000.0, requests))[-500:], strict=True)
+    assert max(tokens / seconds for tokens, seconds in alone) < 600
+    assert max(tokens / seconds for tokens, seconds in together if seconds) > 12_000
 
 
 def per_hour(whole, this_hour):

@@ -28,6 +28,10 @@ GAIN_MAX: Final = 0.9
 PREFILL_SAMPLE_TOKENS_MIN: Final = 32.0
 """Fewer tokens read say more about everything around them; so many weigh half."""
 DECODE_SAMPLE_TOKENS_MIN: Final = 4
+TOGETHER_SECONDS_MIN: Final = 2.0
+TOGETHER_FACTOR: Final = 4.0
+"""Answers in one piece are counted together for so long, or for so many times as long as the newest of them took: what ends at first had
+begun before and counts nothing, and the longer it is the later a change is seen."""
 SECONDS_MIN: Final = 1e-4
 """Less is no time that was measured."""
 _BATCH_SCALE: Final = 8.0
@@ -70,6 +74,13 @@ class AttemptTimes(NamedTuple):
     """Requests at the replica meanwhile, this one among them."""
 
 
+class ReadTogether(NamedTuple):
+    """What a replica is certain to have read since a moment: the prompts of answers in one piece that began after it and are over."""
+
+    since_seconds: float = 0.0
+    tokens: float = 0.0
+
+
 def prior(prefill_tokens_per_second: float | None, decode_tokens_per_second: float | None) -> Speeds:
     """Where learning starts: what the node says of one client alone, or a guess."""
     prefill = _within(prefill_tokens_per_second or PREFILL_TOKENS_PER_SECOND_GUESS, PREFILL_TOKENS_PER_SECOND_BOUNDS)
@@ -104,6 +115,23 @@ def learned_in_one_piece(known: Speeds, read_tokens: float, seconds: float) -> S
         return known
     rate = _drawn_to(least, rate, _gain(count, 1.0, is_slower=False) * _weight(read_tokens))
     return known._replace(prefill_tokens_per_second=rate, prefill_sample_count=count + 1)
+
+
+def read_together(before: ReadTogether, read_tokens: float, began_at: float, now: float) -> ReadTogether:
+    """What is certain after one more answer in one piece.
+
+    Requests that run at once each take as long as all of them: alone they show a fraction of what the replica reads. What counts here began
+    and ended within the same seconds, so that no prompt is counted for a time in which it was not read.
+
+    Args:
+        before: before it; since no earlier than when the replica had nothing to do.
+        read_tokens: of its own prompt, without what was cached.
+        began_at: when it was dispatched.
+        now: its end.
+    """
+    if now - before.since_seconds > max(TOGETHER_SECONDS_MIN, TOGETHER_FACTOR * (now - began_at)):
+        return ReadTogether(now)
+    return before._replace(tokens=before.tokens + read_tokens) if began_at >= before.since_seconds else before
 
 
 def _prefill(known: Speeds, seen: AttemptTimes, freshness: float) -> tuple[float, int]:

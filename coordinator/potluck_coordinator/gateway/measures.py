@@ -18,7 +18,7 @@ from potluck_coordinator.domain.cost import cost
 from potluck_coordinator.domain.forecast import Forecast, Work
 from potluck_coordinator.domain.hedging import FirstTokens
 from potluck_coordinator.domain.prefixes import CacheState, cached_tokens
-from potluck_coordinator.domain.speeds import AttemptTimes, Speeds
+from potluck_coordinator.domain.speeds import AttemptTimes, ReadTogether, Speeds
 from potluck_coordinator.gateway.prefix_map import PrefixMap
 
 if TYPE_CHECKING:
@@ -112,13 +112,14 @@ class _Attempt:
 class _Replica:
     """One replica, as long as it is remembered."""
 
-    __slots__ = ("area", "area_at", "attempts", "cache", "first_tokens", "speeds", "told")
+    __slots__ = ("area", "area_at", "attempts", "cache", "first_tokens", "speeds", "together", "told")
 
     def __init__(self, now: float) -> None:
         self.attempts: dict[AttemptId, _Attempt] = {}
         self.cache = CacheState()
         self.speeds = speeds_module.prior(None, None)
         self.first_tokens = FirstTokens()
+        self.together = ReadTogether(now)
         self.told: tuple[float | None, float | None] = (None, None)
         """The rates by its node's word, from which learning began."""
         self.area = 0.0
@@ -205,6 +206,8 @@ class Measures:
         now, replica = self.now(), self._replica(replica_id)
         attempt = _Attempt(request, relay, request.work or _GUESS, now)
         replica.pass_time(now)
+        if not replica.attempts:
+            replica.together = ReadTogether(now)
         attempt.area = replica.area
         rate = replica.speeds.prefill_tokens_per_second
         backlog = since = 0.0
@@ -297,7 +300,10 @@ class Measures:
         elif usage is not None:
             # What was believed cached may have been, whatever its engine counts.
             read_tokens = min(own_tokens, max(0.0, prompt_tokens - attempt.cached_tokens))
-            replica.speeds = speeds_module.learned_in_one_piece(replica.speeds, read_tokens, seconds)
+            together = replica.together = speeds_module.read_together(replica.together, read_tokens, attempt.began_at, now)
+            alone, with_others = (read_tokens, seconds), (together.tokens, max(now - together.since_seconds, 1e-6))
+            shown = max(alone, with_others, key=lambda each: each[0] / each[1])
+            replica.speeds = speeds_module.learned_in_one_piece(replica.speeds, *shown)
         replica.cache = replica.cache._replace(read_tokens=replica.cache.read_tokens + own_tokens + answer_tokens)
 
     def _confirm(self, replica: _Replica, attempt: _Attempt, cached: int, prompt_tokens: int) -> None:
